@@ -1,0 +1,1 @@
+"""MaskFormer: semantic, instance and panoptic segmentation by predicting masks and their classes."""
