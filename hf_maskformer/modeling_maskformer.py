@@ -1,0 +1,342 @@
+"""MaskFormer (arXiv 2107.06278), the paper's figure 2: backbone, pixel decoder, transformer decoder, two heads.
+
+Letters: B images, Q queries, L decoder layers, K classes, N segments in one image, D query width, C pixel feature
+width; H x W is the padded image, h x w = H/4 x W/4.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_maskformer import MaskFormerConfig
+from .loss_maskformer import MaskFormerLoss
+from .modeling_maskformer_pixel_decoder import PixelDecoder
+from .modeling_maskformer_swin import SwinBackbone, initialise_swin
+from .modeling_maskformer_transformer_decoder import Attention, TransformerDecoderLayer, TransformerModule
+
+
+@dataclass
+class MaskFormerModelOutput(ModelOutput):
+    """Output of `MaskFormerModel`.
+
+    Args:
+        encoder_last_hidden_state: (B, C_backbone, H/32, W/32), the backbone's last feature map.
+        pixel_decoder_last_hidden_state: (B, C, h, w), the pixel embeddings.
+        transformer_decoder_last_hidden_state: (B, Q, D), the queries after the last layer.
+        encoder_hidden_states: The backbone's four feature maps, if asked for.
+        pixel_decoder_hidden_states: The pyramid at strides 16, 8 and 4, if asked for.
+        transformer_decoder_hidden_states: L + 1 tensors (B, Q, D), if asked for: zeros, every layer's output but the
+            last before the norm, and `transformer_decoder_last_hidden_state`.
+        hidden_states: The three above in one tuple, if asked for.
+        attentions: L tensors (B, heads, Q, H/32 * W/32) if asked for: where each query looked.
+        transformer_decoder_intermediate_states: (L, B, Q, D), every layer's output after the norm all layers share.
+    """
+
+    encoder_last_hidden_state: Tensor | None = None
+    pixel_decoder_last_hidden_state: Tensor | None = None
+    transformer_decoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    transformer_decoder_intermediate_states: Tensor | None = None
+
+
+@dataclass
+class MaskFormerForInstanceSegmentationOutput(ModelOutput):
+    """Output of `MaskFormerForInstanceSegmentation`; the image processor's `post_process_*` methods take it.
+
+    Args:
+        loss: Sum of the weighted loss terms, if labels were given.
+        class_queries_logits: (B, Q, K + 1); the last class is "no object".
+        masks_queries_logits: (B, Q, h, w), before the sigmoid. Detached if labels were given: the loss has its own.
+        auxiliary_logits: One dictionary with the two logits for each decoder layer but the last, if asked for.
+        encoder_last_hidden_state, pixel_decoder_last_hidden_state, transformer_decoder_last_hidden_state,
+        encoder_hidden_states, pixel_decoder_hidden_states, transformer_decoder_hidden_states, hidden_states,
+        attentions: As in `MaskFormerModelOutput`.
+        loss_dict: Every weighted loss term by name, detached, if labels were given: `loss_cross_entropy`,
+            `loss_mask`, `loss_dice` for the last layer, the same with `_0`, `_1`, ... for the layers before it.
+        image_sizes: (B, 2) int64, (height, width) of each image inside the padded batch, from `pixel_mask`.
+        padded_sizes: (B, 2) int64, (H, W).
+    """
+
+    loss: Tensor | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    pixel_decoder_last_hidden_state: Tensor | None = None
+    transformer_decoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    image_sizes: Tensor | None = None
+    padded_sizes: Tensor | None = None
+
+
+class PixelLevelModule(nn.Module):
+    """Backbone and pixel decoder.
+
+    Shapes:
+        pixel_values: (B, 3, H, W).
+        returns: the backbone's four feature maps, the pixel embeddings (B, C, h, w), the levels of the pyramid.
+    """
+
+    def __init__(self, config: MaskFormerConfig) -> None:
+        super().__init__()
+        self.encoder = build_backbone(config.backbone_config)
+        self.freeze_batch_norm = config.freeze_batch_norm
+        self.channels: list[int] = self.encoder.channels
+        self.decoder = PixelDecoder(self.channels, config.fpn_feature_size, config.mask_feature_size)
+        self.train(self.training)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Sequence[Tensor], Tensor, list[Tensor]]:
+        features = self.encoder(pixel_values)
+        if not isinstance(self.encoder, SwinBackbone):
+            features = features.feature_maps
+        return features, *self.decoder(features)
+
+    def train(self, mode: bool = True) -> "PixelLevelModule":
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    # Here rather than once: loading replaces the parameters, then calls eval().
+                    module.eval().requires_grad_(False)
+        return self
+
+
+class MaskEmbedder(nn.ModuleList):
+    """Three-layer perceptron from a query (D) to its mask embedding (C)."""
+
+    def __init__(self, hidden_size: int, mask_feature_size: int) -> None:
+        sizes = (hidden_size, hidden_size, hidden_size, mask_feature_size)
+        # Each layer sits in a container of its own because checkpoints name it `mask_embedder.0.0`.
+        super().__init__(nn.Sequential(nn.Linear(size, next_size)) for size, next_size in itertools.pairwise(sizes))
+
+    def forward(self, queries: Tensor) -> Tensor:
+        for index, layer in enumerate(self):
+            queries = layer(queries) if index == 0 else layer(queries.relu())
+        return queries
+
+
+class MaskFormerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and the initialisation of the paper's code."""
+
+    config_class = MaskFormerConfig
+    config: MaskFormerConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]  # noqa: RUF012 - the base class declares a list
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["TransformerDecoderLayer", "SwinBlock"]  # noqa: RUF012 - likewise
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.in_features)
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=1)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, Attention):
+            _initialise_attention(module)
+        elif isinstance(module, TransformerDecoderLayer):
+            init.xavier_uniform_(module.fc1.weight)
+            init.xavier_uniform_(module.fc2.weight)
+        elif isinstance(module, SwinBackbone):
+            for submodule in module.modules():
+                initialise_swin(submodule)
+        elif isinstance(module, MaskFormerLoss):
+            init.copy_(module.empty_weight, module.class_weights())
+
+
+class MaskFormerModel(MaskFormerPreTrainedModel):
+    """MaskFormer without its heads: pixel embeddings and decoded queries."""
+
+    def __init__(self, config: MaskFormerConfig) -> None:
+        super().__init__(config)
+        self.pixel_level_module = PixelLevelModule(config)
+        self.transformer_module = TransformerModule(self.pixel_level_module.channels[-1], config.decoder_config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,
+    ) -> MaskFormerModelOutput | tuple:
+        """Runs backbone, pixel decoder and transformer decoder.
+
+        Args:
+            pixel_values: (B, 3, H, W), RGB, normalised, padded on the right and below with 0.
+            pixel_mask: (B, H, W). Accepted for symmetry; like the paper's code, the network does not read it.
+            output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
+        """
+        output_hidden_states = _first_set(output_hidden_states, self.config.output_hidden_states)
+        output_attentions = _first_set(output_attentions, self.config.output_attentions)
+        features, pixel_embeddings, levels = self.pixel_level_module(pixel_values)
+        queries = self.transformer_module(features[-1], output_hidden_states, output_attentions)
+        output = MaskFormerModelOutput(
+            encoder_last_hidden_state=features[-1],
+            pixel_decoder_last_hidden_state=pixel_embeddings,
+            transformer_decoder_last_hidden_state=queries.last_hidden_state,
+            attentions=queries.attentions,
+            transformer_decoder_intermediate_states=queries.intermediate_states,
+        )
+        if output_hidden_states:
+            output.encoder_hidden_states = tuple(features)
+            output.pixel_decoder_hidden_states = tuple(levels)
+            output.transformer_decoder_hidden_states = queries.hidden_states
+            output.hidden_states = (*features, *levels, *queries.hidden_states)
+        return output if _first_set(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
+    """MaskFormer for semantic, instance and panoptic segmentation; the name is transformers' own."""
+
+    def __init__(self, config: MaskFormerConfig) -> None:
+        super().__init__(config)
+        hidden_size = config.decoder_config.d_model
+        num_labels: int = config.num_labels  # type: ignore[assignment]  # the configuration insists on classes
+        self.model = MaskFormerModel(config)
+        self.class_predictor = nn.Linear(hidden_size, num_labels + 1)  # the last class is "no object"
+        self.mask_embedder = MaskEmbedder(hidden_size, config.mask_feature_size)
+        self.criterion = MaskFormerLoss(
+            num_labels,
+            cross_entropy_weight=config.cross_entropy_weight,
+            mask_weight=config.mask_weight,
+            dice_weight=config.dice_weight,
+            no_object_weight=config.no_object_weight,
+            **config.matching_costs,
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        mask_labels: Tensor | list[Tensor] | None = None,
+        class_labels: Tensor | list[Tensor] | None = None,
+        pixel_mask: Tensor | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,
+    ) -> MaskFormerForInstanceSegmentationOutput | tuple:
+        """Predicts Q masks and their classes for each image, and the loss if labels are given.
+
+        Args:
+            pixel_values: (B, 3, H, W), RGB, normalised, padded on the right and below with 0.
+            mask_labels: List of B tensors (N_i, H, W), 1 inside the segment; or one integer tensor (B, H, W) with the
+                index of the segment that owns each pixel, -1 for none.
+            class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
+            pixel_mask: (B, H, W), 1 = image, 0 = padding. The network does not read it (nor does the paper's code);
+                it tells post-processing where each image ends.
+            output_auxiliary_logits: Return the logits after every decoder layer but the last.
+            output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
+
+        Raises:
+            ValueError: Only one kind of label is given, or the labels do not fit the batch (see `MaskFormerLoss`).
+        """
+        has_labels = mask_labels is not None
+        if has_labels != (class_labels is not None):
+            given, missing = ("mask_labels", "class_labels") if has_labels else ("class_labels", "mask_labels")
+            raise ValueError(f"{given} came without {missing}: give both for a loss, or neither for a prediction.")
+        outputs = self.model(
+            pixel_values,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        pixel_embeddings = outputs.pixel_decoder_last_hidden_state
+        queries = outputs.transformer_decoder_intermediate_states
+        output_auxiliary_logits = _first_set(output_auxiliary_logits, self.config.output_auxiliary_logits)
+        if not (output_auxiliary_logits or (has_labels and self.config.deep_supervision)):
+            queries = queries[-1:]
+        class_logits = self.class_predictor(queries)  # (L, B, Q, K + 1)
+        mask_logits = torch.einsum("lbqc,bchw->lbqhw", self.mask_embedder(queries), pixel_embeddings)
+
+        loss, loss_dict = None, None
+        if has_labels:
+            supervised = slice(None) if self.config.deep_supervision else slice(-1, None)
+            loss, loss_dict = self.criterion(
+                class_logits[supervised], mask_logits[supervised], mask_labels, class_labels, pixel_values.shape[-2:]
+            )
+            mask_logits = mask_logits.detach()
+
+        auxiliary_logits = None
+        if output_auxiliary_logits:
+            auxiliary_logits = [
+                {"masks_queries_logits": masks, "class_queries_logits": classes}
+                for masks, classes in zip(mask_logits[:-1], class_logits[:-1], strict=True)
+            ]
+        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
+        output = MaskFormerForInstanceSegmentationOutput(
+            loss=loss,
+            class_queries_logits=class_logits[-1],
+            masks_queries_logits=mask_logits[-1],
+            auxiliary_logits=auxiliary_logits,
+            **{name: value for name, value in outputs.items() if name != "transformer_decoder_intermediate_states"},
+            loss_dict=loss_dict,
+            image_sizes=image_sizes,
+            padded_sizes=padded_sizes,
+        )
+        return output if _first_set(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def build_backbone(config: PreTrainedConfig) -> Any:
+    """The backbone of a configuration: our Swin, or what `AutoBackbone` builds. Both have `channels`."""
+    if config.model_type in ("swin", "maskformer-swin"):
+        return SwinBackbone(config)
+    return AutoBackbone.from_config(config)
+
+
+def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(height, width) of each image without and with its padding, both (B, 2) int64.
+
+    Images lie at the top left, so the mask's rows and columns that hold any image give the size.
+    """
+    padded_sizes = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).repeat(len(pixel_values), 1)
+    if pixel_mask is None:
+        return padded_sizes, padded_sizes
+    is_image = pixel_mask.bool()
+    return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=1), padded_sizes
+
+
+def _initialise_attention(attention: Attention) -> None:
+    # The paper's code keeps the three input projections in one matrix, whose uniform bound is sqrt(1/2) of that of a
+    # square matrix.
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))
+        init.zeros_(projection.bias)
+    init.xavier_uniform_(attention.out_proj.weight)
+    init.zeros_(attention.out_proj.bias)
+
+
+def _first_set(value: bool | None, default: bool | None) -> bool:
+    return bool(default if value is None else value)

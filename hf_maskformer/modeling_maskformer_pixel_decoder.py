@@ -1,0 +1,82 @@
+"""Pixel decoder: feature maps of the backbone in, one embedding per pixel at stride 4 out (paper, section 3.2).
+
+Letters: B images, C channels of the pyramid, h x w = H/4 x W/4 for the H x W padded image.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_GROUPS = 32
+
+
+class FeaturePyramidLayer(nn.Module):
+    """Adds a finer feature map of the backbone to the pyramid.
+
+    Shapes:
+        coarse: (B, C, h', w'), the pyramid so far.
+        lateral: (B, C_backbone, 2h', 2w') or thereabouts: odd sizes are met by nearest upsampling to the lateral map.
+        returns: (B, C, 2h', 2w').
+    """
+
+    def __init__(self, feature_size: int, lateral_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Conv2d(lateral_size, feature_size, kernel_size=1, bias=False), nn.GroupNorm(NUM_GROUPS, feature_size)
+        )
+        self.block = conv_norm_relu(feature_size, feature_size)
+
+    def forward(self, coarse: Tensor, lateral: Tensor) -> Tensor:
+        lateral = self.proj(lateral)
+        return self.block(lateral + F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest"))
+
+
+class FeaturePyramid(nn.Module):
+    """Feature pyramid network, from stride 32 down to stride 4.
+
+    Args:
+        channels: Channels of the backbone's feature maps, finest first.
+        feature_size: Channels C of every level.
+    """
+
+    def __init__(self, channels: Sequence[int], feature_size: int) -> None:
+        super().__init__()
+        self.stem = conv_norm_relu(channels[-1], feature_size)
+        self.layers = nn.ModuleList(FeaturePyramidLayer(feature_size, size) for size in reversed(channels[:-1]))
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Takes the feature maps finest first; returns the levels after the stem, coarsest first."""
+        level = self.stem(features[-1])
+        levels = []
+        for layer, lateral in zip(self.layers, reversed(features[:-1]), strict=True):
+            level = layer(level, lateral)
+            levels.append(level)
+        return levels
+
+
+class PixelDecoder(nn.Module):
+    """Feature pyramid and projection to the pixel embeddings.
+
+    Shapes:
+        features: four maps (B, C_i, H/s, W/s), s = 4, 8, 16, 32.
+        returns: pixel embeddings (B, mask_feature_size, h, w), and the levels of the pyramid at strides 16, 8 and 4.
+    """
+
+    def __init__(self, channels: Sequence[int], feature_size: int, mask_feature_size: int) -> None:
+        super().__init__()
+        self.fpn = FeaturePyramid(channels, feature_size)
+        self.mask_projection = nn.Conv2d(feature_size, mask_feature_size, kernel_size=3, padding=1)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        levels = self.fpn(features)
+        return self.mask_projection(levels[-1]), levels
+
+
+def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
+    """3 x 3 convolution, group normalisation, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+        nn.GroupNorm(NUM_GROUPS, out_channels),
+        nn.ReLU(),
+    )

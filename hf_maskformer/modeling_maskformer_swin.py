@@ -1,0 +1,295 @@
+"""Swin Transformer backbone (arXiv 2103.14030) as MaskFormer uses it: any input size, a norm on each stage's output.
+
+Own code because transformers' version materialises every attention matrix. Where the window does not divide the
+feature map, zeros are added after the first norm and take part in the attention, as in the paper's code.
+
+Letters: B images, h x w feature map of the stage, C its channels, W windows in one image, N = window x window
+positions in a window.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
+SEPARATION = -100.0
+
+
+class PatchProjection(nn.Module):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(
+            config.num_channels, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+
+class PatchEmbedding(nn.Module):
+    """(B, 3, H, W) to (B, H/4, W/4, C); the image is padded with 0 on the right and below to whole patches."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.patch_embeddings = PatchProjection(config)
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        height, width = pixel_values.shape[-2:]
+        padded = F.pad(pixel_values, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        patches = self.patch_embeddings.projection(padded).permute(0, 2, 3, 1)
+        return self.dropout(self.norm(patches))
+
+
+class WindowSelfAttention(nn.Module):
+    """Attention inside windows with a learned bias per relative position.
+
+    `relative_position_index` is derived from the window, yet it is in every checkpoint, so it is a saved buffer.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(self, config: PreTrainedConfig, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = config.window_size
+        self.dropout_probability = config.attention_probs_dropout_prob
+        self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window_size - 1) ** 2, num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(self.window_size))
+
+    def forward(self, windows: Tensor, separation: Tensor | None) -> Tensor:
+        """Takes windows (B W, N, C) and the separation (W, N, N) of shifted windows; returns (B W, N, C)."""
+        query, key, value = (
+            projection(windows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        num_positions = windows.shape[1]
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
+        bias = bias.view(num_positions, num_positions, -1).permute(2, 0, 1)[None]  # (1, heads, N, N)
+        if separation is not None:
+            num_images = windows.shape[0] // separation.shape[0]
+            bias = (bias + separation[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
+        dropout = self.dropout_probability if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout)
+        return attended.transpose(1, 2).flatten(2)
+
+
+class Projection(nn.Module):
+    """A linear layer with its dropout; the name `dense` is the one in checkpoints."""
+
+    def __init__(self, in_features: int, out_features: int, dropout: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.dropout(self.dense(states))
+
+
+class WindowAttention(nn.Module):
+    def __init__(self, config: PreTrainedConfig, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.self = WindowSelfAttention(config, dim, num_heads)
+        self.output = Projection(dim, dim, config.attention_probs_dropout_prob)
+
+    def forward(self, windows: Tensor, separation: Tensor | None) -> Tensor:
+        return self.output(self.self(windows, separation))
+
+
+class SwinBlock(GradientCheckpointingLayer):
+    """Window attention and feed-forward, each behind its norm; every second block shifts the windows by half."""
+
+    def __init__(self, config: PreTrainedConfig, dim: int, num_heads: int, shift: int, drop_path: float) -> None:
+        super().__init__()
+        self.window_size = config.window_size
+        self.shift = shift
+        self.drop_path = drop_path
+        self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.attention = WindowAttention(config, dim, num_heads)
+        self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        hidden_dim = int(config.mlp_ratio * dim)
+        self.intermediate = Projection(dim, hidden_dim, 0.0)
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = Projection(hidden_dim, dim, config.hidden_dropout_prob)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Takes and returns (B, h, w, C)."""
+        states = states + self._drop_path(self._attend(self.layernorm_before(states)))
+        hidden = self.activation(self.intermediate(self.layernorm_after(states)))
+        return states + self._drop_path(self.output(hidden))
+
+    def _attend(self, states: Tensor) -> Tensor:
+        height, width = states.shape[1:3]
+        states = F.pad(states, (0, 0, 0, -width % self.window_size, 0, -height % self.window_size))
+        size = states.shape[1:3]
+        separation = None
+        if self.shift:
+            states = states.roll((-self.shift, -self.shift), dims=(1, 2))
+            separation = shift_separation(size, self.window_size, self.shift, states.device)
+        windows = self.attention(to_windows(states, self.window_size), separation)
+        states = from_windows(windows, self.window_size, size)
+        if self.shift:
+            states = states.roll((self.shift, self.shift), dims=(1, 2))
+        return states[:, :height, :width]
+
+    def _drop_path(self, update: Tensor) -> Tensor:
+        """Stochastic depth: leaves the block out for some images and scales up the rest."""
+        if not self.training or self.drop_path == 0.0:
+            return update
+        keep = 1.0 - self.drop_path
+        return update * update.new_empty(update.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+
+
+class PatchMerging(nn.Module):
+    """Halves the map: (B, h, w, C) to (B, h/2, w/2, 2C), from the four neighbours in the order of the checkpoints."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        height, width = states.shape[1:3]
+        states = F.pad(states, (0, 0, 0, width % 2, 0, height % 2))
+        neighbours = [states[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(neighbours, dim=-1)))
+
+
+class SwinStage(nn.Module):
+    def __init__(self, config: PreTrainedConfig, stage: int, drop_paths: list[float]) -> None:
+        super().__init__()
+        dim = config.embed_dim * 2**stage
+        self.blocks = nn.ModuleList(
+            SwinBlock(config, dim, config.num_heads[stage], config.window_size // 2 * (index % 2), drop_path)
+            for index, drop_path in enumerate(drop_paths)
+        )
+        self.downsample = PatchMerging(dim) if stage < len(config.depths) - 1 else None
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the stage's output, and the input of the next stage."""
+        for block in self.blocks:
+            states = block(states)
+        return states, states if self.downsample is None else self.downsample(states)
+
+
+class SwinEncoder(nn.Module):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        # Stochastic depth grows linearly from the first block to the last.
+        drop_paths = iter(torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist())
+        self.layers = nn.ModuleList(
+            SwinStage(config, stage, [next(drop_paths) for _ in range(depth)])
+            for stage, depth in enumerate(config.depths)
+        )
+
+
+class UnusedNorm(nn.Module):
+    """The weights of a norm as buffers: saved, but no parameter that distributed training would wait for."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(dim))
+        self.register_buffer("bias", torch.zeros(dim))
+
+
+class SwinTransformer(nn.Module):
+    """Holds the weights under the names of the checkpoints; the final norm is in them, but nothing reads it."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.embeddings = PatchEmbedding(config)
+        self.encoder = SwinEncoder(config)
+        self.layernorm = UnusedNorm(config.embed_dim * 2 ** (len(config.depths) - 1))
+
+
+class SwinBackbone(nn.Module):
+    """Image to four feature maps.
+
+    Args:
+        config: Of type `swin` or `maskformer-swin`.
+
+    Shapes:
+        pixel_values: (B, 3, H, W), any size.
+        returns: four maps (B, C * 2^i, ~H / (4 * 2^i), ~W / (4 * 2^i)).
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.channels = [config.embed_dim * 2**stage for stage in range(len(config.depths))]
+        self.model = SwinTransformer(config)
+        self.hidden_states_norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        states = self.model.embeddings(pixel_values)
+        feature_maps = []
+        for stage, norm in zip(self.model.encoder.layers, self.hidden_states_norms, strict=True):
+            states, next_states = stage(states)
+            feature_maps.append(norm(states).permute(0, 3, 1, 2))
+            states = next_states
+        return feature_maps
+
+
+def to_windows(states: Tensor, window_size: int) -> Tensor:
+    """(B, h, w, C) to (B W, N, C); h and w are multiples of the window."""
+    batch_size, height, width, channels = states.shape
+    grid = states.view(batch_size, height // window_size, window_size, width // window_size, window_size, channels)
+    return grid.transpose(2, 3).reshape(-1, window_size**2, channels)
+
+
+def from_windows(windows: Tensor, window_size: int, size: Sequence[int]) -> Tensor:
+    """The inverse of `to_windows` for a map of the given (height, width)."""
+    height, width = size
+    grid = windows.view(-1, height // window_size, width // window_size, window_size, window_size, windows.shape[-1])
+    return grid.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
+
+
+def relative_position_index(window_size: int) -> Tensor:
+    """(N, N): the row of the bias table for each pair of positions in a window."""
+    axis = torch.arange(window_size)
+    rows, columns = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
+    row_offsets = rows[:, None] - rows + window_size - 1
+    column_offsets = columns[:, None] - columns + window_size - 1
+    return row_offsets * (2 * window_size - 1) + column_offsets
+
+
+def shift_separation(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> Tensor:
+    """(W, N, N): 0 between positions that were neighbours before the cyclic shift, SEPARATION between others."""
+    regions = []
+    for length in size:
+        positions = torch.arange(length, device=device)
+        regions.append((positions >= length - window_size).int() + (positions >= length - shift).int())
+    rows, columns = regions
+    region_map = (rows[:, None] * 3 + columns)[None, :, :, None]
+    region = to_windows(region_map, window_size).squeeze(-1)  # (W, N)
+    return (region[:, :, None] != region[:, None, :]) * SEPARATION
+
+
+def initialise_swin(module: nn.Module) -> None:
+    """The initialisation of Swin's authors; called by the model for each of its modules."""
+    if isinstance(module, WindowSelfAttention):
+        init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        init.copy_(module.relative_position_index, relative_position_index(module.window_size))
+    elif isinstance(module, nn.Linear):
+        init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm | UnusedNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        if module.bias is not None:
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)

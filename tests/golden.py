@@ -1,0 +1,63 @@
+"""The stored numbers of the paper's own implementation, and our model with the same weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig
+
+from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
+from hf_maskformer.hub.key_table import from_original
+
+FIXTURES = Path(__file__).parent / "fixtures"
+BACKBONES: dict[str, PreTrainedConfig] = {
+    "resnet_semantic": ResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128]),
+    "swin_semantic": SwinConfig(
+        embed_dim=12, depths=[2, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=7, drop_path_rate=0.0
+    ),
+}
+
+
+class Golden:
+    """One variant: `arrays`, `meta` and the `model` with the original's weights."""
+
+    def __init__(self, name: str) -> None:
+        self.arrays = load_file(FIXTURES / name / "arrays.safetensors")
+        self.meta = json.loads((FIXTURES / name / "meta.json").read_text())
+        self.original_tensors = load_file(FIXTURES / name / "original_model.safetensors")
+        self.config = MaskFormerConfig(
+            backbone_config=BACKBONES[name],
+            decoder_config=DetrConfig(
+                d_model=48,
+                decoder_layers=3,
+                decoder_attention_heads=4,
+                decoder_ffn_dim=96,
+                num_queries=20,
+                dropout=0.0,
+            ),
+            fpn_feature_size=64,
+            mask_feature_size=32,
+            num_labels=13,
+        )
+        self.model = MaskFormerForInstanceSegmentation(self.config)
+        self.model.load_state_dict(from_original(self.original_tensors), strict=True)
+
+    @property
+    def labels(self) -> dict[str, list[torch.Tensor]]:
+        """The two images' targets on the padded canvas, as the model takes them."""
+        height, width = self.meta["padded_size"]
+        masks = [self.arrays[f"target_{image}.masks"] for image in (0, 1)]
+        return {
+            "mask_labels": [
+                torch.nn.functional.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1])) for mask in masks
+            ],
+            "class_labels": [self.arrays[f"target_{image}.labels"] for image in (0, 1)],
+        }
+
+    @property
+    def pixel_mask(self) -> torch.Tensor:
+        mask = torch.zeros(2, *self.meta["padded_size"], dtype=torch.int64)
+        for image, (height, width) in enumerate(self.meta["image_sizes"]):
+            mask[image, :height, :width] = 1
+        return mask

@@ -1,0 +1,132 @@
+"""Our numbers equal those of the paper's own implementation on stored inputs and weights."""
+
+import pytest
+import torch
+from golden import Golden
+
+from hf_maskformer.hub.key_table import from_original, to_original
+from hf_maskformer.modeling_maskformer_transformer_decoder import sine_positions
+
+FORWARD_TOLERANCE = 1e-4  # of the largest value; float32 itself is 1e-5 off float64 here
+LOSS_TOLERANCE = 1e-5  # of the term; the weighted terms agree to 2e-6 between float32 and float64
+GRADIENT_TOLERANCE = 1e-4  # relative L2 per tensor
+GRADIENT_FLOOR = 1e-6  # of the total norm: the first layer's self-attention has no true gradient for query and key
+
+
+def assert_close(ours: torch.Tensor, original: torch.Tensor) -> None:
+    assert ours.shape == original.shape
+    assert (ours - original).abs().max() <= FORWARD_TOLERANCE * original.abs().max()
+
+
+def activations(golden: Golden) -> dict[str, torch.Tensor]:
+    """Runs the model and gives its intermediate results the original's names and layouts."""
+    model = golden.model.eval().model
+    encoder, transformer = model.pixel_level_module.encoder, model.transformer_module
+    is_swin = golden.config.backbone_config.model_type == "swin"
+    modules = {
+        "first": encoder.model.embeddings if is_swin else encoder.embedder,
+        "act.pixel_decoder.layer_4": model.pixel_level_module.decoder.fpn.stem,
+        "act.predictor.input_proj": transformer.input_projection,
+        **{f"act.decoder.layer_{index}": layer for index, layer in enumerate(transformer.decoder.layers)},
+    }
+    found: dict[str, torch.Tensor] = {}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: found.__setitem__(name, output))
+    with torch.no_grad():
+        output = model(golden.arrays["pixel_values"], output_hidden_states=True)
+
+    first = found.pop("first")
+    found["act.backbone.patch_embed" if is_swin else "act.backbone.stem"] = (
+        first.permute(0, 3, 1, 2) if is_swin else first
+    )
+    for stage, feature_map in enumerate(output.encoder_hidden_states, start=2):
+        found[f"act.backbone.res{stage}"] = feature_map
+    found["act.pixel_decoder.layer_3"], found["act.pixel_decoder.layer_2"], _ = output.pixel_decoder_hidden_states
+    found["act.mask_features"] = output.pixel_decoder_last_hidden_state
+    found["act.decoder.hs_normed"] = output.transformer_decoder_intermediate_states
+    for index in range(len(transformer.decoder.layers)):
+        found[f"act.decoder.layer_{index}"] = found[f"act.decoder.layer_{index}"][0].transpose(0, 1)
+    found["act.decoder.memory"] = projected = found["act.predictor.input_proj"]
+    positions = sine_positions(projected.shape[-2:], projected.shape[1], projected.device)
+    found["act.predictor.pos_embed"] = positions.T.unflatten(1, projected.shape[-2:]).expand(2, -1, -1, -1)
+    return found
+
+
+def test_every_intermediate_activation(golden: Golden) -> None:
+    found = activations(golden)
+    assert found.keys() == {name for name in golden.arrays if name.startswith("act.")}
+    for name, ours in found.items():
+        assert_close(ours, golden.arrays[name])
+
+
+def test_logits_of_every_layer(golden: Golden) -> None:
+    with torch.no_grad():
+        output = golden.model.eval()(golden.arrays["pixel_values"], output_auxiliary_logits=True)
+    layers = [*output.auxiliary_logits, output]
+    for prefix, layer in zip(("eval.aux_0.", "eval.aux_1.", "eval."), layers, strict=True):
+        assert_close(layer["class_queries_logits"], golden.arrays[f"{prefix}pred_logits"])
+        assert_close(layer["masks_queries_logits"], golden.arrays[f"{prefix}pred_masks"])
+
+
+def test_logits_of_an_image_whose_sides_are_no_multiple_of_32(golden: Golden) -> None:
+    with torch.no_grad():
+        output = golden.model.eval()(golden.arrays["odd.pixel_values"])
+    assert_close(output.class_queries_logits, golden.arrays["odd.pred_logits"])
+    assert_close(output.masks_queries_logits, golden.arrays["odd.pred_masks"])
+
+
+def test_assignments_of_every_layer(golden: Golden) -> None:
+    found = []
+    match = golden.model.criterion.match
+    golden.model.criterion.match = lambda *arguments: found.append(match(*arguments)) or found[-1]
+    try:
+        golden.model.train()(golden.arrays["pixel_values"], **golden.labels)
+    finally:
+        del golden.model.criterion.match
+    for layer, matches in zip(("aux_0", "aux_1", "last"), found, strict=True):
+        for image, (queries, segments) in enumerate(matches):
+            assert queries.tolist() == golden.arrays[f"match.{layer}.{image}.src"].tolist()
+            assert segments.tolist() == golden.arrays[f"match.{layer}.{image}.tgt"].tolist()
+
+
+def test_every_loss_term_and_their_sum(golden: Golden) -> None:
+    output = golden.model.train()(golden.arrays["pixel_values"], **golden.labels)
+    terms = {name.replace("cross_entropy", "ce"): float(value) for name, value in output.loss_dict.items()}
+    assert terms == pytest.approx(golden.meta["losses_weighted"], rel=LOSS_TOLERANCE)
+    assert output.loss.item() == pytest.approx(golden.meta["loss_total"], rel=LOSS_TOLERANCE)
+
+
+def test_gradients_of_every_parameter(golden: Golden) -> None:
+    golden.model.train().zero_grad()
+    golden.model(golden.arrays["pixel_values"], **golden.labels).loss.backward()
+    gradients = to_original({name: p.grad for name, p in golden.model.named_parameters() if p.requires_grad})
+    floor = GRADIENT_FLOOR * golden.meta["grad_total_norm"]
+
+    norms = golden.meta["grad_norms_all"]
+    assert gradients.keys() == norms.keys()
+    for name, norm in norms.items():
+        assert float(gradients[name].norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE, abs=floor), name
+    for name, selected in golden.meta["grad_selected"].items():
+        original, ours = golden.arrays[f"grad.{name}"], gradients[name]
+        if not selected["full"]:
+            indices = torch.arange(64) * ours.numel() // 64
+            original, ours = original.flatten(), ours.flatten()[indices]
+        assert (ours - original).norm() <= GRADIENT_TOLERANCE * original.norm() + floor, name
+
+
+def test_the_key_table_is_two_way(golden: Golden) -> None:
+    back = to_original(from_original(golden.original_tensors))
+    assert back.keys() == golden.original_tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in golden.original_tensors.items())
+
+
+def test_the_model_zoo_spelling_means_the_same(golden: Golden) -> None:
+    zoo = {
+        name.replace("sem_seg_head.pixel_decoder.", "sem_seg_head."): t for name, t in golden.original_tensors.items()
+    }
+    assert from_original(zoo).keys() == from_original(golden.original_tensors).keys()
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"backbone\.surprise is no tensor of a MaskFormer checkpoint"):
+        from_original({"backbone.surprise": torch.zeros(1)})
