@@ -56,7 +56,8 @@ class MaskFormerConfig(PreTrainedConfig):
     """
 
     model_type = "maskformer"
-    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
+    # Those that an attention implementation is passed on to: a ResNet refuses to be told one.
+    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "mask_feature_size"}
     # Per-image sizes and loss terms are no predictions: Trainer must not gather them.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
@@ -93,6 +94,7 @@ class MaskFormerConfig(PreTrainedConfig):
         # transformers writes these two into its files; readers of the JSON may look for them.
         self.num_attention_heads = self.decoder_config.decoder_attention_heads
         self.num_hidden_layers = self.decoder_config.decoder_layers
+        self._check()
 
     @property
     def matching_costs(self) -> dict[str, float]:
@@ -103,9 +105,7 @@ class MaskFormerConfig(PreTrainedConfig):
             "dice_cost": self.dice_weight if self.dice_cost is None else self.dice_cost,
         }
 
-    def validate_architecture(self) -> None:
-        """Checks that a model can be built; called by the base class after construction."""
-        super().validate_architecture()
+    def _check(self) -> None:
         _check_sizes(self)
         _check_weights(self)
         _check_labels(self.id2label)
@@ -140,6 +140,8 @@ def _backbone_config(value: Any) -> PreTrainedConfig:
 
 def _decoder_config(value: Any) -> PreTrainedConfig:
     config = _nested_config(value, "decoder_config", {"model_type": "detr"})
+    if config.model_type != "detr":
+        raise ValueError(f"decoder_config is of type {config.model_type!r}, but must be of type 'detr'.")
     # transformers' decoder normalises twice when this is set: other predictions from the same weights.
     if getattr(config, "auxiliary_loss", False):
         config.auxiliary_loss = False
@@ -185,8 +187,6 @@ def _check_labels(id2label: Any) -> None:
 
 
 def _check_decoder(config: PreTrainedConfig) -> None:
-    if config.model_type != "detr":
-        raise ValueError(f"decoder_config is of type {config.model_type!r}, but must be of type 'detr'.")
     for field in ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "num_queries"):
         if getattr(config, field) < 1:
             raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 1.")
@@ -203,14 +203,14 @@ def _check_decoder(config: PreTrainedConfig) -> None:
 
 
 def _check_backbone(config: PreTrainedConfig) -> None:
+    if config.model_type in ("swin", "maskformer-swin"):
+        _check_swin(config)
     out_features = getattr(config, "out_features", None)
     if out_features is not None and len(out_features) != NUM_FEATURE_MAPS:
         raise ValueError(
             f"backbone_config.out_features is {out_features}, but the pixel decoder takes {NUM_FEATURE_MAPS} feature "
             "maps (strides 4, 8, 16, 32). Leave it out to get the last four stages."
         )
-    if config.model_type in ("swin", "maskformer-swin"):
-        _check_swin(config)
 
 
 def _check_swin(config: PreTrainedConfig) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.utils import is_scipy_available
 
 FOCAL_ALPHA = 0.25
@@ -58,13 +59,14 @@ class MaskFormerLoss(nn.Module):
         self.class_cost = class_cost
         self.mask_cost = mask_cost
         self.dice_cost = dice_cost
-        self.register_buffer("empty_weight", self.class_weights())  # the name is the one in checkpoints
+        # Weight of every class; the last is "no object". The name is the one in checkpoints.
+        self.register_buffer("empty_weight", torch.empty(num_labels + 1))
+        self.reset_parameters()
 
-    def class_weights(self) -> Tensor:
-        """(K + 1,): 1 for every class, `no_object_weight` for the last."""
+    def reset_parameters(self) -> None:
         weights = torch.ones(self.num_labels + 1)
         weights[-1] = self.no_object_weight
-        return weights
+        init.copy_(self.empty_weight, weights)
 
     def forward(
         self,

@@ -5,7 +5,6 @@ width; H x W is the padded image, h x w = H/4 x W/4.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_maskformer import MaskFormerConfig
 from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer_pixel_decoder import PixelDecoder
-from .modeling_maskformer_swin import SwinBackbone, initialise_swin
-from .modeling_maskformer_transformer_decoder import Attention, TransformerDecoderLayer, TransformerModule
+from .modeling_maskformer_swin import SwinBackbone
+from .modeling_maskformer_transformer_decoder import TransformerModule
 
 
 @dataclass
@@ -146,30 +144,10 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                bound = 1 / math.sqrt(module.in_features)
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=1)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight)
-        elif isinstance(module, Attention):
-            _initialise_attention(module)
-        elif isinstance(module, TransformerDecoderLayer):
-            init.xavier_uniform_(module.fc1.weight)
-            init.xavier_uniform_(module.fc2.weight)
-        elif isinstance(module, SwinBackbone):
-            for submodule in module.modules():
-                initialise_swin(submodule)
-        elif isinstance(module, MaskFormerLoss):
-            init.copy_(module.empty_weight, module.class_weights())
+        # Every module knows its own initialisation; transformers calls this for those that no checkpoint has filled.
+        reset_parameters = getattr(module, "reset_parameters", None)
+        if reset_parameters is not None:
+            reset_parameters()
 
 
 class MaskFormerModel(MaskFormerPreTrainedModel):
@@ -326,16 +304,6 @@ def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Ten
         return padded_sizes, padded_sizes
     is_image = pixel_mask.bool()
     return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=1), padded_sizes
-
-
-def _initialise_attention(attention: Attention) -> None:
-    # The paper's code keeps the three input projections in one matrix, whose uniform bound is sqrt(1/2) of that of a
-    # square matrix.
-    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-        init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))
-        init.zeros_(projection.bias)
-    init.xavier_uniform_(attention.out_proj.weight)
-    init.zeros_(attention.out_proj.bias)
 
 
 def _first_set(value: bool | None, default: bool | None) -> bool:

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 NUM_GROUPS = 32
 
 
+class XavierConv2d(nn.Conv2d):
+    """A convolution with the initialisation of the paper's code: weights uniform in +-sqrt(3 / fan_in), bias 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=1)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class FeaturePyramidLayer(nn.Module):
     """Adds a finer feature map of the backbone to the pyramid.
 
@@ -23,7 +32,7 @@ class FeaturePyramidLayer(nn.Module):
     def __init__(self, feature_size: int, lateral_size: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            nn.Conv2d(lateral_size, feature_size, kernel_size=1, bias=False), nn.GroupNorm(NUM_GROUPS, feature_size)
+            XavierConv2d(lateral_size, feature_size, kernel_size=1, bias=False), nn.GroupNorm(NUM_GROUPS, feature_size)
         )
         self.block = conv_norm_relu(feature_size, feature_size)
 
@@ -66,7 +75,7 @@ class PixelDecoder(nn.Module):
     def __init__(self, channels: Sequence[int], feature_size: int, mask_feature_size: int) -> None:
         super().__init__()
         self.fpn = FeaturePyramid(channels, feature_size)
-        self.mask_projection = nn.Conv2d(feature_size, mask_feature_size, kernel_size=3, padding=1)
+        self.mask_projection = XavierConv2d(feature_size, mask_feature_size, kernel_size=3, padding=1)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         levels = self.fpn(features)
@@ -76,7 +85,7 @@ class PixelDecoder(nn.Module):
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     """3 x 3 convolution, group normalisation, ReLU."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+        XavierConv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
         nn.GroupNorm(NUM_GROUPS, out_channels),
         nn.ReLU(),
     )

@@ -7,7 +7,6 @@ Letters: B images, h x w feature map of the stage, C its channels, W windows in 
 positions in a window.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +19,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 SEPARATION = -100.0
+
+
+class SwinLinear(nn.Linear):
+    """A linear layer with the initialisation of Swin's authors."""
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class PatchProjection(nn.Module):
@@ -60,11 +68,16 @@ class WindowSelfAttention(nn.Module):
         self.num_heads = num_heads
         self.window_size = config.window_size
         self.dropout_probability = config.attention_probs_dropout_prob
-        self.query = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.key = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.value = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window_size - 1) ** 2, num_heads))
+        self.query = SwinLinear(dim, dim, bias=config.qkv_bias)
+        self.key = SwinLinear(dim, dim, bias=config.qkv_bias)
+        self.value = SwinLinear(dim, dim, bias=config.qkv_bias)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * self.window_size - 1) ** 2, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(self.window_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        init.copy_(self.relative_position_index, relative_position_index(self.window_size))
 
     def forward(self, windows: Tensor, separation: Tensor | None) -> Tensor:
         """Takes windows (B W, N, C) and the separation (W, N, N) of shifted windows; returns (B W, N, C)."""
@@ -88,7 +101,7 @@ class Projection(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, dropout: float) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_features, out_features)
+        self.dense = SwinLinear(in_features, out_features)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -154,7 +167,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = SwinLinear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -200,8 +213,13 @@ class UnusedNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.ones(dim))
-        self.register_buffer("bias", torch.zeros(dim))
+        self.register_buffer("weight", torch.empty(dim))
+        self.register_buffer("bias", torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class SwinTransformer(nn.Module):
@@ -274,22 +292,3 @@ def shift_separation(size: Sequence[int], window_size: int, shift: int, device: 
     region_map = (rows[:, None] * 3 + columns)[None, :, :, None]
     region = to_windows(region_map, window_size).squeeze(-1)  # (W, N)
     return (region[:, :, None] != region[:, None, :]) * SEPARATION
-
-
-def initialise_swin(module: nn.Module) -> None:
-    """The initialisation of Swin's authors; called by the model for each of its modules."""
-    if isinstance(module, WindowSelfAttention):
-        init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-        init.copy_(module.relative_position_index, relative_position_index(module.window_size))
-    elif isinstance(module, nn.Linear):
-        init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm | UnusedNorm):
-        init.ones_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-        if module.bias is not None:
-            bound = 1 / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.bias, -bound, bound)

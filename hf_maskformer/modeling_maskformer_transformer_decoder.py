@@ -15,6 +15,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from .modeling_maskformer_pixel_decoder import XavierConv2d
+
 
 @dataclass
 class TransformerModuleOutput(ModelOutput):
@@ -34,6 +36,31 @@ class TransformerModuleOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+class AttentionProjection(nn.Linear):
+    """A projection of an attention layer, initialised as in the paper's code: Xavier, bias 0.
+
+    Args:
+        dim: Width.
+        num_stacked: How many projections share one matrix there, whose bound is that of its whole shape.
+    """
+
+    def __init__(self, dim: int, num_stacked: int) -> None:
+        self.gain = math.sqrt(2 / (1 + num_stacked))
+        super().__init__(dim, dim)
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight, gain=self.gain)
+        nn.init.zeros_(self.bias)
+
+
+class FeedForwardLinear(nn.Linear):
+    """A layer of the feed-forward network: Xavier, as in the paper's code."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.weight)
+
+
 class Attention(nn.Module):
     """Multi-head attention whose queries and keys carry positions and whose values do not."""
 
@@ -41,10 +68,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads = config.decoder_attention_heads
-        self.q_proj = nn.Linear(config.d_model, config.d_model)
-        self.k_proj = nn.Linear(config.d_model, config.d_model)
-        self.v_proj = nn.Linear(config.d_model, config.d_model)
-        self.out_proj = nn.Linear(config.d_model, config.d_model)
+        self.q_proj = AttentionProjection(config.d_model, num_stacked=3)
+        self.k_proj = AttentionProjection(config.d_model, num_stacked=3)
+        self.v_proj = AttentionProjection(config.d_model, num_stacked=3)
+        self.out_proj = AttentionProjection(config.d_model, num_stacked=1)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
@@ -75,8 +102,8 @@ class TransformerDecoderLayer(GradientCheckpointingLayer):
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.encoder_attn = Attention(config)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1 = nn.Linear(config.d_model, config.decoder_ffn_dim)
-        self.fc2 = nn.Linear(config.decoder_ffn_dim, config.d_model)
+        self.fc1 = FeedForwardLinear(config.d_model, config.decoder_ffn_dim)
+        self.fc2 = FeedForwardLinear(config.decoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
         self.activation = ACT2FN[config.activation_function]
 
@@ -133,7 +160,7 @@ class TransformerModule(nn.Module):
         super().__init__()
         self.queries_embedder = nn.Embedding(config.num_queries, config.d_model)
         self.input_projection = (
-            nn.Conv2d(in_channels, config.d_model, kernel_size=1) if in_channels != config.d_model else None
+            XavierConv2d(in_channels, config.d_model, kernel_size=1) if in_channels != config.d_model else None
         )
         self.decoder = TransformerDecoder(config)
 

@@ -1,0 +1,61 @@
+"""Small random models and batches."""
+
+import torch
+from transformers import DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig
+
+from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
+
+NUM_LABELS = 4
+NUM_QUERIES = 6
+
+
+def resnet_config() -> ResNetConfig:
+    return ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1])
+
+
+def swin_config() -> SwinConfig:
+    return SwinConfig(embed_dim=8, depths=[2, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, drop_path_rate=0.0)
+
+
+def tiny_config(backbone: PreTrainedConfig | None = None, **fields: object) -> MaskFormerConfig:
+    decoder = DetrConfig(
+        d_model=16,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        num_queries=NUM_QUERIES,
+        dropout=0.0,
+    )
+    fields = {"fpn_feature_size": 32, "mask_feature_size": 16, **fields}
+    if "id2label" not in fields:
+        fields["num_labels"] = NUM_LABELS
+    return MaskFormerConfig(backbone_config=backbone or resnet_config(), decoder_config=decoder, **fields)
+
+
+def tiny_model(backbone: PreTrainedConfig | None = None, **fields: object) -> MaskFormerForInstanceSegmentation:
+    return MaskFormerForInstanceSegmentation(tiny_config(backbone, **fields))
+
+
+def tiny_batch(batch_size: int = 2, size: tuple[int, int] = (64, 96)) -> dict[str, torch.Tensor]:
+    """Random images, each with a segment on the left, one on the right and void between them; index map form."""
+    height, width = size
+    index_map = torch.full((batch_size, height, width), -1)
+    index_map[:, :, : width // 3] = 0
+    index_map[:, : height // 2, width // 2 :] = 1
+    return {
+        "pixel_values": torch.randn(batch_size, 3, height, width),
+        "mask_labels": index_map,
+        "class_labels": torch.tensor([[0, 2], [3, 1]]).repeat(batch_size, 1)[:batch_size],
+    }
+
+
+def as_mask_list(batch: dict[str, torch.Tensor]) -> dict[str, object]:
+    """The same batch with a list of float masks and labels per image, transformers' own form."""
+    labels = [image_labels[image_labels != -100] for image_labels in batch["class_labels"]]
+    masks = [
+        torch.stack([(index_map == segment).float() for segment in range(len(image_labels))])
+        if len(image_labels)
+        else torch.zeros(0, *index_map.shape)
+        for index_map, image_labels in zip(batch["mask_labels"], labels, strict=True)
+    ]
+    return {"pixel_values": batch["pixel_values"], "mask_labels": masks, "class_labels": labels}

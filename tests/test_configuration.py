@@ -1,0 +1,102 @@
+import copy
+import json
+
+import pytest
+import transformers
+from models import resnet_config, swin_config, tiny_config
+from transformers import DetrConfig, ResNetConfig
+
+from hf_maskformer import MaskFormerConfig
+
+
+def test_the_default_is_the_architecture_of_the_default_in_transformers():
+    ours, stock = MaskFormerConfig(), transformers.MaskFormerConfig()
+    for field in ("embed_dim", "depths", "num_heads", "window_size", "drop_path_rate", "image_size"):
+        assert getattr(ours.backbone_config, field) == getattr(stock.backbone_config, field)
+    for field in ("fpn_feature_size", "mask_feature_size", "mask_weight", "dice_weight", "no_object_weight"):
+        assert getattr(ours, field) == getattr(stock, field)
+    assert ours.decoder_config.to_dict() == stock.decoder_config.to_dict()
+
+
+def test_saved_json_is_read_back_equal(tmp_path):
+    config = tiny_config(swin_config(), deep_supervision=False, class_cost=2.0, id2label={0: "sky", 1: "road"})
+    config.save_pretrained(tmp_path)
+    assert MaskFormerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "maskformer"
+
+
+def test_transformers_reads_our_json_and_we_read_its(tmp_path):
+    tiny_config(id2label={0: "sky", 1: "road", 2: "car"}).save_pretrained(tmp_path / "ours")
+    stock = transformers.MaskFormerConfig.from_pretrained(tmp_path / "ours")
+    assert stock.id2label == {0: "sky", 1: "road", 2: "car"}
+    assert stock.decoder_config.d_model == 16
+    stock.save_pretrained(tmp_path / "stock")
+    ours = MaskFormerConfig.from_pretrained(tmp_path / "stock")
+    assert ours.backbone_config.hidden_sizes == resnet_config().hidden_sizes
+    assert ours.deep_supervision
+
+
+def test_nested_configurations_of_the_caller_are_never_changed():
+    backbone, decoder = ResNetConfig(), DetrConfig(auxiliary_loss=True)
+    dictionary = {"model_type": "swin", "depths": [2, 2, 6, 2]}
+    before = copy.deepcopy((backbone.to_dict(), decoder.to_dict(), dictionary))
+    config = MaskFormerConfig(backbone_config=backbone, decoder_config=decoder)
+    config.decoder_config.num_queries = 7
+    MaskFormerConfig(backbone_config=dictionary).backbone_config.depths.append(1)
+    assert (backbone.to_dict(), decoder.to_dict(), dictionary) == before
+
+
+def test_four_feature_maps_are_taken_from_a_backbone_that_names_none():
+    config = MaskFormerConfig(backbone_config=ResNetConfig())
+    assert config.backbone_config.out_features == ["stage1", "stage2", "stage3", "stage4"]
+
+
+def test_what_crashes_transformers_is_never_saved(tmp_path):
+    config = MaskFormerConfig(use_auxiliary_loss=True, decoder_config=DetrConfig(auxiliary_loss=True))
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["use_auxiliary_loss"] is False
+    assert saved["decoder_config"]["auxiliary_loss"] is False
+    assert saved["deep_supervision"] is True
+
+
+def test_matching_costs_follow_the_loss_weights_unless_set():
+    assert tiny_config(mask_weight=7.0).matching_costs == {"class_cost": 1.0, "mask_cost": 7.0, "dice_cost": 1.0}
+    assert tiny_config(mask_weight=7.0, mask_cost=0).matching_costs["mask_cost"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fpn_feature_size": 48}, "fpn_feature_size is 48, but must be a multiple of 32"),
+        ({"mask_feature_size": 0}, "mask_feature_size is 0, but must be at least 1"),
+        ({"mask_weight": -1.0}, "mask_weight is -1.0, but must be a finite number of at least 0"),
+        ({"no_object_weight": 0.0}, "no_object_weight is 0.0, but must be a finite number above 0"),
+        ({"class_cost": 0, "mask_cost": 0, "dice_cost": 0}, "class_cost, mask_cost and dice_cost are all 0"),
+        ({"use_auxiliary_loss": True, "deep_supervision": False}, "contradict each other"),
+        ({"id2label": {1: "road", 2: "car"}}, "id2label has the ids .1, 2.*0 to 1 without gaps"),
+        ({"id2label": {}}, "id2label is empty"),
+        ({"decoder_config": {"model_type": "bert"}}, "decoder_config is of type 'bert', but must be of type 'detr'"),
+        ({"decoder_config": {"model_type": "nonsense"}}, "decoder_config has model_type 'nonsense'"),
+        ({"decoder_config": 3}, "decoder_config is a int, but must be a configuration or its dictionary"),
+        ({"decoder_config": {"d_model": 30}}, "decoder_config.d_model is 30, but must be a multiple"),
+        ({"decoder_config": {"num_queries": 0}}, "decoder_config.num_queries is 0"),
+        ({"decoder_config": {"position_embedding_type": "learned"}}, "position_embedding_type is 'learned'"),
+        ({"backbone_config": {"hidden_sizes": [8]}}, "backbone_config has model_type None"),
+        (
+            {"backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage4"]}},
+            "backbone_config.out_features is .* takes 4 feature maps",
+        ),
+        ({"backbone_config": {"model_type": "swin", "num_heads": [3, 5, 12, 24]}}, r"num_heads\[1\] is 5"),
+        ({"backbone_config": {"model_type": "swin", "depths": [2, 2]}}, "has 4 stages"),
+        ({"backbone_config": {"model_type": "swin", "use_absolute_embeddings": True}}, "use_absolute_embeddings"),
+    ],
+)
+def test_what_no_model_can_have_fails_at_construction(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MaskFormerConfig(**fields)
+
+
+def test_a_field_of_the_wrong_type_is_named():
+    with pytest.raises(Exception, match="mask_weight"):
+        MaskFormerConfig(mask_weight="heavy")

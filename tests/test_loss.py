@@ -1,0 +1,183 @@
+import itertools
+import multiprocessing
+
+import pytest
+import torch
+from models import NUM_LABELS, as_mask_list, tiny_batch
+
+from hf_maskformer import MaskFormerLoss
+from hf_maskformer.loss_maskformer import assign, mask_losses, pairwise_mask_costs
+
+
+def random_logits(num_layers=2, batch_size=2, num_queries=6, size=(16, 24)):
+    return (
+        torch.randn(num_layers, batch_size, num_queries, NUM_LABELS + 1, requires_grad=True),
+        torch.randn(num_layers, batch_size, num_queries, *size, requires_grad=True),
+    )
+
+
+def labels_of(batch):
+    return batch["mask_labels"], batch["class_labels"]
+
+
+def test_a_perfect_prediction_costs_almost_nothing_and_a_wrong_one_much():
+    batch = tiny_batch(batch_size=1, size=(8, 12))
+    masks = as_mask_list(batch)["mask_labels"][0]
+    good_masks = torch.cat([masks * 40 - 20, torch.full((1, 8, 12), -20.0)])[None, None]
+    good_classes = torch.full((1, 1, 3, NUM_LABELS + 1), -20.0)
+    for query, label in enumerate([*batch["class_labels"][0].tolist(), NUM_LABELS]):
+        good_classes[0, 0, query, label] = 20.0
+    loss = MaskFormerLoss(NUM_LABELS)
+    assert loss(good_classes, good_masks, *labels_of(batch))[0] < 1e-3
+    assert loss(-good_classes, -good_masks, *labels_of(batch))[0] > 30
+
+
+def test_mask_losses_of_a_case_worked_out_by_hand():
+    """Two pixels, one inside; logits 0, so every probability is 1/2."""
+    focal, dice = mask_losses(torch.zeros(1, 1, 2), torch.tensor([[[True, False]]]), num_masks=2)
+    log_two = 0.6931472
+    assert focal.item() == pytest.approx((0.25 * 0.25 * log_two + 0.75 * 0.25 * log_two) / 2 / 2)
+    assert dice.item() == pytest.approx((1 - (2 * 0.5 + 1) / (1 + 1 + 1)) / 2)
+
+
+def test_matching_costs_are_the_losses_of_every_pair():
+    logits, masks = torch.randn(5, 12), torch.rand(3, 12) > 0.5
+    focal, dice = pairwise_mask_costs(logits, masks)
+    for query, segment in itertools.product(range(5), range(3)):
+        one = mask_losses(logits[query].view(1, 1, 12), masks[segment].view(1, 1, 12), num_masks=1)
+        assert focal[query, segment].item() == pytest.approx(one[0].item(), rel=1e-4)
+        assert dice[query, segment].item() == pytest.approx(one[1].item(), rel=1e-4)
+
+
+def test_the_assignment_is_the_cheapest_of_all():
+    cost = torch.rand(4, 3)
+    rows, columns = assign(cost)
+    cheapest = min(sum(cost[row, column] for column, row in enumerate(p)) for p in itertools.permutations(range(4), 3))
+    assert cost[rows, columns].sum().item() == pytest.approx(cheapest.item())
+
+
+def test_identical_segments_go_to_different_queries():
+    loss = MaskFormerLoss(NUM_LABELS)
+    masks = torch.ones(2, 4, 4)
+    ((queries, segments),) = loss.match(
+        torch.randn(1, 5, NUM_LABELS + 1), torch.randn(1, 5, 4, 4), [torch.tensor([1, 1])], [masks]
+    )
+    assert len(set(queries.tolist())) == 2
+    assert sorted(segments.tolist()) == [0, 1]
+
+
+def test_costs_that_are_not_finite_match_last_and_are_reported():
+    cost = torch.tensor([[float("nan"), 1.0], [2.0, float("inf")], [3.0, 3.0]])
+    with pytest.warns(UserWarning, match="2 of 6 matching costs are not finite"):
+        rows, columns = assign(cost)
+    assert dict(zip(rows.tolist(), columns.tolist(), strict=True)) == {0: 1, 1: 0}
+
+
+def test_more_segments_than_queries_leave_some_unmatched():
+    class_logits, mask_logits = random_logits(num_queries=3)
+    index_map = torch.arange(16 * 24).view(1, 16, 24).repeat(2, 1, 1) % 10
+    labels = torch.zeros(2, 10, dtype=torch.int64)
+    total, _ = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, index_map, labels)
+    total.backward()
+    assert total.isfinite()
+    assert mask_logits.grad.flatten(3).abs().sum(-1).gt(0).all()  # every query has a mask to learn
+
+
+def test_a_void_image_teaches_no_object_only():
+    class_logits, mask_logits = random_logits(num_layers=1)
+    void = torch.full((2, 16, 24), -1), torch.full((2, 2), -100)
+    total, terms = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, *void)
+    total.backward()
+    expected = -class_logits.log_softmax(-1)[..., -1].mean()
+    assert terms["loss_cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert terms["loss_mask"] == terms["loss_dice"] == 0
+    assert mask_logits.grad.abs().max() == 0
+
+
+def test_an_image_without_segments_beside_one_with_some():
+    batch = as_mask_list(tiny_batch(size=(16, 24)))
+    batch["mask_labels"][1] = torch.zeros(0, 16, 24)
+    batch["class_labels"][1] = torch.zeros(0, dtype=torch.int64)
+    class_logits, mask_logits = random_logits()
+    total, _ = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, *labels_of(batch))
+    total.backward()
+    assert mask_logits.grad[:, 0].abs().sum() > 0
+    assert mask_logits.grad[:, 1].abs().sum() == 0
+
+
+def test_both_forms_of_targets_give_the_same_loss_with_different_numbers_of_segments():
+    batch = tiny_batch(size=(16, 24))
+    batch["mask_labels"][0][batch["mask_labels"][0] == 1] = -1
+    batch["class_labels"][0, 1] = -100
+    logits, loss = random_logits(), MaskFormerLoss(NUM_LABELS)
+    index_form = loss(*logits, *labels_of(batch))[1]
+    list_form = loss(*logits, *labels_of(as_mask_list(batch)))[1]
+    assert {name: term.item() for name, term in index_form.items()} == {
+        name: term.item() for name, term in list_form.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.float64])
+def test_masks_of_any_type_mean_the_same(dtype):
+    batch, logits, loss = as_mask_list(tiny_batch(size=(16, 24))), random_logits(), MaskFormerLoss(NUM_LABELS)
+    expected = loss(*logits, *labels_of(batch))[0].item()
+    batch["mask_labels"] = [masks.to(dtype) for masks in batch["mask_labels"]]
+    assert loss(*logits, *labels_of(batch))[0].item() == expected
+
+
+def test_half_precision_logits_give_a_finite_loss():
+    batch = tiny_batch(batch_size=1, size=(512, 512))
+    class_logits, mask_logits = (logits.half() * 10 for logits in random_logits(1, 1, 6, (128, 128)))
+    assert MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, *labels_of(batch))[0].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.update(class_labels=b["class_labels"] + 2), r"Image 0 has the class labels \[2, 4\].*4 classes"),
+        (lambda b: b.update(mask_labels=b["mask_labels"] + 3), "mask_labels point to segment 4.*has 2 class_labels"),
+        (lambda b: b.update(class_labels=b["class_labels"][:1]), "mask_labels are of 2 images, but class_labels of 1"),
+        (
+            lambda b: b.update(mask_labels=b["mask_labels"][:1], class_labels=b["class_labels"][:1]),
+            "labels are of 1 images, but the batch has 2",
+        ),
+        (
+            lambda b: b.update(mask_labels=[torch.ones(3, 16, 24)] * 2, class_labels=[torch.tensor([0, 1])] * 2),
+            "Image 0 has 3 masks, but 2 labels",
+        ),
+        (lambda b: b.update(size=(8, 8)), "up to 16 x 24 pixels, but the padded images have 8 x 8"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(change, message):
+    batch = tiny_batch(size=(16, 24))
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch), size=batch.get("size"))
+
+
+def _loss_of_one_process(rank, port, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    class_logits, mask_logits = random_logits(1)
+    mask_labels, class_labels = labels_of(as_mask_list(tiny_batch(size=(16, 24))))
+    if rank == 1:  # one process has 4 segments, the other 1
+        mask_labels = [mask_labels[0][:1], mask_labels[1][:0]]
+        class_labels = [class_labels[0][:1], class_labels[1][:0]]
+    _, terms = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, mask_labels, class_labels)
+    torch.distributed.destroy_process_group()
+    _, alone = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, mask_labels, class_labels)
+    queue.put((rank, terms["loss_mask"].item(), alone["loss_mask"].item()))
+
+
+def test_the_number_of_masks_is_averaged_over_processes():
+    """4 and 1 segments: both processes divide by 2.5, so that their mean is the loss of the one big batch."""
+    context = multiprocessing.get_context("spawn")
+    queue, port = context.Queue(), 29500 + torch.randint(1000, (1,)).item()
+    processes = [context.Process(target=_loss_of_one_process, args=(rank, port, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    results = sorted(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    for (_, distributed, alone), num_masks in zip(results, (4, 1), strict=True):
+        assert distributed == pytest.approx(alone * num_masks / 2.5, rel=1e-5)
