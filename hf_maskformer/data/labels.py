@@ -1,0 +1,137 @@
+"""The classes of a data set: their names, which pixels are ignored, and how label files number them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+FIELDS_OF_CLASSES_JSON = ("id2label", "ignore_index", "do_reduce_labels", "thing_ids", "palette")
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """What the pixel values of a data set's segmentation maps mean.
+
+    Attributes:
+        id2label: name of each class; its ids are 0 to K - 1.
+        ignore_index: value, in the files, of pixels that belong to no class. Neither trained nor scored.
+        do_reduce_labels: the files number the classes from 1, and 0 is ignored too. The ids here are those after
+            the reduction: pixel value 1 is class 0.
+        thing_ids: classes with countable instances; the others are stuff. Empty where the data set does not say.
+
+    Raises:
+        ValueError: ids have gaps, a name is no string, `thing_ids` has an unknown class, or `ignore_index` is also
+            the value of a class.
+    """
+
+    id2label: dict[int, str]
+    ignore_index: int = 255
+    do_reduce_labels: bool = False
+    thing_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if not self.id2label or set(self.id2label) != set(range(self.num_labels)):
+            ids = shorten(sorted(self.id2label)) or "(none)"
+            raise ValueError(
+                f"id2label has the ids {ids}, but ids must be 0 to K - 1 without gaps. Renumber the classes and their "
+                "pixels."
+            )
+        unknown = sorted(set(self.thing_ids) - set(self.id2label))
+        if unknown:
+            raise ValueError(f"thing_ids names {shorten(unknown)}, which id2label does not have. Remove them.")
+        if 0 <= self.ignore_index <= self._highest_value:
+            raise ValueError(
+                f"ignore_index {self.ignore_index} is also the pixel value of a class (0 to {self._highest_value}"
+                f"{', after 0 = ignored' if self.do_reduce_labels else ''}). Set it to a value above, such as 65535, "
+                "or take the ignored class out of id2label."
+            )
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Reads a `classes.json`.
+
+        The file holds `{"id2label": {"0": "sky", ...}}` and optionally `ignore_index`, `do_reduce_labels`,
+        `thing_ids` and `palette` (unused here). Raises FileNotFoundError or ValueError, both naming the file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'{path} does not exist. Write the classes there, as {{"id2label": {{"0": "sky", "1": "road"}}}}.'
+            )
+        try:
+            # Editors on Windows put a byte order mark in front, which plain utf-8 would not read.
+            return cls(**_fields(json.loads(path.read_text(encoding="utf-8-sig"))))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes, K."""
+        return len(self.id2label)
+
+    @property
+    def _highest_value(self) -> int:
+        return self.num_labels - 1 + int(self.do_reduce_labels)
+
+    def class_map(self, segmentation_map: np.ndarray) -> np.ndarray:
+        """Turns pixel values as in the files into class ids.
+
+        Takes (H, W) integers, returns (H, W) int64 with 0 to K - 1, and `ignore_index` where there is no class.
+        """
+        values = segmentation_map.astype(np.int64)
+        if not self.do_reduce_labels:
+            return values
+        return np.where((values == 0) | (values == self.ignore_index), self.ignore_index, values - 1)
+
+    def unknown_values(self, values: np.ndarray) -> list[int]:
+        """Lists the distinct pixel values, as in the files, that are neither a class nor ignored, ascending."""
+        values = np.unique(values)
+        is_known = ((values >= 0) & (values <= self._highest_value)) | (values == self.ignore_index)
+        return values[~is_known].tolist()
+
+    def _check_types(self) -> None:
+        for label_id, label in self.id2label.items():
+            if not _is_integer(label_id) or not isinstance(label, str):
+                raise ValueError(f"id2label maps {label_id!r} to {label!r}; it must map integers to names.")
+        if not _is_integer(self.ignore_index):
+            raise ValueError(f"ignore_index is {self.ignore_index!r}; it must be an integer.")
+        if not isinstance(self.do_reduce_labels, bool):
+            raise ValueError(f"do_reduce_labels is {self.do_reduce_labels!r}; it must be true or false.")
+        if not all(_is_integer(thing_id) for thing_id in self.thing_ids):
+            raise ValueError(f"thing_ids is {list(self.thing_ids)!r}; it must be a list of class ids.")
+
+
+def _fields(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict) or not isinstance(content.get("id2label"), dict):
+        raise ValueError('there is no object "id2label". Write it as {"id2label": {"0": "sky", "1": "road"}}.')
+    # A misspelt field would be lost in silence, and the labels read with another meaning.
+    unknown = sorted(set(content) - set(FIELDS_OF_CLASSES_JSON))
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(FIELDS_OF_CLASSES_JSON)}.")
+    fields = {name: value for name, value in content.items() if name != "palette"}
+    fields["id2label"] = {_to_id(key): label for key, label in content["id2label"].items()}
+    if not isinstance(content.get("thing_ids", []), list):
+        raise ValueError(f"thing_ids is {content['thing_ids']!r}; it must be a list of class ids.")
+    fields["thing_ids"] = tuple(content.get("thing_ids", []))
+    return fields
+
+
+def _to_id(key: str) -> int:
+    # int() alone would also take "1_0" and "01", which then replace another class.
+    if not key.isdecimal() or str(int(key)) != key:
+        raise ValueError(f'id2label has the key "{key}"; keys are class ids, "0" to "K - 1".')
+    return int(key)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def shorten(values: Iterable[object], limit: int = 5) -> str:
+    """Lists the first values for a message, and their number where there are more."""
+    listed = [str(value) for value in values]
+    return ", ".join(listed[:limit]) + (f", ... ({len(listed)} in all)" if len(listed) > limit else "")

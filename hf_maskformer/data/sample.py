@@ -1,0 +1,89 @@
+"""The sample form that every data reader delivers, and how stored images become one."""
+
+import io
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# 1 bit, 8 bit, 8 bit with a palette (whose indices are the labels), 16 bit in three byte orders, 32 bit.
+MODES_OF_SEGMENTATION_MAPS = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")
+
+
+class Sample(TypedDict):
+    """One labelled image.
+
+    `segmentation_map` is (H, W) integers, with H and W of `image` (RGB). Its pixels are labels as in the files
+    (before `do_reduce_labels`) or, where `instance_id_to_semantic_id` is given, ids which that table maps to labels.
+    `name` identifies the sample in messages and in names of written files.
+    """
+
+    image: Image.Image
+    segmentation_map: np.ndarray
+    name: str
+    instance_id_to_semantic_id: NotRequired[dict[int, int]]
+
+
+def load_image(path: Path) -> Image.Image:
+    """Reads and decodes an image file completely, or raises a ValueError that names it."""
+    try:
+        # From memory, so that no handle stays open in a long-lived worker, whatever the format.
+        image = Image.open(io.BytesIO(path.read_bytes()))
+        image.load()
+    # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as an image ({error}). Replace the file, or remove image and label file."
+        ) from error
+    return image
+
+
+def make_sample(name: str, image: Image.Image, label_image: Image.Image, image_source: str, map_source: str) -> Sample:
+    """Builds a sample from an image and its label map as they are stored.
+
+    `image_source` and `map_source` say in error messages where the two come from. Raises a ValueError if the label
+    map has several channels, the image more than 8 bits per channel, or if their sizes differ.
+    """
+    segmentation_map = _to_segmentation_map(label_image, map_source)
+    image = _to_rgb(_orient(image, label_image.size), image_source)
+    check_sizes(image, segmentation_map, image_source, map_source)
+    return {"image": image, "segmentation_map": segmentation_map, "name": name}
+
+
+def check_sizes(image: Image.Image, segmentation_map: np.ndarray, image_source: str, map_source: str) -> None:
+    """Raises a ValueError unless the map has one pixel for each of the image."""
+    if segmentation_map.shape != (image.height, image.width):
+        raise ValueError(
+            f"{map_source} is {' x '.join(map(str, segmentation_map.shape))} (height x width), but its image "
+            f"{image_source} is {image.height} x {image.width}. Export both at the same size."
+        )
+
+
+def _orient(image: Image.Image, map_size: tuple[int, int]) -> Image.Image:
+    # Cameras store a turned picture as an EXIF tag on the sensor's grid. Annotation tools draw on the upright
+    # picture, so the tag is applied; but some data sets hold maps on the stored grid, and then the sizes of a
+    # quarter turn tell. Where both grids fit (square images, half turns), upright is by far the more common.
+    # Map files are taken as they are: what writes them sets no such tag.
+    upright = ImageOps.exif_transpose(image)
+    return image if upright.size != map_size and image.size == map_size else upright
+
+
+def _to_rgb(image: Image.Image, source: str) -> Image.Image:
+    # Pillow would clip these to 0..255, which leaves an almost white picture.
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{source} has more than 8 bits per channel (mode {image.mode}). Scale it to 8 bits, in the way that "
+            "suits its content, and store it as RGB."
+        )
+    return image.convert("RGB")
+
+
+def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:
+    if image.mode not in MODES_OF_SEGMENTATION_MAPS:
+        raise ValueError(
+            f"{source} has mode {image.mode} ({', '.join(image.getbands())}), but a segmentation map has one integer "
+            "channel that holds the class of each pixel. Convert its colours to class indices."
+        )
+    # uint16 has hardly any operators in torch, hence int32 for whatever exceeds 8 bits.
+    return np.array(image, dtype=np.uint8 if image.mode in ("1", "L", "P") else np.int32)

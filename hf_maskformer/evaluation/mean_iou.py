@@ -1,0 +1,151 @@
+"""Mean intersection over union of semantic segmentation, from one streaming confusion matrix."""
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SegmentationMap: TypeAlias = Tensor | np.ndarray | Image.Image
+
+
+class MeanIoU:
+    """Mean IoU, mean and overall pixel accuracy, and the figures of each class, over any number of images.
+
+    Keeps counts only, so memory does not grow with the images. Has the calls of `evaluate`'s metrics: `add_batch`
+    (or `add`) for the images, then `compute`, after which counting starts anew. Classes that the references never
+    show are left out of the means.
+
+    A predicted pixel counts by its reference: where that is `ignore_index` it is not counted at all; elsewhere
+    a prediction that is no class (void, `ignore_index`, outside 0 to K - 1) is wrong for the reference's class and
+    charged to no other.
+
+    Args:
+        num_labels: number of classes, K.
+        ignore_index: label of reference pixels that are not counted.
+
+    Attributes:
+        confusion_matrix: (K, K + 1) int64 on the device of the inputs. Row: class of the reference; column: predicted
+            class, the last one for no class.
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int = 255) -> None:
+        if num_labels < 1:
+            raise ValueError(f"num_labels is {num_labels}; it must be at least 1.")
+        self.num_labels = num_labels
+        self.ignore_index = ignore_index
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        self.confusion_matrix = torch.zeros(self.num_labels, self.num_labels + 1, dtype=torch.int64)
+
+    def add(self, *, prediction: SegmentationMap, reference: SegmentationMap) -> None:
+        """Counts one image.
+
+        Both are (H, W) integers, as tensor, array or single-channel PIL image; the reference holds 0 to K - 1 and
+        `ignore_index`. Raises a ValueError if their shapes differ, values are no integers or a reference label is
+        no class.
+        """
+        predicted = _to_tensor(prediction, "prediction")
+        expected = _to_tensor(reference, "reference").to(predicted.device)
+        if predicted.shape != expected.shape:
+            raise ValueError(
+                f"The prediction has the shape {tuple(predicted.shape)}, its reference {tuple(expected.shape)}. "
+                "Resize the prediction to the reference's size."
+            )
+        counts = self._count(predicted, expected)
+        self.confusion_matrix = self.confusion_matrix.to(counts.device) + counts
+
+    def add_batch(self, *, predictions: Iterable[SegmentationMap], references: Iterable[SegmentationMap]) -> None:
+        """Counts several images, whose sizes may differ. See `add`."""
+        predictions, references = list(predictions), list(references)
+        if len(predictions) != len(references):
+            raise ValueError(f"There are {len(predictions)} predictions for {len(references)} references.")
+        for prediction, reference in zip(predictions, references, strict=True):
+            self.add(prediction=prediction, reference=reference)
+
+    def merge(self, other: "MeanIoU") -> None:
+        """Adds the counts of another metric, for instance of another process."""
+        if (self.num_labels, self.ignore_index) != (other.num_labels, other.ignore_index):
+            raise ValueError(
+                f"The metrics count differently: num_labels {self.num_labels} and {other.num_labels}, ignore_index "
+                f"{self.ignore_index} and {other.ignore_index}."
+            )
+        self.confusion_matrix = self.confusion_matrix + other.confusion_matrix.to(self.confusion_matrix.device)
+
+    def compute(self) -> dict[str, Any]:
+        """Gives the figures as fractions in 0 to 1, and starts anew.
+
+        Returns `mean_iou`, `mean_accuracy`, `overall_accuracy` (share of pixels that are right) and
+        `frequency_weighted_iou` (weighted by pixels in the references) as floats, and `per_category_iou` and
+        `per_category_accuracy` as float64 arrays (K,), NaN for a class that the references do not show.
+        Raises a ValueError if no pixel was counted.
+        """
+        matrix = self.confusion_matrix.cpu().numpy()
+        if not matrix.any():
+            raise ValueError(
+                "No labelled pixel was counted since the start or the last compute(). Call add_batch() first, and "
+                "see that the references are not ignore_index throughout."
+            )
+        self.reset()
+        return summarise(matrix)
+
+    def _count(self, predicted: Tensor, expected: Tensor) -> Tensor:
+        # Nothing is selected by a mask and the numbers are 32 bits wide: both make this several times faster.
+        # -1 and K stand for what lies below and above the classes; K + 1 in the references for what is ignored.
+        num_labels = self.num_labels
+        is_ignored = expected == self.ignore_index
+        rows = expected.clamp(-1, num_labels).int().masked_fill_(is_ignored, num_labels + 1) + 1
+        columns = predicted.clamp(-1, num_labels).int() + 1
+        pairs = rows * (num_labels + 2) + columns
+        shape = (num_labels + 3, num_labels + 2)
+        counts = torch.bincount(pairs.flatten(), minlength=shape[0] * shape[1]).view(shape)
+        if counts[0].any() or counts[num_labels + 1].any():
+            raise ValueError(self._describe_unknown(expected[~is_ignored]))
+        is_class = slice(1, num_labels + 1)
+        no_class = counts[is_class, :1] + counts[is_class, num_labels + 1 :]
+        return torch.cat([counts[is_class, is_class], no_class], dim=1)
+
+    def _describe_unknown(self, expected: Tensor) -> str:
+        unknown = expected[(expected < 0) | (expected >= self.num_labels)][0]
+        return (
+            f"A reference contains label {int(unknown)}, but there are {self.num_labels} labels (0 to "
+            f"{self.num_labels - 1}) and ignore_index is {self.ignore_index}. Set num_labels and ignore_index to those "
+            "of the data set, and reduce its labels first if they count from 1."
+        )
+
+
+def summarise(confusion_matrix: np.ndarray) -> dict[str, Any]:
+    """Gives the figures of `MeanIoU.compute` for a confusion matrix (K, K + 1) with at least one count."""
+    num_labels = len(confusion_matrix)
+    right = confusion_matrix.diagonal()
+    expected = confusion_matrix.sum(axis=1)
+    union = expected + confusion_matrix[:, :num_labels].sum(axis=0) - right
+    is_present = expected > 0
+    iou = np.divide(right, union, out=np.full(num_labels, np.nan), where=is_present)
+    accuracy = np.divide(right, expected, out=np.full(num_labels, np.nan), where=is_present)
+    return {
+        "mean_iou": float(iou[is_present].mean()),
+        "mean_accuracy": float(accuracy[is_present].mean()),
+        "overall_accuracy": float(right.sum() / expected.sum()),
+        "frequency_weighted_iou": float((iou * expected)[is_present].sum() / expected.sum()),
+        "per_category_iou": iou,
+        "per_category_accuracy": accuracy,
+    }
+
+
+def _to_tensor(segmentation_map: SegmentationMap, role: str) -> Tensor:
+    if not isinstance(segmentation_map, Tensor):
+        array = np.asarray(segmentation_map)
+        if array.dtype.kind not in "biu":
+            raise ValueError(f"The {role} holds {array.dtype}, but class ids are integers.")
+        # A copy, since torch warns of arrays that it may not write to, such as those of PIL images.
+        segmentation_map = torch.from_numpy(array.astype(np.int32 if array.itemsize < 4 else np.int64))
+    if segmentation_map.is_floating_point() or segmentation_map.is_complex():
+        raise ValueError(
+            f"The {role} holds {segmentation_map.dtype}, but class ids are integers. Take the argmax first."
+        )
+    return segmentation_map.to(torch.int32 if segmentation_map.element_size() < 4 else torch.int64)

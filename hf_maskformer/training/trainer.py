@@ -1,0 +1,151 @@
+"""`Trainer` with the paper's parameter groups, its loss terms in the log and evaluation by mean IoU."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from ..evaluation.semantic import evaluate_semantic
+
+BACKBONE = "pixel_level_module.encoder."
+# Never decayed, as in the paper's code: norms, embeddings, Swin's position bias.
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+UNDECAYED_NAMES = ("relative_position_bias_table",)
+
+
+@dataclass
+class MaskFormerTrainingArguments(TrainingArguments):
+    """`TrainingArguments` whose defaults are the paper's recipe for a ResNet-50.
+
+    AdamW with learning rate 1e-4 and weight decay 1e-4, a tenth of the learning rate for the backbone, the gradient of
+    the whole model clipped to norm 0.01, and a learning rate that falls to 0 as (1 - step / steps)^0.9. For a Swin
+    backbone the paper takes learning_rate 6e-5, weight_decay 0.01 and backbone_learning_rate_factor 1.
+    """
+
+    backbone_learning_rate_factor: float = field(
+        default=0.1, metadata={"help": "The backbone's learning rate as a fraction of learning_rate."}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Weight decay of AdamW; norms and embeddings have none."}
+    )
+    max_grad_norm: float = field(default=0.01, metadata={"help": "Norm to which the whole gradient is clipped."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Shape of the learning rate's decay."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the scheduler; for 'polynomial' default power 0.9, end 0."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be false: the samples' fields are what the collator reads."}
+    )
+    metric_for_best_model: str | None = field(
+        default="mean_iou", metadata={"help": "Metric that decides which checkpoint is the best."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns must be False: Trainer would remove image and segmentation_map from the samples."
+            )
+        super().__post_init__()
+        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+
+
+class MaskFormerTrainer(Trainer):
+    """Thin subclass of `Trainer`; the model also trains with `Trainer` itself.
+
+    What differs: the optimiser's parameter groups (`parameter_groups`), every loss term by name in the log, and
+    `evaluate`, which gives the mean IoU at the resolution of the ground truth without ever gathering masks. Pass the
+    image processor as `processing_class` and data sets of samples (see `hf_maskformer.data.sample.Sample`).
+    """
+
+    args: MaskFormerTrainingArguments
+    processing_class: Any
+    eval_dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loss_terms: dict[str, Tensor] = {}
+        self._num_loss_terms = 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Builds the optimiser that the arguments name, over `parameter_groups`."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(
+                model, self.args.learning_rate, self.args.weight_decay, self.args.backbone_learning_rate_factor
+            )
+            self.optimizer = optimizer_class(groups, **optimizer_kwargs)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss; its terms are remembered for the next line of the log."""
+        outputs = model(**inputs)
+        if model.training:
+            for name, term in outputs.loss_dict.items():
+                self._loss_terms[name] = self._loss_terms.get(name, 0.0) + term
+            self._num_loss_terms += 1
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every loss term since the last line that reported the loss, over all processes."""
+        if "loss" in logs and self._num_loss_terms:
+            means = torch.stack(list(self._loss_terms.values())) / self._num_loss_terms
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs |= {name: round(mean, 4) for name, mean in zip(self._loss_terms, means.tolist(), strict=True)}
+            self._loss_terms, self._num_loss_terms = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluates semantic segmentation by `evaluate_semantic`.
+
+        Returns:
+            `eval_mean_iou`, `eval_mean_accuracy`, `eval_overall_accuracy` and `eval_frequency_weighted_iou`, fractions
+            in 0 to 1, for another `metric_key_prefix` under that.
+        """
+        figures = evaluate_semantic(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            autocast=self.accelerator.autocast(),
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items() if isinstance(value, float)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, backbone_learning_rate_factor: float
+) -> list[dict[str, Any]]:
+    """Splits the trainable parameters into backbone and the rest, each with and without weight decay.
+
+    Norms, embeddings and Swin's position bias are not decayed; biases of other layers are, as in the paper's code.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                is_decayed = not isinstance(module, (*NORMS, nn.Embedding)) and name not in UNDECAYED_NAMES
+                groups.setdefault((BACKBONE in f"{module_name}.", is_decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (backbone_learning_rate_factor if is_backbone else 1.0),
+            "weight_decay": weight_decay if is_decayed else 0.0,
+        }
+        for (is_backbone, is_decayed), parameters in groups.items()
+    ]
