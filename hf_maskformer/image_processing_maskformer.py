@@ -216,7 +216,7 @@ def resize_image(image: Tensor, size: Size, resample: int) -> Tensor:
 
 def resize_nearest(pixels: Tensor, size: Size) -> Tensor:
     """Resizes (..., h, w) of any type to (..., H, W): each pixel takes the value at its centre, as in PIL."""
-    for axis, length in ((-2, size[0]), (-1, size[1])):
+    for axis, length in ((-1, size[1]), (-2, size[0])):
         if pixels.shape[axis] != length:
             step = pixels.shape[axis] / length
             # Summed up step by step as PIL does, so that a centre between two pixels falls on the same side.

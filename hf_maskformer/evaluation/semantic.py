@@ -1,6 +1,6 @@
 """Evaluates semantic segmentation at the resolution of the ground truth, one batch at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ def evaluate_semantic(
     *,
     batch_size: int = 1,
     num_workers: int = 0,
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Predicts every sample, enlarges the prediction to its ground truth and counts.
 
@@ -40,7 +40,7 @@ def evaluate_semantic(
         dataset: samples with their `labels`; the references have original size.
         batch_size: images in a batch, of each process.
         num_workers: worker processes that read and prepare.
-        autocast: context of the forward pass, for mixed precision.
+        autocast: makes the context of each forward pass, for mixed precision.
 
     Returns:
         The figures of `MeanIoU.compute`.
@@ -56,7 +56,7 @@ def evaluate_semantic(
     was_training = model.training
     model.eval()
     for batch, references in tqdm(loader, desc="Evaluating", unit="batch", disable=not state.is_local_main_process):
-        with autocast or nullcontext():
+        with autocast():
             outputs = model(
                 pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype),
                 pixel_mask=batch["pixel_mask"].to(parameter.device),

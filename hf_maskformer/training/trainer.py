@@ -120,7 +120,7 @@ class MaskFormerTrainer(Trainer):
             self.eval_dataset if eval_dataset is None else eval_dataset,
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
-            autocast=self.accelerator.autocast(),
+            autocast=self.accelerator.autocast,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items() if isinstance(value, float)}
         self.log(dict(metrics))

@@ -1,0 +1,247 @@
+"""Pictures of segmentations: overlays on the photograph and titled panels side by side, drawn with Pillow alone."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+Color = tuple[int, int, int]
+
+MIN_PANEL_SIDE = 320
+MARGIN = 12
+INK: Color = (30, 30, 30)
+PAPER: Color = (255, 255, 255)
+
+
+def label_colors(num_labels: int) -> np.ndarray:
+    """Gives one colour per label, (num_labels, 3) uint8, that does not depend on how many labels there are.
+
+    Each colour is the one that looks least like those before it, so that the first few, which most pictures need, are
+    the furthest apart. From 1,000 labels on the colours repeat.
+    """
+    candidates = _vivid_colors()
+    looks = _oklab(candidates)
+    chosen = [0]
+    gaps = np.full(len(looks), np.inf)
+    while len(chosen) < min(num_labels, 1000):
+        gaps = np.minimum(gaps, np.square(looks - looks[chosen[-1]]).sum(1))
+        chosen.append(int(gaps.argmax()))
+    return candidates[np.resize(chosen, num_labels)]
+
+
+def _vivid_colors() -> np.ndarray:
+    """The RGB grid without greys, near-black, near-white and glaring colours; a blue comes first."""
+    grid = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    lightness, green_red, blue_yellow = _oklab(grid).T
+    chroma = np.hypot(green_red, blue_yellow)
+    vivid = grid[(lightness > 0.45) & (lightness < 0.92) & (chroma > 0.09) & (chroma < 0.23)]
+    start = np.abs(vivid - np.array([51, 119, 221])).sum(1).argmin()
+    return np.roll(vivid, -start, axis=0).astype(np.uint8)
+
+
+def _oklab(colors: np.ndarray) -> np.ndarray:
+    """Converts sRGB (N, 3), 0 to 255, to Oklab, where distances follow what the eye sees (Ottosson, 2020)."""
+    scaled = colors / 255
+    linear = np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
+    cones = linear @ np.array(
+        [
+            [0.41222147, 0.21190350, 0.08830246],
+            [0.53633254, 0.68069955, 0.28171884],
+            [0.05144599, 0.10739696, 0.62997870],
+        ]
+    )
+    return np.cbrt(cones) @ np.array(
+        [
+            [0.21045426, 1.97799850, 0.02590404],
+            [0.79361779, -2.42859221, 0.78277177],
+            [-0.00407205, 0.45059371, -0.80867577],
+        ]
+    )
+
+
+def draw_segmentation(
+    image: Image.Image,
+    segmentation_map: npt.ArrayLike,
+    id2label: Mapping[int, str],
+    *,
+    palette: np.ndarray | None = None,
+    alpha: float = 0.55,
+    ignore_index: int = 255,
+    segments: Sequence[Mapping[str, Any]] | None = None,
+) -> Image.Image:
+    """Lays the colours of a segmentation over its image in grey, with a thin border around every segment.
+
+    Args:
+        image: the picture, (H, W).
+        segmentation_map: (H, W) integers. Label ids, where `ignore_index` leaves the image as it is; or, with
+            `segments`, segment ids, where 0 and below do.
+        id2label: names of the labels by id.
+        palette: one colour per label id, (num_labels, 3) 0 to 255; by default `label_colors`.
+        alpha: opacity of the colours, 0 to 1.
+        ignore_index: value of unlabelled pixels in a map of label ids.
+        segments: `segments_info` of panoptic post-processing: dicts with `id` and `label_id`. Segments of one label
+            get slightly different shades.
+
+    Returns:
+        An RGB image of the same size.
+
+    Raises ValueError if sizes differ, the map holds an id without a label, or the palette is too short.
+    """
+    ids = np.asarray(segmentation_map)
+    if ids.shape != (image.height, image.width):
+        raise ValueError(
+            f"The segmentation map is {ids.shape}, but the image is {(image.height, image.width)}; resize one."
+        )
+    colors = _label_palette(id2label, palette)
+    if segments is None:
+        shades, labelled = {label: colors[label] for label in id2label}, ids != ignore_index
+    else:
+        shades, labelled = _segment_shades(segments, colors), ids > 0
+    unknown = np.setdiff1d(ids[labelled], list(shades))
+    if unknown.size:
+        remedy = "add it to id2label, or pass it as ignore_index" if segments is None else "add it to segments"
+        raise ValueError(f"The segmentation map contains id {unknown[0]}, which has no label; {remedy}.")
+    return _overlay(image, ids, labelled, shades, alpha)
+
+
+def _label_palette(id2label: Mapping[int, str], palette: np.ndarray | None) -> np.ndarray:
+    num_labels = max(id2label, default=-1) + 1
+    if palette is None:
+        return label_colors(num_labels)
+    if len(palette) < num_labels:
+        raise ValueError(f"The palette has {len(palette)} colours, but id2label goes up to {num_labels - 1}.")
+    return np.asarray(palette)
+
+
+def _segment_shades(segments: Sequence[Mapping[str, Any]], colors: np.ndarray) -> dict[int, np.ndarray]:
+    """The colour of each segment by id: that of its label, lighter or darker from the second segment of a label on."""
+    seen: Counter[int] = Counter()
+    shades = {}
+    for segment in segments:
+        label = segment["label_id"]
+        if not 0 <= label < len(colors):
+            raise ValueError(f"Segment {segment['id']} has label {label}, but id2label goes up to {len(colors) - 1}.")
+        towards, share = ((0, 0.0), (255, 0.3), (0, 0.25), (255, 0.5), (0, 0.4))[seen[label] % 5]
+        shades[segment["id"]] = colors[label] * (1 - share) + towards * share
+        seen[label] += 1
+    return shades
+
+
+def _overlay(
+    image: Image.Image, ids: np.ndarray, labelled: np.ndarray, shades: Mapping[int, np.ndarray], alpha: float
+) -> Image.Image:
+    pixels = np.asarray(image.convert("RGB")).astype(np.float32)
+    values, places = np.unique(ids, return_inverse=True)
+    table = np.array([shades.get(int(value), np.zeros(3)) for value in values], dtype=np.float32)
+    colors = table[places.reshape(ids.shape)]
+    # Over grey, a label keeps the hue that the legend shows, whatever colours the photograph has.
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    pixels[labelled] = (grey + alpha * (colors - grey))[labelled]
+    # Darker than its own colour: a border then shows beside any neighbour.
+    edge = labelled & _borders(ids, width=max(1, min(ids.shape) // 400))
+    pixels[edge] = 0.45 * colors[edge]
+    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+
+
+def _borders(ids: np.ndarray, width: int) -> np.ndarray:
+    """True where an id differs from one at most `width` pixels above, below, left or right, (H, W)."""
+    borders = np.zeros(ids.shape, dtype=bool)
+    for step in range(1, width + 1):
+        for here, there in ((np.s_[step:], np.s_[:-step]), (np.s_[:, step:], np.s_[:, :-step])):
+            changes = ids[here] != ids[there]
+            borders[here] |= changes
+            borders[there] |= changes
+    return borders
+
+
+def legend_labels(
+    label_ids: npt.ArrayLike, id2label: Mapping[int, str], *, palette: np.ndarray | None = None
+) -> list[tuple[str, Color]]:
+    """Gives name and colour of each label that occurs in `label_ids` (any shape) and in `id2label`, in id order.
+
+    Pass `palette` as to `draw_segmentation`; ids without a name, such as the one for unlabelled pixels, are left out.
+    """
+    colors = _label_palette(id2label, palette)
+    occurring = [int(label) for label in np.unique(np.asarray(label_ids)) if int(label) in id2label]
+    return [(id2label[label], _color(colors[label])) for label in occurring]
+
+
+def _color(values: np.ndarray) -> Color:
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue
+
+
+def draw_comparison(
+    image: Image.Image, panels: Sequence[tuple[str, Image.Image]], labels: Sequence[tuple[str, Color]]
+) -> Image.Image:
+    """Lays out the input image and titled pictures of it side by side, with a legend underneath.
+
+    Args:
+        image: the input, shown first.
+        panels: titles and pictures, for instance ground truth and prediction, all of the size of `image`.
+        labels: names and colours for the legend, as `legend_labels` gives them.
+
+    Returns:
+        An RGB image. Small pictures are enlarged by a whole factor so that titles fit; large ones keep their size.
+
+    Raises ValueError if a panel differs in size from `image`.
+    """
+    for title, panel in panels:
+        if panel.size != image.size:
+            raise ValueError(
+                f'Panel "{title}" is {panel.size} (width, height), but the image is {image.size}; resize one.'
+            )
+    factor = max(1, -(-MIN_PANEL_SIDE // max(image.size)))
+    width, height = image.width * factor, image.height * factor
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(15, min(width, height) // 28)))
+    line = int(font.size * 1.5)
+    total_width = MARGIN + (len(panels) + 1) * (width + MARGIN)
+    rows = _legend_rows(labels, font, total_width - 2 * MARGIN)
+    canvas = Image.new("RGB", (total_width, 2 * MARGIN + line + height + len(rows) * line), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    for index, (title, panel) in enumerate([("input", image), *panels]):
+        left = MARGIN + index * (width + MARGIN)
+        pen.text((left, MARGIN + line / 2), _shortened(title, font, width), INK, font, anchor="lm")
+        enlarged = panel.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        canvas.paste(enlarged, (left, MARGIN + line))
+    for index, row in enumerate(rows):
+        _draw_legend_row(pen, row, font, middle=1.5 * MARGIN + line * (index + 1.5) + height)
+    return canvas
+
+
+def _legend_rows(
+    labels: Iterable[tuple[str, Color]], font: ImageFont.FreeTypeFont, width: float
+) -> list[list[tuple[float, str, Color]]]:
+    """Breaks the legend into rows of (offset, name, colour) that fit a width; a longer name is cut."""
+    rows: list[list[tuple[float, str, Color]]] = []
+    offset = width
+    for name, color in labels:
+        name = _shortened(name, font, width - 1.4 * font.size)
+        needed = 1.4 * font.size + font.getlength(name)
+        if offset + needed > width:
+            rows.append([])
+            offset = 0
+        rows[-1].append((offset, name, color))
+        offset += needed + 1.2 * font.size
+    return rows
+
+
+def _draw_legend_row(
+    pen: ImageDraw.ImageDraw, row: list[tuple[float, str, Color]], font: ImageFont.FreeTypeFont, middle: float
+) -> None:
+    half = font.size / 2
+    for offset, name, color in row:
+        left = MARGIN + offset
+        pen.rectangle((left, middle - half, left + 2 * half, middle + half), fill=color, outline=INK)
+        pen.text((left + 1.4 * font.size, middle), name, INK, font, anchor="lm")
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

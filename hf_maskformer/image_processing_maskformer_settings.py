@@ -1,0 +1,177 @@
+"""The settings of the image processor: what each may be, and how files of earlier years name them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .post_processing_maskformer import Size
+
+RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+
+_DEFAULT_SIZE_DIVISOR = 32
+_SIZE_FORMS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"}, {"max_height", "max_width"})
+
+# transformers' files may hold these; here each has one value only.
+_FIXED_SETTINGS: dict[str, Any] = {
+    "do_convert_rgb": True,
+    "do_pad": True,
+    "do_center_crop": False,
+    "default_to_square": False,
+    "data_format": "channels_first",
+    "crop_size": None,
+    "device": None,
+    "input_data_format": None,
+    "return_tensors": None,
+    "image_seq_length": None,
+}
+_BOOKKEEPING_SETTINGS = {"disable_grouping", "_max_size", "_valid_processor_keys", "_processor_class"}
+
+
+@dataclass
+class ImageProcessorSettings:
+    """The settings that `MaskFormerImageProcessor` explains. Raises ValueError for a value that has no meaning."""
+
+    do_resize: bool = True
+    size: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_SIZE))
+    size_divisor: int = _DEFAULT_SIZE_DIVISOR
+    resample: int = 2
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    ignore_index: int | None = None
+    do_reduce_labels: bool = False
+    num_labels: int | None = None
+    pad_size: dict[str, int] | None = None
+    label_ids_to_fuse: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        self.size = _checked_size("size", self.size, _SIZE_FORMS)
+        if self.pad_size is not None:
+            self.pad_size = _checked_size("pad_size", self.pad_size, ({"height", "width"},))
+        if self.size_divisor < 0:
+            raise ValueError(f"size_divisor is {self.size_divisor}; give a positive integer, or 0 not to round up.")
+        if self.resample not in RESAMPLING:
+            known = ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
+            raise ValueError(f"resample is {self.resample!r}; known are {known}.")
+        self.resample = int(self.resample)
+        self.image_mean = _three_channels("image_mean", self.image_mean)
+        self.image_std = _three_channels("image_std", self.image_std)
+        if not all(self.image_std):
+            raise ValueError(f"image_std is {self.image_std}; images are divided by it, so it must not hold a zero.")
+        if self.num_labels is not None and self.num_labels < 1:
+            raise ValueError(f"num_labels is {self.num_labels}; give the number of labels, or None not to check them.")
+        if self.label_ids_to_fuse is not None:
+            self.label_ids_to_fuse = sorted(int(label_id) for label_id in self.label_ids_to_fuse)
+
+    def resized_size(self, size: Size) -> Size:
+        """The size that an image of this size gets: rounded half up, as in the original, and at least one pixel."""
+        if not self.do_resize:
+            return size
+        if "height" in self.size:
+            return self.size["height"], self.size["width"]
+        if "max_height" in self.size:
+            scale = min(self.size["max_height"] / size[0], self.size["max_width"] / size[1])
+            edges = [edge * scale for edge in size]
+        else:
+            # In the original's order of operations: at a tie, common for images of 1 : 2, the last bit decides.
+            shortest, longest = self.size["shortest_edge"], self.size.get("longest_edge", math.inf)
+            edges = [float(shortest) if edge == min(size) else shortest / min(size) * edge for edge in size]
+            if max(edges) > longest:
+                edges = [edge * (longest / max(edges)) for edge in edges]
+        return max(1, int(edges[0] + 0.5)), max(1, int(edges[1] + 0.5))
+
+    def padded_size(self, sizes: Sequence[Size]) -> Size:
+        """The size of a batch that holds images of these sizes."""
+        if self.pad_size is None:
+            divisor = self.size_divisor or 1
+            height, width = (math.ceil(max(edges) / divisor) * divisor for edges in zip(*sizes, strict=True))
+            return height, width
+        height, width = self.pad_size["height"], self.pad_size["width"]
+        for index, size in enumerate(sizes):
+            if size[0] > height or size[1] > width:
+                raise ValueError(
+                    f"Image {index} is {size[0]} x {size[1]} after resizing and does not fit into pad_size "
+                    f"{height} x {width} (height x width); give a larger pad_size or a smaller size."
+                )
+        return height, width
+
+
+SETTINGS = {setting.name for setting in fields(ImageProcessorSettings)}
+OLD_SETTINGS = {"reduce_labels", "size_divisibility", "max_size"}
+
+
+def current_settings(given: Mapping[str, Any], known_size: Mapping[str, int]) -> dict[str, Any]:
+    """Translates settings from files of any year to those of today, dropping what has one value only.
+
+    Args:
+        given: settings by name; None stands for "not given", and for 0 in size_divisor.
+        known_size: the `size` of which an integer `size` or a `max_size` changes one edge.
+
+    Raises:
+        ValueError: a setting is unknown, not supported or contradicts another.
+    """
+    _check_names(given)
+    settings = {name: value for name, value in given.items() if name in SETTINGS | OLD_SETTINGS and value is not None}
+    if "size_divisor" in given:
+        settings.setdefault("size_divisor", 0)
+    _take_old_name(settings, "reduce_labels", "do_reduce_labels", default=False)
+    _take_old_name(settings, "size_divisibility", "size_divisor", default=_DEFAULT_SIZE_DIVISOR)
+    max_size = settings.pop("max_size", None)
+    if "size" in settings or max_size is not None:
+        settings["size"] = _read_size(settings.get("size"), max_size, known_size)
+    if isinstance(settings.get("pad_size"), int):
+        settings["pad_size"] = {"height": settings["pad_size"], "width": settings["pad_size"]}
+    return settings
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    for name in given.keys() - SETTINGS - OLD_SETTINGS - _BOOKKEEPING_SETTINGS:
+        if name not in _FIXED_SETTINGS:
+            known = ", ".join(sorted(SETTINGS))
+            raise ValueError(f"{name}={given[name]!r} is no setting of MaskFormerImageProcessor; it has {known}.")
+        if given[name] is not None and given[name] != _FIXED_SETTINGS[name]:
+            raise ValueError(f"{name}={given[name]!r} is not supported; only {_FIXED_SETTINGS[name]!r} is.")
+
+
+def _take_old_name(settings: dict[str, Any], old: str, new: str, default: Any) -> None:
+    """Moves a setting of 2022 to its new name."""
+    if old not in settings:
+        return
+    value = settings.pop(old)
+    # transformers does not know the old names: saving such a file again, it adds its own default beside them.
+    if settings.get(new, default) not in (default, value):
+        raise ValueError(f"{old}={value!r} contradicts {new}={settings[new]!r}, its new name; keep only {new}.")
+    settings[new] = value
+
+
+def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -> dict[str, int]:
+    """Gives the edges that a size in any of its forms means."""
+    known_edges = known_size if "shortest_edge" in known_size else DEFAULT_SIZE
+    if size is None or isinstance(size, int):
+        edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": size}
+        return edges if max_size is None else {**edges, "longest_edge": max_size}
+    edges = {"height": size[0], "width": size[1]} if isinstance(size, list | tuple) else dict(size)
+    if max_size is not None and edges.get("longest_edge") != max_size:
+        raise ValueError(f"max_size={max_size} contradicts size={edges}; give it as the longest_edge of size instead.")
+    return edges
+
+
+def _checked_size(name: str, size: Mapping[str, int], forms: Sequence[set[str]]) -> dict[str, int]:
+    size = dict(size)
+    if set(size) not in forms:
+        known = " or ".join(str(sorted(form)) for form in forms)
+        raise ValueError(f"{name} is {size}; give a dictionary with {known}.")
+    if not all(isinstance(edge, int) and edge > 0 for edge in size.values()):
+        raise ValueError(f"{name} is {size}; every edge must be a positive integer.")
+    return size
+
+
+def _three_channels(name: str, value: float | Sequence[float]) -> list[float]:
+    channels = [value] * 3 if isinstance(value, int | float) else list(value)
+    if len(channels) != 3:
+        raise ValueError(f"{name} is {value}; give three numbers, for red, green and blue.")
+    return channels

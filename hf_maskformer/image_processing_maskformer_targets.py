@@ -1,0 +1,163 @@
+"""From segmentation maps to training targets: which segments an image has, where they lie and what their labels are.
+
+N_i segments in image i, H x W the padded size of the batch. A segmentation map is (height, width) integers: labels, or
+ids of segments whose labels a dictionary tells ("instance labels" below). It stays a map until the very end.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .image_processing_maskformer_settings import ImageProcessorSettings
+from .post_processing_maskformer import Size
+
+# Fills up class labels in their tensor form; cross-entropy ignores this value by default.
+NO_LABEL = -100
+# What do_reduce_labels takes for "ignore" when the settings do not say; 8-bit maps use it.
+_COMMON_IGNORE_VALUE = 255
+# Below, a table over all values is several times faster than sorting the pixels; the ids of COCO go up to 2**24.
+_MANY_VALUES = 2**16
+
+InstanceLabels = Mapping[int, int] | None
+
+
+def read_segmentation_map(segmentation_map: Any, index: int) -> Tensor:
+    """Reads the map of image `index`, a PIL image, array or tensor, as (height, width) int32 or, for wide types, int64.
+
+    Raises:
+        ValueError: it is something else, does not hold integers or has more than one channel.
+    """
+    if isinstance(segmentation_map, Tensor):
+        segmentation_map = segmentation_map.detach().cpu().numpy()
+    if not isinstance(segmentation_map, np.ndarray | Image.Image):
+        kind = type(segmentation_map).__name__
+        raise ValueError(f"Segmentation map {index} is a {kind}; give a PIL image, an array or a tensor.")
+    values = np.asarray(segmentation_map)
+    if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
+        values = values[0] if values.shape[0] == 1 else values[..., 0]
+    if values.ndim != 2 or values.dtype.kind not in "bui":
+        raise ValueError(
+            f"Segmentation map {index} has shape {values.shape} and type {values.dtype}; give integers (height, width)."
+        )
+    return torch.from_numpy(values.astype(np.int32 if np.can_cast(values.dtype, np.int32) else np.int64))
+
+
+def check_map_sizes(maps: Sequence[Tensor], image_sizes: Sequence[Size]) -> None:
+    """Raises ValueError unless there is one map (height, width) for each image, and of its size."""
+    if len(maps) != len(image_sizes):
+        raise ValueError(
+            f"There are {len(image_sizes)} images, but {len(maps)} segmentation maps; give one for each image."
+        )
+    for index, (segmentation_map, size) in enumerate(zip(maps, image_sizes, strict=True)):
+        height, width = segmentation_map.shape
+        if (height, width) != size:
+            raise ValueError(
+                f"Segmentation map {index} is {height} x {width}, but image {index} is {size[0]} x {size[1]} "
+                "(height x width); they must have the same size."
+            )
+
+
+def instance_labels_of_images(instance_labels: Any, num_images: int) -> list[InstanceLabels]:
+    """Gives each image its dictionary, from one for all or a list. Raises ValueError if the list has another length."""
+    if instance_labels is None or isinstance(instance_labels, Mapping):
+        return [instance_labels] * num_images
+    if len(instance_labels) != num_images:
+        raise ValueError(
+            f"instance_id_to_semantic_id has {len(instance_labels)} dictionaries, but there are {num_images} images; "
+            "give one for each, or a single one for all."
+        )
+    return list(instance_labels)
+
+
+def split_segmentation_map(
+    segmentation_map: Tensor, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int
+) -> tuple[Tensor, Tensor]:
+    """Numbers the segments in the map (height, width) of image `index`, in ascending order of their value.
+
+    Returns the index of the segment that owns each pixel, (height, width) int32, -1 for none, and the labels (N_i,)
+    int64. Raises ValueError for a value without a label, or whose label is out of range.
+    """
+    values, positions = _distinct_values(segmentation_map)
+    labels = [_label_of(value, settings, instance_labels, index) for value in values.tolist()]
+    has_label = torch.tensor([label is not None for label in labels])
+    segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(torch.int32)
+    segment_map = segment_of_value.index_select(0, positions.flatten()).view_as(segmentation_map)
+    return segment_map, torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
+
+
+def _distinct_values(segmentation_map: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of a map in ascending order, and for each pixel the position of its value among them."""
+    lowest, highest = torch.aminmax(segmentation_map)
+    if lowest < 0 or highest >= _MANY_VALUES:
+        return torch.unique(segmentation_map, return_inverse=True)
+    pixels = segmentation_map.flatten()
+    is_present = torch.bincount(pixels) > 0
+    position_of_value = (is_present.cumsum(0) - 1).to(torch.int32)
+    return is_present.nonzero().flatten(), position_of_value.index_select(0, pixels).view_as(segmentation_map)
+
+
+def _label_of(value: int, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int) -> int | None:
+    """The label of a value in the map, None if it belongs to no segment.
+
+    The ignore value is a value as it stands in the map, before labels are reduced: so 1 is kept when 0 is ignored and
+    reduced, and 255 does not turn into 254.
+    """
+    if value == settings.ignore_index:
+        return None
+    label = value
+    if instance_labels is not None:
+        if value not in instance_labels:
+            if value == 0 and settings.do_reduce_labels:
+                return None
+            raise ValueError(
+                f"Segmentation map {index} contains the id {value}, which instance_id_to_semantic_id does not hold. "
+                f"Add its label, or set ignore_index={value} if such pixels belong to no segment."
+            )
+        label = int(instance_labels[value])
+    if settings.do_reduce_labels:
+        ignored = _COMMON_IGNORE_VALUE if settings.ignore_index is None else settings.ignore_index
+        if label in (0, ignored):
+            return None
+        label -= 1
+    _check_label(label, settings.num_labels, value, index)
+    return label
+
+
+def _check_label(label: int, num_labels: int | None, value: int, index: int) -> None:
+    if label >= 0 and (num_labels is None or label < num_labels):
+        return
+    meaning = f"the value {value}" if label == value else f"the value {value}, which means label {label}"
+    known = "labels start at 0" if num_labels is None else f"num_labels is {num_labels} (labels 0 to {num_labels - 1})"
+    raise ValueError(
+        f"Segmentation map {index} contains {meaning}, but {known}. If such pixels belong to no segment, set "
+        f"ignore_index={value}; if 0 means 'other' and labels start at 1, set do_reduce_labels=True; if there are "
+        "more labels, raise num_labels."
+    )
+
+
+def pad_as_masks(segments: Sequence[tuple[Tensor, Tensor]], size: Size) -> tuple[list[Tensor], list[Tensor]]:
+    """Makes lists of (N_i, H, W) bool masks and of (N_i,) labels from what `split_segmentation_map` gives."""
+    all_masks = []
+    for segment_map, labels in segments:
+        height, width = segment_map.shape
+        masks = torch.zeros(len(labels), *size, dtype=torch.bool)
+        masks[:, :height, :width] = segment_map == torch.arange(len(labels))[:, None, None]
+        all_masks.append(masks)
+    return all_masks, [labels for _, labels in segments]
+
+
+def pad_as_segment_map(segments: Sequence[tuple[Tensor, Tensor]], size: Size) -> tuple[Tensor, Tensor]:
+    """Makes one (B, H, W) integer map of segment indices, -1 for none, and (B, max N_i) labels filled up with -100."""
+    most_segments = max(len(labels) for _, labels in segments)
+    dtype = torch.int16 if most_segments < 2**15 else torch.int32
+    segment_maps = torch.full((len(segments), *size), -1, dtype=dtype)
+    class_labels = torch.full((len(segments), most_segments), NO_LABEL)
+    for index, (segment_map, labels) in enumerate(segments):
+        height, width = segment_map.shape
+        segment_maps[index, :height, :width] = segment_map
+        class_labels[index, : len(labels)] = labels
+    return segment_maps, class_labels

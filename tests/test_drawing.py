@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_maskformer.evaluation.drawing import draw_comparison, draw_segmentation, label_colors, legend_labels
+
+ID2LABEL = {0: "sky", 1: "road", 2: "car"}
+PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], dtype=np.uint8)
+
+
+@pytest.fixture
+def image():
+    return Image.new("RGB", (40, 30), (100, 100, 100))
+
+
+@pytest.fixture
+def label_map():
+    label_map = np.zeros((30, 40), dtype=np.uint8)
+    label_map[:, 20:] = 1
+    return label_map
+
+
+def pixels(picture):
+    return np.asarray(picture).tolist()
+
+
+def test_a_label_keeps_its_colour_when_there_are_more_labels():
+    np.testing.assert_array_equal(label_colors(5), label_colors(150)[:5])
+
+
+def test_two_hundred_labels_have_two_hundred_colours():
+    assert len(np.unique(label_colors(200), axis=0)) == 200
+
+
+def test_the_first_labels_are_far_apart():
+    colors = label_colors(12).astype(int)
+    gaps = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(12, dtype=int)
+    assert gaps.min() >= 85  # a third of one channel
+
+
+def test_more_labels_than_colours_still_all_have_one():
+    assert label_colors(1500).shape == (1500, 3)
+
+
+def test_a_segment_blends_its_colour_with_the_image(image, label_map):
+    drawn = pixels(draw_segmentation(image, label_map, ID2LABEL, palette=PALETTE, alpha=0.5))
+    assert drawn[15][5] == [150, 50, 50]
+    assert drawn[15][35] == [50, 150, 50]
+
+
+def test_the_hue_of_a_label_does_not_depend_on_the_image(label_map):
+    grey = Image.new("RGB", (40, 30), (76, 76, 76))
+    red = Image.new("RGB", (40, 30), (255, 0, 0))  # as bright as that grey
+    assert pixels(draw_segmentation(red, label_map, ID2LABEL)) == pixels(draw_segmentation(grey, label_map, ID2LABEL))
+
+
+def test_a_border_darkens_both_sides_and_nothing_else(image, label_map):
+    drawn = pixels(draw_segmentation(image, label_map, ID2LABEL, palette=PALETTE, alpha=0.5))
+    assert drawn[15][18:22] == [[150, 50, 50], [90, 0, 0], [0, 90, 0], [50, 150, 50]]
+
+
+def test_ignored_pixels_show_the_image(image, label_map):
+    label_map[:, :10] = 255
+    drawn = np.asarray(draw_segmentation(image, label_map, ID2LABEL))
+    np.testing.assert_array_equal(drawn[:, :10], np.asarray(image)[:, :10])
+    assert (drawn[:, 10:] != 100).any(-1).all()
+
+
+def test_a_map_that_is_all_ignored_gives_back_the_image(image):
+    assert pixels(draw_segmentation(image, np.full((30, 40), 255), ID2LABEL)) == pixels(image)
+
+
+def test_instances_of_one_label_differ_a_little_and_have_a_border(image):
+    segmentation = np.zeros((30, 40), dtype=np.int32)
+    segmentation[:, 10:25], segmentation[:, 25:] = 7, 9
+    segments = [{"id": 7, "label_id": 2}, {"id": 9, "label_id": 2}]
+    drawn = draw_segmentation(image, segmentation, ID2LABEL, palette=PALETTE, alpha=1, segments=segments)
+    row = pixels(drawn)[15]
+    assert row[5] == [100, 100, 100]
+    assert row[15] == [0, 0, 200]
+    assert row[35] == [77, 77, 217]  # 0.7 of the label's colour, 0.3 of white
+    assert row[24] == [0, 0, 90]
+
+
+def test_no_segments_leave_the_image(image):
+    assert pixels(draw_segmentation(image, np.zeros((30, 40)), ID2LABEL, segments=[])) == pixels(image)
+
+
+def test_a_map_of_another_size_is_refused(image):
+    with pytest.raises(ValueError, match=r"map is \(40, 30\), but the image is \(30, 40\)"):
+        draw_segmentation(image, np.zeros((40, 30), dtype=int), ID2LABEL)
+
+
+def test_an_id_without_label_is_refused(image, label_map):
+    label_map[0, 0] = 9
+    with pytest.raises(ValueError, match=r"contains id 9, .* add it to id2label"):
+        draw_segmentation(image, label_map, ID2LABEL)
+    with pytest.raises(ValueError, match=r"contains id 9, .* add it to segments"):
+        draw_segmentation(image, label_map, ID2LABEL, segments=[{"id": 1, "label_id": 0}])
+
+
+def test_a_segment_of_an_unknown_label_is_refused(image, label_map):
+    with pytest.raises(ValueError, match="Segment 1 has label 3, but id2label goes up to 2"):
+        draw_segmentation(image, label_map, ID2LABEL, segments=[{"id": 1, "label_id": 3}])
+
+
+def test_a_palette_that_is_too_short_is_refused(image, label_map):
+    with pytest.raises(ValueError, match="palette has 2 colours"):
+        draw_segmentation(image, label_map, ID2LABEL, palette=PALETTE[:2])
+
+
+def test_the_legend_lists_only_labels_that_occur():
+    labels = legend_labels([[2, 0], [2, 255]], ID2LABEL, palette=PALETTE)
+    assert labels == [("sky", (200, 0, 0)), ("car", (0, 0, 200))]
+
+
+def test_small_panels_are_enlarged_by_a_whole_factor_and_shown_unchanged(image):
+    green = Image.new("RGB", image.size, (10, 250, 10))
+    sheet = np.asarray(draw_comparison(image, [("prediction", green)], []))
+    assert (sheet == (100, 100, 100)).all(-1).sum() == 320 * 240  # 40 x 30 enlarged eight times
+    assert (sheet == (10, 250, 10)).all(-1).sum() == 320 * 240
+
+
+def test_large_panels_keep_their_size():
+    photograph = Image.new("RGB", (500, 400), (100, 100, 100))
+    sheet = np.asarray(draw_comparison(photograph, [], []))
+    assert (sheet == (100, 100, 100)).all(-1).sum() == 500 * 400
+
+
+def test_every_legend_entry_is_drawn_whole(image):
+    names = [f"label number {index}" for index in range(100)] + ["a name far longer than the sheet is wide " * 10]
+    labels = [(name, (255, 2 * index, 0)) for index, name in enumerate(names)]
+    sheet = draw_comparison(image, [("truth", image)], labels)
+    areas = {color: area for area, color in sheet.getcolors(maxcolors=sheet.width * sheet.height)}
+    patches = {areas[color] for _, color in labels}
+    assert len(patches) == 1  # a patch that was overlapped or cut off would be smaller than the others
+    assert patches.pop() > 100
+    assert (np.asarray(sheet)[-4:] == 255).all()
+    assert (np.asarray(sheet)[:, -4:] == 255).all()
+
+
+def test_a_panel_of_another_size_is_refused(image):
+    with pytest.raises(ValueError, match='Panel "truth" is'):
+        draw_comparison(image, [("truth", image.resize((20, 20)))], [])

@@ -1,0 +1,394 @@
+"""The image processor: its settings and their files, images into batches, outputs into segmentations."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.maskformer.image_processing_pil_maskformer import (
+    MaskFormerImageProcessorPil as StockImageProcessor,
+)
+
+from hf_maskformer.image_processing_maskformer import MaskFormerImageProcessor, resize_image, resize_nearest
+from hf_maskformer.image_processing_maskformer_settings import ImageProcessorSettings
+from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_segmentation
+
+FILE_OF_2022 = """{"do_normalize": true, "do_resize": true, "feature_extractor_type": "MaskFormerFeatureExtractor",
+    "ignore_index": 255, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "max_size": 2048,
+    "num_labels": 150, "reduce_labels": true, "resample": 2, "size": 512, "size_divisibility": 32}"""
+
+
+def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Noise with some structure: the hardest input for a resizing filter."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def unscaled(**settings) -> MaskFormerImageProcessor:
+    """A processor that leaves pixels as they are, so that tests can read them."""
+    return MaskFormerImageProcessor(do_resize=False, do_rescale=False, do_normalize=False, **settings)
+
+
+def saved_file(tmp_path, content: str):
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    return tmp_path
+
+
+# Settings and their files
+
+
+def test_settings_default_to_those_of_transformers():
+    assert MaskFormerImageProcessor().to_json_string() == StockImageProcessor().to_json_string()
+
+
+def test_a_file_of_2022_loads_with_its_meaning(tmp_path):
+    processor = MaskFormerImageProcessor.from_pretrained(saved_file(tmp_path, FILE_OF_2022))
+    assert processor.size == {"shortest_edge": 512, "longest_edge": 2048}
+    assert processor.do_reduce_labels is True
+    assert (processor.size_divisor, processor.ignore_index, processor.num_labels) == (32, 255, 150)
+    assert not {"reduce_labels", "max_size", "size_divisibility", "feature_extractor_type"} & processor.to_dict().keys()
+
+
+def test_a_file_of_2022_that_transformers_saved_again_keeps_its_meaning(tmp_path):
+    old = FILE_OF_2022.replace('"size_divisibility": 32', '"size_divisibility": 0')
+    StockImageProcessor.from_pretrained(saved_file(tmp_path, old)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["do_reduce_labels"] is False
+    processor = MaskFormerImageProcessor.from_pretrained(tmp_path)
+    assert processor.do_reduce_labels is True
+    assert processor.size_divisor == 0
+
+
+def test_arguments_outweigh_the_file_under_old_and_new_names(tmp_path):
+    saved_file(tmp_path, FILE_OF_2022)
+    processor = MaskFormerImageProcessor.from_pretrained(tmp_path, do_reduce_labels=False, size=640, num_labels=7)
+    assert processor.do_reduce_labels is False
+    assert processor.size == {"shortest_edge": 640, "longest_edge": 2048}
+    assert processor.num_labels == 7
+    processor = MaskFormerImageProcessor.from_pretrained(tmp_path, reduce_labels=False, max_size=1000)
+    assert processor.do_reduce_labels is False
+    assert processor.size == {"shortest_edge": 512, "longest_edge": 1000}
+
+
+def test_arguments_that_are_no_settings_are_handed_back_on_request(tmp_path):
+    saved_file(tmp_path, FILE_OF_2022)
+    _, unused = MaskFormerImageProcessor.from_pretrained(tmp_path, foo=1, num_labels=7, return_unused_kwargs=True)
+    assert unused["foo"] == 1
+    assert "num_labels" not in unused
+
+
+EVERY_SETTING = {
+    "do_resize": False,
+    "size": {"height": 96, "width": 64},
+    "size_divisor": 0,
+    "resample": 3,
+    "do_rescale": False,
+    "rescale_factor": 0.5,
+    "do_normalize": False,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4, 0.5, 0.6],
+    "ignore_index": 7,
+    "do_reduce_labels": True,
+    "num_labels": 9,
+    "pad_size": {"height": 128, "width": 160},
+    "label_ids_to_fuse": [2, 5],
+}
+
+
+def test_every_setting_survives_saving_and_loading(tmp_path):
+    MaskFormerImageProcessor(**EVERY_SETTING).save_pretrained(tmp_path)
+    loaded = MaskFormerImageProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in EVERY_SETTING} == EVERY_SETTING
+    assert loaded.to_dict() == EVERY_SETTING | {"image_processor_type": "MaskFormerImageProcessor"}
+
+
+def test_transformers_loads_what_we_save(tmp_path):
+    MaskFormerImageProcessor(**EVERY_SETTING).save_pretrained(tmp_path)
+    stock = StockImageProcessor.from_pretrained(tmp_path).to_dict()
+    assert {name: to_plain(stock[name]) for name in EVERY_SETTING} == EVERY_SETTING
+    assert stock["image_processor_type"] == "MaskFormerImageProcessor"
+
+
+def test_we_load_what_transformers_saves(tmp_path):
+    StockImageProcessor(**EVERY_SETTING).save_pretrained(tmp_path)
+    loaded = MaskFormerImageProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in EVERY_SETTING} == EVERY_SETTING
+
+
+def to_plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_settings_that_change_nothing_are_accepted():
+    processor = MaskFormerImageProcessor(
+        processor_class="X", image_processor_type="MaskFormerImageProcessorFast", do_convert_rgb=True, crop_size=None
+    )
+    assert processor.to_dict() == MaskFormerImageProcessor().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shortest": 3}, "shortest=3 is no setting"),
+        ({"do_center_crop": True}, "do_center_crop=True is not supported"),
+        ({"reduce_labels": False, "do_reduce_labels": True}, "reduce_labels=False contradicts do_reduce_labels=True"),
+        ({"size_divisibility": 16, "size_divisor": 64}, "size_divisibility=16 contradicts size_divisor=64"),
+        ({"size": {"height": 3, "width": 3}, "max_size": 9}, "max_size=9 contradicts size"),
+        ({"size": {"longest_edge": 3}}, "size is .* give a dictionary with"),
+        ({"size": {"shortest_edge": 0}}, "every edge must be a positive integer"),
+        ({"pad_size": {"shortest_edge": 9}}, "pad_size is .* give a dictionary with"),
+        ({"size_divisor": -1}, "size_divisor is -1"),
+        ({"resample": 1}, r"resample is 1; known are 0 \(nearest\), 2 \(bilinear\)"),
+        ({"image_mean": [0.5]}, "image_mean is .* give three numbers"),
+        ({"image_std": [1, 0, 1]}, "image_std is .* must not hold a zero"),
+        ({"num_labels": 0}, "num_labels is 0"),
+    ],
+)
+def test_settings_without_meaning_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MaskFormerImageProcessor(**settings)
+    with pytest.raises(ValueError, match=message):
+        MaskFormerImageProcessor()(random_image(4, 4), **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (512, {"shortest_edge": 512, "longest_edge": 1333}),
+        ((30, 40), {"height": 30, "width": 40}),
+        ({"shortest_edge": 512}, {"shortest_edge": 512}),
+        (None, {"shortest_edge": 800, "longest_edge": 1333}),
+    ],
+)
+def test_size_may_take_several_forms(given, meant):
+    assert MaskFormerImageProcessor(size=given).size == meant
+
+
+def test_sizes_of_one_processor_are_not_shared_with_the_next():
+    MaskFormerImageProcessor().size["shortest_edge"] = 3
+    assert MaskFormerImageProcessor().size["shortest_edge"] == 800
+
+
+# Resizing
+
+
+@pytest.mark.parametrize(
+    ("size", "image_size", "resized_size"),
+    [
+        ({"shortest_edge": 800, "longest_edge": 1333}, (480, 640), (800, 1067)),  # 1066.67 is rounded, not cut
+        ({"shortest_edge": 800, "longest_edge": 1333}, (1024, 2048), (667, 1333)),  # 666.5 is rounded up
+        ({"shortest_edge": 800, "longest_edge": 1333}, (1000, 100), (1333, 133)),
+        ({"shortest_edge": 512}, (100, 1000), (512, 5120)),
+        ({"shortest_edge": 512, "longest_edge": 600}, (1, 5000), (1, 600)),  # 0.12 pixels become one
+        ({"height": 30, "width": 50}, (480, 640), (30, 50)),
+        ({"max_height": 100, "max_width": 100}, (480, 640), (75, 100)),
+    ],
+)
+def test_resized_sizes(size, image_size, resized_size):
+    assert ImageProcessorSettings(size=size).resized_size(image_size) == resized_size
+
+
+@pytest.mark.parametrize("size", [(512, 683), (240, 320), (37, 51), (800, 1067)])
+def test_bilinear_resizing_is_within_one_level_of_pil(size):
+    image = random_image(480, 640)
+    ours = resize_image(torch.from_numpy(np.array(image)).permute(2, 0, 1), size, resample=2)
+    pil = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    assert ours.dtype == torch.uint8
+    assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - pil).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(512, 683), (15, 27), (106, 106), (800, 1067), (1, 1)])
+def test_nearest_resizing_equals_pil(size):
+    values = np.random.default_rng(0).integers(0, 2**20, (106, 480), dtype=np.int32)
+    pil = np.array(Image.fromarray(values).resize(size[::-1], Image.Resampling.NEAREST))
+    assert np.array_equal(resize_nearest(torch.from_numpy(values), size), pil)
+
+
+# Images into batches
+
+
+def test_pixel_values_equal_those_of_transformers_where_it_does_not_stretch():
+    images = [random_image(64, 96, seed=1), random_image(64, 96, seed=2)]
+    settings = {"size": {"shortest_edge": 64, "longest_edge": 1333}}
+    ours = MaskFormerImageProcessor(**settings)(images, return_tensors="pt")
+    stock = StockImageProcessor(**settings)(images, return_tensors="pt")
+    torch.testing.assert_close(ours["pixel_values"], stock["pixel_values"], rtol=0, atol=1e-6)
+    assert torch.equal(ours["pixel_mask"], stock["pixel_mask"])
+    assert ours["pixel_mask"].dtype == stock["pixel_mask"].dtype
+
+
+def test_resized_pixel_values_are_within_one_level_of_transformers():
+    settings = {"size": {"shortest_edge": 96, "longest_edge": 1333}}
+    ours = MaskFormerImageProcessor(**settings)(random_image(64, 128))["pixel_values"]
+    stock = StockImageProcessor(**settings)(random_image(64, 128), return_tensors="pt")["pixel_values"]
+    assert (ours - stock).abs().max() <= 1.01 / 255 / 0.224
+
+
+def test_normalisation_by_hand():
+    image = np.full((1, 1, 3), 51, dtype=np.uint8)
+    processor = MaskFormerImageProcessor(do_resize=False, image_mean=[0.0, 0.1, 0.2], image_std=0.5, size_divisor=0)
+    assert processor(image)["pixel_values"].flatten().tolist() == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
+
+
+def test_an_image_is_the_same_in_every_form(tmp_path):
+    image = random_image(6, 5)
+    image.save(tmp_path / "image.png")
+    array = np.array(image)
+    tensor = torch.from_numpy(array)
+    forms = [image, array, array.transpose(2, 0, 1), tensor, tensor.permute(2, 0, 1), tmp_path / "image.png"]
+    forms += [image.convert("RGBA"), np.dstack([array, array[..., :1]]), array[None], [image], array.astype(np.float32)]
+    expected = unscaled()(image)["pixel_values"]
+    assert expected.dtype == torch.float32
+    for form in forms:
+        assert torch.equal(unscaled()(form)["pixel_values"], expected)
+
+
+def test_float_images_are_taken_as_they_are():
+    array = np.array(random_image(6, 5))
+    processor = MaskFormerImageProcessor(size={"height": 9, "width": 8})
+    expected = processor(array.astype(np.float64))["pixel_values"]
+    scaled = processor(array / 255, do_rescale=False)["pixel_values"]
+    torch.testing.assert_close(scaled, expected, rtol=0, atol=1e-5)
+
+
+def test_grey_and_palette_images_become_rgb():
+    grey = Image.fromarray(np.arange(30, dtype=np.uint8).reshape(6, 5))
+    expected = torch.arange(30.0).reshape(6, 5).expand(3, 6, 5)
+    for form in (grey, np.array(grey), np.array(grey)[..., None], np.array(grey)[None]):
+        pixel_values = unscaled(size_divisor=0)(form)["pixel_values"]
+        assert torch.equal(pixel_values[0], expected)
+    palette = Image.new("P", (1, 1), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert unscaled(size_divisor=0)(palette)["pixel_values"].flatten().tolist() == [10, 20, 30]
+
+
+def test_the_data_format_decides_where_the_shape_does_not():
+    array = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    first = unscaled(size_divisor=0)(array)["pixel_values"]
+    last = unscaled(size_divisor=0)(array, input_data_format="channels_last")["pixel_values"]
+    assert torch.equal(first, last.permute(0, 2, 3, 1))
+    assert first[0].flatten().tolist() == list(range(27))
+
+
+def test_images_are_padded_right_and_below_with_zeros():
+    images = [np.full((2, 3, 3), 9, dtype=np.uint8), np.full((4, 1, 3), 9, dtype=np.uint8)]
+    batch = unscaled(size_divisor=0)(images)
+    assert batch["pixel_values"][:, 0].tolist() == [
+        [[9, 9, 9], [9, 9, 9], [0, 0, 0], [0, 0, 0]],
+        [[9, 0, 0], [9, 0, 0], [9, 0, 0], [9, 0, 0]],
+    ]
+    assert torch.equal(batch["pixel_mask"] * 9, batch["pixel_values"][:, 0].long())
+    normalised = MaskFormerImageProcessor(do_resize=False)(images)["pixel_values"]
+    assert (normalised[0, :, 2:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("divisor", "padded_size"), [(32, (64, 128)), (0, (50, 97)), (None, (50, 97)), (10, (50, 100))]
+)
+def test_a_size_divisor_pads_and_does_not_stretch(divisor, padded_size):
+    image = random_image(50, 97)
+    batch = unscaled(size_divisor=divisor)(image)
+    assert batch["pixel_values"].shape == (1, 3, *padded_size)
+    assert batch["pixel_mask"].sum() == 50 * 97
+    assert torch.equal(batch["pixel_values"][0, :, :50, :97].byte(), torch.tensor(np.array(image)).permute(2, 0, 1))
+
+
+def test_pad_size_is_the_size_of_every_batch():
+    processor = unscaled(pad_size={"height": 50, "width": 70})
+    assert processor(random_image(5, 7))["pixel_values"].shape == (1, 3, 50, 70)
+    with pytest.raises(ValueError, match=r"Image 1 is 51 x 7 after resizing and does not fit into pad_size 50 x 70"):
+        processor([random_image(5, 7), random_image(51, 7)])
+
+
+def test_settings_of_a_call_hold_for_this_call_only():
+    processor = MaskFormerImageProcessor(size={"height": 32, "width": 32})
+    assert processor(random_image(9, 9), size={"height": 64, "width": 32})["pixel_mask"].shape == (1, 64, 32)
+    assert processor(random_image(9, 9))["pixel_mask"].shape == (1, 32, 32)
+
+
+def test_attributes_may_be_changed_and_are_checked():
+    processor = MaskFormerImageProcessor()
+    processor.size = {"height": 32, "width": 64}
+    assert processor(random_image(9, 9))["pixel_mask"].shape == (1, 32, 64)
+    processor.resample = 5
+    with pytest.raises(ValueError, match="resample is 5"):
+        processor(random_image(9, 9))
+
+
+def test_arrays_are_returned_on_request():
+    batch = unscaled()(random_image(4, 4), np.zeros((4, 4), dtype=np.uint8), return_tensors="np")
+    assert isinstance(batch["pixel_values"], np.ndarray)
+    assert isinstance(batch["mask_labels"][0], np.ndarray)
+    with pytest.raises(ValueError, match="return_tensors is 'tf'"):
+        unscaled()(random_image(4, 4), return_tensors="tf")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "images is None"),
+        ([], "images is empty"),
+        ([Image.new("RGB", (2, 2)), None], "Image 1 is a NoneType"),
+        (np.zeros((5, 6, 7), dtype=np.uint8), r"Image 0 has shape \(5, 6, 7\)"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), r"Image 0 has shape \(0, 4, 3\)"),
+        (Image.new("I;16", (2, 2)), "Image 0 has mode I;16"),
+    ],
+)
+def test_what_is_no_image_is_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        MaskFormerImageProcessor()(images)
+
+
+# Outputs into segmentations
+
+
+def model_outputs() -> SimpleNamespace:
+    """Two images, 20 x 30 and 32 x 24, in a padded batch of 32 x 32."""
+    generator = torch.Generator().manual_seed(0)
+    return SimpleNamespace(
+        class_queries_logits=torch.randn(2, 10, 5, generator=generator) * 3,
+        masks_queries_logits=torch.randn(2, 10, 8, 8, generator=generator) * 5,
+        image_sizes=torch.tensor([[20, 30], [32, 24]]),
+        padded_sizes=torch.tensor([[32, 32], [32, 32]]),
+    )
+
+
+def test_semantic_maps_come_from_the_sizes_in_the_outputs():
+    outputs = model_outputs()
+    expected = semantic_segmentation(*vars(outputs).values(), target_sizes=[(40, 60), (16, 12)])
+    maps = MaskFormerImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=[(40, 60), (16, 12)])
+    assert all(map(torch.equal, maps, expected))
+    maps = MaskFormerImageProcessor().post_process_semantic_segmentation(outputs)
+    assert [tuple(label_map.shape) for label_map in maps] == [(20, 30), (32, 24)]
+
+
+def test_outputs_without_sizes_are_taken_to_fill_four_times_the_mask_logits():
+    outputs = model_outputs()
+    full = torch.tensor([[32, 32], [32, 32]])
+    logits = outputs.class_queries_logits, outputs.masks_queries_logits
+    del outputs.image_sizes, outputs.padded_sizes
+    maps = MaskFormerImageProcessor().post_process_semantic_segmentation(outputs)
+    assert all(map(torch.equal, maps, semantic_segmentation(*logits, full, full)))
+
+
+def test_labels_to_fuse_are_those_of_the_processor_unless_given():
+    outputs = model_outputs()
+    thresholds = {"threshold": 0.1, "mask_threshold": 0.4, "overlap_mask_area_threshold": 0.2}
+    processor = MaskFormerImageProcessor(label_ids_to_fuse=[0, 1, 2, 3])
+
+    def processed(**options) -> list:
+        return [entry["segments_info"] for entry in processor.post_process_panoptic_segmentation(outputs, **options)]
+
+    def expected(labels: list[int]) -> list:
+        results = panoptic_segmentation(*vars(outputs).values(), *thresholds.values(), labels)
+        return [entry["segments_info"] for entry in results]
+
+    assert processed(**thresholds) == expected([0, 1, 2, 3])
+    assert processed(**thresholds, label_ids_to_fuse=set()) == expected([])
+    assert expected([]) != expected([0, 1, 2, 3])
+
+
+def test_one_target_size_too_many_is_refused():
+    with pytest.raises(ValueError, match="target_sizes has 3 entries, but the batch has 2 images"):
+        MaskFormerImageProcessor().post_process_panoptic_segmentation(model_outputs(), target_sizes=[(4, 4)] * 3)

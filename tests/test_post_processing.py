@@ -1,0 +1,243 @@
+"""Post-processing against the stored results of the paper's own implementation, and on cases worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_scores, semantic_segmentation
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SKY, PERSON, NO_OBJECT = 0, 1, 2
+
+
+def class_logits(*labels: int, confidence: float = 9.0) -> torch.Tensor:
+    """One image whose queries are almost sure of these labels: (1, Q, 3)."""
+    return torch.eye(3)[list(labels)][None] * confidence
+
+
+def mask_logits(*masks: list[list[int]]) -> torch.Tensor:
+    """One image whose queries are almost sure of these 0/1 masks: (1, Q, h, w)."""
+    return torch.tensor(masks)[None] * 20.0 - 10.0
+
+
+def sizes(*rows: tuple[int, int]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+def panoptic(classes: torch.Tensor, masks: torch.Tensor, **options) -> dict:
+    """Panoptic segmentation of one unpadded image at the resolution of its mask logits."""
+    size = sizes(tuple(masks.shape[-2:]))
+    return panoptic_segmentation(classes, masks, size, size, **options)[0]
+
+
+def mixed_batch() -> tuple[torch.Tensor, ...]:
+    """Three images of different sizes in one padded batch, with smooth random logits."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randn(3, 10, 6, generator=generator) * 3
+    masks = torch.randn(3, 10, 8, 12, generator=generator) * 5
+    return classes, masks, sizes((32, 48), (20, 40), (31, 17)), sizes((32, 48), (32, 48), (32, 48))
+
+
+def stored_semantic(variant: str) -> tuple[dict[str, torch.Tensor], dict]:
+    folder = FIXTURES / variant
+    return load_file(folder / "arrays.safetensors"), json.loads((folder / "meta.json").read_text())
+
+
+def stored_panoptic() -> tuple[dict[str, torch.Tensor], dict]:
+    meta = json.loads((FIXTURES / "panoptic_post_processing.json").read_text())
+    return load_file(FIXTURES / "panoptic_post_processing.safetensors"), meta
+
+
+@pytest.mark.parametrize("variant", ["resnet_semantic", "swin_semantic"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_semantic_scores_equal_the_original(variant, index):
+    arrays, meta = stored_semantic(variant)
+    logits = arrays["eval.pred_logits"][index], arrays["eval.pred_masks"][index]
+    scores = semantic_scores(
+        *logits, tuple(meta["image_sizes"][index]), tuple(meta["padded_size"]), tuple(meta["out_sizes"][index])
+    )
+    torch.testing.assert_close(scores, arrays[f"result_{index}.sem_seg"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["resnet_semantic", "swin_semantic"])
+def test_semantic_maps_equal_the_original(variant):
+    arrays, meta = stored_semantic(variant)
+    maps = semantic_segmentation(
+        arrays["eval.pred_logits"],
+        arrays["eval.pred_masks"],
+        torch.tensor(meta["image_sizes"]),
+        torch.tensor([meta["padded_size"]] * 2),
+        target_sizes=meta["out_sizes"],
+    )
+    for index, label_map in enumerate(maps):
+        assert_equal_but_for_ties(label_map, arrays[f"result_{index}.sem_seg"])
+
+
+@pytest.mark.parametrize("variant", ["resnet_semantic", "swin_semantic"])
+def test_an_image_whose_sides_divide_by_nothing_equals_the_original(variant):
+    arrays, meta = stored_semantic(variant)
+    maps = semantic_segmentation(
+        arrays["odd.pred_logits"],
+        arrays["odd.pred_masks"],
+        torch.tensor([arrays["odd.image"].shape[-2:]]),
+        torch.tensor([arrays["odd.pixel_values"].shape[-2:]]),
+        target_sizes=[tuple(meta["odd_out_size"])],
+    )
+    assert_equal_but_for_ties(maps[0], arrays["odd.sem_seg"])
+
+
+def assert_equal_but_for_ties(label_map: torch.Tensor, stored_scores: torch.Tensor) -> None:
+    best, second = stored_scores.topk(2, dim=0).values
+    is_clear = best - second > 1e-4  # ten times what the scores themselves may differ by
+    assert is_clear.float().mean() > 0.99
+    assert torch.equal(label_map[is_clear], stored_scores.argmax(dim=0)[is_clear])
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_panoptic_maps_equal_the_original(case):
+    arrays, meta = stored_panoptic()
+    expected = meta["panoptic"][case]
+    index = expected["image"]
+    stuff = set(range(13)) - set(meta["things"])
+    result = panoptic_segmentation(
+        arrays["eval.pred_logits"],
+        arrays["eval.pred_masks"],
+        torch.tensor(meta["image_sizes"]),
+        torch.tensor([meta["padded_size"]] * 2),
+        threshold=expected["object_mask_threshold"],
+        overlap_mask_area_threshold=expected["overlap_threshold"],
+        label_ids_to_fuse=stuff,
+        target_sizes=meta["out_sizes"],
+    )[index]
+    stored = arrays[f"result_{index}.panoptic_seg_{expected['thr_index']}"]
+    assert (result["segmentation"] != stored).sum() <= expected["near_tie_pixels(<1e-4)"]
+    found = [(entry["id"], entry["label_id"], entry["was_fused"]) for entry in result["segments_info"]]
+    assert found == [(entry["id"], entry["category_id"], not entry["isthing"]) for entry in expected["segments_info"]]
+
+
+def test_scores_sum_label_times_mask_probability_over_queries():
+    classes = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]))
+    masks = torch.logit(torch.tensor([[[0.8]], [[0.4]]]))
+    scores = semantic_scores(classes, masks, (1, 1), (1, 1))
+    # label 0: 0.5 x 0.8 + 0.25 x 0.4, label 1: 0.25 x 0.8 + 0.25 x 0.4; "no object" scores nothing
+    torch.testing.assert_close(scores, torch.tensor([[[0.5]], [[0.3]]]))
+
+
+def test_semantic_maps_have_the_size_of_the_image_unless_told_otherwise():
+    batch = mixed_batch()
+    assert [tuple(label_map.shape) for label_map in semantic_segmentation(*batch)] == [(32, 48), (20, 40), (31, 17)]
+    targets = [(5, 6), (64, 64), (1, 1)]
+    maps = semantic_segmentation(*batch, target_sizes=targets)
+    assert [tuple(label_map.shape) for label_map in maps] == targets
+    assert {label_map.dtype for label_map in maps} == {torch.int64}
+
+
+def test_padding_is_cropped_before_resizing():
+    # The image is the left half of the padded input; its own left half is sky, its right half a person.
+    classes = class_logits(SKY, PERSON)
+    masks = mask_logits([[1, 0, 0, 0]] * 4, [[0, 1, 0, 0]] * 4)
+    image_size, padded_size = sizes((16, 8)), sizes((16, 16))
+    expected = [[SKY] * 4 + [PERSON] * 4] * 8
+    label_map = semantic_segmentation(classes, masks, image_size, padded_size, target_sizes=[(8, 8)])[0]
+    assert label_map.tolist() == expected
+    result = panoptic_segmentation(classes, masks, image_size, padded_size, target_sizes=[(8, 8)])[0]
+    assert result["segmentation"].tolist() == [[1] * 4 + [2] * 4] * 8
+
+
+def test_an_image_gets_the_same_result_alone_and_in_a_batch():
+    classes, masks, image_sizes, padded_sizes = mixed_batch()
+    targets = [(40, 50), (20, 40), (13, 29)]
+    options = {"threshold": 0.1, "overlap_mask_area_threshold": 0.3, "label_ids_to_fuse": {0, 1}}
+    together = semantic_segmentation(classes, masks, image_sizes, padded_sizes, targets)
+    panoptic_together = panoptic_segmentation(
+        classes, masks, image_sizes, padded_sizes, target_sizes=targets, **options
+    )
+    for index in range(3):
+        one = slice(index, index + 1)
+        batch = classes[one], masks[one], image_sizes[one], padded_sizes[one]
+        assert torch.equal(semantic_segmentation(*batch, targets[one])[0], together[index])
+        alone = panoptic_segmentation(*batch, target_sizes=targets[one], **options)[0]
+        assert torch.equal(alone["segmentation"], panoptic_together[index]["segmentation"])
+        assert alone["segments_info"] == panoptic_together[index]["segments_info"]
+    assert any(result["segments_info"] for result in panoptic_together)
+
+
+def test_a_fused_label_that_reappears_keeps_its_one_id_and_entry():
+    columns = [[[int(column == query) for column in range(4)]] for query in range(4)]
+    result = panoptic(class_logits(SKY, PERSON, SKY, PERSON), mask_logits(*columns), label_ids_to_fuse={SKY})
+    assert result["segmentation"].tolist() == [[1, 2, 1, 3]]
+    entries = [(entry["id"], entry["label_id"], entry["was_fused"]) for entry in result["segments_info"]]
+    assert entries == [(1, SKY, True), (2, PERSON, False), (3, PERSON, False)]
+
+
+def test_labels_that_are_not_fused_keep_one_segment_per_query():
+    result = panoptic(class_logits(SKY, SKY), mask_logits([[1, 0]], [[0, 1]]))
+    assert result["segmentation"].tolist() == [[1, 2]]
+    assert [entry["was_fused"] for entry in result["segments_info"]] == [False, False]
+
+
+def test_the_score_of_a_fused_segment_weighs_each_query_by_the_pixels_it_won():
+    # Both masks have three pixels; the surer query wins the two that they share.
+    classes = torch.tensor([[[0.9, 0.05, 0.05], [0.6, 0.2, 0.2]]]).log()
+    masks = mask_logits([[1, 1, 1, 0]], [[0, 1, 1, 1]])
+    fused = panoptic(classes, masks, overlap_mask_area_threshold=0.3, label_ids_to_fuse=[SKY])["segments_info"]
+    assert [entry["score"] for entry in fused] == pytest.approx([(3 * 0.9 + 0.6) / 4])
+    separate = panoptic(classes, masks, overlap_mask_area_threshold=0.3)["segments_info"]
+    assert [entry["score"] for entry in separate] == pytest.approx([0.9, 0.6])
+
+
+def test_a_kept_query_is_surer_than_the_threshold():
+    classes = torch.tensor([[[0.0, 0.0, -200.0]]])  # sky and person at exactly 0.5
+    assert panoptic(classes, mask_logits([[1, 1]]), threshold=0.5)["segments_info"] == []
+    assert len(panoptic(classes, mask_logits([[1, 1]]), threshold=0.49)["segments_info"]) == 1
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_without_any_segment_everything_is_void(threshold):
+    labels = (NO_OBJECT, NO_OBJECT) if threshold < 1 else (SKY, PERSON)
+    result = panoptic(class_logits(*labels), mask_logits([[1, 0]], [[0, 1]]), threshold=threshold)
+    assert result["segmentation"].tolist() == [[0, 0]]
+    assert result["segmentation"].dtype == torch.int32
+    assert result["segments_info"] == []
+
+
+def test_a_query_that_wins_too_little_of_its_mask_leaves_its_pixels_void():
+    # The second query wins 1 of the 4 pixels of its mask; the first, surer of its label, takes the other 3.
+    classes = torch.tensor([[[0.9, 0.05, 0.05], [0.1, 0.8, 0.1]]]).log()
+    masks = mask_logits([[1, 1, 1, 0]], [[1, 1, 1, 1]])
+    assert panoptic(classes, masks, overlap_mask_area_threshold=0.3)["segmentation"].tolist() == [[1, 1, 1, 0]]
+    assert panoptic(classes, masks, overlap_mask_area_threshold=0.25)["segmentation"].tolist() == [[1, 1, 1, 2]]
+
+
+def test_the_area_test_does_not_weigh_the_mask_by_the_label_score():
+    # 0.6 x 0.7 lies below 0.5: weighed, the mask would have no pixel at all and the segment would vanish.
+    classes = torch.tensor([[[0.6, 0.2, 0.2]]]).log()
+    masks = torch.logit(torch.tensor([[[[0.7, 0.7]]]]))
+    assert panoptic(classes, masks)["segmentation"].tolist() == [[1, 1]]
+    assert panoptic(classes, masks, mask_threshold=0.75)["segmentation"].tolist() == [[0, 0]]
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    classes, masks, *image_and_padded = mixed_batch()
+    halves = classes.bfloat16(), masks.bfloat16()
+    exact = [half.float() for half in halves]
+    scores = semantic_scores(halves[0][0], halves[1][0], (32, 48), (32, 48))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = semantic_scores(exact[0][0], exact[1][0], (32, 48), (32, 48))
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, under_autocast)
+    assert torch.equal(
+        panoptic_segmentation(*halves, *image_and_padded, threshold=0.1)[1]["segmentation"],
+        panoptic_segmentation(*exact, *image_and_padded, threshold=0.1)[1]["segmentation"],
+    )
+
+
+@pytest.mark.parametrize("function", [semantic_segmentation, panoptic_segmentation])
+def test_target_sizes_that_do_not_fit_the_batch_are_refused(function):
+    with pytest.raises(ValueError, match=r"2 entries, but the batch has 3 images"):
+        function(*mixed_batch(), target_sizes=[(4, 4), (4, 4)])
+    with pytest.raises(ValueError, match=r"target_sizes\[1\] is \(0, 4\)"):
+        function(*mixed_batch(), target_sizes=[(4, 4), (0, 4), (4, 4)])
