@@ -7,7 +7,6 @@ from torch.utils.data import DataLoader
 
 from hf_maskformer.data.generated_scenes import (
     CLASS_NAMES,
-    STUFF_IDS,
     THING_IDS,
     GeneratedScenes,
     colour_classifier_mean_iou,
@@ -53,7 +52,7 @@ def test_a_scene_has_the_promised_form(semantic):
 
 
 def test_labels_are_things_and_stuff():
-    assert GeneratedScenes(1).id2label == dict(enumerate(CLASS_NAMES))
+    assert GeneratedScenes(1).labels.id2label == dict(enumerate(CLASS_NAMES))
     assert sorted(STUFF_IDS + THING_IDS) == list(range(len(CLASS_NAMES)))
     assert CLASS_NAMES[THING_IDS[0]] == "disc"
 
