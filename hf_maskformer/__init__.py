@@ -1,7 +1,41 @@
 """MaskFormer: semantic, instance and panoptic segmentation by predicting masks and their classes."""
 
+from typing import TYPE_CHECKING, Any
+
 from .configuration_maskformer import MaskFormerConfig
+from .image_processing_maskformer import MaskFormerImageProcessor
 from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer import MaskFormerForInstanceSegmentation, MaskFormerModel
 
-__all__ = ["MaskFormerConfig", "MaskFormerForInstanceSegmentation", "MaskFormerLoss", "MaskFormerModel"]
+if TYPE_CHECKING:
+    from .data.collator import MaskFormerDataCollator
+    from .evaluation.mean_iou import MeanIoU
+    from .training.trainer import MaskFormerTrainer, MaskFormerTrainingArguments
+
+__all__ = [
+    "MaskFormerConfig",
+    "MaskFormerDataCollator",
+    "MaskFormerForInstanceSegmentation",
+    "MaskFormerImageProcessor",
+    "MaskFormerLoss",
+    "MaskFormerModel",
+    "MaskFormerTrainer",
+    "MaskFormerTrainingArguments",
+    "MeanIoU",
+]
+
+# Training and evaluation bring Trainer and its libraries along; who only predicts should not wait for them.
+_SIDE_ROOMS = {
+    "MaskFormerDataCollator": "data.collator",
+    "MaskFormerTrainer": "training.trainer",
+    "MaskFormerTrainingArguments": "training.trainer",
+    "MeanIoU": "evaluation.mean_iou",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SIDE_ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_SIDE_ROOMS[name]}", __name__), name)

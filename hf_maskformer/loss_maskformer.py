@@ -215,19 +215,17 @@ def pairwise_mask_costs(mask_logits: Tensor, masks: Tensor) -> tuple[Tensor, Ten
     """
     masks = masks.to(mask_logits.dtype)
     probabilities = mask_logits.sigmoid()
-    focal_inside = focal_loss(mask_logits, probabilities, is_inside=True)
-    focal_outside = focal_loss(mask_logits, probabilities, is_inside=False)
+    focal_inside = FOCAL_ALPHA * focal_loss(mask_logits)
+    focal_outside = (1 - FOCAL_ALPHA) * focal_loss(-mask_logits)
     focal = ((focal_inside - focal_outside) @ masks.T + focal_outside.sum(1, keepdim=True)) / mask_logits.shape[1]
     overlap = probabilities @ masks.T
     dice = 1 - (2 * overlap + 1) / (probabilities.sum(1, keepdim=True) + masks.sum(1) + 1)
     return focal, dice
 
 
-def focal_loss(logits: Tensor, probabilities: Tensor, is_inside: bool) -> Tensor:
-    """Focal loss (arXiv 1708.02002) of pixels that all lie inside, or all outside, of the segment."""
-    if is_inside:
-        return FOCAL_ALPHA * (1 - probabilities) ** FOCAL_GAMMA * F.softplus(-logits)
-    return (1 - FOCAL_ALPHA) * probabilities**FOCAL_GAMMA * F.softplus(logits)
+def focal_loss(logits_of_truth: Tensor) -> Tensor:
+    """Focal loss (arXiv 1708.02002) before alpha; takes the logit inside a segment and its negative outside."""
+    return (-logits_of_truth).sigmoid() ** FOCAL_GAMMA * F.softplus(-logits_of_truth)
 
 
 def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,10 +266,9 @@ def mask_losses(mask_logits: Tensor, masks: Tensor, num_masks: float) -> tuple[T
         return mask_logits.sum(), mask_logits.sum()
     logits = F.interpolate(mask_logits[None], size=masks.shape[-2:], mode="bilinear", align_corners=False)[0].flatten(1)
     inside = masks.flatten(1)
+    alpha = torch.where(inside, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+    focal = alpha * focal_loss(torch.where(inside, logits, -logits))
     probabilities = logits.sigmoid()
-    focal = torch.where(
-        inside, focal_loss(logits, probabilities, is_inside=True), focal_loss(logits, probabilities, is_inside=False)
-    )
     overlap = (probabilities * inside).sum(1)
     dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + inside.sum(1) + 1)
     return focal.mean(1).sum() / num_masks, dice.sum() / num_masks

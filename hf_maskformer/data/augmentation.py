@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -44,6 +45,18 @@ class RandomScaleCropFlip:
             )
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"flip_probability is {self.flip_probability}; it must lie between 0 and 1.")
+
+    @classmethod
+    def from_scales(cls, image_size: int, min_scale: float, max_scale: float) -> Self:
+        """The paper's augmentation around a size: scales in steps of 0.1, square crops of `image_size`.
+
+        Scales of 0.5 to 2 around 512 are its recipe for ADE20K. No side gets longer than four times `image_size`.
+        """
+        tenths = range(round(10 * min_scale), round(10 * max_scale) + 1)
+        if not tenths or tenths[0] < 1:
+            raise ValueError(f"min_scale {min_scale} and max_scale {max_scale} must be 0.1 or more and in this order.")
+        short_edges = [int(tenth * 0.1 * image_size) for tenth in tenths]
+        return cls(short_edges, max_size=4 * image_size, crop_size=(image_size, image_size))
 
     def __call__(self, sample: Sample) -> Sample:
         image, segmentation_map = self._scale(sample["image"], sample["segmentation_map"])

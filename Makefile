@@ -1,0 +1,39 @@
+# Verbs are the targets with a "##" comment; `make` alone prints them.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test check format benchmark clean
+
+help: ## Print these verbs
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+demo: $(INSTALLED) ## Train a small model on drawn scenes, evaluate it, draw its predictions (outputs/demo)
+	rm -rf outputs/demo
+	$(BIN)/python scripts/demo.py --output outputs/demo
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## Lint, check formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Format the code and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
+	$(BIN)/python scripts/benchmark.py forward
+	$(BIN)/python scripts/benchmark.py step
+
+clean: ## Remove the environment, caches and outputs
+	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch goes first and by its exact version, so that no other package chooses a build of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(INSTALLED)

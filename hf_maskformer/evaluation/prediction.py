@@ -1,0 +1,109 @@
+"""Segments photographs with a checkpoint and writes what was found."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_utils import load_image as load_image_from_url
+
+from ..data.folder import IMAGE_SUFFIXES
+from ..data.sample import load_image
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..modeling_maskformer import MaskFormerForInstanceSegmentation
+from .drawing import draw_segmentation
+
+Task = Literal["semantic", "panoptic"]
+TASKS: tuple[Task, ...] = ("semantic", "panoptic")
+
+
+@dataclass
+class Prediction:
+    """The segments of one image.
+
+    Attributes:
+        segmentation: (H, W) integers of the image's size: the id of the segment of each pixel. For the semantic task
+            ids are class ids; for the panoptic task they count from 1, and 0 is void.
+        segments: `id`, `label_id`, `label` and `area` (pixels) of each segment, for the panoptic task `score` and
+            `was_fused` too.
+    """
+
+    segmentation: np.ndarray
+    segments: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def predict(
+    model: MaskFormerForInstanceSegmentation, image_processor: MaskFormerImageProcessor, image: Image.Image, task: Task
+) -> Prediction:
+    """Segments one RGB image at its own size."""
+    inputs = image_processor(images=image, return_tensors="pt")
+    parameter = next(model.parameters())
+    outputs = model(
+        pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
+        pixel_mask=inputs["pixel_mask"].to(parameter.device),
+    )
+    target_sizes = [(image.height, image.width)]
+    if task == "panoptic":
+        (result,) = image_processor.post_process_panoptic_segmentation(outputs, target_sizes=target_sizes)
+        segmentation, segments = result["segmentation"].cpu().numpy(), result["segments_info"]
+    else:
+        (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
+        segmentation = label_map.cpu().numpy()
+        segments = [{"id": label, "label_id": label} for label in np.unique(segmentation).tolist()]
+    names: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # the configuration makes ids integers
+    areas = dict(zip(*(values.tolist() for values in np.unique(segmentation, return_counts=True)), strict=True))
+    described = [
+        {**segment, "label": names[segment["label_id"]], "area": areas.get(segment["id"], 0)} for segment in segments
+    ]
+    return Prediction(segmentation, described)
+
+
+def write_prediction(
+    prediction: Prediction, image: Image.Image, id2label: dict[int, str], task: Task, folder: Path, name: str
+) -> list[Path]:
+    """Writes NAME_labels.png (ids, 8 bits, or 16 where one exceeds 255), NAME_segments.json and NAME_overlay.png.
+
+    Returns their paths. The folder is made if it does not exist; files of these names are replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}{ending}" for ending in ("_labels.png", "_segments.json", "_overlay.png")]
+    ids = prediction.segmentation
+    Image.fromarray(ids.astype(np.uint16 if ids.max() > 255 else np.uint8)).save(paths[0])
+    content = {"task": task, "height": image.height, "width": image.width, "segments": prediction.segments}
+    paths[1].write_text(json.dumps(content, indent=1))
+    segments = prediction.segments if task == "panoptic" else None
+    # No class has the id -1: a semantic prediction covers every pixel.
+    draw_segmentation(image, ids, id2label, segments=segments, ignore_index=-1).save(paths[2])
+    return paths
+
+
+def read_images(source: str) -> Iterator[tuple[str, Image.Image]]:
+    """Gives the name and the upright RGB image of a file, of every image in a folder, or of an http(s) URL.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or the folder holds no image.
+        ValueError: a file is damaged.
+    """
+    if source.startswith(("http://", "https://")):
+        yield Path(unquote(urlparse(source).path)).stem or "image", _upright(load_image_from_url(source, timeout=30))
+        return
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{source} does not exist. Name an image, a folder of images or an http(s) URL.")
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+    for file in files:
+        yield file.stem, _upright(load_image(file))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")

@@ -1,0 +1,94 @@
+"""Draws a data set, trains a small MaskFormer on it from scratch, evaluates it and shows what it predicts.
+
+    python scripts/demo.py --output outputs/demo
+
+Needs no download and takes a few minutes on two CPU cores. The output folder gets data/ (the drawn scenes),
+checkpoint/, metrics.json and pictures/ (input, ground truth and prediction side by side).
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer.data.folder import SegmentationFolder
+from hf_maskformer.data.generated_scenes import colour_classifier_mean_iou, write_generated_scenes
+from hf_maskformer.evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
+from hf_maskformer.evaluation.prediction import predict
+
+SCRIPTS = Path(__file__).parent
+SIDE = 128  # of the scenes, in pixels
+NUM_PICTURES = 6
+RECIPE = {
+    "config": SCRIPTS / "configs" / "small.json",
+    "image_size": SIDE,
+    "min_scale": 1.0,
+    "max_scale": 1.0,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "backbone_learning_rate_factor": 1.0,
+    "max_grad_norm": 0.1,
+    "warmup_steps": 50,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "dataloader_num_workers": 1,
+    "report_to": "none",
+}
+
+
+@dataclass
+class Arguments:
+    output: str = field(default="outputs/demo", metadata={"help": "Folder for the results; must be empty."})
+    num_train: int = field(default=1000, metadata={"help": "Scenes to train on."})
+    num_val: int = field(default=100, metadata={"help": "Held-out scenes to evaluate on."})
+    max_steps: int = field(default=800, metadata={"help": "Training steps."})
+
+
+def main(arguments: Arguments) -> None:
+    output = Path(arguments.output)
+    data, checkpoint, metrics_file = output / "data", output / "checkpoint", output / "metrics.json"
+    write_generated_scenes(data, arguments.num_train, arguments.num_val, image_size=(SIDE, SIDE))
+    run("train.py", data=data, output_dir=checkpoint, max_steps=arguments.max_steps, **RECIPE)
+    run("evaluate.py", checkpoint=checkpoint, data=data, batch_size=10, output=metrics_file)
+    pictures = draw_pictures(checkpoint, data, output / "pictures")
+
+    train, val = SegmentationFolder(data, "train"), SegmentationFolder(data, "val")
+    colour_score = colour_classifier_mean_iou(train, val, val.labels.num_labels)
+    mean_iou = json.loads(metrics_file.read_text())["mean_iou"]
+    print(f"\nMean IoU on {arguments.num_val} held-out scenes: {mean_iou:.3f} ({metrics_file})")
+    print(f"For comparison, the best classifier that sees one pixel's colour only: {colour_score:.3f}")
+    print(f"Checkpoint, for from_pretrained: {checkpoint}")
+    print("Pictures:", *pictures, sep="\n  ")
+
+
+def run(script: str, **options: object) -> None:
+    command = [sys.executable, str(SCRIPTS / script), *(f"--{name}={value}" for name, value in options.items())]
+    print("\n$", " ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+def draw_pictures(checkpoint: Path, data: Path, folder: Path) -> list[Path]:
+    """Reloads the checkpoint and draws semantic and panoptic predictions beside the ground truth."""
+    model = MaskFormerForInstanceSegmentation.from_pretrained(checkpoint)
+    image_processor = MaskFormerImageProcessor.from_pretrained(checkpoint)
+    folder.mkdir()
+    paths = []
+    val = SegmentationFolder(data, "val")
+    id2label = val.labels.id2label
+    for sample in (val[index] for index in range(min(NUM_PICTURES, len(val)))):
+        image, truth = sample["image"], sample["segmentation_map"]
+        prediction = predict(model, image_processor, image, "semantic").segmentation
+        panels = [
+            (t, draw_segmentation(image, m, id2label)) for t, m in (("ground truth", truth), ("prediction", prediction))
+        ]
+        paths.append(folder / f"{sample['name']}.png")
+        draw_comparison(image, panels, legend_labels([*truth.flat, *prediction.flat], id2label)).save(paths[-1])
+    return paths
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

@@ -1,0 +1,39 @@
+"""Segments an image, a folder of images or an image behind a URL.
+
+    python scripts/predict.py --checkpoint facebook/maskformer-swin-tiny-ade --input photo.jpg --output segments
+
+For every image NAME the output folder gets NAME_labels.png (the segment of each pixel), NAME_segments.json (what
+the segments are) and NAME_overlay.png (to look at).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer.evaluation.prediction import TASKS, predict, read_images, write_prediction
+
+
+@dataclass
+class Arguments:
+    checkpoint: str = field(metadata={"help": "A folder or a Hub name."})
+    input: str = field(metadata={"help": "An image, a folder of images, or an http(s) URL."})
+    output: str = field(metadata={"help": "Folder for the results."})
+    task: str = field(default="semantic", metadata={"help": "What to predict.", "choices": TASKS})
+
+
+def main(arguments: Arguments) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = MaskFormerForInstanceSegmentation.from_pretrained(arguments.checkpoint).to(device).eval()
+    image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
+    for name, image in tqdm(read_images(arguments.input), desc="Segmenting", unit="image"):
+        prediction = predict(model, image_processor, image, arguments.task)
+        write_prediction(prediction, image, model.config.id2label, arguments.task, Path(arguments.output), name)
+    print(f"The results are in {arguments.output}.")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

@@ -1,0 +1,90 @@
+"""Trains a MaskFormer on images with label maps and evaluates it by mean IoU.
+
+From scratch, on a folder with images/{train,val}, annotations/{train,val} and classes.json:
+
+    python scripts/train.py --config scripts/configs/small.json --data DATA --image_size 256 --output_dir OUTPUT
+
+Fine-tuning a checkpoint on columns of a `datasets` data set, on all processes of `accelerate config`:
+
+    accelerate launch scripts/train.py --checkpoint facebook/maskformer-swin-tiny-ade --reinitialize_head true \
+        --data USER/NAME --image_column image --label_column label --classes classes.json --output_dir OUTPUT
+
+Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ...
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser, set_seed
+
+from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
+from hf_maskformer.data.augmentation import AugmentedDataset, RandomScaleCropFlip
+from hf_maskformer.data.check import check_samples
+from hf_maskformer.data.opening import open_dataset
+from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model
+
+
+@dataclass
+class ModelArguments:
+    checkpoint: str | None = field(default=None, metadata={"help": "Checkpoint to fine-tune: a folder or a Hub name."})
+    config: str | None = field(default=None, metadata={"help": "Configuration of a model with random weights."})
+    reinitialize_head: bool = field(
+        default=False, metadata={"help": "Replace the class predictor if the checkpoint has other classes."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.config is None):
+            raise ValueError("Give either --checkpoint (to fine-tune) or --config (to train from scratch).")
+
+
+@dataclass
+class DataArguments:
+    data: str = field(metadata={"help": "Folder data set; with --image_column a `datasets` folder or Hub name."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="val", metadata={"help": "Split to evaluate on."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images."})
+    label_column: str = field(default="label", metadata={"help": "Column of label maps."})
+    classes: str | None = field(default=None, metadata={"help": "classes.json of a data set with columns."})
+    check_data: bool = field(default=True, metadata={"help": "Read every sample once before training."})
+    image_size: int = field(default=512, metadata={"help": "Shorter side at evaluation, and side of the crops."})
+    min_scale: float = field(default=0.5, metadata={"help": "Smallest scale in training, relative to image_size."})
+    max_scale: float = field(default=2.0, metadata={"help": "Largest scale in training, relative to image_size."})
+
+    def open(self, split: str):
+        return open_dataset(self.data, split, self.image_column, self.label_column, self.classes)
+
+    def augmentation(self) -> RandomScaleCropFlip:
+        return RandomScaleCropFlip.from_scales(self.image_size, self.min_scale, self.max_scale)
+
+
+def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments) -> None:
+    train_dataset, eval_dataset = data.open(data.train_split), data.open(data.eval_split)
+    labels = train_dataset.labels
+    with training.main_process_first(desc="data check"):
+        if data.check_data and training.process_index == 0:
+            check_samples(train_dataset)
+            check_samples(eval_dataset)
+
+    set_seed(training.seed)
+    if model_arguments.config is not None:
+        model = new_model(model_arguments.config, labels)
+    else:
+        model = pretrained_model(model_arguments.checkpoint, labels, model_arguments.reinitialize_head)
+    image_processor = image_processor_for(labels, data.image_size, model_arguments.checkpoint)
+
+    trainer = MaskFormerTrainer(
+        model=model,
+        args=training,
+        train_dataset=AugmentedDataset(train_dataset, data.augmentation()),
+        eval_dataset=eval_dataset,
+        data_collator=MaskFormerDataCollator(image_processor, do_resize=False),
+        processing_class=image_processor,
+    )
+    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_metrics("eval", trainer.evaluate())
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser((ModelArguments, DataArguments, MaskFormerTrainingArguments)).parse_args_into_dataclasses())
