@@ -265,13 +265,19 @@ def mask_losses(mask_logits: Tensor, masks: Tensor, num_masks: float) -> tuple[T
     if not len(masks):
         return mask_logits.sum(), mask_logits.sum()
     logits = F.interpolate(mask_logits[None], size=masks.shape[-2:], mode="bilinear", align_corners=False)[0].flatten(1)
-    inside = masks.flatten(1)
-    alpha = torch.where(inside, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-    focal = alpha * focal_loss(torch.where(inside, logits, -logits))
-    probabilities = logits.sigmoid()
-    overlap = (probabilities * inside).sum(1)
-    dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + inside.sum(1) + 1)
-    return focal.mean(1).sum() / num_masks, dice.sum() / num_masks
+    inside = masks.flatten(1).to(logits.dtype)
+    log_truth = F.logsigmoid(logits * (2 * inside - 1))  # of the probability of the truth: inside or outside
+    error = 1 - log_truth.exp()
+    focal = -(error**FOCAL_GAMMA) * log_truth
+    focal_inside = (focal * inside).sum(1)
+    focal_outside = focal.sum(1) - focal_inside
+    focal_mean = (FOCAL_ALPHA * focal_inside + (1 - FOCAL_ALPHA) * focal_outside) / focal.shape[1]
+
+    area, error_inside = inside.sum(1), (error * inside).sum(1)
+    overlap = area - error_inside
+    predicted_area = overlap + error.sum(1) - error_inside
+    dice = 1 - (2 * overlap + 1) / (predicted_area + area + 1)
+    return focal_mean.sum() / num_masks, dice.sum() / num_masks
 
 
 def average_over_processes(count: int, device: torch.device) -> float:

@@ -29,10 +29,10 @@ RECIPE = {
     "min_scale": 1.0,
     "max_scale": 1.0,
     "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 1.5e-3,
     "backbone_learning_rate_factor": 1.0,
-    "max_grad_norm": 0.1,
-    "warmup_steps": 50,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 100,
     "logging_steps": 50,
     "save_strategy": "no",
     "dataloader_num_workers": 1,
@@ -45,7 +45,7 @@ class Arguments:
     output: str = field(default="outputs/demo", metadata={"help": "Folder for the results; must be empty."})
     num_train: int = field(default=1000, metadata={"help": "Scenes to train on."})
     num_val: int = field(default=100, metadata={"help": "Held-out scenes to evaluate on."})
-    max_steps: int = field(default=800, metadata={"help": "Training steps."})
+    max_steps: int = field(default=900, metadata={"help": "Training steps."})
 
 
 def main(arguments: Arguments) -> None:

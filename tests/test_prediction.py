@@ -1,0 +1,126 @@
+import http.server
+import json
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.evaluation.prediction import Prediction, predict, read_images, write_prediction
+from hf_maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput
+
+ID2LABEL = {0: "sky", 1: "road", 2: "car"}
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def image_processor():
+    return MaskFormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}, label_ids_to_fuse=[0, 1])
+
+
+class TwoCars(torch.nn.Module):
+    """Sees a car in the left half and another in the right half of every image, and sky nowhere."""
+
+    config = SimpleNamespace(id2label=ID2LABEL)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixel_values, pixel_mask):
+        is_left = torch.arange(16) < 8
+        masks = torch.stack([is_left, ~is_left, is_left]).float()[None, :, None].expand(1, 3, 16, 16) * 20 - 10
+        classes = torch.tensor([[[0, 0, 9.0, 0], [0, 0, 9.0, 0], [0, 0, 0, 9.0]]])
+        sizes = torch.stack([pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0].sum(1)], dim=1)
+        padded = torch.tensor([pixel_mask.shape[1:]])
+        return MaskFormerForInstanceSegmentationOutput(
+            class_queries_logits=classes, masks_queries_logits=masks, image_sizes=sizes, padded_sizes=padded
+        )
+
+
+def test_two_cars_are_one_class_or_two_segments(image, image_processor):
+    semantic = predict(TwoCars(), image_processor, image, "semantic")
+    assert semantic.segments == [{"id": 2, "label_id": 2, "label": "car", "area": 50 * 70}]
+    panoptic = predict(TwoCars(), image_processor, image, "panoptic")
+    assert [(segment["id"], segment["label"]) for segment in panoptic.segments] == [(1, "car"), (2, "car")]
+    assert panoptic.segmentation[25, [5, 65]].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_the_segments_describe_the_map(image, image_processor, task):
+    prediction = predict(TwoCars(), image_processor, image, task)
+    assert prediction.segmentation.shape == (50, 70)
+    assert len(prediction.segments) > 0
+    ids, areas = np.unique(prediction.segmentation, return_counts=True)
+    found = dict(zip(ids.tolist(), areas.tolist(), strict=True))
+    for segment in prediction.segments:
+        assert segment["area"] == found.get(segment["id"], 0)
+        assert segment["label"] == ID2LABEL[segment["label_id"]]
+    if task == "semantic":
+        assert sum(segment["area"] for segment in prediction.segments) == 50 * 70
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_written_files_hold_the_prediction(tmp_path, image, image_processor, task):
+    prediction = predict(TwoCars(), image_processor, image, task)
+    labels, segments, overlay = write_prediction(prediction, image, ID2LABEL, task, tmp_path / "new", "photo")
+    assert np.array_equal(np.asarray(Image.open(labels)), prediction.segmentation)
+    assert json.loads(segments.read_text())["segments"] == prediction.segments
+    assert Image.open(overlay).size == image.size
+
+
+def test_ids_beyond_eight_bits_survive(tmp_path):
+    segmentation = np.array([[3, 300]])
+    segments = [{"id": number, "label_id": 0, "label": "sky", "area": 1} for number in (3, 300)]
+    paths = write_prediction(
+        Prediction(segmentation, segments), Image.new("RGB", (2, 1)), ID2LABEL, "panoptic", tmp_path, "x"
+    )
+    assert np.asarray(Image.open(paths[0])).tolist() == [[3, 300]]
+
+
+def test_a_folder_is_read_in_order_and_other_files_are_left_alone(tmp_path):
+    for name in ("b.png", "a.jpg"):
+        Image.new("L", (4, 3)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert [(name, image.mode) for name, image in read_images(str(tmp_path))] == [("a", "RGB"), ("b", "RGB")]
+
+
+def test_a_photograph_stored_sideways_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 3)).save(tmp_path / "turned.jpg", exif=exif)
+    ((_, image),) = read_images(str(tmp_path / "turned.jpg"))
+    assert image.size == (3, 4)
+
+
+def test_an_image_behind_a_url_is_read(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "my photo.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    ((name, image),) = read_images(f"http://127.0.0.1:{server.server_address[1]}/my%20photo.png?width=4")
+    server.shutdown()
+    assert (name, image.getpixel((0, 0))) == ("my photo", (255, 0, 0))
+
+
+def test_a_missing_input_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg does not exist"):
+        list(read_images("nowhere.jpg"))
+    with pytest.raises(FileNotFoundError, match="holds no image"):
+        list(read_images(str(tmp_path)))
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image"):
+        list(read_images(str(tmp_path)))

@@ -1,0 +1,186 @@
+"""The scripts from end to end, in this process, on a few small drawn scenes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import tiny_config
+from PIL import Image
+from transformers import HfArgumentParser
+
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerTrainingArguments
+from hf_maskformer.data.generated_scenes import write_generated_scenes
+from hf_maskformer.data.labels import LabelSet
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def load(name):
+    specification = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+def call(name, **options):
+    script = load(name)
+    command_line = [f"--{option}={value}" for option, value in options.items()]
+    if name == "train":
+        classes = (script.ModelArguments, script.DataArguments, MaskFormerTrainingArguments)
+        command_line += ["--report_to=none", "--use_cpu=true"]
+    else:
+        classes = (script.Arguments,)
+    script.main(*HfArgumentParser(classes).parse_args_into_dataclasses(command_line))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes") / "data"
+    write_generated_scenes(root, num_train=4, num_val=2, image_size=(64, 64))
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    tiny_config(freeze_batch_norm=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, data, config):
+    output = tmp_path_factory.mktemp("run")
+    call("train", config=config, data=data, image_size=64, max_steps=2, output_dir=output)
+    return output
+
+
+def test_train_leaves_a_checkpoint_and_its_scores(checkpoint):
+    assert MaskFormerForInstanceSegmentation.from_pretrained(checkpoint).config.id2label[3] == "disc"
+    assert 0 <= json.loads((checkpoint / "eval_results.json").read_text())["eval_mean_iou"] <= 1
+    assert json.loads((checkpoint / "train_results.json").read_text())["train_loss"] > 0
+
+
+def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp_path, capsys):
+    call("evaluate", checkpoint=checkpoint, data=data, batch_size=2, output=tmp_path / "metrics.json")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    after_training = json.loads((checkpoint / "eval_results.json").read_text())["eval_mean_iou"]
+    assert metrics["mean_iou"] == pytest.approx(after_training, abs=1e-6)
+    assert metrics["per_category_iou"].keys() == set(LabelSet.from_json(data / "classes.json").id2label.values())
+    assert "speckle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_predict_writes_three_files_for_every_image(checkpoint, data, tmp_path, task):
+    call("predict", checkpoint=checkpoint, input=data / "images" / "val", output=tmp_path, task=task)
+    names = {path.name for path in tmp_path.iterdir()}
+    endings = ("labels.png", "segments.json", "overlay.png")
+    assert names == {f"scene_0000{index}_{ending}" for index in (0, 1) for ending in endings}
+
+
+def test_fine_tuning_other_classes_needs_a_word(checkpoint, data, tmp_path):
+    other = tmp_path / "data"
+    write_two_classes(other, data)
+    options = {
+        "checkpoint": checkpoint,
+        "data": other,
+        "image_size": 64,
+        "max_steps": 1,
+        "output_dir": tmp_path / "run",
+    }
+    with pytest.raises(ValueError, match=r"has 8 classes, but the data has 2\. Pass reinitialize_head"):
+        call("train", **options)
+    call("train", reinitialize_head=True, **options)
+    assert MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "run").config.num_labels == 2
+    with pytest.raises(ValueError, match=r"has 8 classes, but .* has 2\. Evaluate a checkpoint on data with its own"):
+        call("evaluate", checkpoint=checkpoint, data=other)
+
+
+def write_two_classes(root, data):
+    for split in ("train", "val"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for path in (data / "annotations" / split).iterdir():
+            things = np.asarray(Image.open(path)) > 2
+            Image.fromarray(things.astype(np.uint8)).save(root / "annotations" / split / path.name)
+            (root / "images" / split / path.name).write_bytes((data / "images" / split / path.name).read_bytes())
+    (root / "classes.json").write_text(json.dumps({"id2label": {"0": "background", "1": "object"}}))
+
+
+def test_labels_that_the_classes_lack_stop_the_training_before_it_starts(data, config, tmp_path):
+    write_two_classes(tmp_path / "data", data)
+    (tmp_path / "data" / "classes.json").write_text(json.dumps({"id2label": {"0": "background"}}))
+    with pytest.raises(ValueError, match=r"scene_0000\d\.png contains label 1, but .*classes\.json has 1 labels"):
+        call("train", config=config, data=tmp_path / "data", max_steps=1, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_wants_one_starting_point(data, tmp_path):
+    with pytest.raises(ValueError, match=r"Give either --checkpoint .* or --config"):
+        call("train", data=data, output_dir=tmp_path)
+
+
+def test_train_reads_columns_of_a_datasets_data_set(data, config, tmp_path):
+    import datasets
+
+    columns = {
+        split: datasets.Dataset.from_dict(
+            {
+                "photo": sorted(map(str, (data / "images" / split).iterdir())),
+                "mask": sorted(map(str, (data / "annotations" / split).iterdir())),
+            }
+        )
+        .cast_column("photo", datasets.Image())
+        .cast_column("mask", datasets.Image())
+        for split in ("train", "val")
+    }
+    datasets.DatasetDict(columns).save_to_disk(tmp_path / "columns")
+    call(
+        "train",
+        config=config,
+        data=tmp_path / "columns",
+        image_column="photo",
+        label_column="mask",
+        classes=data / "classes.json",
+        image_size=64,
+        max_steps=1,
+        output_dir=tmp_path / "run",
+    )
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("subcommand", ["forward", "step"])
+def test_the_benchmark_compares_both_models(subcommand, tmp_path, monkeypatch):
+    benchmark = load("benchmark")
+    small = {**benchmark.BACKBONES["resnet50"], "hidden_sizes": [8, 16, 32, 64], "embedding_size": 8}
+    monkeypatch.setitem(benchmark.BACKBONES, "resnet50", small)
+    file = tmp_path / "figures.json"
+    options = ["--size=64", "--repeats=1", "--threads=0", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", subcommand, *options])
+    benchmark.main(benchmark.parse_arguments())
+    figures = json.loads(file.read_text())
+    assert figures["ratio"] == pytest.approx(figures["stock"]["median_ms"] / figures["ours"]["median_ms"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_with_accelerate_launch(data, config, tmp_path):
+    options = {"config": config, "data": data, "image_size": 64, "max_steps": 2, "output_dir": tmp_path}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", SCRIPTS / "train.py"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    subprocess.run([*command, "--report_to=none", "--use_cpu=true"], check=True, timeout=300)
+    alone = tmp_path / "metrics.json"
+    call("evaluate", checkpoint=tmp_path, data=data, output=alone)
+    together = json.loads((tmp_path / "eval_results.json").read_text())["eval_mean_iou"]
+    assert together == pytest.approx(json.loads(alone.read_text())["mean_iou"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_its_score(tmp_path):
+    subprocess.run([sys.executable, SCRIPTS / "demo.py", f"--output={tmp_path / 'demo'}"], check=True, timeout=900)
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert metrics["mean_iou"] >= 0.75
+    assert len(list((tmp_path / "demo" / "pictures").glob("*.png"))) >= 4
