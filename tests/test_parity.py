@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden import Golden
 
+from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.hub.key_table import from_original, to_original
 from hf_maskformer.modeling_maskformer_transformer_decoder import sine_positions
 
@@ -112,6 +113,22 @@ def test_gradients_of_every_parameter(golden: Golden) -> None:
             indices = torch.arange(64) * ours.numel() // 64
             original, ours = original.flatten(), ours.flatten()[indices]
         assert (ours - original).norm() <= GRADIENT_TOLERANCE * original.norm() + floor, name
+
+
+def test_from_the_photograph_to_the_semantic_result(golden: Golden) -> None:
+    processor = MaskFormerImageProcessor(do_resize=False, size_divisor=golden.meta["size_divisibility"])
+    images = [golden.arrays[f"image_{image}"] for image in (0, 1)]
+    batch = processor(images, return_tensors="pt")
+    assert (batch["pixel_values"] - golden.arrays["pixel_values"]).abs().max() < 1e-5
+    with torch.no_grad():
+        outputs = golden.model.eval()(**batch)
+    results = processor.post_process_semantic_segmentation(outputs, target_sizes=golden.meta["out_sizes"])
+    for image, result in enumerate(results):
+        scores = golden.arrays[f"result_{image}.sem_seg"]
+        best, second = scores.topk(2, dim=0).values
+        is_clear = best - second > FORWARD_TOLERANCE * best.max()
+        assert is_clear.float().mean() > 0.99
+        assert torch.equal(result[is_clear], scores.argmax(0)[is_clear])
 
 
 def test_the_key_table_is_two_way(golden: Golden) -> None:

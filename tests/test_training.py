@@ -116,6 +116,19 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_synchronised_batch_norm_is_the_same_model():
+    """What the trainer does on several GPUs leaves names, frozen statistics and predictions as they are."""
+    for model in (scenes_model(), tiny_model()):
+        before, pixel_values = model.state_dict(), torch.randn(1, 3, 64, 64)
+        expected = model.eval()(pixel_values).masks_queries_logits
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert model.state_dict().keys() == before.keys()
+        assert torch.equal(model.eval()(pixel_values).masks_queries_logits, expected)
+        norms = [m for m in model.train().modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+        assert len(norms) > 0
+        assert all(norm.training != model.config.freeze_batch_norm for norm in norms)
+
+
 def test_removing_the_columns_that_the_collator_reads_is_refused(tmp_path):
     with pytest.raises(ValueError, match="remove_unused_columns must be False"):
         MaskFormerTrainingArguments(**arguments(tmp_path, remove_unused_columns=True))

@@ -56,8 +56,9 @@ class MaskFormerTrainingArguments(TrainingArguments):
 class MaskFormerTrainer(Trainer):
     """Thin subclass of `Trainer`; the model also trains with `Trainer` itself.
 
-    What differs: the optimiser's parameter groups (`parameter_groups`), every loss term by name in the log, and
-    `evaluate`, which gives the mean IoU at the resolution of the ground truth without ever gathering masks. Pass the
+    What differs: the optimiser's parameter groups (`parameter_groups`), every loss term by name in the log, batch norm
+    that is synchronised over the processes of several GPUs (unless it is frozen), and `evaluate`, which gives the mean
+    IoU at the resolution of the ground truth without ever gathering masks. Pass the
     image processor as `processing_class` and data sets of samples (see `hf_maskformer.data.sample.Sample`).
     """
 
@@ -67,6 +68,9 @@ class MaskFormerTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Statistics of a few images per process are too noisy to train with; CPUs have no synchronised form.
+        if self.args.world_size > 1 and self.args.device.type != "cpu":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self._loss_terms: dict[str, Tensor] = {}
         self._num_loss_terms = 0
 
