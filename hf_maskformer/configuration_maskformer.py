@@ -96,6 +96,15 @@ class MaskFormerConfig(PreTrainedConfig):
         self.num_hidden_layers = self.decoder_config.decoder_layers
         self._check()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is."""
+        own = {name for name in kwargs if name in cls.__dataclass_fields__ and not isinstance(kwargs[name], dict)}
+        overrides = {name: kwargs.pop(name) for name in own}
+        if overrides.get("use_auxiliary_loss"):
+            overrides.setdefault("deep_supervision", True)
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
     @property
     def matching_costs(self) -> dict[str, float]:
         """The weights of the matching cost, with None resolved to the weight of the same loss."""

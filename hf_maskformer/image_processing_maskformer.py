@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
@@ -24,6 +24,7 @@ from .image_processing_maskformer_settings import (
     SETTINGS,
     ImageProcessorSettings,
     current_settings,
+    unknown_settings,
 )
 from .image_processing_maskformer_targets import (
     check_map_sizes,
@@ -87,6 +88,13 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         base = {name: value for name, value in image_processor_dict.items() if name in _BASE_CLASS_SETTINGS}
         settings = {name: value for name, value in image_processor_dict.items() if name not in base}
+        # A file of a later transformers may hold more; an argument of the caller must mean something.
+        unknown = unknown_settings(settings)
+        if unknown:
+            logger.warning(
+                f"Unknown settings in the image processor's file are left out: {', '.join(sorted(unknown))}."
+            )
+        settings = {name: value for name, value in settings.items() if name not in unknown}
         settings = current_settings(settings, DEFAULT_SIZE)
         overrides = {name: kwargs.pop(name) for name in (SETTINGS | OLD_SETTINGS) & kwargs.keys()}
         settings |= current_settings(overrides, settings.get("size", DEFAULT_SIZE))
@@ -266,7 +274,8 @@ def _enumerate(name: str, items: Any, num_dimensions: int) -> Iterator[tuple[int
 def _read_image(image: Any, index: int, input_data_format: str | None) -> Tensor:
     """Gives (3, h, w), uint8 or float32."""
     if isinstance(image, str | Path):
-        image = load_image(str(image))
+        is_url = str(image).startswith(("http://", "https://"))
+        image = load_image(str(image)) if is_url else ImageOps.exif_transpose(Image.open(image))
     if isinstance(image, Image.Image):
         if image.mode[0] in "IF":
             raise ValueError(f"Image {index} has mode {image.mode}, more than 8 bits; convert it to RGB first.")

@@ -128,11 +128,16 @@ def current_settings(given: Mapping[str, Any], known_size: Mapping[str, int]) ->
     return settings
 
 
+def unknown_settings(given: Mapping[str, Any]) -> set[str]:
+    """The names among these that mean nothing to the processor."""
+    return given.keys() - SETTINGS - OLD_SETTINGS - _BOOKKEEPING_SETTINGS - _FIXED_SETTINGS.keys()
+
+
 def _check_names(given: Mapping[str, Any]) -> None:
-    for name in given.keys() - SETTINGS - OLD_SETTINGS - _BOOKKEEPING_SETTINGS:
-        if name not in _FIXED_SETTINGS:
-            known = ", ".join(sorted(SETTINGS))
-            raise ValueError(f"{name}={given[name]!r} is no setting of MaskFormerImageProcessor; it has {known}.")
+    for name in unknown_settings(given):
+        known = ", ".join(sorted(SETTINGS))
+        raise ValueError(f"{name}={given[name]!r} is no setting of MaskFormerImageProcessor; it has {known}.")
+    for name in given.keys() & _FIXED_SETTINGS.keys():
         if given[name] is not None and given[name] != _FIXED_SETTINGS[name]:
             raise ValueError(f"{name}={given[name]!r} is not supported; only {_FIXED_SETTINGS[name]!r} is.")
 

@@ -83,7 +83,7 @@ class MaskFormerLoss(nn.Module):
             masks_queries_logits: (L, B, Q, h, w).
             mask_labels: List of B tensors (N_i, H_i, W_i), or an index map (B, H, W), -1 = no segment.
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
-            size: (H, W) of the padded images, to which smaller masks are padded. Default: the largest mask.
+            size: (H, W) of the padded images, if known: masks of another size are then refused.
 
         Returns:
             The sum of all terms, and each weighted term, detached: `loss_cross_entropy`, `loss_mask`, `loss_dice` of
@@ -92,6 +92,18 @@ class MaskFormerLoss(nn.Module):
         Raises:
             ValueError: The labels do not fit each other, the batch or the number of classes.
         """
+        # Autocast would take the matrix products of matching to half precision, where areas overflow.
+        with torch.autocast(class_queries_logits.device.type, enabled=False):
+            return self._forward(class_queries_logits, masks_queries_logits, mask_labels, class_labels, size)
+
+    def _forward(
+        self,
+        class_queries_logits: Tensor,
+        masks_queries_logits: Tensor,
+        mask_labels: Tensor | list[Tensor],
+        class_labels: Tensor | list[Tensor],
+        size: Sequence[int] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         labels, masks = prepare_targets(mask_labels, class_labels, self.num_labels, size)
         if len(labels) != class_queries_logits.shape[1]:
             raise ValueError(
@@ -148,7 +160,10 @@ class MaskFormerLoss(nn.Module):
         targets = torch.full(class_logits.shape[:2], self.num_labels, device=class_logits.device)
         for image, (image_labels, (queries, segments)) in enumerate(zip(labels, matches, strict=True)):
             targets[image, queries] = image_labels[segments]
-        return F.cross_entropy(class_logits.transpose(1, 2), targets, self.empty_weight.to(class_logits.dtype))
+        # From the configuration, not from the buffer: a checkpoint brings its own, and half precision rounds it.
+        weights = torch.ones(self.num_labels + 1, device=class_logits.device)
+        weights[-1] = self.no_object_weight
+        return F.cross_entropy(class_logits.transpose(1, 2), targets, weights)
 
 
 def prepare_targets(
@@ -161,13 +176,14 @@ def prepare_targets(
 
     Raises:
         ValueError: A label outside 0 to K - 1, an index map that points past the labels, numbers of masks and labels
-            that differ, or masks larger than the padded images.
+            that differ, or masks of another size than the padded images.
     """
     labels = [image_labels[image_labels != NO_LABEL].long() for image_labels in class_labels]
     if len(mask_labels) != len(labels):
         raise ValueError(f"mask_labels are of {len(mask_labels)} images, but class_labels of {len(labels)}.")
     masks = [
-        segment_masks(image_masks, len(image_labels)) if image_masks.dim() == 2 else image_masks.bool()
+        # transformers' image processor pads its float masks with 255, which is no part of a segment.
+        segment_masks(image_masks, len(image_labels)) if image_masks.dim() == 2 else image_masks == 1
         for image_masks, image_labels in zip(mask_labels, labels, strict=True)
     ]
     for image, (image_labels, image_masks) in enumerate(zip(labels, masks, strict=True)):
@@ -178,7 +194,8 @@ def prepare_targets(
                 f"Image {image} has the class labels {sorted(set(image_labels.tolist()))}, but the model has "
                 f"{num_labels} classes (0 to {num_labels - 1}). Check id2label of the configuration against the data."
             )
-    return labels, _pad_to(masks, size)
+    _check_size(masks, size)
+    return labels, masks
 
 
 def segment_masks(index_map: Tensor, num_segments: int) -> Tensor:
@@ -190,16 +207,15 @@ def segment_masks(index_map: Tensor, num_segments: int) -> Tensor:
     return index_map == torch.arange(num_segments, device=index_map.device)[:, None, None]
 
 
-def _pad_to(masks: list[Tensor], size: Sequence[int] | None) -> list[Tensor]:
-    """Pads masks on the right and below, where padding lies in a batch."""
-    largest = (max(mask.shape[1] for mask in masks), max(mask.shape[2] for mask in masks))
-    height, width = size or largest
-    if largest[0] > height or largest[1] > width:
-        raise ValueError(
-            f"mask_labels are up to {largest[0]} x {largest[1]} pixels, but the padded images have {height} x {width}. "
-            "Masks must be resized and padded together with their images."
-        )
-    return [F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1])) for mask in masks]
+def _check_size(masks: list[Tensor], size: Sequence[int] | None) -> None:
+    height, width = masks[0].shape[1:] if size is None else size
+    for image_masks in masks:
+        if tuple(image_masks.shape[1:]) != (height, width):
+            raise ValueError(
+                f"mask_labels are {image_masks.shape[1]} x {image_masks.shape[2]} pixels, but the padded images have "
+                f"{height} x {width}. Masks must be resized and padded (with 0, or -1 in an index map) together with "
+                "their images."
+            )
 
 
 def downsample(masks: Tensor, size: Sequence[int]) -> Tensor:

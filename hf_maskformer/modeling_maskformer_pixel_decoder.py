@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUM_GROUPS = 32
+from .configuration_maskformer import GROUP_NORM_GROUPS
 
 
 class XavierConv2d(nn.Conv2d):
@@ -32,7 +32,8 @@ class FeaturePyramidLayer(nn.Module):
     def __init__(self, feature_size: int, lateral_size: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            XavierConv2d(lateral_size, feature_size, kernel_size=1, bias=False), nn.GroupNorm(NUM_GROUPS, feature_size)
+            XavierConv2d(lateral_size, feature_size, kernel_size=1, bias=False),
+            nn.GroupNorm(GROUP_NORM_GROUPS, feature_size),
         )
         self.block = conv_norm_relu(feature_size, feature_size)
 
@@ -86,6 +87,6 @@ def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     """3 x 3 convolution, group normalisation, ReLU."""
     return nn.Sequential(
         XavierConv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
-        nn.GroupNorm(NUM_GROUPS, out_channels),
+        nn.GroupNorm(GROUP_NORM_GROUPS, out_channels),
         nn.ReLU(),
     )

@@ -35,7 +35,6 @@ RECIPE = {
     "warmup_steps": 100,
     "logging_steps": 50,
     "save_strategy": "no",
-    "dataloader_num_workers": 1,
     "report_to": "none",
 }
 
@@ -45,7 +44,7 @@ class Arguments:
     output: str = field(default="outputs/demo", metadata={"help": "Folder for the results; must be empty."})
     num_train: int = field(default=1000, metadata={"help": "Scenes to train on."})
     num_val: int = field(default=100, metadata={"help": "Held-out scenes to evaluate on."})
-    max_steps: int = field(default=900, metadata={"help": "Training steps."})
+    max_steps: int = field(default=700, metadata={"help": "Training steps."})
 
 
 def main(arguments: Arguments) -> None:
@@ -72,21 +71,22 @@ def run(script: str, **options: object) -> None:
 
 
 def draw_pictures(checkpoint: Path, data: Path, folder: Path) -> list[Path]:
-    """Reloads the checkpoint and draws semantic and panoptic predictions beside the ground truth."""
+    """Reloads the checkpoint and draws its predictions beside the ground truth."""
     model = MaskFormerForInstanceSegmentation.from_pretrained(checkpoint)
     image_processor = MaskFormerImageProcessor.from_pretrained(checkpoint)
     folder.mkdir()
     paths = []
-    val = SegmentationFolder(data, "val")
-    id2label = val.labels.id2label
-    for sample in (val[index] for index in range(min(NUM_PICTURES, len(val)))):
+    scenes = SegmentationFolder(data, "val")
+    id2label = scenes.labels.id2label
+    for sample in (scenes[index] for index in range(min(NUM_PICTURES, len(scenes)))):
         image, truth = sample["image"], sample["segmentation_map"]
-        prediction = predict(model, image_processor, image, "semantic").segmentation
+        predicted = predict(model, image_processor, image, "semantic").segmentation
         panels = [
-            (t, draw_segmentation(image, m, id2label)) for t, m in (("ground truth", truth), ("prediction", prediction))
+            ("ground truth", draw_segmentation(image, truth, id2label)),
+            ("prediction", draw_segmentation(image, predicted, id2label)),
         ]
         paths.append(folder / f"{sample['name']}.png")
-        draw_comparison(image, panels, legend_labels([*truth.flat, *prediction.flat], id2label)).save(paths[-1])
+        draw_comparison(image, panels, legend_labels([truth, predicted], id2label)).save(paths[-1])
     return paths
 
 

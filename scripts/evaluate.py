@@ -17,6 +17,7 @@ from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.evaluation.report import as_json, as_table
 from hf_maskformer.evaluation.semantic import evaluate_semantic
+from hf_maskformer.training.starting_point import check_model_type
 
 
 @dataclass
@@ -37,6 +38,7 @@ def main(arguments: Arguments) -> None:
     dataset = open_dataset(
         arguments.data, arguments.split, arguments.image_column, arguments.label_column, arguments.classes
     )
+    check_model_type(arguments.checkpoint)
     model = MaskFormerForInstanceSegmentation.from_pretrained(arguments.checkpoint).to(state.device)
     if model.config.num_labels != dataset.labels.num_labels:
         raise ValueError(

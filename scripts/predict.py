@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.evaluation.prediction import TASKS, predict, read_images, write_prediction
+from hf_maskformer.training.starting_point import check_model_type
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_model_type(arguments.checkpoint)
     model = MaskFormerForInstanceSegmentation.from_pretrained(arguments.checkpoint).to(device).eval()
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
     for name, image in tqdm(read_images(arguments.input), desc="Segmenting", unit="image"):

@@ -79,7 +79,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
         data_collator=MaskFormerDataCollator(image_processor, do_resize=False),
         processing_class=image_processor,
     )
-    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    result = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)

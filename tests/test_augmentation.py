@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_maskformer.data.augmentation import AugmentedDataset, RandomScaleCropFlip, resize_nearest
+from hf_maskformer.data.augmentation import AugmentedDataset, RandomScaleCropFlip
 
 
 def blocks(height=40, width=60, block=10):
@@ -22,6 +22,7 @@ def labels_in_image(sample):
     return np.array(sample["image"])[:, :, 0] / 10
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_crop_and_flip_keep_every_pixel_with_its_label(seed):
     torch.manual_seed(seed)
@@ -30,6 +31,7 @@ def test_crop_and_flip_keep_every_pixel_with_its_label(seed):
     assert (labels_in_image(sample) == sample["segmentation_map"]).all()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_scaling_moves_image_and_map_alike(seed):
     torch.manual_seed(seed)
@@ -108,11 +110,26 @@ def test_the_shorter_side_becomes_the_drawn_length(size, short_edge, max_size, e
     assert sample["image"].size == expected[::-1]
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
-def test_nearest_resizing_keeps_the_type_of_the_map(dtype):
-    resized = resize_nearest(np.array([[60000, 1]], dtype=dtype), 2, 4)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_scaling_keeps_the_type_and_the_values_of_the_map(dtype):
+    segmentation_map = np.array([[250, 1], [1, 250]], dtype=dtype)
+    sample = {"image": Image.new("RGB", (2, 2)), "segmentation_map": segmentation_map, "name": "x"}
+    resized = RandomScaleCropFlip([4], 8, flip_probability=0)(sample)["segmentation_map"]
     assert resized.dtype == dtype
-    assert resized.tolist() == [[60000, 60000, 1, 1]] * 2
+    assert resized.tolist() == [[250, 250, 1, 1]] * 2 + [[1, 1, 250, 250]] * 2
+
+
+def test_scales_are_those_of_the_paper_around_512():
+    augmentation = RandomScaleCropFlip.from_scales(512, 0.5, 2.0)
+    assert augmentation.short_edges == [
+        *(256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024)
+    ]
+    assert (augmentation.max_size, augmentation.crop_size) == (2048, (512, 512))
+
+
+def test_scales_in_the_wrong_order_are_refused():
+    with pytest.raises(ValueError, match=r"min_scale 2\.0 and max_scale 0\.5 must be"):
+        RandomScaleCropFlip.from_scales(512, 2.0, 0.5)
 
 
 @pytest.mark.parametrize(

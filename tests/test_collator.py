@@ -73,3 +73,8 @@ def test_a_label_outside_the_classes_is_named_with_its_sample():
     processor = MaskFormerImageProcessor(num_labels=1)
     with pytest.raises(ValueError, match=r"The batch of street cannot be built: .*contains the value 1"):
         MaskFormerDataCollator(processor)([make_sample("street")])
+
+
+def test_samples_whose_fields_the_trainer_removed_are_named():
+    with pytest.raises(ValueError, match=r"no segmentation_map, name\. With Trainer, set remove_unused_columns=False"):
+        MaskFormerDataCollator(MaskFormerImageProcessor())([{"image": None}])

@@ -60,6 +60,14 @@ def test_what_crashes_transformers_is_never_saved(tmp_path):
     assert saved["deep_supervision"] is True
 
 
+def test_fields_given_to_from_pretrained_are_checked_and_mapped_too(tmp_path):
+    tiny_config(deep_supervision=False).save_pretrained(tmp_path)
+    config = MaskFormerConfig.from_pretrained(tmp_path, use_auxiliary_loss=True, mask_weight=5.0)
+    assert (config.use_auxiliary_loss, config.deep_supervision, config.mask_weight) == (False, True, 5.0)
+    with pytest.raises(ValueError, match="fpn_feature_size is 48"):
+        MaskFormerConfig.from_pretrained(tmp_path, fpn_feature_size=48)
+
+
 def test_matching_costs_follow_the_loss_weights_unless_set():
     assert tiny_config(mask_weight=7.0).matching_costs == {"class_cost": 1.0, "mask_cost": 7.0, "dice_cost": 1.0}
     assert tiny_config(mask_weight=7.0, mask_cost=0).matching_costs["mask_cost"] == 0

@@ -187,6 +187,7 @@ def test_a_missing_classes_json_is_named(root):
         ('{"id2label": {"sky": "0"}}', 'id2label has the key "sky"'),
         ('{"id2label": {"00": "sky"}}', 'id2label has the key "00"'),
         ('{"id2label": {"0": 1}}', "id2label maps 0 to 1"),
+        ('{"id2label": {"0": "sky", "1": "sky"}}', "id2label names several classes sky"),
         ('{"id2label": {"0": "sky"}, "ignore_index": "255"}', "ignore_index is '255'"),
         ('{"id2label": {"0": "sky"}, "ignore_index": 0}', "ignore_index 0 is also the pixel value of a class"),
         ('{"id2label": {"0": "sky"}, "ignore_index": 1, "do_reduce_labels": true}', "ignore_index 1 is also"),

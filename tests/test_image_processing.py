@@ -1,6 +1,7 @@
 """The image processor: its settings and their files, images into batches, outputs into segmentations."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -392,3 +393,12 @@ def test_labels_to_fuse_are_those_of_the_processor_unless_given():
 def test_one_target_size_too_many_is_refused():
     with pytest.raises(ValueError, match="target_sizes has 3 entries, but the batch has 2 images"):
         MaskFormerImageProcessor().post_process_panoptic_segmentation(model_outputs(), target_sizes=[(4, 4)] * 3)
+
+
+def test_a_setting_of_a_later_transformers_is_left_out_with_a_warning(tmp_path, caplog):
+    (tmp_path / "preprocessor_config.json").write_text('{"do_resize": false, "do_magic": true}')
+    logger = logging.getLogger("hf_maskformer.image_processing_maskformer")
+    with caplog.at_level("WARNING", logger=logger.name):
+        processor = MaskFormerImageProcessor.from_pretrained(tmp_path)
+    assert not processor.do_resize
+    assert "do_magic" in caplog.text

@@ -145,7 +145,7 @@ def test_half_precision_logits_give_a_finite_loss():
             lambda b: b.update(mask_labels=[torch.ones(3, 16, 24)] * 2, class_labels=[torch.tensor([0, 1])] * 2),
             "Image 0 has 3 masks, but 2 labels",
         ),
-        (lambda b: b.update(size=(8, 8)), "up to 16 x 24 pixels, but the padded images have 8 x 8"),
+        (lambda b: b.update(size=(8, 8)), "are 16 x 24 pixels, but the padded images have 8 x 8"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(change, message):
@@ -155,8 +155,32 @@ def test_labels_that_do_not_fit_are_refused(change, message):
         MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch), size=batch.get("size"))
 
 
-def _loss_of_one_process(rank, port, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def test_padding_of_255_in_float_masks_belongs_to_no_segment():
+    """What transformers' image processor writes into the masks of the smaller image of a batch."""
+    batch, logits, loss = as_mask_list(tiny_batch(size=(16, 24))), random_logits(), MaskFormerLoss(NUM_LABELS)
+    expected = loss(*logits, *labels_of(batch))[0].item()
+    for masks in batch["mask_labels"]:
+        masks[:, :, 10:12] = 255  # between the two segments
+    assert loss(*logits, *labels_of(batch))[0].item() == expected
+
+
+def test_autocast_changes_neither_matching_nor_loss():
+    batch, logits, loss = tiny_batch(size=(16, 24)), random_logits(), MaskFormerLoss(NUM_LABELS)
+    expected = loss(*logits, *labels_of(batch))[0].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(*logits, *labels_of(batch))[0].item() == expected
+
+
+def test_the_weight_of_no_object_is_that_of_the_configuration_not_of_the_checkpoint():
+    batch, logits = tiny_batch(size=(16, 24)), random_logits()
+    loaded = MaskFormerLoss(NUM_LABELS, no_object_weight=0.5)
+    loaded.load_state_dict(MaskFormerLoss(NUM_LABELS).state_dict())
+    fresh = MaskFormerLoss(NUM_LABELS, no_object_weight=0.5)
+    assert loaded(*logits, *labels_of(batch))[0] == fresh(*logits, *labels_of(batch))[0]
+
+
+def _loss_of_one_process(rank, file, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.manual_seed(0)
     class_logits, mask_logits = random_logits(1)
     mask_labels, class_labels = labels_of(as_mask_list(tiny_batch(size=(16, 24))))
@@ -169,15 +193,18 @@ def _loss_of_one_process(rank, port, queue):
     queue.put((rank, terms["loss_mask"].item(), alone["loss_mask"].item()))
 
 
-def test_the_number_of_masks_is_averaged_over_processes():
+def test_the_number_of_masks_is_averaged_over_processes(tmp_path):
     """4 and 1 segments: both processes divide by 2.5, so that their mean is the loss of the one big batch."""
     context = multiprocessing.get_context("spawn")
-    queue, port = context.Queue(), 29500 + torch.randint(1000, (1,)).item()
-    processes = [context.Process(target=_loss_of_one_process, args=(rank, port, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = sorted(queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join()
+    queue, file = context.Queue(), tmp_path / "rendezvous"
+    processes = [context.Process(target=_loss_of_one_process, args=(rank, file, queue)) for rank in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        results = sorted(queue.get(timeout=120) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
     for (_, distributed, alone), num_masks in zip(results, (4, 1), strict=True):
         assert distributed == pytest.approx(alone * num_masks / 2.5, rel=1e-5)

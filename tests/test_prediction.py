@@ -118,6 +118,25 @@ def test_a_missing_input_is_named(tmp_path):
         list(read_images(str(tmp_path)))
 
 
+def test_two_images_of_one_name_would_overwrite_each_other_and_are_refused(tmp_path):
+    for name in ("photo.png", "photo.jpg"):
+        Image.new("RGB", (4, 3)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"holds both photo\.jpg and photo\.png"):
+        list(read_images(str(tmp_path)))
+
+
+def test_an_image_with_more_than_eight_bits_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 60000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits per channel"):
+        list(read_images(str(tmp_path)))
+
+
+def test_a_url_without_an_image_is_named(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/photo\.png cannot be read as an image"):
+        list(read_images("http://127.0.0.1:9/photo.png"))
+
+
 def test_a_damaged_image_is_named(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
     content = (tmp_path / "cut.png").read_bytes()

@@ -178,6 +178,24 @@ def test_two_processes_train_with_accelerate_launch(data, config, tmp_path):
     assert together == pytest.approx(json.loads(alone.read_text())["mean_iou"], abs=1e-6)
 
 
+def test_the_demo_leaves_all_it_promises(tmp_path):
+    output = tmp_path / "demo"
+    command = [
+        sys.executable,
+        SCRIPTS / "demo.py",
+        f"--output={output}",
+        "--num_train=8",
+        "--num_val=2",
+        "--max_steps=1",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert (output / "checkpoint" / "model.safetensors").is_file()
+    assert "mean_iou" in json.loads((output / "metrics.json").read_text())
+    for picture in ("scene_00000.png", "scene_00001.png"):
+        assert str(output / "pictures" / picture) in done.stdout
+        assert Image.open(output / "pictures" / picture).width > 3 * 128
+
+
 @pytest.mark.slow
 def test_the_demo_reaches_its_score(tmp_path):
     subprocess.run([sys.executable, SCRIPTS / "demo.py", f"--output={tmp_path / 'demo'}"], check=True, timeout=900)

@@ -1,12 +1,14 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from golden import Golden
 from models import NUM_LABELS, resnet_config, tiny_config, tiny_model
-from torch.utils.data import Subset
-from transformers import Trainer, TrainingArguments
+from PIL import Image
+from transformers import ResNetForImageClassification, Trainer, TrainingArguments
 
 from hf_maskformer import (
     MaskFormerDataCollator,
@@ -17,8 +19,10 @@ from hf_maskformer import (
 )
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.evaluation import semantic
 from hf_maskformer.evaluation.semantic import evaluate_semantic
 from hf_maskformer.hub.key_table import to_original
+from hf_maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput, sizes_in_batch
 from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model
 from hf_maskformer.training.trainer import parameter_groups
 
@@ -116,6 +120,23 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
+    weights = []
+    for stops_at in (None, 2):
+        torch.manual_seed(1)
+        model, folder = scenes_model(), tmp_path / str(stops_at)
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "model": model}
+        trainer = our_trainer(folder, **options)
+        trainer.train()
+        if stops_at is not None:
+            torch.manual_seed(1)
+            trainer = our_trainer(folder, **{**options, "model": scenes_model()})
+            trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{stops_at}"))
+        weights.append(trainer.model.state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-6, msg=name)
+
+
 def test_synchronised_batch_norm_is_the_same_model():
     """What the trainer does on several GPUs leaves names, frozen statistics and predictions as they are."""
     for model in (scenes_model(), tiny_model()):
@@ -161,14 +182,121 @@ def test_one_step_of_the_optimiser_equals_that_of_the_original(golden: Golden):
         assert (weight[indices] - golden.arrays[f"after_step.{name}"]).abs().max() < 0.01 * learning_rate, name
 
 
-def test_evaluation_counts_every_sample_once_at_its_own_size():
+class FixedModel(torch.nn.Module):
+    """Predicts class 1 everywhere, whatever it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixel_values, pixel_mask):
+        sizes, padded = sizes_in_batch(pixel_values, pixel_mask)
+        class_logits = torch.tensor([0.0, 9.0, 0.0]).expand(len(pixel_values), 1, 3)
+        mask_logits = torch.full((len(pixel_values), 1, 8, 8), 9.0)
+        return MaskFormerForInstanceSegmentationOutput(
+            class_queries_logits=class_logits, masks_queries_logits=mask_logits, image_sizes=sizes, padded_sizes=padded
+        )
+
+
+class SizedSamples(list):
+    """Images of 8 x 8 and 10 x 6 and 8 x 4, of which 16, 15 and 8 pixels are of class 1; the others are of class 0."""
+
+    labels = OTHER_LABELS
+
+    def __init__(self):
+        for name, (height, width), rows in (("a", (8, 8), 2), ("b", (10, 6), 2.5), ("c", (8, 4), 2)):
+            segmentation_map = np.zeros((height, width), dtype=np.uint8)
+            segmentation_map.flat[: int(rows * width)] = 1
+            image = Image.new("RGB", (width, height))
+            self.append({"image": image, "segmentation_map": segmentation_map, "name": name})
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_evaluation_counts_every_pixel_of_every_sample_once(batch_size):
+    processor = image_processor_for(OTHER_LABELS, image_size=16)
+    figures = evaluate_semantic(FixedModel(), processor, SizedSamples(), batch_size=batch_size)
+    assert figures["overall_accuracy"] == pytest.approx((16 + 15 + 8) / (64 + 60 + 32))
+    assert figures["per_category_iou"].tolist() == pytest.approx([0, 39 / 156])
+
+
+def test_processes_share_the_samples_and_count_none_twice(monkeypatch):
+    """Two processes, one after the other; their counts add up to those of one process."""
+    processor = image_processor_for(OTHER_LABELS, image_size=16)
+    counts = []
+    monkeypatch.setattr(semantic, "reduce", lambda matrix, reduction: counts.append(matrix) or matrix)
+    evaluate_semantic(FixedModel(), processor, SizedSamples())
+    for index in range(2):
+        state = SimpleNamespace(process_index=index, num_processes=2, is_local_main_process=False)
+        monkeypatch.setattr(semantic, "PartialState", lambda state=state: state)
+        evaluate_semantic(FixedModel(), processor, SizedSamples())
+    assert torch.equal(counts[0], counts[1] + counts[2])
+
+
+def test_panoptic_samples_are_evaluated_by_the_labels_of_their_segments():
     model = scenes_model()
-    image_processor = image_processor_for(SCENES.labels, image_size=48)
-    dataset = Subset(SCENES, range(3))
-    dataset.labels = SCENES.labels
-    figures = [evaluate_semantic(model, image_processor, dataset, batch_size=size) for size in (1, 2)]
-    assert figures[0]["mean_iou"] == pytest.approx(figures[1]["mean_iou"], abs=1e-3)
+    processor = image_processor_for(SCENES.labels, image_size=64)
+    panoptic = GeneratedScenes(2, image_size=(64, 64), task="panoptic")
+    semantic_view = GeneratedScenes(2, image_size=(64, 64), task="semantic")
+    figures = [evaluate_semantic(model, processor, scenes)["mean_iou"] for scenes in (panoptic, semantic_view)]
+    assert figures[0] == figures[1] > 0
+
+
+def test_evaluation_restores_the_mode_of_the_model():
+    model = scenes_model().train()
+    evaluate_semantic(model, image_processor_for(SCENES.labels, image_size=64), SCENES)
     assert model.training
+
+
+def test_a_dictionary_of_data_sets_is_evaluated_one_by_one(tmp_path):
+    trainer = our_trainer(tmp_path)
+    assert {"eval_a_mean_iou", "eval_b_mean_iou"} < trainer.evaluate({"a": SCENES, "b": SCENES}).keys()
+
+
+def test_the_trainer_uses_the_groups_of_the_paper(tmp_path):
+    trainer = our_trainer(tmp_path)
+    groups = trainer.create_optimizer().param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (1e-4, 0.0),
+        (1e-4, 1e-4),
+        (pytest.approx(1e-5), 0.0),
+        (pytest.approx(1e-5), 1e-4),
+    ]
+    assert sum(p.numel() for group in groups for p in group["params"]) == trainer.model.num_parameters(
+        only_trainable=True
+    )
+
+
+def test_the_defaults_are_the_recipe_of_the_paper(tmp_path):
+    args = MaskFormerTrainingArguments(**arguments(tmp_path))
+    assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (1e-4, 1e-4, 0.01)
+    trainer = our_trainer(tmp_path)
+    scheduler = trainer.create_scheduler(num_training_steps=100, optimizer=trainer.create_optimizer())
+    for _ in range(50):
+        trainer.optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr()[0] == pytest.approx(1e-4 * 0.5**0.9)
+
+
+def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
+    args = MaskFormerTrainingArguments(**arguments(tmp_path))
+    with pytest.raises(ValueError, match="processing_class is None"):
+        MaskFormerTrainer(model=scenes_model(), args=args, train_dataset=SCENES)
+    with pytest.raises(ValueError, match="metric_for_best_model is the loss"):
+        our_trainer(tmp_path, metric_for_best_model="eval_loss")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    ResNetForImageClassification(resnet_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a model of type 'resnet', not 'maskformer'"):
+        pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
+    model = tiny_model(id2label=OTHER_LABELS.id2label)
+    tensors = {name: t for name, t in model.state_dict().items() if "queries_embedder" not in name}
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    with pytest.raises(ValueError, match=r"such as model\.transformer_module\.queries_embedder\.weight"):
+        pretrained_model(str(tmp_path), OTHER_LABELS)
 
 
 def test_a_new_model_takes_the_names_of_the_data(tmp_path):

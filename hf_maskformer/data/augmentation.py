@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..image_processing_maskformer import ImageProcessorSettings
+from ..image_processing_maskformer import resize_nearest
+from ..image_processing_maskformer_settings import ImageProcessorSettings
 from .sample import Sample
 
 
@@ -73,7 +74,7 @@ class RandomScaleCropFlip:
         rule = ImageProcessorSettings(size={"shortest_edge": short_edge, "longest_edge": self.max_size})
         height, width = rule.resized_size((image.height, image.width))
         scaled = image.resize((width, height), Image.Resampling.BILINEAR)
-        return scaled, resize_nearest(segmentation_map, height, width)
+        return scaled, resize_nearest(torch.from_numpy(segmentation_map), (height, width)).numpy()
 
     def _crop(self, image: Image.Image, segmentation_map: np.ndarray) -> tuple[Image.Image, np.ndarray]:
         if self.crop_size is None:
@@ -101,14 +102,6 @@ class AugmentedDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return self.augmentation(self.dataset[index])
-
-
-def resize_nearest(segmentation_map: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes an (H, W) map of any integer type to (height, width); each pixel keeps a value of the map."""
-    # Pillow knows 8 and 32 bits well; of 16 bits it handles some operations only, of 64 bits none.
-    holder = segmentation_map if segmentation_map.dtype == np.uint8 else segmentation_map.astype(np.int32)
-    resized = Image.fromarray(holder).resize((width, height), Image.Resampling.NEAREST)
-    return np.array(resized, dtype=segmentation_map.dtype)
 
 
 def _draw(count: int) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 from .sample import Sample
 
+REQUIRED = ("image", "segmentation_map", "name")
+
 
 @dataclass
 class MaskFormerDataCollator:
@@ -31,6 +33,12 @@ class MaskFormerDataCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""
+        missing = [field for field in REQUIRED if not all(field in sample for sample in samples)]
+        if missing:
+            raise ValueError(
+                f"The samples have no {', '.join(missing)}. With Trainer, set remove_unused_columns=False, so "
+                "that it leaves the fields of the samples alone."
+            )
         names = ", ".join(sample["name"] for sample in samples)
         try:
             batch = self.image_processor(

@@ -36,8 +36,8 @@ class SegmentationFolder(Dataset[Sample]):
     def __init__(self, root: str | Path, split: str) -> None:
         self._image_folder = _split_folder(Path(root), "images", split)
         self._map_folder = _split_folder(Path(root), "annotations", split)
-        self._image_files = _files_by_name(self._image_folder, IMAGE_SUFFIXES)
-        self._map_files = _files_by_name(self._map_folder, MAP_SUFFIXES)
+        self._image_files = files_by_name(self._image_folder, IMAGE_SUFFIXES)
+        self._map_files = files_by_name(self._map_folder, MAP_SUFFIXES)
         if not self._image_files:
             raise FileNotFoundError(f"{self._image_folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
         self._check_pairs()
@@ -92,7 +92,8 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
     )
 
 
-def _files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """File names by stem, sorted. Raises a ValueError for two files of one stem, which would be one sample."""
     files: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         # A leading dot marks what operating systems leave behind, such as "._NAME.png".

@@ -1,7 +1,7 @@
 """The classes of a data set: their names, which pixels are ignored, and how label files number them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +40,10 @@ class LabelSet:
                 f"id2label has the ids {ids}, but ids must be 0 to K - 1 without gaps. Renumber the classes and their "
                 "pixels."
             )
+        names = list(self.id2label.values())
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"id2label names several classes {shorten(repeated)}. Give each class a name of its own.")
         unknown = sorted(set(self.thing_ids) - set(self.id2label))
         if unknown:
             raise ValueError(f"thing_ids names {shorten(unknown)}, which id2label does not have. Remove them.")
@@ -77,12 +81,19 @@ class LabelSet:
     def _highest_value(self) -> int:
         return self.num_labels - 1 + int(self.do_reduce_labels)
 
-    def class_map(self, segmentation_map: np.ndarray) -> np.ndarray:
+    def class_map(
+        self, segmentation_map: np.ndarray, instance_id_to_semantic_id: Mapping[int, int] | None = None
+    ) -> np.ndarray:
         """Turns pixel values as in the files into class ids.
 
-        Takes (H, W) integers, returns (H, W) int64 with 0 to K - 1, and `ignore_index` where there is no class.
+        Takes (H, W) integers, which are segment ids if `instance_id_to_semantic_id` gives their labels; ids that it
+        lacks have none. Returns (H, W) int64 with 0 to K - 1, and `ignore_index` where there is no class.
         """
         values = segmentation_map.astype(np.int64)
+        if instance_id_to_semantic_id is not None:
+            ids, positions = np.unique(values, return_inverse=True)
+            labels = [instance_id_to_semantic_id.get(segment_id, self.ignore_index) for segment_id in ids.tolist()]
+            values = np.array(labels, dtype=np.int64)[positions].reshape(values.shape)
         if not self.do_reduce_labels:
             return values
         return np.where((values == 0) | (values == self.ignore_index), self.ignore_index, values - 1)

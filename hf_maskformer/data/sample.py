@@ -46,7 +46,7 @@ def make_sample(name: str, image: Image.Image, label_image: Image.Image, image_s
     map has several channels, the image more than 8 bits per channel, or if their sizes differ.
     """
     segmentation_map = _to_segmentation_map(label_image, map_source)
-    image = _to_rgb(_orient(image, label_image.size), image_source)
+    image = to_rgb(_orient(image, label_image.size), image_source)
     check_sizes(image, segmentation_map, image_source, map_source)
     return {"image": image, "segmentation_map": segmentation_map, "name": name}
 
@@ -69,7 +69,8 @@ def _orient(image: Image.Image, map_size: tuple[int, int]) -> Image.Image:
     return image if upright.size != map_size and image.size == map_size else upright
 
 
-def _to_rgb(image: Image.Image, source: str) -> Image.Image:
+def to_rgb(image: Image.Image, source: str) -> Image.Image:
+    """Converts to RGB; raises a ValueError that names the source for more than 8 bits per channel."""
     # Pillow would clip these to 0..255, which leaves an almost white picture.
     if image.mode.startswith(("I", "F")):
         raise ValueError(

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_utils import load_image as load_image_from_url
 
-from ..data.folder import IMAGE_SUFFIXES
-from ..data.sample import load_image
+from ..data.folder import IMAGE_SUFFIXES, files_by_name
+from ..data.sample import load_image, to_rgb
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from .drawing import draw_segmentation
@@ -88,22 +88,27 @@ def read_images(source: str) -> Iterator[tuple[str, Image.Image]]:
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no image.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, has more than 8 bits per channel, shares its name with another of the folder, or
+            a URL leads to no image.
     """
     if source.startswith(("http://", "https://")):
-        yield Path(unquote(urlparse(source).path)).stem or "image", _upright(load_image_from_url(source, timeout=30))
+        yield Path(unquote(urlparse(source).path)).stem or "image", _download(source)
         return
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{source} does not exist. Name an image, a folder of images or an http(s) URL.")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = [path / name for name in files_by_name(path, IMAGE_SUFFIXES).values()]
         if not files:
             raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     for file in files:
-        yield file.stem, _upright(load_image(file))
+        yield file.stem, to_rgb(ImageOps.exif_transpose(load_image(file)), str(file))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
+def _download(url: str) -> Image.Image:
+    try:
+        return load_image_from_url(url, timeout=30)
+    # The client has a family of errors of its own, and what arrives may be no image.
+    except Exception as error:
+        raise ValueError(f"{url} cannot be read as an image ({error}). Check the address.") from error

@@ -73,4 +73,7 @@ def _collate(
     samples: Sequence[Sample], image_processor: MaskFormerImageProcessor, labels: LabelSet
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     batch = image_processor(images=[sample["image"] for sample in samples], return_tensors="pt")
-    return dict(batch), [labels.class_map(sample["segmentation_map"]) for sample in samples]
+    references = [
+        labels.class_map(sample["segmentation_map"], sample.get("instance_id_to_semantic_id")) for sample in samples
+    ]
+    return dict(batch), references

@@ -10,6 +10,8 @@ from ..data.labels import LabelSet
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 
+HEAD = ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight")
+
 logger = logging.get_logger(__name__)
 
 
@@ -36,6 +38,7 @@ def pretrained_model(
     Raises:
         ValueError: the checkpoint has another number of classes and `reinitialize_head` is False.
     """
+    check_model_type(checkpoint)
     config = MaskFormerConfig.from_pretrained(checkpoint)
     if config.num_labels != labels.num_labels and not reinitialize_head:
         raise ValueError(
@@ -55,9 +58,25 @@ def pretrained_model(
     )
     model, loading_info = loaded
     new = sorted({name for name, *_ in loading_info["mismatched_keys"]} | set(loading_info["missing_keys"]))
+    unexpected = [name for name in new if name not in HEAD]
+    if unexpected:
+        raise ValueError(
+            f"{len(unexpected)} tensors that the model needs are not in {checkpoint} or have another shape, such as "
+            f"{unexpected[0]}. It is no complete MaskFormer checkpoint."
+        )
     if new:
-        logger.warning(f"These tensors of {checkpoint} are replaced by random ones: {', '.join(new)}.")
+        logger.warning(f"The class predictor of {checkpoint} is replaced by a random one: {', '.join(new)}.")
     return model
+
+
+def check_model_type(checkpoint: str) -> None:
+    """Raises a ValueError if the checkpoint (a folder or a name on the Hub) is of another model."""
+    content, _ = MaskFormerConfig.get_config_dict(checkpoint)
+    if content.get("model_type") != MaskFormerConfig.model_type:
+        raise ValueError(
+            f"{checkpoint} is a model of type {content.get('model_type')!r}, not 'maskformer'. Name a MaskFormer "
+            "checkpoint."
+        )
 
 
 def image_processor_for(labels: LabelSet, image_size: int, checkpoint: str | None = None) -> MaskFormerImageProcessor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ..evaluation.semantic import evaluate_semantic
+from ..image_processing_maskformer import MaskFormerImageProcessor
 
 BACKBONE = "pixel_level_module.encoder."
 # Never decayed, as in the paper's code: norms, embeddings, Swin's position bias.
@@ -25,11 +26,12 @@ class MaskFormerTrainingArguments(TrainingArguments):
     """
 
     backbone_learning_rate_factor: float = field(
-        default=0.1, metadata={"help": "The backbone's learning rate as a fraction of learning_rate."}
+        default=0.1,
+        metadata={"help": "The backbone's share of learning_rate; the paper: 1 for Swin."},
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate; the paper: 6e-5 for Swin."})
     weight_decay: float = field(
-        default=1e-4, metadata={"help": "Weight decay of AdamW; norms and embeddings have none."}
+        default=1e-4, metadata={"help": "Weight decay of AdamW, except norms and embeddings; the paper: 0.01 for Swin."}
     )
     max_grad_norm: float = field(default=0.01, metadata={"help": "Norm to which the whole gradient is clipped."})
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Shape of the learning rate's decay."})
@@ -40,7 +42,7 @@ class MaskFormerTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must be false: the samples' fields are what the collator reads."}
     )
     metric_for_best_model: str | None = field(
-        default="mean_iou", metadata={"help": "Metric that decides which checkpoint is the best."}
+        default=None, metadata={"help": "Metric of the best checkpoint; default mean_iou, there is no eval_loss."}
     )
 
     def __post_init__(self) -> None:
@@ -48,6 +50,8 @@ class MaskFormerTrainingArguments(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be False: Trainer would remove image and segmentation_map from the samples."
             )
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "mean_iou"
         super().__post_init__()
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
@@ -68,6 +72,12 @@ class MaskFormerTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.processing_class, MaskFormerImageProcessor):
+            raise ValueError(
+                f"processing_class is {self.processing_class!r}, but evaluation needs a MaskFormerImageProcessor."
+            )
+        if self.args.metric_for_best_model in ("loss", "eval_loss"):
+            raise ValueError("metric_for_best_model is the loss, which evaluation does not compute. Use mean_iou.")
         # Statistics of a few images per process are too noisy to train with; CPUs have no synchronised form.
         if self.args.world_size > 1 and self.args.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -96,7 +106,7 @@ class MaskFormerTrainer(Trainer):
         outputs = model(**inputs)
         if model.training:
             for name, term in outputs.loss_dict.items():
-                self._loss_terms[name] = self._loss_terms.get(name, 0.0) + term
+                self._loss_terms[name] = self._loss_terms.get(name, 0.0) + term.mean()  # one per GPU in DataParallel
             self._num_loss_terms += 1
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -114,14 +124,26 @@ class MaskFormerTrainer(Trainer):
     ) -> dict[str, float]:
         """Evaluates semantic segmentation by `evaluate_semantic`.
 
+        Args:
+            eval_dataset: samples with their `labels`, or a dictionary of such data sets; default that of the trainer.
+            ignore_keys: without meaning here, since no outputs are gathered.
+            metric_key_prefix: begins the names of the figures; for a dictionary followed by the data set's name.
+
         Returns:
             `eval_mean_iou`, `eval_mean_accuracy`, `eval_overall_accuracy` and `eval_frequency_weighted_iou`, fractions
             in 0 to 1, for another `metric_key_prefix` under that.
         """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict):
+            parts = [
+                self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, dataset in eval_dataset.items()
+            ]
+            return {name: value for part in parts for name, value in part.items()}
         figures = evaluate_semantic(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
-            self.eval_dataset if eval_dataset is None else eval_dataset,
+            eval_dataset,
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             autocast=self.accelerator.autocast,
@@ -151,5 +173,6 @@ def parameter_groups(
             "lr": learning_rate * (backbone_learning_rate_factor if is_backbone else 1.0),
             "weight_decay": weight_decay if is_decayed else 0.0,
         }
-        for (is_backbone, is_decayed), parameters in groups.items()
+        # The backbone last: Trainer logs the learning rate of the first group.
+        for (is_backbone, is_decayed), parameters in sorted(groups.items(), key=lambda group: group[0])
     ]
