@@ -92,18 +92,6 @@ class MaskFormerLoss(nn.Module):
         Raises:
             ValueError: The labels do not fit each other, the batch or the number of classes.
         """
-        # Autocast would take the matrix products of matching to half precision, where areas overflow.
-        with torch.autocast(class_queries_logits.device.type, enabled=False):
-            return self._forward(class_queries_logits, masks_queries_logits, mask_labels, class_labels, size)
-
-    def _forward(
-        self,
-        class_queries_logits: Tensor,
-        masks_queries_logits: Tensor,
-        mask_labels: Tensor | list[Tensor],
-        class_labels: Tensor | list[Tensor],
-        size: Sequence[int] | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
         labels, masks = prepare_targets(mask_labels, class_labels, self.num_labels, size)
         if len(labels) != class_queries_logits.shape[1]:
             raise ValueError(
@@ -114,17 +102,19 @@ class MaskFormerLoss(nn.Module):
 
         terms = {}
         last_layer = len(class_queries_logits) - 1
-        for layer, (class_logits, mask_logits) in enumerate(
-            zip(class_queries_logits.float(), masks_queries_logits.float(), strict=True)
-        ):
-            matches = self.match(class_logits, mask_logits, labels, low_resolution_masks)
-            suffix = "" if layer == last_layer else f"_{layer}"
-            loss_mask, loss_dice = mask_losses(*matched_masks(mask_logits, masks, matches), num_masks)
-            terms[f"loss_cross_entropy{suffix}"] = self.cross_entropy_weight * self.classification_loss(
-                class_logits, labels, matches
-            )
-            terms[f"loss_mask{suffix}"] = self.mask_weight * loss_mask
-            terms[f"loss_dice{suffix}"] = self.dice_weight * loss_dice
+        # Autocast would take the matrix products of matching to half precision, where areas overflow.
+        with torch.autocast(class_queries_logits.device.type, enabled=False):
+            for layer, (class_logits, mask_logits) in enumerate(
+                zip(class_queries_logits.float(), masks_queries_logits.float(), strict=True)
+            ):
+                matches = self.match(class_logits, mask_logits, labels, low_resolution_masks)
+                suffix = "" if layer == last_layer else f"_{layer}"
+                loss_mask, loss_dice = mask_losses(*matched_masks(mask_logits, masks, matches), num_masks)
+                terms[f"loss_cross_entropy{suffix}"] = self.cross_entropy_weight * self.classification_loss(
+                    class_logits, labels, matches
+                )
+                terms[f"loss_mask{suffix}"] = self.mask_weight * loss_mask
+                terms[f"loss_dice{suffix}"] = self.dice_weight * loss_dice
         loss = torch.stack(list(terms.values())).sum()
         return loss, {name: term.detach() for name, term in terms.items()}
 
