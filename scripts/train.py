@@ -84,7 +84,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
-    trainer.save_metrics("eval", trainer.evaluate())
+    metrics = trainer.evaluate()
+    trainer.save_metrics("eval", metrics)
+    trainer.log_metrics("eval", metrics)
 
 
 if __name__ == "__main__":

@@ -291,6 +291,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
 
 
+@pytest.mark.parametrize("checkpoint", ["outputs/no/such/checkpoint", "no_such_folder"])
+def test_a_checkpoint_that_does_not_exist_is_named(checkpoint, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=f"^{checkpoint} is no folder with a config.json"):
+        pretrained_model(checkpoint, OTHER_LABELS)
+
+
 def test_an_incomplete_checkpoint_is_refused(tmp_path):
     model = tiny_model(id2label=OTHER_LABELS.id2label)
     tensors = {name: t for name, t in model.state_dict().items() if "queries_embedder" not in name}

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
 from transformers.utils import logging
 
 from ..configuration_maskformer import MaskFormerConfig
@@ -70,8 +71,18 @@ def pretrained_model(
 
 
 def check_model_type(checkpoint: str) -> None:
-    """Raises a ValueError if the checkpoint (a folder or a name on the Hub) is of another model."""
-    content, _ = MaskFormerConfig.get_config_dict(checkpoint)
+    """Raises a ValueError if the checkpoint (a folder or a name on the Hub) is of another model.
+
+    Raises a FileNotFoundError if there is no such checkpoint, or the Hub does not let it be read.
+    """
+    try:
+        content, _ = MaskFormerConfig.get_config_dict(checkpoint)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{checkpoint} is no folder with a config.json, and as a name on the Hub it cannot be read ({reason}). "
+            "Check the spelling of the path or name."
+        ) from error
     if content.get("model_type") != MaskFormerConfig.model_type:
         raise ValueError(
             f"{checkpoint} is a model of type {content.get('model_type')!r}, not 'maskformer'. Name a MaskFormer "
