@@ -10,6 +10,7 @@ from .modeling_maskformer import MaskFormerForInstanceSegmentation, MaskFormerMo
 if TYPE_CHECKING:
     from .data.collator import MaskFormerDataCollator
     from .evaluation.mean_iou import MeanIoU
+    from .hub.auto_classes import register_auto_classes, register_remote_code
     from .training.trainer import MaskFormerTrainer, MaskFormerTrainingArguments
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "MaskFormerTrainer",
     "MaskFormerTrainingArguments",
     "MeanIoU",
+    "register_auto_classes",
+    "register_remote_code",
 ]
 
 # Training and evaluation bring Trainer and its libraries along; who only predicts should not wait for them.
@@ -30,6 +33,8 @@ _SIDE_ROOMS = {
     "MaskFormerTrainer": "training.trainer",
     "MaskFormerTrainingArguments": "training.trainer",
     "MeanIoU": "evaluation.mean_iou",
+    "register_auto_classes": "hub.auto_classes",
+    "register_remote_code": "hub.auto_classes",
 }
 
 

@@ -1,6 +1,7 @@
 """The model on paper: every field changes the model or its loss, and wrong combinations fail here."""
 
 import copy
+from os import PathLike
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -61,6 +62,14 @@ class MaskFormerConfig(PreTrainedConfig):
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "mask_feature_size"}
     # Per-image sizes and loss terms are no predictions: Trainer must not gather them.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
+    # Where each Auto class finds its class among the files of a checkpoint that is saved with its code.
+    files_of_auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_maskformer.MaskFormerConfig",
+        "AutoModel": "modeling_maskformer.MaskFormerModel",
+        "AutoModelForImageSegmentation": "modeling_maskformer.MaskFormerForInstanceSegmentation",
+        "AutoModelForInstanceSegmentation": "modeling_maskformer.MaskFormerForInstanceSegmentation",
+        "AutoModelForUniversalSegmentation": "modeling_maskformer.MaskFormerForInstanceSegmentation",
+    }
 
     backbone_config: Any = None
     decoder_config: Any = None
@@ -99,11 +108,28 @@ class MaskFormerConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is."""
+        if cls._auto_class is None:
+            # It names files beside the one that was read, which a checkpoint saved from here will not have.
+            config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         own = {name for name in kwargs if name in cls.__dataclass_fields__ and not isinstance(kwargs[name], dict)}
         overrides = {name: kwargs.pop(name) for name in own}
         if overrides.get("use_auxiliary_loss"):
             overrides.setdefault("deep_supervision", True)
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As everywhere in transformers; with the code, the file names it for every Auto class, not just for one."""
+        if self._auto_class is not None:
+            self.auto_map = dict(self.files_of_auto_classes)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved; a Swin backbone has the type that transformers gives it in its own files."""
+        fields = super().to_dict()
+        # Under the other name, transformers' MaskFormerModel misses the backbone's tensors in a whole checkpoint.
+        if fields["backbone_config"]["model_type"] == "swin":
+            fields["backbone_config"]["model_type"] = "maskformer-swin"
+        return fields
 
     @property
     def matching_costs(self) -> dict[str, float]:
