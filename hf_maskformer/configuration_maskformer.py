@@ -1,12 +1,18 @@
 """The model on paper: every field changes the model or its loss, and wrong combinations fail here."""
 
-import copy
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration_maskformer_parts import (
+    MaskFormerTransformerConfig,
+    check_heads,
+    check_transformer,
+    make_backbone_config,
+    nested_config,
+)
 
 # Swin-B, window 12, as transformers' own MaskFormer: a file without a backbone means the same model in both.
 DEFAULT_BACKBONE = {
@@ -18,7 +24,7 @@ DEFAULT_BACKBONE = {
     "window_size": 12,
     "drop_path_rate": 0.3,
 }
-NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
+DETR = {"model_type": "detr"}
 GROUP_NORM_GROUPS = 32
 
 
@@ -29,11 +35,13 @@ class MaskFormerConfig(PreTrainedConfig):
     Nested configurations are copied: the caller's objects are never changed.
 
     Args:
-        backbone_config: Configuration (or its dictionary) of the backbone: `resnet`, `swin`, `maskformer-swin`, or any
-            type that `AutoBackbone` builds. Four feature maps are used, strides 4 to 32. Default: Swin-B, window 12.
+        backbone_config: Configuration (or its dictionary) of the backbone: `resnet`, `swin`, `maskformer-swin`,
+            `maskformer-resnet` (the paper's ResNet-101c), or any type that `AutoBackbone` builds. Four feature maps are
+            used, strides 4 to 32; a plain vision transformer gets a pyramid. Default: Swin-B, window 12.
         decoder_config: Configuration (or its dictionary) of type `detr`: `d_model`, `decoder_layers`,
             `decoder_attention_heads`, `decoder_ffn_dim`, `num_queries`, `dropout` and the like of the transformer
-            decoder. Its encoder and backbone fields mean nothing here.
+            decoder. Its encoder and backbone fields mean nothing here. Or of type `maskformer-transformer` for a model
+            with transformer encoders or pre-norm, which transformers' class does not have.
         fpn_feature_size: Channels of the pixel decoder, a multiple of 32 (group normalisation).
         mask_feature_size: Channels of the pixel embeddings and of the mask embeddings (C of the paper's section 3.3).
         cross_entropy_weight: Weight of the classification loss.
@@ -90,7 +98,7 @@ class MaskFormerConfig(PreTrainedConfig):
     init_xavier_std: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.backbone_config = _backbone_config(self.backbone_config)
+        self.backbone_config = make_backbone_config(self.backbone_config, DEFAULT_BACKBONE)
         self.decoder_config = _decoder_config(self.decoder_config)
         if self.use_auxiliary_loss:
             if not self.deep_supervision:
@@ -116,6 +124,17 @@ class MaskFormerConfig(PreTrainedConfig):
         if overrides.get("use_auxiliary_loss"):
             overrides.setdefault("deep_supervision", True)
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @classmethod
+    def from_backbone(cls, backbone: str | PreTrainedConfig, **fields: Any) -> Self:
+        """Builds a configuration around a backbone.
+
+        Args:
+            backbone: Its configuration; or a folder or a name on the Hub that holds one, such as "microsoft/resnet-50".
+            fields: The other fields of the configuration.
+        """
+        config = AutoConfig.from_pretrained(backbone) if isinstance(backbone, str) else backbone
+        return cls(backbone_config=config, **fields)
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As everywhere in transformers; with the code, the file names it for every Auto class, not just for one."""
@@ -144,39 +163,22 @@ class MaskFormerConfig(PreTrainedConfig):
         _check_sizes(self)
         _check_weights(self)
         _check_labels(self.id2label)
-        _check_decoder(self.decoder_config)
-        _check_backbone(self.backbone_config)
-
-
-def _nested_config(value: Any, field: str, default: dict[str, Any]) -> PreTrainedConfig:
-    """A private copy of a nested configuration, whatever form the caller gave it in."""
-    if isinstance(value, PreTrainedConfig):
-        return copy.deepcopy(value)
-    if not isinstance(value, dict | None):
-        raise ValueError(f"{field} is a {type(value).__name__}, but must be a configuration or its dictionary.")
-    fields = dict(default if value is None else value)
-    model_type = fields.pop("model_type", default["model_type"] if field == "decoder_config" else None)
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{field} has model_type {model_type!r}, which the installed transformers does not know. "
-            "Give the model_type of a configuration, such as 'resnet' or 'swin' for backbone_config."
-        )
-    return CONFIG_MAPPING[model_type](**copy.deepcopy(fields))
-
-
-def _backbone_config(value: Any) -> PreTrainedConfig:
-    config = _nested_config(value, "backbone_config", DEFAULT_BACKBONE)
-    stage_names = getattr(config, "stage_names", None)
-    # A single output is what a backbone's configuration defaults to; nobody can mean it here.
-    if stage_names is not None and len(config.out_features) == 1:
-        config.out_features = list(stage_names[-NUM_FEATURE_MAPS:])
-    return config
+        check_transformer(self.decoder_config)
+        if isinstance(self.decoder_config, MaskFormerTransformerConfig) and self.decoder_config.pixel_decoder_layers:
+            heads = self.decoder_config.encoder_attention_heads
+            check_heads(self.fpn_feature_size, heads, "fpn_feature_size", "decoder_config.encoder_attention_heads")
 
 
 def _decoder_config(value: Any) -> PreTrainedConfig:
-    config = _nested_config(value, "decoder_config", {"model_type": "detr"})
-    if config.model_type != "detr":
-        raise ValueError(f"decoder_config is of type {config.model_type!r}, but must be of type 'detr'.")
+    # transformers' own files may leave the type out.
+    config = nested_config(
+        {"model_type": "detr", **value} if isinstance(value, dict) else value, "decoder_config", DETR
+    )
+    if config.model_type not in ("detr", MaskFormerTransformerConfig.model_type):
+        raise ValueError(
+            f"decoder_config is of type {config.model_type!r}, but must be of type 'detr' or "
+            f"{MaskFormerTransformerConfig.model_type!r}."
+        )
     # transformers' decoder normalises twice when this is set: other predictions from the same weights.
     if getattr(config, "auxiliary_loss", False):
         config.auxiliary_loss = False
@@ -219,46 +221,3 @@ def _check_labels(id2label: Any) -> None:
             f"id2label has the ids {sorted(id2label)[:10]}..., but the ids must be 0 to {len(id2label) - 1} without "
             "gaps ('no object' is added by the model and needs no id)."
         )
-
-
-def _check_decoder(config: PreTrainedConfig) -> None:
-    for field in ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "num_queries"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 1.")
-    if config.d_model % config.decoder_attention_heads or config.d_model % 4:
-        raise ValueError(
-            f"decoder_config.d_model is {config.d_model}, but must be a multiple of decoder_attention_heads "
-            f"({config.decoder_attention_heads}) and of 4 (sine and cosine of two coordinates)."
-        )
-    if config.position_embedding_type != "sine":
-        raise ValueError(
-            f"decoder_config.position_embedding_type is {config.position_embedding_type!r}, but MaskFormer has only "
-            "'sine'."
-        )
-
-
-def _check_backbone(config: PreTrainedConfig) -> None:
-    if config.model_type in ("swin", "maskformer-swin"):
-        _check_swin(config)
-    out_features = getattr(config, "out_features", None)
-    if out_features is not None and len(out_features) != NUM_FEATURE_MAPS:
-        raise ValueError(
-            f"backbone_config.out_features is {out_features}, but the pixel decoder takes {NUM_FEATURE_MAPS} feature "
-            "maps (strides 4, 8, 16, 32). Leave it out to get the last four stages."
-        )
-
-
-def _check_swin(config: PreTrainedConfig) -> None:
-    if len(config.depths) != NUM_FEATURE_MAPS or len(config.num_heads) != NUM_FEATURE_MAPS:
-        raise ValueError(
-            f"backbone_config has depths {list(config.depths)} and num_heads {list(config.num_heads)}, but a Swin "
-            f"backbone has {NUM_FEATURE_MAPS} stages: give {NUM_FEATURE_MAPS} numbers each."
-        )
-    for stage, num_heads in enumerate(config.num_heads):
-        if (config.embed_dim * 2**stage) % num_heads:
-            raise ValueError(
-                f"backbone_config.num_heads[{stage}] is {num_heads}, which does not divide the width "
-                f"{config.embed_dim * 2**stage} of that stage."
-            )
-    if config.use_absolute_embeddings:
-        raise ValueError("backbone_config.use_absolute_embeddings is True, but MaskFormer's Swin has no such weights.")

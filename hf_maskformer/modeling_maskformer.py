@@ -15,10 +15,21 @@ from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_maskformer import MaskFormerConfig
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 from .loss_maskformer import MaskFormerLoss
-from .modeling_maskformer_pixel_decoder import PixelDecoder
+from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
+from .modeling_maskformer_pixel_decoder import PixelDecoder, PixelDecoderOutput
+from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
 from .modeling_maskformer_transformer_decoder import TransformerModule
+
+OWN_BACKBONES: dict[str, type[nn.Module]] = {
+    "resnet": ResNetBackbone,
+    "maskformer-resnet": ResNetBackbone,
+    "swin": SwinBackbone,
+    "maskformer-swin": SwinBackbone,
+    "maskformer-simple-feature-pyramid": SimpleFeaturePyramid,
+}
 
 
 @dataclass
@@ -89,22 +100,28 @@ class PixelLevelModule(nn.Module):
 
     Shapes:
         pixel_values: (B, 3, H, W).
-        returns: the backbone's four feature maps, the pixel embeddings (B, C, h, w), the levels of the pyramid.
+        returns: the backbone's four feature maps, and what the pixel decoder makes of them.
     """
 
-    def __init__(self, config: MaskFormerConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.encoder = build_backbone(config.backbone_config)
         self.freeze_batch_norm = config.freeze_batch_norm
-        self.channels: list[int] = self.encoder.channels
-        self.decoder = PixelDecoder(self.channels, config.fpn_feature_size, config.mask_feature_size)
+        transformer = config.decoder_config
+        has_encoder = is_of_type(transformer, MaskFormerTransformerConfig) and transformer.pixel_decoder_layers > 0
+        self.decoder = PixelDecoder(
+            self.encoder.channels,
+            config.fpn_feature_size,
+            config.mask_feature_size,
+            transformer if has_encoder else None,
+        )
         self.train(self.training)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Sequence[Tensor], Tensor, list[Tensor]]:
+    def forward(self, pixel_values: Tensor) -> tuple[Sequence[Tensor], PixelDecoderOutput]:
         features = self.encoder(pixel_values)
-        if not isinstance(self.encoder, SwinBackbone):
+        if isinstance(self.encoder, PreTrainedModel):
             features = features.feature_maps
-        return features, *self.decoder(features)
+        return features, self.decoder(features)
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
         super().train(mode)
@@ -140,7 +157,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
     input_modalities = ["image"]  # noqa: RUF012 - the base class declares a list
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["TransformerDecoderLayer", "SwinBlock"]  # noqa: RUF012 - likewise
+    _no_split_modules = ["TransformerDecoderLayer", "TransformerEncoderLayer", "SwinBlock", "ResNetLayer"]  # noqa: RUF012 - likewise
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -156,7 +173,8 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
     def __init__(self, config: MaskFormerConfig) -> None:
         super().__init__(config)
         self.pixel_level_module = PixelLevelModule(config)
-        self.transformer_module = TransformerModule(self.pixel_level_module.channels[-1], config.decoder_config)
+        memory_channels = self.pixel_level_module.decoder.memory_channels
+        self.transformer_module = TransformerModule(memory_channels, config.decoder_config)
         self.post_init()
 
     def forward(
@@ -177,8 +195,8 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
         """
         output_hidden_states = _first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = _first_set(output_attentions, self.config.output_attentions)
-        features, pixel_embeddings, levels = self.pixel_level_module(pixel_values)
-        queries = self.transformer_module(features[-1], output_hidden_states, output_attentions)
+        features, (pixel_embeddings, memory, levels) = self.pixel_level_module(pixel_values)
+        queries = self.transformer_module(memory, output_hidden_states, output_attentions)
         output = MaskFormerModelOutput(
             encoder_last_hidden_state=features[-1],
             pixel_decoder_last_hidden_state=pixel_embeddings,
@@ -288,10 +306,9 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
 
 
 def build_backbone(config: PreTrainedConfig) -> Any:
-    """The backbone of a configuration: our Swin, or what `AutoBackbone` builds. Both have `channels`."""
-    if config.model_type in ("swin", "maskformer-swin"):
-        return SwinBackbone(config)
-    return AutoBackbone.from_config(config)
+    """The backbone of a configuration: one of ours, or what `AutoBackbone` builds. All have `channels`."""
+    own = OWN_BACKBONES.get(config.model_type)
+    return AutoBackbone.from_config(config) if own is None else own(config)
 
 
 def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor]:

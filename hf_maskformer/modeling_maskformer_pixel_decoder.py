@@ -4,11 +4,14 @@ Letters: B images, C channels of the pyramid, h x w = H/4 x W/4 for the H x W pa
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_maskformer import GROUP_NORM_GROUPS
+from .configuration_maskformer_parts import MaskFormerTransformerConfig
+from .modeling_maskformer_transformer_layers import TransformerEncoder
 
 
 class XavierConv2d(nn.Conv2d):
@@ -65,22 +68,60 @@ class FeaturePyramid(nn.Module):
         return levels
 
 
+class PixelDecoderOutput(NamedTuple):
+    """What the pixel decoder makes of the backbone's feature maps.
+
+    Args:
+        pixel_embeddings: (B, mask_feature_size, h, w).
+        memory: (B, C', H/32, W/32), what the transformer decoder attends to: the backbone's last feature map or, with
+            encoder layers, their output.
+        levels: The levels of the pyramid at strides 16, 8 and 4.
+    """
+
+    pixel_embeddings: Tensor
+    memory: Tensor
+    levels: list[Tensor]
+
+
 class PixelDecoder(nn.Module):
     """Feature pyramid and projection to the pixel embeddings.
 
+    In the paper's panoptic models with a ResNet, transformer encoder layers first let the positions of the coarsest
+    feature map exchange what they know (appendix B).
+
+    Args:
+        channels: Channels of the backbone's feature maps, finest first.
+        feature_size: Channels of the pyramid, and width of the encoder layers.
+        mask_feature_size: Channels of the pixel embeddings.
+        config: The configuration of the encoder layers; None for none.
+
     Shapes:
         features: four maps (B, C_i, H/s, W/s), s = 4, 8, 16, 32.
-        returns: pixel embeddings (B, mask_feature_size, h, w), and the levels of the pyramid at strides 16, 8 and 4.
     """
 
-    def __init__(self, channels: Sequence[int], feature_size: int, mask_feature_size: int) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        feature_size: int,
+        mask_feature_size: int,
+        config: MaskFormerTransformerConfig | None = None,
+    ) -> None:
         super().__init__()
-        self.fpn = FeaturePyramid(channels, feature_size)
+        self.memory_channels = channels[-1] if config is None else feature_size
+        self.input_projection: nn.Module | None = None
+        self.encoder: nn.Module | None = None
+        if config is not None:
+            self.input_projection = XavierConv2d(channels[-1], feature_size, kernel_size=1)
+            self.encoder = TransformerEncoder(config, feature_size, config.pixel_decoder_layers)
+        self.fpn = FeaturePyramid([*channels[:-1], self.memory_channels], feature_size)
         self.mask_projection = XavierConv2d(feature_size, mask_feature_size, kernel_size=3, padding=1)
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        levels = self.fpn(features)
-        return self.mask_projection(levels[-1]), levels
+    def forward(self, features: Sequence[Tensor]) -> PixelDecoderOutput:
+        memory = features[-1]
+        if self.input_projection is not None and self.encoder is not None:
+            memory = self.encoder(self.input_projection(memory))
+        levels = self.fpn([*features[:-1], memory])
+        return PixelDecoderOutput(self.mask_projection(levels[-1]), memory, levels)
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -3,19 +3,16 @@
 Letters: B images, L decoder layers, Q queries, D query width, P = h x w positions of the stride-32 feature map.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 from .modeling_maskformer_pixel_decoder import XavierConv2d
+from .modeling_maskformer_transformer_layers import Attention, TransformerEncoder, TransformerLayer, sine_positions
 
 
 @dataclass
@@ -36,95 +33,27 @@ class TransformerModuleOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class AttentionProjection(nn.Linear):
-    """A projection of an attention layer, initialised as in the paper's code: Xavier, bias 0.
-
-    Args:
-        dim: Width.
-        num_stacked: How many projections share one matrix there, whose bound is that of its whole shape.
-    """
-
-    def __init__(self, dim: int, num_stacked: int) -> None:
-        self.gain = math.sqrt(2 / (1 + num_stacked))
-        super().__init__(dim, dim)
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight, gain=self.gain)
-        nn.init.zeros_(self.bias)
-
-
-class FeedForwardLinear(nn.Linear):
-    """A layer of the feed-forward network: Xavier, as in the paper's code."""
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.xavier_uniform_(self.weight)
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose queries and keys carry positions and whose values do not."""
+class TransformerDecoderLayer(TransformerLayer):
+    """Self-attention among the queries, cross-attention to the image, feed-forward."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.num_heads = config.decoder_attention_heads
-        self.q_proj = AttentionProjection(config.d_model, num_stacked=3)
-        self.k_proj = AttentionProjection(config.d_model, num_stacked=3)
-        self.v_proj = AttentionProjection(config.d_model, num_stacked=3)
-        self.out_proj = AttentionProjection(config.d_model, num_stacked=1)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Takes (B, Q, D), (B, P, D), (B, P, D); returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P)."""
-        query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
-        dropout = self.config.attention_dropout if self.training else 0.0
-        weights = None
-        if output_attentions or self.config._attn_implementation == "eager":
-            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-            weights = scores.softmax(-1)
-            attended = F.dropout(weights, dropout) @ value
-        else:
-            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights if output_attentions else None
-
-
-class TransformerDecoderLayer(GradientCheckpointingLayer):
-    """Self-attention among the queries, cross-attention to the image, feed-forward; each followed by its norm."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.self_attn = Attention(config)
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.encoder_attn = Attention(config)
+        super().__init__(config, config.d_model, config.decoder_ffn_dim)
+        self.self_attn = Attention(config, config.d_model, config.decoder_attention_heads)
+        self.encoder_attn = Attention(config, config.d_model, config.decoder_attention_heads)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1 = FeedForwardLinear(config.d_model, config.decoder_ffn_dim)
-        self.fc2 = FeedForwardLinear(config.decoder_ffn_dim, config.d_model)
-        self.final_layer_norm = nn.LayerNorm(config.d_model)
-        self.activation = ACT2FN[config.activation_function]
 
     def forward(
         self, queries: Tensor, query_positions: Tensor, image: Tensor, image_positions: Tensor, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Takes (B, Q, D), (Q, D), (B, P, D), (P, D); returns (B, Q, D) and the cross-attention if asked for."""
-        at_positions = queries + query_positions
-        update, _ = self.self_attn(at_positions, at_positions, queries)
-        queries = self.self_attn_layer_norm(queries + self._dropout(update))
+        value = self.before(self.self_attn_layer_norm, queries)
+        update, _ = self.self_attn(value + query_positions, value + query_positions, value)
+        queries = self.after(self.self_attn_layer_norm, queries, update)
 
-        update, weights = self.encoder_attn(
-            queries + query_positions, image + image_positions, image, output_attentions
-        )
-        queries = self.encoder_attn_layer_norm(queries + self._dropout(update))
-
-        hidden = F.dropout(self.activation(self.fc1(queries)), self.config.activation_dropout, self.training)
-        return self.final_layer_norm(queries + self._dropout(self.fc2(hidden))), weights
-
-    def _dropout(self, states: Tensor) -> Tensor:
-        return F.dropout(states, self.config.dropout, self.training)
+        query = self.before(self.encoder_attn_layer_norm, queries) + query_positions
+        update, weights = self.encoder_attn(query, image + image_positions, image, output_attentions)
+        queries = self.after(self.encoder_attn_layer_norm, queries, update)
+        return self.feed_forward(queries), weights
 
 
 class TransformerDecoder(nn.Module):
@@ -148,12 +77,12 @@ class TransformerDecoder(nn.Module):
 
 
 class TransformerModule(nn.Module):
-    """Learned queries, sine positions and the decoder.
+    """Learned queries, sine positions and the decoder; an encoder before it only if the configuration has one.
 
     Args:
         in_channels: Channels of the stride-32 feature map. It is projected only if they differ from the decoder's
             width, as in the paper's code.
-        config: The decoder's configuration.
+        config: The decoder's configuration, of type `detr` or our own.
     """
 
     def __init__(self, in_channels: int, config: PreTrainedConfig) -> None:
@@ -162,6 +91,9 @@ class TransformerModule(nn.Module):
         self.input_projection = (
             XavierConv2d(in_channels, config.d_model, kernel_size=1) if in_channels != config.d_model else None
         )
+        # The encoder of type `detr` is DETR's own; in a MaskFormer's file it says nothing.
+        num_encoder_layers = config.encoder_layers if is_of_type(config, MaskFormerTransformerConfig) else 0
+        self.encoder = TransformerEncoder(config, config.d_model, num_encoder_layers) if num_encoder_layers else None
         self.decoder = TransformerDecoder(config)
 
     def forward(
@@ -170,6 +102,8 @@ class TransformerModule(nn.Module):
         """Takes the stride-32 feature map (B, C, h, w)."""
         if self.input_projection is not None:
             features = self.input_projection(features)
+        if self.encoder is not None:
+            features = self.encoder(features)
         image = features.flatten(2).transpose(1, 2)  # (B, P, D)
         positions = sine_positions(features.shape[-2:], features.shape[1], features.device).to(features.dtype)
         query_positions = self.queries_embedder.weight
@@ -183,24 +117,3 @@ class TransformerModule(nn.Module):
             hidden_states=(queries, *states[:-1], intermediate_states[-1]) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-
-
-def sine_positions(size: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """Sine and cosine of the normalised row and column of each position, (P, width), float32.
-
-    The first half of the width encodes the row, the second the column; sines and cosines alternate. Rows run from
-    2 pi / h to 2 pi, so the code depends on the size of the map. Always float32: half precision is off by 0.02.
-    """
-    per_axis = width // 2
-    exponents = torch.arange(per_axis, device=device, dtype=torch.float32).div(2, rounding_mode="floor") * 2 / per_axis
-    wavelengths = 10000**exponents
-    codes = []
-    for length in size:
-        coordinates = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (length + 1e-6) * 2 * math.pi
-        angles = coordinates[:, None] / wavelengths
-        codes.append(torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=2).flatten(1))
-    rows, columns = codes
-    height, width_of_map = size
-    return torch.cat(
-        (rows[:, None].expand(-1, width_of_map, -1), columns[None].expand(height, -1, -1)), dim=-1
-    ).flatten(0, 1)

@@ -3,7 +3,7 @@ import torch
 from golden import Golden
 
 
-@pytest.fixture(scope="module", params=["resnet_semantic", "swin_semantic"])
+@pytest.fixture(scope="module", params=["resnet_semantic", "swin_semantic", "resnet_panoptic_enc"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 

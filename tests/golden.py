@@ -5,17 +5,30 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig
+from transformers import ResNetConfig, SwinConfig
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
 from hf_maskformer.hub.key_table import from_original
 
 FIXTURES = Path(__file__).parent / "fixtures"
-BACKBONES: dict[str, PreTrainedConfig] = {
-    "resnet_semantic": ResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128]),
-    "swin_semantic": SwinConfig(
-        embed_dim=12, depths=[2, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=7, drop_path_rate=0.0
-    ),
+RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128])
+SWIN = SwinConfig(embed_dim=12, depths=[2, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=7, drop_path_rate=0.0)
+DECODER = {
+    "d_model": 48,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "num_queries": 20,
+    "dropout": 0.0,
+}
+ENCODER = {"pixel_decoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 96}
+CONFIGS = {
+    "resnet_semantic": {"backbone_config": RESNET, "decoder_config": {"model_type": "detr", **DECODER}},
+    "swin_semantic": {"backbone_config": SWIN, "decoder_config": {"model_type": "detr", **DECODER}},
+    "resnet_panoptic_enc": {
+        "backbone_config": RESNET,
+        "decoder_config": {"model_type": "maskformer-transformer", **DECODER, **ENCODER, "d_model": 64},
+    },
 }
 
 
@@ -26,20 +39,7 @@ class Golden:
         self.arrays = load_file(FIXTURES / name / "arrays.safetensors")
         self.meta = json.loads((FIXTURES / name / "meta.json").read_text())
         self.original_tensors = load_file(FIXTURES / name / "original_model.safetensors")
-        self.config = MaskFormerConfig(
-            backbone_config=BACKBONES[name],
-            decoder_config=DetrConfig(
-                d_model=48,
-                decoder_layers=3,
-                decoder_attention_heads=4,
-                decoder_ffn_dim=96,
-                num_queries=20,
-                dropout=0.0,
-            ),
-            fpn_feature_size=64,
-            mask_feature_size=32,
-            num_labels=13,
-        )
+        self.config = MaskFormerConfig(**CONFIGS[name], fpn_feature_size=64, mask_feature_size=32, num_labels=13)
         self.model = MaskFormerForInstanceSegmentation(self.config)
         self.model.load_state_dict(from_original(self.original_tensors), strict=True)
 

@@ -26,10 +26,10 @@ def tiny_config(backbone: PreTrainedConfig | None = None, **fields: object) -> M
         num_queries=NUM_QUERIES,
         dropout=0.0,
     )
-    fields = {"fpn_feature_size": 32, "mask_feature_size": 16, **fields}
+    fields = {"fpn_feature_size": 32, "mask_feature_size": 16, "decoder_config": decoder, **fields}
     if "id2label" not in fields:
         fields["num_labels"] = NUM_LABELS
-    return MaskFormerConfig(backbone_config=backbone or resnet_config(), decoder_config=decoder, **fields)
+    return MaskFormerConfig(backbone_config=backbone or resnet_config(), **fields)
 
 
 def tiny_model(backbone: PreTrainedConfig | None = None, **fields: object) -> MaskFormerForInstanceSegmentation:

@@ -13,6 +13,7 @@ from models import swin_config, tiny_model
 
 import hf_maskformer
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerImageProcessor, MaskFormerModel
+from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
 
 PACKAGE = Path(hf_maskformer.__file__).parent
 SPINE = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
@@ -23,12 +24,8 @@ SEGMENTATION = (
 )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A model and its image processor, saved with their code."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "with-code"
-    torch.manual_seed(0)
-    model = tiny_model(swin_config())
+def save_with_code(model, folder):
+    """The model and an image processor. Registers for the time of saving only."""
     with pytest.MonkeyPatch.context() as patch:
         for travelling in (
             MaskFormerConfig,
@@ -41,6 +38,24 @@ def checkpoint(tmp_path_factory):
         model.save_pretrained(folder)
         MaskFormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    return save_with_code(tiny_model(swin_config()), tmp_path_factory.mktemp("checkpoints") / "with-code")
+
+
+@pytest.fixture(scope="module")
+def own_checkpoint(tmp_path_factory):
+    """Of an architecture that transformers lacks."""
+    backbone = MaskFormerResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 3])
+    transformer = MaskFormerTransformerConfig(
+        d_model=16, num_queries=6, pixel_decoder_layers=1, encoder_layers=1, decoder_layers=2, pre_norm=True
+    )
+    torch.manual_seed(0)
+    model = tiny_model(backbone, decoder_config=transformer)
+    return save_with_code(model, tmp_path_factory.mktemp("checkpoints") / "of-our-own")
 
 
 def read_json(path):
@@ -110,7 +125,9 @@ def test_transformers_alone_loads_the_same_folder_into_its_own_classes(checkpoin
     assert_logits_of(checkpoint, report)
 
 
-def test_the_code_of_the_checkpoint_runs_without_this_package_and_is_passed_on(checkpoint, tmp_path):
+@pytest.mark.parametrize("name", ["checkpoint", "own_checkpoint"])
+def test_the_code_of_the_checkpoint_runs_without_this_package_and_is_passed_on(name, request, tmp_path):
+    checkpoint = request.getfixturevalue(name)
     report = load_in_clean_process(checkpoint, "code", tmp_path)
     modules = {name: module.split(".") for name, module in report["classes"].items()}
     assert {module[0] for module in modules.values()} == {"transformers_modules"}

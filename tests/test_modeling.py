@@ -18,7 +18,7 @@ from models import (
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerModel
 from hf_maskformer.modeling_maskformer_swin import SwinBlock
-from hf_maskformer.modeling_maskformer_transformer_decoder import sine_positions
+from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
 
 BACKBONES = [resnet_config, swin_config]
 STOCK_TOLERANCE = 1e-4  # of the largest value: kernels differ, formulas do not

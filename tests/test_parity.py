@@ -6,11 +6,13 @@ from golden import Golden
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.hub.key_table import from_original, to_original
-from hf_maskformer.modeling_maskformer_transformer_decoder import sine_positions
+from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
 
 FORWARD_TOLERANCE = 1e-4  # of the largest value; float32 itself is 1e-5 off float64 here
 LOSS_TOLERANCE = 1e-5  # of the term; the weighted terms agree to 2e-6 between float32 and float64
 GRADIENT_TOLERANCE = 1e-4  # relative L2 per tensor
+# One stored gradient of this variant is itself 1.4e-4 off float64, where a ReLU falls on the other side of zero.
+GRADIENT_TOLERANCES = {"resnet_panoptic_enc": 2e-4}
 GRADIENT_FLOOR = 1e-6  # of the total norm: the first layer's self-attention has no true gradient for query and key
 
 
@@ -22,35 +24,54 @@ def assert_close(ours: torch.Tensor, original: torch.Tensor) -> None:
 def activations(golden: Golden) -> dict[str, torch.Tensor]:
     """Runs the model and gives its intermediate results the original's names and layouts."""
     model = golden.model.eval().model
-    encoder, transformer = model.pixel_level_module.encoder, model.transformer_module
+    backbone, pixel_decoder = model.pixel_level_module.encoder, model.pixel_level_module.decoder
+    transformer = model.transformer_module
     is_swin = golden.config.backbone_config.model_type == "swin"
     modules = {
-        "first": encoder.model.embeddings if is_swin else encoder.embedder,
-        "act.pixel_decoder.layer_4": model.pixel_level_module.decoder.fpn.stem,
-        "act.predictor.input_proj": transformer.input_projection,
+        "act.backbone.patch_embed" if is_swin else "act.backbone.stem": (
+            backbone.model.embeddings if is_swin else backbone.embedder
+        ),
+        "act.pixel_decoder.layer_4": pixel_decoder.fpn.stem,
         **{f"act.decoder.layer_{index}": layer for index, layer in enumerate(transformer.decoder.layers)},
     }
+    if pixel_decoder.encoder is not None:
+        modules["act.pixel_decoder.input_proj"] = pixel_decoder.input_projection
+        modules["act.transformer_encoder_features"] = pixel_decoder.encoder
+        for index, layer in enumerate(pixel_decoder.encoder.layers):
+            modules[f"act.pixel_decoder.encoder_layer_{index}"] = layer
+    if transformer.input_projection is not None:
+        modules["act.predictor.input_proj"] = transformer.input_projection
     found: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
         module.register_forward_hook(lambda _module, _inputs, output, name=name: found.__setitem__(name, output))
     with torch.no_grad():
         output = model(golden.arrays["pixel_values"], output_hidden_states=True)
 
-    first = found.pop("first")
-    found["act.backbone.patch_embed" if is_swin else "act.backbone.stem"] = (
-        first.permute(0, 3, 1, 2) if is_swin else first
-    )
     for stage, feature_map in enumerate(output.encoder_hidden_states, start=2):
         found[f"act.backbone.res{stage}"] = feature_map
     found["act.pixel_decoder.layer_3"], found["act.pixel_decoder.layer_2"], _ = output.pixel_decoder_hidden_states
     found["act.mask_features"] = output.pixel_decoder_last_hidden_state
     found["act.decoder.hs_normed"] = output.transformer_decoder_intermediate_states
-    for index in range(len(transformer.decoder.layers)):
-        found[f"act.decoder.layer_{index}"] = found[f"act.decoder.layer_{index}"][0].transpose(0, 1)
+    if pixel_decoder.encoder is not None:
+        # With equal widths nothing is projected between the two transformers.
+        found["act.predictor.input_proj"] = found["act.transformer_encoder_features"]
+        found["act.pixel_decoder.pos_embed"] = positions_like(found["act.pixel_decoder.input_proj"])
     found["act.decoder.memory"] = projected = found["act.predictor.input_proj"]
-    positions = sine_positions(projected.shape[-2:], projected.shape[1], projected.device)
-    found["act.predictor.pos_embed"] = positions.T.unflatten(1, projected.shape[-2:]).expand(2, -1, -1, -1)
-    return found
+    found["act.predictor.pos_embed"] = positions_like(projected)
+    return {name: in_layout_of_the_original(name, tensor) for name, tensor in found.items()}
+
+
+def positions_like(features: torch.Tensor) -> torch.Tensor:
+    positions = sine_positions(features.shape[-2:], features.shape[1], features.device)
+    return positions.T.unflatten(1, features.shape[-2:]).expand(2, -1, -1, -1)
+
+
+def in_layout_of_the_original(name: str, tensor: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    if name == "act.backbone.patch_embed":
+        return tensor.permute(0, 3, 1, 2)
+    if name.startswith("act.decoder.layer_"):
+        return tensor[0].transpose(0, 1)
+    return tensor.transpose(0, 1) if name.startswith("act.pixel_decoder.encoder_layer_") else tensor
 
 
 def test_every_intermediate_activation(golden: Golden) -> None:
@@ -102,26 +123,34 @@ def test_gradients_of_every_parameter(golden: Golden) -> None:
     golden.model(golden.arrays["pixel_values"], **golden.labels).loss.backward()
     gradients = to_original({name: p.grad for name, p in golden.model.named_parameters() if p.requires_grad})
     floor = GRADIENT_FLOOR * golden.meta["grad_total_norm"]
+    tolerance = GRADIENT_TOLERANCES.get(golden.meta["name"], GRADIENT_TOLERANCE)
 
     norms = golden.meta["grad_norms_all"]
     assert gradients.keys() == norms.keys()
     for name, norm in norms.items():
-        assert float(gradients[name].norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE, abs=floor), name
+        assert float(gradients[name].norm()) == pytest.approx(norm, rel=tolerance, abs=floor), name
     for name, selected in golden.meta["grad_selected"].items():
         original, ours = golden.arrays[f"grad.{name}"], gradients[name]
         if not selected["full"]:
             indices = torch.arange(64) * ours.numel() // 64
             original, ours = original.flatten(), ours.flatten()[indices]
-        assert (ours - original).norm() <= GRADIENT_TOLERANCE * original.norm() + floor, name
+        assert (ours - original).norm() <= tolerance * original.norm() + floor, name
 
 
-def test_from_the_photograph_to_the_semantic_result(golden: Golden) -> None:
+def test_from_the_photograph_to_the_result(golden: Golden) -> None:
     processor = MaskFormerImageProcessor(do_resize=False, size_divisor=golden.meta["size_divisibility"])
     images = [golden.arrays[f"image_{image}"] for image in (0, 1)]
     batch = processor(images, return_tensors="pt")
     assert (batch["pixel_values"] - golden.arrays["pixel_values"]).abs().max() < 1e-5
     with torch.no_grad():
         outputs = golden.model.eval()(**batch)
+    if golden.meta["panoptic"]:
+        check_panoptic_results(golden, processor, outputs)
+    else:
+        check_semantic_results(golden, processor, outputs)
+
+
+def check_semantic_results(golden: Golden, processor: MaskFormerImageProcessor, outputs: object) -> None:
     results = processor.post_process_semantic_segmentation(outputs, target_sizes=golden.meta["out_sizes"])
     for image, result in enumerate(results):
         scores = golden.arrays[f"result_{image}.sem_seg"]
@@ -129,6 +158,24 @@ def test_from_the_photograph_to_the_semantic_result(golden: Golden) -> None:
         is_clear = best - second > FORWARD_TOLERANCE * best.max()
         assert is_clear.float().mean() > 0.99
         assert torch.equal(result[is_clear], scores.argmax(0)[is_clear])
+
+
+def check_panoptic_results(golden: Golden, processor: MaskFormerImageProcessor, outputs: object) -> None:
+    stuff = [label for label in range(golden.config.num_labels) if label not in golden.meta["things"]]
+    for stored in golden.meta["panoptic"]:
+        results = processor.post_process_panoptic_segmentation(
+            outputs,
+            threshold=stored["object_mask_threshold"],
+            overlap_mask_area_threshold=stored["overlap_threshold"],
+            label_ids_to_fuse=stuff,
+            target_sizes=golden.meta["out_sizes"],
+        )
+        result, original = results[stored["image"]], stored["segments_info"]
+        labels = [(segment["id"], segment["label_id"]) for segment in result["segments_info"]]
+        assert labels == [(segment["id"], segment["category_id"]) for segment in original]
+        expected = golden.arrays[f"result_{stored['image']}.panoptic_seg_{stored['thr_index']}"]
+        # Of some 3,800 pixels, a handful lie where two queries score alike to float32's precision.
+        assert (result["segmentation"] != expected).sum() <= 5
 
 
 def test_the_key_table_is_two_way(golden: Golden) -> None:

@@ -15,30 +15,63 @@ ENCODER = "model.pixel_level_module.encoder"
 PIXEL_DECODER = "model.pixel_level_module.decoder"
 TRANSFORMER = "model.transformer_module"
 DECODER_LAYER = f"{TRANSFORMER}.decoder.layers.{{i}}"
-ORIGINAL_LAYER = "sem_seg_head.predictor.transformer.decoder.layers.{i}"
+ORIGINAL_DECODER = "sem_seg_head.predictor.transformer.decoder"
+ORIGINAL_LAYER = f"{ORIGINAL_DECODER}.layers.{{i}}"
 SWIN_BLOCK = f"{ENCODER}.model.encoder.layers.{{i}}.blocks.{{j}}"
 ORIGINAL_BLOCK = "backbone.layers.{i}.blocks.{j}"
 
 Row = tuple[str, str | tuple[str, ...]]
+CompiledRow = tuple[re.Pattern[str], list[str]]
 
+
+def attention_rows(there: str, here: str) -> list[Row]:
+    """The rows of an attention module."""
+    return [
+        (f"{there}.in_proj_{{tail}}", tuple(f"{here}.{name}_proj.{{tail}}" for name in "qkv")),
+        (f"{there}.out_proj.{{tail}}", f"{here}.out_proj.{{tail}}"),
+    ]
+
+
+def encoder_rows(there: str, here: str) -> list[Row]:
+    """The rows of transformer encoder layers, and of the norm that follows them in a pre-norm model."""
+    layer_there, layer_here = f"{there}.layers.{{i}}", f"{here}.layers.{{i}}"
+    return [
+        *attention_rows(f"{layer_there}.self_attn", f"{layer_here}.self_attn"),
+        (f"{layer_there}.linear1.{{tail}}", f"{layer_here}.fc1.{{tail}}"),
+        (f"{layer_there}.linear2.{{tail}}", f"{layer_here}.fc2.{{tail}}"),
+        (f"{layer_there}.norm1.{{tail}}", f"{layer_here}.self_attn_layer_norm.{{tail}}"),
+        (f"{layer_there}.norm2.{{tail}}", f"{layer_here}.final_layer_norm.{{tail}}"),
+        (f"{there}.norm.{{tail}}", f"{here}.layernorm.{{tail}}"),
+    ]
+
+
+STEM = f"{ENCODER}.embedder.embedder"
+PLAIN_STEM: list[Row] = [
+    ("backbone.stem.conv1.weight", f"{STEM}.convolution.weight"),
+    ("backbone.stem.conv1.norm.{tail}", f"{STEM}.normalization.{{tail}}"),
+]
+DEEP_STEM: list[Row] = [
+    row
+    for index in range(3)
+    for row in (
+        (f"backbone.stem.conv{index + 1}.weight", f"{STEM}.{index}.convolution.weight"),
+        (f"backbone.stem.conv{index + 1}.norm.{{tail}}", f"{STEM}.{index}.normalization.{{tail}}"),
+    )
+]
 RESNET: list[Row] = [
-    ("backbone.stem.conv1.weight", f"{ENCODER}.embedder.embedder.convolution.weight"),
-    ("backbone.stem.conv1.norm.{tail}", f"{ENCODER}.embedder.embedder.normalization.{{tail}}"),
-    *[
-        row
-        for stage in range(4)
-        for there, here in (("shortcut", "shortcut"), ("conv1", "layer.0"), ("conv2", "layer.1"), ("conv3", "layer.2"))
-        for row in (
-            (
-                f"backbone.res{stage + 2}.{{i}}.{there}.weight",
-                f"{ENCODER}.encoder.stages.{stage}.layers.{{i}}.{here}.convolution.weight",
-            ),
-            (
-                f"backbone.res{stage + 2}.{{i}}.{there}.norm.{{tail}}",
-                f"{ENCODER}.encoder.stages.{stage}.layers.{{i}}.{here}.normalization.{{tail}}",
-            ),
-        )
-    ],
+    row
+    for stage in range(4)
+    for there, here in (("shortcut", "shortcut"), ("conv1", "layer.0"), ("conv2", "layer.1"), ("conv3", "layer.2"))
+    for row in (
+        (
+            f"backbone.res{stage + 2}.{{i}}.{there}.weight",
+            f"{ENCODER}.encoder.stages.{stage}.layers.{{i}}.{here}.convolution.weight",
+        ),
+        (
+            f"backbone.res{stage + 2}.{{i}}.{there}.norm.{{tail}}",
+            f"{ENCODER}.encoder.stages.{stage}.layers.{{i}}.{here}.normalization.{{tail}}",
+        ),
+    )
 ]
 SWIN: list[Row] = [
     ("backbone.patch_embed.proj.{tail}", f"{ENCODER}.model.embeddings.patch_embeddings.projection.{{tail}}"),
@@ -70,32 +103,29 @@ PYRAMID: list[Row] = [
         )
     ],
     ("sem_seg_head.pixel_decoder.mask_features.{tail}", f"{PIXEL_DECODER}.mask_projection.{{tail}}"),
+    ("sem_seg_head.pixel_decoder.input_proj.{tail}", f"{PIXEL_DECODER}.input_projection.{{tail}}"),
+    *encoder_rows("sem_seg_head.pixel_decoder.transformer.encoder", f"{PIXEL_DECODER}.encoder"),
 ]
 TRANSFORMER_DECODER: list[Row] = [
     ("sem_seg_head.predictor.query_embed.weight", f"{TRANSFORMER}.queries_embedder.weight"),
     ("sem_seg_head.predictor.input_proj.{tail}", f"{TRANSFORMER}.input_projection.{{tail}}"),
-    *[
-        row
-        for there, here in (("self_attn", "self_attn"), ("multihead_attn", "encoder_attn"))
-        for row in (
-            (
-                f"{ORIGINAL_LAYER}.{there}.in_proj_{{tail}}",
-                tuple(f"{DECODER_LAYER}.{here}.{name}_proj.{{tail}}" for name in "qkv"),
-            ),
-            (f"{ORIGINAL_LAYER}.{there}.out_proj.{{tail}}", f"{DECODER_LAYER}.{here}.out_proj.{{tail}}"),
-        )
-    ],
+    *encoder_rows("sem_seg_head.predictor.transformer.encoder", f"{TRANSFORMER}.encoder"),
+    *attention_rows(f"{ORIGINAL_LAYER}.self_attn", f"{DECODER_LAYER}.self_attn"),
+    *attention_rows(f"{ORIGINAL_LAYER}.multihead_attn", f"{DECODER_LAYER}.encoder_attn"),
     (f"{ORIGINAL_LAYER}.linear1.{{tail}}", f"{DECODER_LAYER}.fc1.{{tail}}"),
     (f"{ORIGINAL_LAYER}.linear2.{{tail}}", f"{DECODER_LAYER}.fc2.{{tail}}"),
     (f"{ORIGINAL_LAYER}.norm1.{{tail}}", f"{DECODER_LAYER}.self_attn_layer_norm.{{tail}}"),
     (f"{ORIGINAL_LAYER}.norm2.{{tail}}", f"{DECODER_LAYER}.encoder_attn_layer_norm.{{tail}}"),
     (f"{ORIGINAL_LAYER}.norm3.{{tail}}", f"{DECODER_LAYER}.final_layer_norm.{{tail}}"),
-    ("sem_seg_head.predictor.transformer.decoder.norm.{tail}", f"{TRANSFORMER}.decoder.layernorm.{{tail}}"),
+    (f"{ORIGINAL_DECODER}.norm.{{tail}}", f"{TRANSFORMER}.decoder.layernorm.{{tail}}"),
 ]
 HEADS: list[Row] = [
     ("sem_seg_head.predictor.class_embed.{tail}", "class_predictor.{tail}"),
     ("sem_seg_head.predictor.mask_embed.layers.{i}.{tail}", "mask_embedder.{i}.0.{tail}"),
     ("criterion.empty_weight", "criterion.empty_weight"),
+    # Of the per-pixel baseline.
+    ("sem_seg_head.predictor.weight", "classifier.weight"),
+    ("sem_seg_head.predictor.bias", "classifier.bias"),
 ]
 KEY_TABLE: list[Row] = [*RESNET, *SWIN, *PYRAMID, *TRANSFORMER_DECODER, *HEADS]
 
@@ -113,8 +143,9 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: A name that the table does not have.
     """
     renamed: dict[str, Tensor] = {}
+    rows = _rows_from_original(deep_stem="backbone.stem.conv2.weight" in tensors)
     for name, tensor in tensors.items():
-        targets = _translate(_training_spelling(name), from_original=True)
+        targets = _translate(_training_spelling(name), rows)
         pieces = tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,)
         renamed.update(zip(targets, pieces, strict=True))
     for name in [name for name in renamed if name.endswith(".normalization.running_mean")]:
@@ -137,8 +168,8 @@ def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if ONLY_HERE.fullmatch(name):
             continue
-        (target,) = _translate(name, from_original=False)
-        siblings = _translate(target, from_original=True)
+        (target,) = _translate(name, _rows_to_original())
+        siblings = _translate(target, _rows_from_original(deep_stem=True))
         if len(siblings) == 1:
             renamed[target] = tensor
         else:
@@ -157,8 +188,8 @@ def _training_spelling(name: str) -> str:
     return f"sem_seg_head.pixel_decoder.{rest}"
 
 
-def _translate(name: str, from_original: bool) -> list[str]:
-    for pattern, templates in _compiled_table(from_original):
+def _translate(name: str, rows: list[CompiledRow]) -> list[str]:
+    for pattern, templates in rows:
         match = pattern.fullmatch(name)
         if match:
             return [template.format(**match.groupdict()) for template in templates]
@@ -166,15 +197,18 @@ def _translate(name: str, from_original: bool) -> list[str]:
 
 
 @cache
-def _compiled_table(from_original: bool) -> list[tuple[re.Pattern[str], list[str]]]:
-    rows = []
-    for original, ours in KEY_TABLE:
-        our_names = [ours] if isinstance(ours, str) else list(ours)
-        if from_original:
-            rows.append((_compile(original), our_names))
-        else:
-            rows.extend((_compile(name), [original]) for name in our_names)
-    return rows
+def _rows_from_original(deep_stem: bool) -> list[CompiledRow]:
+    # Both stems name their first convolution alike.
+    table = [*(DEEP_STEM if deep_stem else PLAIN_STEM), *KEY_TABLE]
+    return [(_compile(original), [ours] if isinstance(ours, str) else list(ours)) for original, ours in table]
+
+
+@cache
+def _rows_to_original() -> list[CompiledRow]:
+    table = [*PLAIN_STEM, *DEEP_STEM, *KEY_TABLE]
+    return [
+        (_compile(name), [original]) for original, ours in table for name in ([ours] if isinstance(ours, str) else ours)
+    ]
 
 
 def _compile(template: str) -> re.Pattern[str]:

@@ -1,0 +1,217 @@
+"""The nested configurations: those of transformers, and our own for what its MaskFormer cannot express.
+
+Our own types are known to this file only. A checkpoint that needs one therefore stops transformers' class with an
+error, instead of loading there with weights missing.
+"""
+
+import copy
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, ResNetConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
+# Plain transformers, whose feature maps all have the stride of their patches: a pyramid is made of the last one.
+PLAIN_BACKBONES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+
+
+@strict
+class MaskFormerTransformerConfig(PreTrainedConfig):
+    r"""Configuration of the transformers of a MaskFormer that has more of them than transformers' type `detr` tells.
+
+    Args:
+        d_model: Width of the queries.
+        num_queries: Number of queries, and so of predicted masks.
+        pixel_decoder_layers: Encoder layers on the stride-32 features inside the pixel decoder; the queries then attend
+            to what comes out. 6 in the paper's panoptic models with a ResNet. Their width is `fpn_feature_size`.
+        encoder_layers: Encoder layers between the features and the decoder.
+        encoder_attention_heads, encoder_ffn_dim: Of every encoder layer, in both places.
+        decoder_layers, decoder_attention_heads, decoder_ffn_dim: Of the decoder.
+        pre_norm: Normalise the input of every sublayer instead of its output.
+        dropout: Of every sublayer's output.
+        attention_dropout: Of the attention weights.
+        activation_dropout: Inside the feed-forward networks.
+        activation_function: Of the feed-forward networks.
+    """
+
+    model_type = "maskformer-transformer"
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model"}
+
+    d_model: int = 256
+    num_queries: int = 100
+    pixel_decoder_layers: int = 0
+    encoder_layers: int = 0
+    encoder_attention_heads: int = 8
+    encoder_ffn_dim: int = 2048
+    decoder_layers: int = 6
+    decoder_attention_heads: int = 8
+    decoder_ffn_dim: int = 2048
+    pre_norm: bool = False
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    activation_function: str = "relu"
+
+
+@strict
+class MaskFormerResNetConfig(ResNetConfig):
+    r"""Configuration of a ResNet with the changes that the paper's ResNet-101c has (section 4.1, after DeepLab).
+
+    Args:
+        deep_stem: Three 3x3 convolutions in place of the one 7x7; the first two have half of `embedding_size`.
+        last_stage_dilations: Dilation of the 3x3 convolution in each layer of the last stage, which keeps its stride.
+    """
+
+    model_type = "maskformer-resnet"
+
+    embedding_size: int = 128
+    depths: list[int] | tuple[int, ...] | None = (3, 4, 23, 3)
+    deep_stem: bool = True
+    last_stage_dilations: list[int] | tuple[int, ...] = (1, 2, 4)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.last_stage_dilations = list(self.last_stage_dilations)
+        depth = list(self.depths or [])[-1]
+        if len(self.last_stage_dilations) != depth or min(self.last_stage_dilations) < 1:
+            raise ValueError(
+                f"last_stage_dilations is {self.last_stage_dilations}, but must hold one number of at least 1 for each "
+                f"of the {depth} layers of the last stage. {[1] * depth} is a plain ResNet."
+            )
+
+
+@strict
+class SimpleFeaturePyramidConfig(PreTrainedConfig):
+    r"""Configuration of a plain vision transformer whose last feature map is made into a pyramid (arXiv 2203.16527).
+
+    Args:
+        backbone_config: Configuration (or its dictionary) of the vision transformer.
+    """
+
+    model_type = "maskformer-simple-feature-pyramid"
+
+    backbone_config: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.backbone_config = nested_config(self.backbone_config, "backbone_config.backbone_config")
+        if self.backbone_config.model_type not in PLAIN_BACKBONES:
+            raise ValueError(
+                f"backbone_config.backbone_config is of type {self.backbone_config.model_type!r}, but a pyramid is "
+                f"made of one of {', '.join(PLAIN_BACKBONES)}. Other backbones have one of their own: give them "
+                "directly."
+            )
+        super().__post_init__(**kwargs)
+
+
+OWN_TYPES: dict[str, type[PreTrainedConfig]] = {
+    config_class.model_type: config_class
+    for config_class in (MaskFormerTransformerConfig, MaskFormerResNetConfig, SimpleFeaturePyramidConfig)
+}
+
+
+def is_of_type(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> bool:
+    """Whether a configuration has a type of our own.
+
+    The model asks this way, not by `isinstance`: of code that came with a checkpoint, transformers imports one copy for
+    the configuration and one for the model.
+    """
+    return config.model_type == config_class.model_type
+
+
+def nested_config(value: Any, field: str, default: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """Gives a private copy of a nested configuration, whatever form the caller gave it in.
+
+    Args:
+        value: A configuration, its dictionary, or None for the default.
+        field: Its name, for messages.
+        default: What None means. Its `model_type` stands in for one that a dictionary leaves out.
+
+    Raises:
+        ValueError: It is something else, or of a type that nobody knows.
+    """
+    if isinstance(value, PreTrainedConfig):
+        return copy.deepcopy(value)
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{field} is a {type(value).__name__}, but must be a configuration or its dictionary.")
+    fields = copy.deepcopy(default or {} if value is None else value)
+    model_type = fields.pop("model_type", None)
+    if model_type in OWN_TYPES:
+        return OWN_TYPES[model_type](**fields)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{field} has model_type {model_type!r}, which the installed transformers does not know. "
+            "Give the model_type of a configuration, such as 'resnet' or 'swin' for backbone_config."
+        )
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a backbone with four feature maps, made of what the user gave (None: the default).
+
+    A plain vision transformer is put into a `SimpleFeaturePyramidConfig`. Raises a ValueError for a backbone that
+    cannot give the pixel decoder its four maps.
+    """
+    config = nested_config(value, "backbone_config", default)
+    if config.model_type in PLAIN_BACKBONES:
+        config = SimpleFeaturePyramidConfig(backbone_config=config)
+    if config.model_type == SimpleFeaturePyramidConfig.model_type:
+        return config
+    stage_names = getattr(config, "stage_names", None)
+    # A single output is what a backbone's configuration defaults to; nobody can mean it here.
+    if stage_names is not None and len(config.out_features) == 1:
+        config.out_features = list(stage_names[-NUM_FEATURE_MAPS:])
+    if config.model_type in ("swin", "maskformer-swin"):
+        _check_swin(config)
+    out_features = getattr(config, "out_features", None)
+    if out_features is not None and len(out_features) != NUM_FEATURE_MAPS:
+        raise ValueError(
+            f"backbone_config.out_features is {out_features}, but the pixel decoder takes {NUM_FEATURE_MAPS} feature "
+            "maps (strides 4, 8, 16, 32). Leave it out to get the last four stages."
+        )
+    return config
+
+
+def _check_swin(config: PreTrainedConfig) -> None:
+    if len(config.depths) != NUM_FEATURE_MAPS or len(config.num_heads) != NUM_FEATURE_MAPS:
+        raise ValueError(
+            f"backbone_config has depths {list(config.depths)} and num_heads {list(config.num_heads)}, but a Swin "
+            f"backbone has {NUM_FEATURE_MAPS} stages: give {NUM_FEATURE_MAPS} numbers each."
+        )
+    for stage, num_heads in enumerate(config.num_heads):
+        if (config.embed_dim * 2**stage) % num_heads:
+            raise ValueError(
+                f"backbone_config.num_heads[{stage}] is {num_heads}, which does not divide the width "
+                f"{config.embed_dim * 2**stage} of that stage."
+            )
+    if config.use_absolute_embeddings:
+        raise ValueError("backbone_config.use_absolute_embeddings is True, but MaskFormer's Swin has no such weights.")
+
+
+def check_transformer(config: PreTrainedConfig) -> None:
+    """Raises a ValueError if no transformer can have these numbers; takes type `detr` or our own."""
+    for field in ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "num_queries"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 1.")
+    check_heads(config.d_model, config.decoder_attention_heads, "decoder_config.d_model", "decoder_attention_heads")
+    if config.model_type == "detr" and config.position_embedding_type != "sine":
+        raise ValueError(
+            f"decoder_config.position_embedding_type is {config.position_embedding_type!r}, but MaskFormer has only "
+            "'sine'."
+        )
+    if isinstance(config, MaskFormerTransformerConfig):
+        for field in ("pixel_decoder_layers", "encoder_layers"):
+            if getattr(config, field) < 0:
+                raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 0.")
+        if config.encoder_layers:
+            heads = config.encoder_attention_heads
+            check_heads(config.d_model, heads, "decoder_config.d_model", "encoder_attention_heads")
+
+
+def check_heads(width: int, num_heads: int, width_field: str, heads_field: str) -> None:
+    """Raises a ValueError if attention with sine positions cannot have this width."""
+    if num_heads < 1 or width % num_heads or width % 4:
+        raise ValueError(
+            f"{width_field} is {width}, but must be a multiple of {heads_field} ({num_heads}) and of 4 (sine and "
+            "cosine of two coordinates)."
+        )

@@ -1,0 +1,181 @@
+"""ResNet backbone (arXiv 1512.03385) as MaskFormer uses it; the names are those of checkpoints of transformers' ResNet.
+
+Own code because transformers has neither the deep stem nor the dilated last stage of the paper's ResNet-101c, and does
+not checkpoint gradients.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
+
+BOTTLENECK_REDUCTION = 4
+
+
+class Convolution(nn.Conv2d):
+    """A convolution without bias, initialised as in the ResNet paper's successor (arXiv 1502.01852), by its outputs."""
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose reset spares statistics that a checkpoint has filled."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def reset_running_stats(self) -> None:
+        init.zeros_(self.running_mean)
+        init.ones_(self.running_var)
+        init.zeros_(self.num_batches_tracked)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch normalisation and, unless None, an activation."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        activation: str | None = "relu",
+    ) -> None:
+        super().__init__()
+        padding = kernel_size // 2 * dilation
+        self.convolution = Convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
+        self.normalization = BatchNorm(out_channels)
+        self.activation = None if activation is None else ACT2FN[activation]
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = self.normalization(self.convolution(states))
+        return states if self.activation is None else self.activation(states)
+
+
+class ResNetLayer(GradientCheckpointingLayer):
+    """A residual layer: two 3x3 convolutions (type basic), or 1x1, 3x3 and 1x1 with a quarter of the channels inside.
+
+    Args:
+        config: Of type `resnet` or `maskformer-resnet`.
+        in_channels, out_channels: Channels of input and output.
+        stride: Of the 3x3 convolution (the first one), or with `downsample_in_bottleneck` of the 1x1 before it.
+        dilation: Of the 3x3 convolutions.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, in_channels: int, out_channels: int, stride: int, dilation: int
+    ) -> None:
+        super().__init__()
+        self.shortcut = None
+        if in_channels != out_channels or stride != 1:
+            self.shortcut = ConvNorm(in_channels, out_channels, kernel_size=1, stride=stride, activation=None)
+        if config.layer_type == "basic":
+            self.layer = nn.Sequential(
+                ConvNorm(in_channels, out_channels, 3, stride, dilation),
+                ConvNorm(out_channels, out_channels, 3, dilation=dilation, activation=None),
+            )
+        else:
+            inside = out_channels // BOTTLENECK_REDUCTION
+            strides = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
+            self.layer = nn.Sequential(
+                ConvNorm(in_channels, inside, 1, strides[0]),
+                ConvNorm(inside, inside, 3, strides[1], dilation),
+                ConvNorm(inside, out_channels, 1, activation=None),
+            )
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, states: Tensor) -> Tensor:
+        residual = states if self.shortcut is None else self.shortcut(states)
+        return self.activation(self.layer(states) + residual)
+
+
+class ResNetStage(nn.Module):
+    def __init__(
+        self, config: PreTrainedConfig, in_channels: int, out_channels: int, stride: int, dilations: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            ResNetLayer(
+                config,
+                in_channels if index == 0 else out_channels,
+                out_channels,
+                stride if index == 0 else 1,
+                dilation,
+            )
+            for index, dilation in enumerate(dilations)
+        )
+
+    def forward(self, states: Tensor) -> Tensor:
+        for layer in self.layers:
+            states = layer(states)
+        return states
+
+
+class ResNetStem(nn.Module):
+    """The image to a quarter of its size, by one 7x7 or three 3x3 convolutions (deep stem) and max-pooling."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        channels, activation = config.embedding_size, config.hidden_act
+        if is_of_type(config, MaskFormerResNetConfig) and config.deep_stem:
+            inside = channels // 2
+            self.embedder: nn.Module = nn.Sequential(
+                ConvNorm(config.num_channels, inside, 3, stride=2, activation=activation),
+                ConvNorm(inside, inside, 3, activation=activation),
+                ConvNorm(inside, channels, 3, activation=activation),
+            )
+        else:
+            self.embedder = ConvNorm(config.num_channels, channels, 7, stride=2, activation=activation)
+        self.pooler = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.pooler(self.embedder(pixel_values))
+
+
+class ResNetEncoder(nn.Module):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        dilations = [[1] * depth for depth in config.depths]
+        if is_of_type(config, MaskFormerResNetConfig):
+            dilations[-1] = list(config.last_stage_dilations)
+        in_channels = [config.embedding_size, *config.hidden_sizes]
+        strides = [2 if config.downsample_in_first_stage else 1] + [2] * (len(config.depths) - 1)
+        self.stages = nn.ModuleList(
+            ResNetStage(config, *arguments)
+            for arguments in zip(in_channels[:-1], config.hidden_sizes, strides, dilations, strict=True)
+        )
+
+
+class ResNetBackbone(nn.Module):
+    """Image to four feature maps.
+
+    Args:
+        config: Of type `resnet` or `maskformer-resnet`; `out_features` names the stages whose output is given.
+
+    Shapes:
+        pixel_values: (B, 3, H, W), any size.
+        returns: four maps (B, C_i, ~H / s, ~W / s), for common configurations s = 4, 8, 16, 32.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.out_features = list(config.out_features)
+        sizes = dict(zip(config.stage_names, [config.embedding_size, *config.hidden_sizes], strict=True))
+        self.channels = [sizes[name] for name in self.out_features]
+        self.embedder = ResNetStem(config)
+        self.encoder = ResNetEncoder(config)
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        states = self.embedder(pixel_values)
+        outputs = {"stem": states}
+        for index, stage in enumerate(self.encoder.stages, start=1):
+            outputs[f"stage{index}"] = states = stage(states)
+        return [outputs[name] for name in self.out_features]
