@@ -159,6 +159,14 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["TransformerDecoderLayer", "TransformerEncoderLayer", "SwinBlock", "ResNetLayer"]  # noqa: RUF012 - likewise
 
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """As everywhere in transformers: "eager" or "sdpa", of the transformers that queries and encoders are."""
+        if isinstance(attn_implementation, str):
+            # transformers expects a model behind every nested configuration, and warns where it finds none.
+            checked = self.get_correct_attn_implementation(attn_implementation)
+            self.config.decoder_config._attn_implementation = checked
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Every module knows its own initialisation; transformers calls this for those that no checkpoint has filled.

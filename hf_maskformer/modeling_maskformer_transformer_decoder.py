@@ -106,7 +106,8 @@ class TransformerModule(nn.Module):
             features = self.encoder(features)
         image = features.flatten(2).transpose(1, 2)  # (B, P, D)
         positions = sine_positions(features.shape[-2:], features.shape[1], features.device).to(features.dtype)
-        query_positions = self.queries_embedder.weight
+        # Through the module, since weights that are offloaded or sharded come back when their module is called.
+        query_positions = self.queries_embedder(torch.arange(self.queries_embedder.num_embeddings, device=image.device))
         queries = query_positions.new_zeros(features.shape[0], *query_positions.shape)
 
         states, attentions = self.decoder(queries, query_positions, image, positions, output_attentions)

@@ -45,7 +45,15 @@ def class_name(thing: object) -> str:
 
 def report(folder: str, mode: str) -> dict[str, object]:
     trust = {"trust_remote_code": True} if mode == "code" else {}
-    found = {"AutoConfig": class_name(transformers.AutoConfig.from_pretrained(folder, **trust))}
+    messages = Messages()
+    logging.getLogger("transformers").addHandler(messages)
+    pipeline = transformers.pipeline("image-segmentation", model=folder, trust_remote_code=mode == "code")
+    segments = pipeline(Image.new("RGB", (50, 31), "teal"), subtask="semantic")
+    assert segments[0]["mask"].size == (50, 31)
+    logging.getLogger("transformers").removeHandler(messages)
+    found = {"pipeline's model": class_name(pipeline.model)}
+    found["pipeline's image processor"] = class_name(pipeline.image_processor)
+    found["AutoConfig"] = class_name(transformers.AutoConfig.from_pretrained(folder, **trust))
     found["AutoImageProcessor"] = class_name(transformers.AutoImageProcessor.from_pretrained(folder, **trust))
     for name in AUTO_MODELS[mode]:
         auto_class = getattr(transformers, name if name == "AutoModel" else f"AutoModelFor{name}")
@@ -54,13 +62,6 @@ def report(folder: str, mode: str) -> dict[str, object]:
         assert not loading_info["missing_keys"] | loading_info["mismatched_keys"]
         assert name == "AutoModel" or not loading_info["unexpected_keys"]
 
-    messages = Messages()
-    logging.getLogger("transformers").addHandler(messages)
-    pipeline = transformers.pipeline("image-segmentation", model=folder, trust_remote_code=mode == "code")
-    found["pipeline's model"] = class_name(pipeline.model)
-    found["pipeline's image processor"] = class_name(pipeline.image_processor)
-    segments = pipeline(Image.new("RGB", (50, 31), "teal"), subtask="semantic")
-    assert segments[0]["mask"].size == (50, 31)
     if mode == "code":
         pipeline.model.save_pretrained(f"{folder}/again")
         pipeline.image_processor.save_pretrained(f"{folder}/again")

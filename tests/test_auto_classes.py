@@ -121,7 +121,8 @@ def test_transformers_alone_loads_the_same_folder_into_its_own_classes(checkpoin
         image_processor,
         SEGMENTATION[1:],
     )
-    assert report["messages"] == []
+    # It has this to say about every Swin that it saved itself.
+    assert [message for message in report["messages"] if "Backbone maskformer-swin is not" not in message] == []
     assert_logits_of(checkpoint, report)
 
 
