@@ -7,8 +7,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_maskformer_parts import (
     MaskFormerTransformerConfig,
-    check_heads,
-    check_transformer,
+    check_labels,
+    check_sizes,
     make_backbone_config,
     nested_config,
 )
@@ -24,7 +24,6 @@ DEFAULT_BACKBONE = {
     "drop_path_rate": 0.3,
 }
 DETR = {"model_type": "detr"}
-GROUP_NORM_GROUPS = 32
 
 
 @strict
@@ -134,13 +133,9 @@ class MaskFormerConfig(PreTrainedConfig):
         }
 
     def _check(self) -> None:
-        _check_sizes(self)
         _check_weights(self)
-        _check_labels(self.id2label)
-        check_transformer(self.decoder_config)
-        if isinstance(self.decoder_config, MaskFormerTransformerConfig) and self.decoder_config.pixel_decoder_layers:
-            heads = self.decoder_config.encoder_attention_heads
-            check_heads(self.fpn_feature_size, heads, "fpn_feature_size", "decoder_config.encoder_attention_heads")
+        check_labels(self.id2label)
+        check_sizes(self)
 
 
 def _decoder_config(value: Any) -> PreTrainedConfig:
@@ -159,17 +154,6 @@ def _decoder_config(value: Any) -> PreTrainedConfig:
     return config
 
 
-def _check_sizes(config: MaskFormerConfig) -> None:
-    for field in ("fpn_feature_size", "mask_feature_size"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"{field} is {getattr(config, field)}, but must be at least 1.")
-    if config.fpn_feature_size % GROUP_NORM_GROUPS:
-        raise ValueError(
-            f"fpn_feature_size is {config.fpn_feature_size}, but must be a multiple of {GROUP_NORM_GROUPS}, "
-            "the number of groups of the pixel decoder's normalisation."
-        )
-
-
 def _check_weights(config: MaskFormerConfig) -> None:
     fields = ("cross_entropy_weight", "mask_weight", "dice_weight", "class_cost", "mask_cost", "dice_cost")
     for field in fields:
@@ -184,14 +168,4 @@ def _check_weights(config: MaskFormerConfig) -> None:
     if not any(config.matching_costs.values()):
         raise ValueError(
             "class_cost, mask_cost and dice_cost are all 0, so every matching costs the same. Set one above 0."
-        )
-
-
-def _check_labels(id2label: Any) -> None:
-    if not id2label:
-        raise ValueError("id2label is empty, but a model needs at least one class. Give id2label or num_labels.")
-    if sorted(id2label) != list(range(len(id2label))):
-        raise ValueError(
-            f"id2label has the ids {sorted(id2label)[:10]}..., but the ids must be 0 to {len(id2label) - 1} without "
-            "gaps ('no object' is added by the model and needs no id)."
         )
