@@ -2,10 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoConfig, AutoModelForSemanticSegmentation
+
 from .configuration_maskformer import MaskFormerConfig
+from .configuration_per_pixel_baseline import PerPixelBaselineConfig
 from .image_processing_maskformer import MaskFormerImageProcessor
 from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer import MaskFormerForInstanceSegmentation, MaskFormerModel
+from .modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 
 if TYPE_CHECKING:
     from .data.collator import MaskFormerDataCollator
@@ -23,9 +27,15 @@ __all__ = [
     "MaskFormerTrainer",
     "MaskFormerTrainingArguments",
     "MeanIoU",
+    "PerPixelBaselineConfig",
+    "PerPixelBaselineForSemanticSegmentation",
     "register_auto_classes",
     "register_remote_code",
 ]
+
+# Only types that are ours alone: "maskformer" stays with transformers.
+AutoConfig.register(PerPixelBaselineConfig.model_type, PerPixelBaselineConfig)
+AutoModelForSemanticSegmentation.register(PerPixelBaselineConfig, PerPixelBaselineForSemanticSegmentation)
 
 # Training and evaluation bring Trainer and its libraries along; who only predicts should not wait for them.
 _SIDE_ROOMS = {

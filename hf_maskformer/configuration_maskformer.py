@@ -1,6 +1,5 @@
 """The model on paper: every field changes the model or its loss, and wrong combinations fail here."""
 
-from os import PathLike
 from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
@@ -8,11 +7,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_maskformer_parts import (
     MaskFormerTransformerConfig,
-    check_heads,
-    check_transformer,
+    check_labels,
+    check_sizes,
     make_backbone_config,
     nested_config,
 )
+from .configuration_with_code import ConfigWithCode
 
 # Swin-B, window 12, as transformers' own MaskFormer: a file without a backbone means the same model in both.
 DEFAULT_BACKBONE = {
@@ -25,11 +25,10 @@ DEFAULT_BACKBONE = {
     "drop_path_rate": 0.3,
 }
 DETR = {"model_type": "detr"}
-GROUP_NORM_GROUPS = 32
 
 
 @strict
-class MaskFormerConfig(PreTrainedConfig):
+class MaskFormerConfig(ConfigWithCode):
     r"""Configuration of MaskFormer (arXiv 2107.06278); reads and writes the JSON of transformers' `maskformer` type.
 
     Nested configurations are copied: the caller's objects are never changed.
@@ -70,7 +69,6 @@ class MaskFormerConfig(PreTrainedConfig):
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "mask_feature_size"}
     # Per-image sizes and loss terms are no predictions: Trainer must not gather them.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
-    # Where each Auto class finds its class among the files of a checkpoint that is saved with its code.
     files_of_auto_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_maskformer.MaskFormerConfig",
         "AutoModel": "modeling_maskformer.MaskFormerModel",
@@ -116,9 +114,6 @@ class MaskFormerConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is."""
-        if cls._auto_class is None:
-            # It names files beside the one that was read, which a checkpoint saved from here will not have.
-            config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         own = {name for name in kwargs if name in cls.__dataclass_fields__ and not isinstance(kwargs[name], dict)}
         overrides = {name: kwargs.pop(name) for name in own}
         if overrides.get("use_auxiliary_loss"):
@@ -135,12 +130,6 @@ class MaskFormerConfig(PreTrainedConfig):
         """
         config = AutoConfig.from_pretrained(backbone) if isinstance(backbone, str) else backbone
         return cls(backbone_config=config, **fields)
-
-    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As everywhere in transformers; with the code, the file names it for every Auto class, not just for one."""
-        if self._auto_class is not None:
-            self.auto_map = dict(self.files_of_auto_classes)
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved; a Swin backbone has the type that transformers gives it in its own files."""
@@ -160,13 +149,9 @@ class MaskFormerConfig(PreTrainedConfig):
         }
 
     def _check(self) -> None:
-        _check_sizes(self)
         _check_weights(self)
-        _check_labels(self.id2label)
-        check_transformer(self.decoder_config)
-        if isinstance(self.decoder_config, MaskFormerTransformerConfig) and self.decoder_config.pixel_decoder_layers:
-            heads = self.decoder_config.encoder_attention_heads
-            check_heads(self.fpn_feature_size, heads, "fpn_feature_size", "decoder_config.encoder_attention_heads")
+        check_labels(self.id2label)
+        check_sizes(self)
 
 
 def _decoder_config(value: Any) -> PreTrainedConfig:
@@ -185,17 +170,6 @@ def _decoder_config(value: Any) -> PreTrainedConfig:
     return config
 
 
-def _check_sizes(config: MaskFormerConfig) -> None:
-    for field in ("fpn_feature_size", "mask_feature_size"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"{field} is {getattr(config, field)}, but must be at least 1.")
-    if config.fpn_feature_size % GROUP_NORM_GROUPS:
-        raise ValueError(
-            f"fpn_feature_size is {config.fpn_feature_size}, but must be a multiple of {GROUP_NORM_GROUPS}, "
-            "the number of groups of the pixel decoder's normalisation."
-        )
-
-
 def _check_weights(config: MaskFormerConfig) -> None:
     fields = ("cross_entropy_weight", "mask_weight", "dice_weight", "class_cost", "mask_cost", "dice_cost")
     for field in fields:
@@ -210,14 +184,4 @@ def _check_weights(config: MaskFormerConfig) -> None:
     if not any(config.matching_costs.values()):
         raise ValueError(
             "class_cost, mask_cost and dice_cost are all 0, so every matching costs the same. Set one above 0."
-        )
-
-
-def _check_labels(id2label: Any) -> None:
-    if not id2label:
-        raise ValueError("id2label is empty, but a model needs at least one class. Give id2label or num_labels.")
-    if sorted(id2label) != list(range(len(id2label))):
-        raise ValueError(
-            f"id2label has the ids {sorted(id2label)[:10]}..., but the ids must be 0 to {len(id2label) - 1} without "
-            "gaps ('no object' is added by the model and needs no id)."
         )

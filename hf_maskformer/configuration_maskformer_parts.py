@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, ResNetConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
+GROUP_NORM_GROUPS = 32
 # Plain transformers, whose feature maps all have the stride of their patches: a pyramid is made of the last one.
 PLAIN_BACKBONES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
@@ -188,12 +189,40 @@ def _check_swin(config: PreTrainedConfig) -> None:
         raise ValueError("backbone_config.use_absolute_embeddings is True, but MaskFormer's Swin has no such weights.")
 
 
-def check_transformer(config: PreTrainedConfig) -> None:
-    """Raises a ValueError if no transformer can have these numbers; takes type `detr` or our own."""
+def check_labels(id2label: Any) -> None:
+    """Raises a ValueError unless there are labels, whose ids are 0 to K - 1."""
+    if not id2label:
+        raise ValueError("id2label is empty, but a model needs at least one class. Give id2label or num_labels.")
+    if sorted(id2label) != list(range(len(id2label))):
+        raise ValueError(
+            f"id2label has the ids {sorted(id2label)[:10]}..., but the ids must be 0 to {len(id2label) - 1} without "
+            "gaps ('no object' is added by the model and needs no id)."
+        )
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """Raises a ValueError if no pixel decoder and transformers can have the sizes of this model's configuration."""
+    for field in ("fpn_feature_size", "mask_feature_size"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"{field} is {getattr(config, field)}, but must be at least 1.")
+    if config.fpn_feature_size % GROUP_NORM_GROUPS:
+        raise ValueError(
+            f"fpn_feature_size is {config.fpn_feature_size}, but must be a multiple of {GROUP_NORM_GROUPS}, "
+            "the number of groups of the pixel decoder's normalisation."
+        )
+    transformer = config.decoder_config
+    if transformer is not None:
+        _check_transformer(transformer)
+    if isinstance(transformer, MaskFormerTransformerConfig) and transformer.pixel_decoder_layers:
+        heads = transformer.encoder_attention_heads
+        _check_heads(config.fpn_feature_size, heads, "fpn_feature_size", "decoder_config.encoder_attention_heads")
+
+
+def _check_transformer(config: PreTrainedConfig) -> None:
     for field in ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "num_queries"):
         if getattr(config, field) < 1:
             raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 1.")
-    check_heads(config.d_model, config.decoder_attention_heads, "decoder_config.d_model", "decoder_attention_heads")
+    _check_heads(config.d_model, config.decoder_attention_heads, "decoder_config.d_model", "decoder_attention_heads")
     if config.model_type == "detr" and config.position_embedding_type != "sine":
         raise ValueError(
             f"decoder_config.position_embedding_type is {config.position_embedding_type!r}, but MaskFormer has only "
@@ -205,11 +234,10 @@ def check_transformer(config: PreTrainedConfig) -> None:
                 raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 0.")
         if config.encoder_layers:
             heads = config.encoder_attention_heads
-            check_heads(config.d_model, heads, "decoder_config.d_model", "encoder_attention_heads")
+            _check_heads(config.d_model, heads, "decoder_config.d_model", "encoder_attention_heads")
 
 
-def check_heads(width: int, num_heads: int, width_field: str, heads_field: str) -> None:
-    """Raises a ValueError if attention with sine positions cannot have this width."""
+def _check_heads(width: int, num_heads: int, width_field: str, heads_field: str) -> None:
     if num_heads < 1 or width % num_heads or width % 4:
         raise ValueError(
             f"{width_field} is {width}, but must be a multiple of {heads_field} ({num_heads}) and of 4 (sine and "

@@ -27,14 +27,16 @@ from .image_processing_maskformer_settings import (
     unknown_settings,
 )
 from .image_processing_maskformer_targets import (
+    COMMON_IGNORE_VALUE,
     check_map_sizes,
     instance_labels_of_images,
+    pad_as_label_map,
     pad_as_masks,
     pad_as_segment_map,
     read_segmentation_map,
     split_segmentation_map,
 )
-from .post_processing_maskformer import Size, panoptic_segmentation, semantic_segmentation
+from .post_processing_maskformer import Size, panoptic_segmentation, per_pixel_segmentation, semantic_segmentation
 
 logger = logging.get_logger(__name__)
 
@@ -110,7 +112,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         segmentation_maps: Any = None,
         instance_id_to_semantic_id: Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
         *,
-        target_format: Literal["masks", "segment_map"] = "masks",
+        target_format: Literal["masks", "segment_map", "label_map"] = "masks",
         input_data_format: str | None = None,
         return_tensors: str | None = None,
         **overrides: Any,
@@ -124,7 +126,8 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             instance_id_to_semantic_id: says that maps hold ids of segments, and which label each has; one dictionary
                 for all images or a list with one for each. Without it maps hold labels, and all pixels of a label
                 form one segment.
-            target_format: `"masks"`, or `"segment_map"` for the same targets in a fraction of the memory.
+            target_format: `"masks"`, or `"segment_map"` for the same targets in a fraction of the memory; `"label_map"`
+                for models that classify pixels, such as the per-pixel baselines.
             input_data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape leaves it open.
             return_tensors: `"np"` for arrays; otherwise the batch holds tensors.
             overrides: settings of the processor, for this call only.
@@ -137,14 +140,15 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             - with maps, `mask_labels` and `class_labels`: as `"masks"`, lists of (N_i, H, W) bool masks and of (N_i,)
               int64 labels; as `"segment_map"`, (B, H, W) int16 with the index of the segment that owns each pixel, -1
               for none, and (B, max N_i) int64 labels filled up with -100. Segments are in ascending order of their
-              value in the map; padding belongs to none.
+              value in the map; padding belongs to none. As `"label_map"`, instead `labels` (B, H, W) int64 with the
+              label of each pixel, and `ignore_index` (255 unless set) where no segment or padding is.
 
         Raises:
             ValueError: images, maps or settings that do not fit, naming the image by its index.
         """
         settings = self._settings_with(overrides)
-        if target_format not in ("masks", "segment_map"):
-            raise ValueError(f'target_format is {target_format!r}; give "masks" or "segment_map".')
+        if target_format not in ("masks", "segment_map", "label_map"):
+            raise ValueError(f'target_format is {target_format!r}; give "masks", "segment_map" or "label_map".')
         pixels = [_read_image(image, index, input_data_format) for index, image in _enumerate("images", images, 3)]
         _warn_of_double_rescaling(pixels, settings)
         sizes = [_size_of(image) for image in pixels]
@@ -161,8 +165,12 @@ class MaskFormerImageProcessor(BaseImageProcessor):
                 split_segmentation_map(resize_nearest(maps[index], size), settings, instance_labels[index], index)
                 for index, size in enumerate(resized_sizes)
             ]
-            pad = pad_as_masks if target_format == "masks" else pad_as_segment_map
-            data["mask_labels"], data["class_labels"] = pad(segments, padded_size)
+            if target_format == "label_map":
+                ignore_index = COMMON_IGNORE_VALUE if settings.ignore_index is None else settings.ignore_index
+                data["labels"] = pad_as_label_map(segments, padded_size, ignore_index)
+            else:
+                pad = pad_as_masks if target_format == "masks" else pad_as_segment_map
+                data["mask_labels"], data["class_labels"] = pad(segments, padded_size)
         elif instance_id_to_semantic_id is not None:
             raise ValueError("instance_id_to_semantic_id is given without segmentation_maps that hold these ids.")
         return _batch_feature(data, return_tensors)
@@ -173,14 +181,17 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         """Gives each pixel a label, as the paper does (see `semantic_segmentation`).
 
         Args:
-            outputs: of the model. Without their `image_sizes` and `padded_sizes` (from transformers' model), an image
-                is taken to fill its input, and its input to be four times the size of the mask logits.
+            outputs: of the model, or of a per-pixel baseline. Without their `image_sizes` and `padded_sizes` (from
+                transformers' model), an image is taken to fill its input, and its input to be four times the size of
+                the mask logits.
             target_sizes: the (height, width) of each result, usually that of the original image; without it, results
                 have the size that the image had in the batch.
 
         Returns:
             One (height, width) int64 map of labels per image.
         """
+        if hasattr(outputs, "logits"):
+            return per_pixel_segmentation(outputs.logits, outputs.image_sizes, outputs.padded_sizes, target_sizes)
         return semantic_segmentation(*_logits_and_sizes(outputs), target_sizes)
 
     def post_process_panoptic_segmentation(

@@ -17,8 +17,8 @@ from .post_processing_maskformer import Size
 
 # Fills up class labels in their tensor form; cross-entropy ignores this value by default.
 NO_LABEL = -100
-# What do_reduce_labels takes for "ignore" when the settings do not say; 8-bit maps use it.
-_COMMON_IGNORE_VALUE = 255
+# What stands for "ignore" when the settings do not say; 8-bit maps use it.
+COMMON_IGNORE_VALUE = 255
 # Below, a table over all values is several times faster than sorting the pixels; the ids of COCO go up to 2**24.
 _MANY_VALUES = 2**16
 
@@ -119,7 +119,7 @@ def _label_of(value: int, settings: ImageProcessorSettings, instance_labels: Ins
             )
         label = int(instance_labels[value])
     if settings.do_reduce_labels:
-        ignored = _COMMON_IGNORE_VALUE if settings.ignore_index is None else settings.ignore_index
+        ignored = COMMON_IGNORE_VALUE if settings.ignore_index is None else settings.ignore_index
         if label in (0, ignored):
             return None
         label -= 1
@@ -161,3 +161,14 @@ def pad_as_segment_map(segments: Sequence[tuple[Tensor, Tensor]], size: Size) ->
         segment_maps[index, :height, :width] = segment_map
         class_labels[index, : len(labels)] = labels
     return segment_maps, class_labels
+
+
+def pad_as_label_map(segments: Sequence[tuple[Tensor, Tensor]], size: Size, ignore_index: int) -> Tensor:
+    """Makes one (B, H, W) int64 map of labels, `ignore_index` where no segment is."""
+    label_maps = torch.full((len(segments), *size), ignore_index)
+    for index, (segment_map, labels) in enumerate(segments):
+        height, width = segment_map.shape
+        # -1, no segment, is the place of the last label here.
+        label_of_segment = torch.cat([labels, labels.new_tensor([ignore_index])])
+        label_maps[index, :height, :width] = label_of_segment[segment_map.long()]
+    return label_maps

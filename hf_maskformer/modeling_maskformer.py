@@ -201,8 +201,8 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
             pixel_mask: (B, H, W). Accepted for symmetry; like the paper's code, the network does not read it.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
         """
-        output_hidden_states = _first_set(output_hidden_states, self.config.output_hidden_states)
-        output_attentions = _first_set(output_attentions, self.config.output_attentions)
+        output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
+        output_attentions = first_set(output_attentions, self.config.output_attentions)
         features, (pixel_embeddings, memory, levels) = self.pixel_level_module(pixel_values)
         queries = self.transformer_module(memory, output_hidden_states, output_attentions)
         output = MaskFormerModelOutput(
@@ -217,7 +217,7 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
             output.pixel_decoder_hidden_states = tuple(levels)
             output.transformer_decoder_hidden_states = queries.hidden_states
             output.hidden_states = (*features, *levels, *queries.hidden_states)
-        return output if _first_set(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if first_set(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
@@ -279,7 +279,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         )
         pixel_embeddings = outputs.pixel_decoder_last_hidden_state
         queries = outputs.transformer_decoder_intermediate_states
-        output_auxiliary_logits = _first_set(output_auxiliary_logits, self.config.output_auxiliary_logits)
+        output_auxiliary_logits = first_set(output_auxiliary_logits, self.config.output_auxiliary_logits)
         if not (output_auxiliary_logits or (has_labels and self.config.deep_supervision)):
             queries = queries[-1:]
         class_logits = self.class_predictor(queries)  # (L, B, Q, K + 1)
@@ -310,7 +310,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             image_sizes=image_sizes,
             padded_sizes=padded_sizes,
         )
-        return output if _first_set(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if first_set(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 def build_backbone(config: PreTrainedConfig) -> Any:
@@ -331,5 +331,6 @@ def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Ten
     return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=1), padded_sizes
 
 
-def _first_set(value: bool | None, default: bool | None) -> bool:
+def first_set(value: bool | None, default: bool | None) -> bool:
+    """An argument of a call, or the configuration's field where it is None."""
     return bool(default if value is None else value)

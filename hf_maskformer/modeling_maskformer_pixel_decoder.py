@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_maskformer import GROUP_NORM_GROUPS
-from .configuration_maskformer_parts import MaskFormerTransformerConfig
+from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
 from .modeling_maskformer_transformer_layers import TransformerEncoder
 
 

@@ -78,6 +78,29 @@ def semantic_scores(
 
 
 @torch.no_grad()
+def per_pixel_segmentation(
+    logits: Tensor, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None = None
+) -> list[Tensor]:
+    """Gives each pixel the class with the highest logit, for models that classify pixels (section 4.2).
+
+    Args:
+        logits: (B, K, h, w).
+        image_sizes, padded_sizes, target_sizes: as in `semantic_segmentation`.
+
+    Returns:
+        One (H, W) int64 map of labels per image.
+
+    Raises:
+        ValueError: target_sizes does not hold one positive (height, width) for each image.
+    """
+    images = _split_batch(logits, logits, image_sizes, padded_sizes, target_sizes)
+    return [
+        _resize(_image_mask_logits(image.mask_logits, image.image_size, image.padded_size), image.target_size).argmax(0)
+        for image in images
+    ]
+
+
+@torch.no_grad()
 def panoptic_segmentation(
     class_queries_logits: Tensor,
     masks_queries_logits: Tensor,

@@ -12,12 +12,12 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.evaluation.report import as_json, as_table
 from hf_maskformer.evaluation.semantic import evaluate_semantic
-from hf_maskformer.training.starting_point import check_model_type
+from hf_maskformer.training.starting_point import model_class_of
 
 
 @dataclass
@@ -38,8 +38,7 @@ def main(arguments: Arguments) -> None:
     dataset = open_dataset(
         arguments.data, arguments.split, arguments.image_column, arguments.label_column, arguments.classes
     )
-    check_model_type(arguments.checkpoint)
-    model = MaskFormerForInstanceSegmentation.from_pretrained(arguments.checkpoint).to(state.device)
+    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(state.device)
     if model.config.num_labels != dataset.labels.num_labels:
         raise ValueError(
             f"{arguments.checkpoint} has {model.config.num_labels} classes, but {arguments.data} has "

@@ -13,9 +13,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.evaluation.prediction import TASKS, predict, read_images, write_prediction
-from hf_maskformer.training.starting_point import check_model_type
+from hf_maskformer.training.starting_point import model_class_of
 
 
 @dataclass
@@ -28,8 +28,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_model_type(arguments.checkpoint)
-    model = MaskFormerForInstanceSegmentation.from_pretrained(arguments.checkpoint).to(device).eval()
+    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(device).eval()
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
     for name, image in tqdm(read_images(arguments.input), desc="Segmenting", unit="image"):
         prediction = predict(model, image_processor, image, arguments.task)

@@ -20,7 +20,7 @@ from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerT
 from hf_maskformer.data.augmentation import AugmentedDataset, RandomScaleCropFlip
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
-from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model
+from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model, target_format
 
 
 @dataclass
@@ -69,14 +69,14 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
         model = new_model(model_arguments.config, labels)
     else:
         model = pretrained_model(model_arguments.checkpoint, labels, model_arguments.reinitialize_head)
-    image_processor = image_processor_for(labels, data.image_size, model_arguments.checkpoint)
+    image_processor = image_processor_for(labels, data.image_size, model_arguments.checkpoint, model)
 
     trainer = MaskFormerTrainer(
         model=model,
         args=training,
         train_dataset=AugmentedDataset(train_dataset, data.augmentation()),
         eval_dataset=eval_dataset,
-        data_collator=MaskFormerDataCollator(image_processor, do_resize=False),
+        data_collator=MaskFormerDataCollator(image_processor, do_resize=False, target_format=target_format(model)),
         processing_class=image_processor,
     )
     resume = training.resume_from_checkpoint

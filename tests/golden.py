@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import ResNetConfig, SwinConfig
 
-from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
+from hf_maskformer import (
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    PerPixelBaselineConfig,
+    PerPixelBaselineForSemanticSegmentation,
+)
 from hf_maskformer.hub.key_table import from_original
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -29,6 +34,11 @@ CONFIGS = {
         "backbone_config": RESNET,
         "decoder_config": {"model_type": "maskformer-transformer", **DECODER, **ENCODER, "d_model": 64},
     },
+    "per_pixel_baseline": {"backbone_config": RESNET},
+    "per_pixel_baseline_plus": {
+        "backbone_config": RESNET,
+        "decoder_config": {"model_type": "maskformer-transformer", **DECODER},
+    },
 }
 
 
@@ -39,14 +49,24 @@ class Golden:
         self.arrays = load_file(FIXTURES / name / "arrays.safetensors")
         self.meta = json.loads((FIXTURES / name / "meta.json").read_text())
         self.original_tensors = load_file(FIXTURES / name / "original_model.safetensors")
-        self.config = MaskFormerConfig(**CONFIGS[name], fpn_feature_size=64, mask_feature_size=32, num_labels=13)
-        self.model = MaskFormerForInstanceSegmentation(self.config)
+        is_baseline = name.startswith("per_pixel")
+        config_class = PerPixelBaselineConfig if is_baseline else MaskFormerConfig
+        model_class = PerPixelBaselineForSemanticSegmentation if is_baseline else MaskFormerForInstanceSegmentation
+        feature_size = 32 if is_baseline else 64
+        self.config = config_class(**CONFIGS[name], fpn_feature_size=feature_size, mask_feature_size=32, num_labels=13)
+        self.model = model_class(self.config)
         self.model.load_state_dict(from_original(self.original_tensors), strict=True)
 
     @property
-    def labels(self) -> dict[str, list[torch.Tensor]]:
+    def labels(self) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """The two images' targets on the padded canvas, as the model takes them."""
         height, width = self.meta["padded_size"]
+        if isinstance(self.config, PerPixelBaselineConfig):
+            label_maps = torch.full((2, height, width), 255)
+            for image in (0, 1):
+                label_map = self.arrays[f"target_{image}.sem_seg"]
+                label_maps[image, : label_map.shape[0], : label_map.shape[1]] = label_map
+            return {"labels": label_maps}
         masks = [self.arrays[f"target_{image}.masks"] for image in (0, 1)]
         return {
             "mask_labels": [

@@ -119,6 +119,10 @@ def test_every_loss_term_and_their_sum(golden: Golden) -> None:
 
 
 def test_gradients_of_every_parameter(golden: Golden) -> None:
+    check_gradients(golden)
+
+
+def check_gradients(golden: Golden) -> None:
     golden.model.train().zero_grad()
     golden.model(golden.arrays["pixel_values"], **golden.labels).loss.backward()
     gradients = to_original({name: p.grad for name, p in golden.model.named_parameters() if p.requires_grad})

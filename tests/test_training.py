@@ -8,7 +8,7 @@ import torch
 from golden import Golden
 from models import NUM_LABELS, resnet_config, tiny_config, tiny_model
 from PIL import Image
-from transformers import ResNetForImageClassification, Trainer, TrainingArguments
+from transformers import Dinov2Config, ResNetForImageClassification, Trainer, TrainingArguments
 
 from hf_maskformer import (
     MaskFormerDataCollator,
@@ -336,6 +336,15 @@ def test_the_small_configuration_is_a_model_for_any_classes():
     model = new_model(str(Path(__file__).parents[1] / "scripts" / "configs" / "small.json"), OTHER_LABELS)
     assert not model.config.freeze_batch_norm  # it is for training from scratch
     assert json.loads(json.dumps(model.config.to_dict()))["model_type"] == "maskformer"
+
+
+def test_images_for_a_plain_vision_transformer_are_padded_to_whole_patches():
+    backbone = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
+    model = scenes_model(backbone=backbone)
+    processor = image_processor_for(SCENES.labels, image_size=64, model=model)
+    batch = MaskFormerDataCollator(processor)([SCENES[0]])
+    assert batch["pixel_values"].shape[-2:] == (70, 70)
+    assert model(**batch).loss.isfinite()
 
 
 def test_a_missing_configuration_file_is_named():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .sample import Sample
 
@@ -18,7 +18,11 @@ class MaskFormerDataCollator:
     - `pixel_values` (B, 3, H, W) float, padded right and below,
     - `pixel_mask` (B, H, W), 1 = image,
     - `mask_labels` (B, H, W), index of the segment that owns the pixel, -1 = none,
-    - `class_labels` (B, N), class of each segment, -100 where an image has fewer.
+    - `class_labels` (B, N), class of each segment, -100 where an image has fewer;
+
+    with `target_format="label_map"`, for the per-pixel baselines, instead of the last two
+
+    - `labels` (B, H, W), class of each pixel.
 
     Works in a `DataLoader`, an own training loop, and `Trainer`; that one needs `remove_unused_columns=False`, or
     it takes the samples' fields away before they arrive here.
@@ -26,10 +30,12 @@ class MaskFormerDataCollator:
     Args:
         image_processor: a `MaskFormerImageProcessor`, whose `do_reduce_labels` and `ignore_index` are the data set's.
         do_resize: False for samples that an augmentation has brought to size; None leaves it to the processor.
+        target_format: as in `MaskFormerImageProcessor.preprocess`.
     """
 
     image_processor: Callable[..., Mapping[str, Any]]
     do_resize: bool | None = None
+    target_format: Literal["masks", "segment_map", "label_map"] = "segment_map"
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""
@@ -45,7 +51,7 @@ class MaskFormerDataCollator:
                 images=[sample["image"] for sample in samples],
                 segmentation_maps=[sample["segmentation_map"] for sample in samples],
                 instance_id_to_semantic_id=_id_tables(samples),
-                target_format="segment_map",
+                target_format=self.target_format,
                 do_resize=self.do_resize,
                 return_tensors="pt",
             )

@@ -16,6 +16,7 @@ from ..data.folder import IMAGE_SUFFIXES, files_by_name
 from ..data.sample import load_image, to_rgb
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
 
 Task = Literal["semantic", "panoptic"]
@@ -39,9 +40,14 @@ class Prediction:
 
 @torch.no_grad()
 def predict(
-    model: MaskFormerForInstanceSegmentation, image_processor: MaskFormerImageProcessor, image: Image.Image, task: Task
+    model: MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation,
+    image_processor: MaskFormerImageProcessor,
+    image: Image.Image,
+    task: Task,
 ) -> Prediction:
-    """Segments one RGB image at its own size."""
+    """Segments one RGB image at its own size. Raises a ValueError for a task that the model has no segments for."""
+    if task != "semantic" and isinstance(model, PerPixelBaselineForSemanticSegmentation):
+        raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {task}.")
     inputs = image_processor(images=image, return_tensors="pt")
     parameter = next(model.parameters())
     outputs = model(

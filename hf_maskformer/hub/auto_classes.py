@@ -12,8 +12,10 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from ..configuration_maskformer import MaskFormerConfig
+from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation, MaskFormerModel
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 
 SEGMENTATION_CLASSES = (
     AutoModelForImageSegmentation,
@@ -54,5 +56,7 @@ def register_remote_code() -> None:
     """
     MaskFormerConfig.register_for_auto_class()
     MaskFormerModel.register_for_auto_class()
-    MaskFormerForInstanceSegmentation.register_for_auto_class()
+    MaskFormerForInstanceSegmentation.register_for_auto_class("AutoModelForUniversalSegmentation")
     MaskFormerImageProcessor.register_for_auto_class()
+    PerPixelBaselineConfig.register_for_auto_class()
+    PerPixelBaselineForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")

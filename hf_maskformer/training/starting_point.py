@@ -1,33 +1,47 @@
 """The model and the image processor with which a training begins."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.errors import HFValidationError
 from transformers.utils import logging
 
 from ..configuration_maskformer import MaskFormerConfig
+from ..configuration_maskformer_parts import SimpleFeaturePyramidConfig
 from ..data.labels import LabelSet
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 
-HEAD = ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight")
+Model = MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation
+# The tensors of each model that belong to the classes.
+HEADS: dict[Any, tuple[str, ...]] = {
+    MaskFormerForInstanceSegmentation: (
+        "class_predictor.weight",
+        "class_predictor.bias",
+        "criterion.empty_weight",
+    ),
+    PerPixelBaselineForSemanticSegmentation: (
+        "classifier.weight",
+        "classifier.bias",
+        "model.transformer_module.queries_embedder.weight",
+    ),
+}
 
 logger = logging.get_logger(__name__)
 
 
-def new_model(config: str, labels: LabelSet) -> MaskFormerForInstanceSegmentation:
+def new_model(config: str, labels: LabelSet) -> Model:
     """A model with random weights for these classes, from a configuration file or folder, or a name on the Hub."""
     if config.endswith(".json") and not Path(config).is_file():
         raise FileNotFoundError(
             f"{config} does not exist. Name a configuration file, a folder with one or a checkpoint."
         )
-    return MaskFormerForInstanceSegmentation(MaskFormerConfig.from_pretrained(config, **_names(labels)))
+    model_class = model_class_of(config)
+    return model_class(model_class.config_class.from_pretrained(config, **_fields(model_class, labels)))
 
 
-def pretrained_model(
-    checkpoint: str, labels: LabelSet, reinitialize_head: bool = False
-) -> MaskFormerForInstanceSegmentation:
+def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool = False) -> Model:
     """A checkpoint's model for these classes.
 
     Args:
@@ -39,27 +53,29 @@ def pretrained_model(
     Raises:
         ValueError: the checkpoint has another number of classes and `reinitialize_head` is False.
     """
-    check_model_type(checkpoint)
-    config = MaskFormerConfig.from_pretrained(checkpoint)
+    model_class = model_class_of(checkpoint)
+    config = model_class.config_class.from_pretrained(checkpoint)
     if config.num_labels != labels.num_labels and not reinitialize_head:
         raise ValueError(
             f"{checkpoint} has {config.num_labels} classes, but the data has {labels.num_labels}. Pass "
             "reinitialize_head=True to train a new class predictor on top of the other weights."
         )
     # The classifier's shape hides a change of meaning when only the names differ.
-    names: dict[int, str] = config.id2label  # type: ignore[assignment]  # the configuration makes ids integers
+    names: dict[int, str] = config.id2label
     renamed = [label for label, name in labels.id2label.items() if names.get(label, name) != name]
     if config.num_labels == labels.num_labels and renamed and not _are_default(names):
         logger.warning(
             f"{checkpoint} has as many classes as the data, but other names. Its class predictor is kept, with the "
             f"data's names: class {renamed[0]} was {names[renamed[0]]!r} and is now {labels.id2label[renamed[0]]!r}."
         )
-    loaded: Any = MaskFormerForInstanceSegmentation.from_pretrained(
-        checkpoint, **_names(labels), ignore_mismatched_sizes=reinitialize_head, output_loading_info=True
+    model, loading_info = model_class.from_pretrained(
+        checkpoint,
+        **_fields(model_class, labels),
+        ignore_mismatched_sizes=reinitialize_head,
+        output_loading_info=True,
     )
-    model, loading_info = loaded
     new = sorted({name for name, *_ in loading_info["mismatched_keys"]} | set(loading_info["missing_keys"]))
-    unexpected = [name for name in new if name not in HEAD]
+    unexpected = [name for name in new if name not in HEADS[model_class]]
     if unexpected:
         raise ValueError(
             f"{len(unexpected)} tensors that the model needs are not in {checkpoint} or have another shape, such as "
@@ -70,10 +86,11 @@ def pretrained_model(
     return model
 
 
-def check_model_type(checkpoint: str) -> None:
-    """Raises a ValueError if the checkpoint (a folder or a name on the Hub) is of another model.
+def model_class_of(checkpoint: str) -> Any:
+    """The class of a checkpoint's or configuration's model (a file, a folder or a name on the Hub).
 
-    Raises a FileNotFoundError if there is no such checkpoint, or the Hub does not let it be read.
+    Raises a FileNotFoundError if there is no such checkpoint or the Hub does not let it be read, and a ValueError if it
+    is of another model.
     """
     try:
         content, _ = MaskFormerConfig.get_config_dict(checkpoint)
@@ -83,20 +100,30 @@ def check_model_type(checkpoint: str) -> None:
             f"{checkpoint} is no folder with a config.json, and as a name on the Hub it cannot be read ({reason}). "
             "Check the spelling of the path or name."
         ) from error
-    if content.get("model_type") != MaskFormerConfig.model_type:
-        raise ValueError(
-            f"{checkpoint} is a model of type {content.get('model_type')!r}, not 'maskformer'. Name a MaskFormer "
-            "checkpoint."
-        )
+    for model_class in HEADS:
+        if model_class.config_class.model_type == content.get("model_type"):
+            return model_class
+    raise ValueError(
+        f"{checkpoint} is a model of type {content.get('model_type')!r}, not 'maskformer'. Name a MaskFormer "
+        "checkpoint."
+    )
 
 
-def image_processor_for(labels: LabelSet, image_size: int, checkpoint: str | None = None) -> MaskFormerImageProcessor:
+def target_format(model: Model) -> Literal["segment_map", "label_map"]:
+    """The form of targets that a model trains with, for the data collator."""
+    return "label_map" if isinstance(model, PerPixelBaselineForSemanticSegmentation) else "segment_map"
+
+
+def image_processor_for(
+    labels: LabelSet, image_size: int, checkpoint: str | None = None, model: Model | None = None
+) -> MaskFormerImageProcessor:
     """An image processor for data with these labels; from a checkpoint it keeps normalisation and padding.
 
     Args:
         labels: the classes of the data.
         image_size: shorter side of images at evaluation, in pixels; the longer one is at most four times that.
         checkpoint: a folder or a name on the Hub.
+        model: the model that the images are for. A plain vision transformer wants whole patches.
     """
     settings: dict[str, Any] = {
         "size": {"shortest_edge": image_size, "longest_edge": 4 * image_size},
@@ -105,13 +132,22 @@ def image_processor_for(labels: LabelSet, image_size: int, checkpoint: str | Non
         "num_labels": labels.num_labels,
         "label_ids_to_fuse": [label for label in labels.id2label if label not in labels.thing_ids],
     }
+    if model is not None and isinstance(model.config.backbone_config, SimpleFeaturePyramidConfig):
+        settings["size_divisor"] = model.config.backbone_config.backbone_config.patch_size
     if checkpoint is None:
         return MaskFormerImageProcessor(**settings)
     return MaskFormerImageProcessor.from_pretrained(checkpoint, **settings)
 
 
-def _names(labels: LabelSet) -> dict[str, Any]:
-    return {"id2label": labels.id2label, "label2id": {name: label for label, name in labels.id2label.items()}}
+def _fields(model_class: Any, labels: LabelSet) -> dict[str, Any]:
+    """What the data say about a model's configuration."""
+    fields: dict[str, Any] = {
+        "id2label": labels.id2label,
+        "label2id": {name: label for label, name in labels.id2label.items()},
+    }
+    if model_class is PerPixelBaselineForSemanticSegmentation:
+        fields["semantic_loss_ignore_index"] = labels.ignore_index
+    return fields
 
 
 def _are_default(names: dict[int, str]) -> bool:

@@ -1,0 +1,87 @@
+"""The paper's per-pixel baselines on paper."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+
+from .configuration_maskformer_parts import (
+    MaskFormerTransformerConfig,
+    check_labels,
+    check_sizes,
+    make_backbone_config,
+    nested_config,
+)
+from .configuration_with_code import ConfigWithCode
+
+LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new labels replace all of them
+
+
+@strict
+class PerPixelBaselineConfig(ConfigWithCode):
+    r"""Configuration of PerPixelBaseline and PerPixelBaseline+ (arXiv 2107.06278, section 4.2).
+
+    Both classify every pixel and have MaskFormer's backbone and pixel decoder. PerPixelBaseline has a linear classifier
+    on the pixel embeddings; PerPixelBaseline+ has MaskFormer's transformer decoder with one query for each class, whose
+    masks are the scores of the classes.
+
+    Nested configurations are copied: the caller's objects are never changed.
+
+    Args:
+        backbone_config: As in `MaskFormerConfig`. Default: ResNet-50.
+        decoder_config: None for PerPixelBaseline; for PerPixelBaseline+ the configuration (or its dictionary) of type
+            `maskformer-transformer`. Its `num_queries` is always the number of classes.
+        fpn_feature_size: Channels of the pixel decoder, a multiple of 32 (group normalisation).
+        mask_feature_size: Channels of the pixel embeddings.
+        semantic_loss_ignore_index: Label of pixels that the loss leaves out.
+        deep_supervision: In PerPixelBaseline+, apply the loss after every decoder layer, as the paper does.
+        freeze_batch_norm: As in `MaskFormerConfig`.
+
+    Raises:
+        ValueError: A value or combination that no model can have; the message names field and remedy.
+    """
+
+    model_type = "per-pixel-baseline"
+    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
+    files_of_auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_per_pixel_baseline.PerPixelBaselineConfig",
+        "AutoModelForSemanticSegmentation": "modeling_per_pixel_baseline.PerPixelBaselineForSemanticSegmentation",
+    }
+
+    backbone_config: Any = None
+    decoder_config: Any = None
+    fpn_feature_size: int = 256
+    mask_feature_size: int = 256
+    semantic_loss_ignore_index: int = 255
+    deep_supervision: bool = True
+    freeze_batch_norm: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.backbone_config = make_backbone_config(self.backbone_config, {"model_type": "resnet"})
+        if self.decoder_config is not None:
+            self.decoder_config = nested_config(self.decoder_config, "decoder_config")
+            if not isinstance(self.decoder_config, MaskFormerTransformerConfig):
+                raise ValueError(
+                    f"decoder_config is of type {self.decoder_config.model_type!r}, but must be of type "
+                    f"{MaskFormerTransformerConfig.model_type!r}."
+                )
+        super().__post_init__(**kwargs)
+        check_labels(self.id2label)
+        num_labels: int = self.num_labels  # type: ignore[assignment]  # there are labels
+        if self.decoder_config is not None:
+            self.decoder_config.num_queries = num_labels
+        check_sizes(self)
+        if self.semantic_loss_ignore_index in range(num_labels):
+            raise ValueError(
+                f"semantic_loss_ignore_index is {self.semantic_loss_ignore_index}, which is also one of the "
+                f"{num_labels} classes. Take a number above, such as 65535, here and in the image processor."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is."""
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in (*cls.__dataclass_fields__, *LABELS)}
+        if overrides.keys() & set(LABELS):
+            config_dict = {name: value for name, value in config_dict.items() if name not in LABELS}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
