@@ -111,13 +111,13 @@ OWN_TYPES: dict[str, type[PreTrainedConfig]] = {
 }
 
 
-def is_of_type(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> bool:
-    """Whether a configuration has a type of our own.
+def is_of_type(config: PreTrainedConfig | None, config_class: type[PreTrainedConfig]) -> bool:
+    """Whether there is a configuration and it has this type of our own.
 
     The model asks this way, not by `isinstance`: of code that came with a checkpoint, transformers imports one copy for
     the configuration and one for the model.
     """
-    return config.model_type == config_class.model_type
+    return config is not None and config.model_type == config_class.model_type
 
 
 def nested_config(value: Any, field: str, default: dict[str, Any] | None = None) -> PreTrainedConfig:

@@ -1,6 +1,6 @@
-"""Loads a checkpoint through every Auto class and a pipeline and prints, as JSON, whose classes ran.
+"""Loads checkpoints through every Auto class that they name and a pipeline; prints, as JSON, whose classes ran.
 
-    python tests/clean_process.py FOLDER (package | stock | code)
+    python tests/clean_process.py (package | stock | code) FOLDER ...
 
 `package` calls `register_auto_classes`. `stock` and `code` cannot import this package; `code` trusts that of the
 checkpoint, and saves what it loaded in FOLDER/again.
@@ -9,17 +9,11 @@ checkpoint, and saves what it loaded in FOLDER/again.
 import json
 import logging
 import sys
+from pathlib import Path
 
 import torch
 import transformers
 from PIL import Image
-
-# transformers itself has none of this type for image segmentation.
-AUTO_MODELS = {
-    "package": ["AutoModel", "ImageSegmentation", "InstanceSegmentation", "UniversalSegmentation"],
-    "stock": ["AutoModel", "InstanceSegmentation", "UniversalSegmentation"],
-}
-AUTO_MODELS["code"] = AUTO_MODELS["package"]
 
 
 class HidePackage:
@@ -31,6 +25,8 @@ class HidePackage:
 
 
 class Messages(logging.Handler):
+    """Collects what transformers warns of."""
+
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
@@ -38,40 +34,49 @@ class Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.append(record.getMessage())
 
+    def __enter__(self) -> list[str]:
+        logging.getLogger("transformers").addHandler(self)
+        return self.texts
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("transformers").removeHandler(self)
+
 
 def class_name(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__name__}"
 
 
 def report(folder: str, mode: str) -> dict[str, object]:
-    trust = {"trust_remote_code": True} if mode == "code" else {}
-    messages = Messages()
-    logging.getLogger("transformers").addHandler(messages)
-    pipeline = transformers.pipeline("image-segmentation", model=folder, trust_remote_code=mode == "code")
-    segments = pipeline(Image.new("RGB", (50, 31), "teal"), subtask="semantic")
+    with Messages() as messages:
+        pipeline = transformers.pipeline("image-segmentation", model=folder, trust_remote_code=mode == "code")
+        segments = pipeline(Image.new("RGB", (50, 31), "teal"), subtask="semantic")
     assert segments[0]["mask"].size == (50, 31)
-    logging.getLogger("transformers").removeHandler(messages)
     found = {"pipeline's model": class_name(pipeline.model)}
     found["pipeline's image processor"] = class_name(pipeline.image_processor)
-    found["AutoConfig"] = class_name(transformers.AutoConfig.from_pretrained(folder, **trust))
-    found["AutoImageProcessor"] = class_name(transformers.AutoImageProcessor.from_pretrained(folder, **trust))
-    for name in AUTO_MODELS[mode]:
-        auto_class = getattr(transformers, name if name == "AutoModel" else f"AutoModelFor{name}")
-        model, loading_info = auto_class.from_pretrained(folder, output_loading_info=True, **trust)
-        found[auto_class.__name__] = class_name(model)
+
+    trust = {"trust_remote_code": True} if mode == "code" else {}
+    auto_classes = set(json.loads((Path(folder) / "config.json").read_text())["auto_map"])
+    if mode == "stock":
+        auto_classes -= {"AutoModelForImageSegmentation"}  # it has none of this type
+    for name in sorted(auto_classes - {"AutoConfig"}):
+        model, loading_info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **trust)
+        found[name] = class_name(model)
         assert not loading_info["missing_keys"] | loading_info["mismatched_keys"]
         assert name == "AutoModel" or not loading_info["unexpected_keys"]
+    found["AutoConfig"] = class_name(transformers.AutoConfig.from_pretrained(folder, **trust))
+    found["AutoImageProcessor"] = class_name(transformers.AutoImageProcessor.from_pretrained(folder, **trust))
 
     if mode == "code":
         pipeline.model.save_pretrained(f"{folder}/again")
         pipeline.image_processor.save_pretrained(f"{folder}/again")
     with torch.no_grad():
-        logits = pipeline.model(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).masks_queries_logits
-    return {"classes": found, "messages": messages.texts, "logits": logits.flatten().tolist()}
+        output = pipeline.model(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))
+    logits = output.get("masks_queries_logits", output.get("logits"))
+    return {"classes": found, "messages": messages, "logits": logits.flatten().tolist()}
 
 
 if __name__ == "__main__":
-    folder, mode = sys.argv[1:]
+    mode, *folders = sys.argv[1:]
     if mode == "package":
         import hf_maskformer
 
@@ -79,4 +84,4 @@ if __name__ == "__main__":
         hf_maskformer.register_auto_classes()
     else:
         sys.meta_path.insert(0, HidePackage())
-    print(json.dumps(report(folder, mode)))
+    print(json.dumps([report(folder, mode) for folder in folders]))

@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import swin_config, tiny_model
+from models import resnet_config, swin_config, tiny_model
 
 import hf_maskformer
-from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerImageProcessor, MaskFormerModel
+from hf_maskformer import (
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    MaskFormerImageProcessor,
+    MaskFormerModel,
+    PerPixelBaselineConfig,
+    PerPixelBaselineForSemanticSegmentation,
+)
 from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
 
 PACKAGE = Path(hf_maskformer.__file__).parent
@@ -22,47 +29,76 @@ SEGMENTATION = (
     "AutoModelForInstanceSegmentation",
     "AutoModelForUniversalSegmentation",
 )
+MASKFORMER_CODE = {
+    "AutoConfig": "configuration_maskformer.MaskFormerConfig",
+    "AutoModel": "modeling_maskformer.MaskFormerModel",
+    **dict.fromkeys(SEGMENTATION, "modeling_maskformer.MaskFormerForInstanceSegmentation"),
+}
+BASELINE_CODE = {
+    "AutoConfig": "configuration_per_pixel_baseline.PerPixelBaselineConfig",
+    "AutoModelForSemanticSegmentation": "modeling_per_pixel_baseline.PerPixelBaselineForSemanticSegmentation",
+}
+PROCESSOR_CODE = {"AutoImageProcessor": "image_processing_maskformer.MaskFormerImageProcessor"}
 
 
-def save_with_code(model, folder):
-    """The model and an image processor. Registers for the time of saving only."""
-    with pytest.MonkeyPatch.context() as patch:
-        for travelling in (
-            MaskFormerConfig,
-            MaskFormerForInstanceSegmentation,
-            MaskFormerModel,
-            MaskFormerImageProcessor,
-        ):
-            patch.setattr(travelling, "_auto_class", None)
-        hf_maskformer.register_remote_code()
-        model.save_pretrained(folder)
-        MaskFormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
-    return folder
+def shared_model():
+    """An architecture that transformers has too."""
+    return tiny_model(swin_config())
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    return save_with_code(tiny_model(swin_config()), tmp_path_factory.mktemp("checkpoints") / "with-code")
-
-
-@pytest.fixture(scope="module")
-def own_checkpoint(tmp_path_factory):
-    """Of an architecture that transformers lacks."""
+def own_model():
+    """An architecture that transformers lacks."""
     backbone = MaskFormerResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 3])
     transformer = MaskFormerTransformerConfig(
         d_model=16, num_queries=6, pixel_decoder_layers=1, encoder_layers=1, decoder_layers=2, pre_norm=True
     )
-    torch.manual_seed(0)
-    model = tiny_model(backbone, decoder_config=transformer)
-    return save_with_code(model, tmp_path_factory.mktemp("checkpoints") / "of-our-own")
+    return tiny_model(backbone, decoder_config=transformer)
+
+
+def baseline_model():
+    return PerPixelBaselineForSemanticSegmentation(
+        PerPixelBaselineConfig(
+            backbone_config=resnet_config(),
+            decoder_config=MaskFormerTransformerConfig(d_model=16, decoder_layers=2),
+            fpn_feature_size=32,
+            mask_feature_size=16,
+            num_labels=4,
+        )
+    )
+
+
+MODELS = {"shared": shared_model, "own": own_model, "baseline": baseline_model}
+TRAVELLING = (
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    MaskFormerImageProcessor,
+    MaskFormerModel,
+    PerPixelBaselineConfig,
+    PerPixelBaselineForSemanticSegmentation,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The folders of the models, saved with an image processor and the code."""
+    folders = {name: tmp_path_factory.mktemp("checkpoints") / name for name in MODELS}
+    image_processor = MaskFormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
+    with pytest.MonkeyPatch.context() as patch:
+        for travelling in TRAVELLING:
+            patch.setattr(travelling, "_auto_class", None)  # what it is again afterwards
+        hf_maskformer.register_remote_code()
+        for name, folder in folders.items():
+            torch.manual_seed(0)
+            MODELS[name]().save_pretrained(folder)
+            image_processor.save_pretrained(folder)
+    return folders
 
 
 def read_json(path):
     return json.loads(path.read_text())
 
 
-def load_in_clean_process(folder, mode, tmp_path):
+def load_in_clean_process(mode, folders, tmp_path):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
@@ -70,7 +106,7 @@ def load_in_clean_process(folder, mode, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     finished = subprocess.run(
-        [sys.executable, Path(__file__).with_name("clean_process.py"), folder, mode],
+        [sys.executable, Path(__file__).with_name("clean_process.py"), mode, *folders],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -81,86 +117,83 @@ def load_in_clean_process(folder, mode, tmp_path):
     return json.loads(finished.stdout)
 
 
-def expected_classes(config, base_model, model, image_processor, auto_models=SEGMENTATION):
-    return {
-        "AutoConfig": config,
-        "AutoModel": base_model,
-        **dict.fromkeys((*auto_models, "pipeline's model"), model),
-        **dict.fromkeys(("AutoImageProcessor", "pipeline's image processor"), image_processor),
-    }
+def expected_classes(code, model):
+    """What a report should say of a checkpoint with these classes, the last of them being the pipeline's."""
+    return {**code, "pipeline's model": code[model], "pipeline's image processor": code["AutoImageProcessor"]}
+
+
+def prefixed(code, prefix):
+    return {name: f"{prefix}.{path}" for name, path in code.items()}
 
 
 def assert_logits_of(folder, report):
-    model = MaskFormerForInstanceSegmentation.from_pretrained(folder)
+    is_baseline = folder.name == "baseline"
+    model_class = PerPixelBaselineForSemanticSegmentation if is_baseline else MaskFormerForInstanceSegmentation
     with torch.no_grad():
-        expected = model(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).masks_queries_logits
-    torch.testing.assert_close(torch.tensor(report["logits"]), expected.flatten(), rtol=1e-4, atol=1e-4)
+        output = model_class.from_pretrained(folder)(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))
+    expected = (output.logits if is_baseline else output.masks_queries_logits).flatten()
+    torch.testing.assert_close(torch.tensor(report["logits"]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_registered_auto_classes_and_pipelines_run_this_package(checkpoint, tmp_path):
-    report = load_in_clean_process(checkpoint, "package", tmp_path)
-    assert report["classes"] == expected_classes(
-        "hf_maskformer.configuration_maskformer.MaskFormerConfig",
-        "hf_maskformer.modeling_maskformer.MaskFormerModel",
-        "hf_maskformer.modeling_maskformer.MaskFormerForInstanceSegmentation",
-        "hf_maskformer.image_processing_maskformer.MaskFormerImageProcessor",
-    )
-    assert report["messages"] == []
-    assert_logits_of(checkpoint, report)
+def without_baseline_message(messages):
+    """Pipelines have a fixed list of the models they know, to which nobody can add."""
+    return [
+        message for message in messages if "'PerPixelBaselineForSemanticSegmentation' is not supported" not in message
+    ]
 
 
-def test_transformers_alone_loads_the_same_folder_into_its_own_classes(checkpoint, tmp_path):
-    report = load_in_clean_process(checkpoint, "stock", tmp_path)
+def test_registered_auto_classes_and_pipelines_run_this_package(checkpoints, tmp_path):
+    reports = load_in_clean_process("package", checkpoints.values(), tmp_path)
+    for (name, folder), report in zip(checkpoints.items(), reports, strict=True):
+        code = {**(BASELINE_CODE if name == "baseline" else MASKFORMER_CODE), **PROCESSOR_CODE}
+        model = "AutoModelForSemanticSegmentation" if name == "baseline" else "AutoModelForUniversalSegmentation"
+        assert report["classes"] == expected_classes(prefixed(code, "hf_maskformer"), model)
+        assert without_baseline_message(report["messages"]) == []
+        assert_logits_of(folder, report)
+
+
+def test_transformers_alone_loads_the_same_folder_into_its_own_classes(checkpoints, tmp_path):
+    (report,) = load_in_clean_process("stock", [checkpoints["shared"]], tmp_path)
     # With torchvision and without, it has image processors in different modules.
     image_processor = report["classes"]["AutoImageProcessor"]
     assert image_processor.startswith("transformers.models.maskformer.image_processing_")
-    assert report["classes"] == expected_classes(
-        "transformers.models.maskformer.configuration_maskformer.MaskFormerConfig",
-        "transformers.models.maskformer.modeling_maskformer.MaskFormerModel",
-        "transformers.models.maskformer.modeling_maskformer.MaskFormerForInstanceSegmentation",
-        image_processor,
-        SEGMENTATION[1:],
-    )
+    code = prefixed(MASKFORMER_CODE, "transformers.models.maskformer") | {"AutoImageProcessor": image_processor}
+    del code["AutoModelForImageSegmentation"]
+    assert report["classes"] == expected_classes(code, "AutoModelForUniversalSegmentation")
     # It has this to say about every Swin that it saved itself.
     assert [message for message in report["messages"] if "Backbone maskformer-swin is not" not in message] == []
-    assert_logits_of(checkpoint, report)
+    assert_logits_of(checkpoints["shared"], report)
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "own_checkpoint"])
-def test_the_code_of_the_checkpoint_runs_without_this_package_and_is_passed_on(name, request, tmp_path):
-    checkpoint = request.getfixturevalue(name)
-    report = load_in_clean_process(checkpoint, "code", tmp_path)
-    modules = {name: module.split(".") for name, module in report["classes"].items()}
-    assert {module[0] for module in modules.values()} == {"transformers_modules"}
-    assert {name: ".".join(module[-2:]) for name, module in modules.items()} == expected_classes(
-        "configuration_maskformer.MaskFormerConfig",
-        "modeling_maskformer.MaskFormerModel",
-        "modeling_maskformer.MaskFormerForInstanceSegmentation",
-        "image_processing_maskformer.MaskFormerImageProcessor",
-    )
-    assert report["messages"] == []
-    assert_logits_of(checkpoint, report)
-    again = checkpoint / "again"
-    for name in ("config.json", "preprocessor_config.json"):
-        assert read_json(again / name)["auto_map"] == read_json(checkpoint / name)["auto_map"]
-    assert {path.name for path in again.glob("*.py")} == {path.name for path in checkpoint.glob("*.py")}
+def test_the_code_of_the_checkpoint_runs_without_this_package_and_is_passed_on(checkpoints, tmp_path):
+    reports = load_in_clean_process("code", checkpoints.values(), tmp_path)
+    for (name, folder), report in zip(checkpoints.items(), reports, strict=True):
+        code = {**(BASELINE_CODE if name == "baseline" else MASKFORMER_CODE), **PROCESSOR_CODE}
+        model = "AutoModelForSemanticSegmentation" if name == "baseline" else "AutoModelForUniversalSegmentation"
+        paths = {thing: path.split(".") for thing, path in report["classes"].items()}
+        assert {path[0] for path in paths.values()} == {"transformers_modules"}
+        assert {thing: ".".join(path[-2:]) for thing, path in paths.items()} == expected_classes(code, model)
+        assert without_baseline_message(report["messages"]) == []
+        assert_logits_of(folder, report)
+        for file in ("config.json", "preprocessor_config.json"):
+            assert read_json(folder / "again" / file)["auto_map"] == read_json(folder / file)["auto_map"]
+        assert {path.name for path in (folder / "again").glob("*.py")} == {path.name for path in folder.glob("*.py")}
 
 
-def test_every_auto_class_is_in_the_files_of_a_checkpoint_with_code(checkpoint):
-    assert read_json(checkpoint / "config.json")["auto_map"] == {
-        "AutoConfig": "configuration_maskformer.MaskFormerConfig",
-        "AutoModel": "modeling_maskformer.MaskFormerModel",
-        **dict.fromkeys(SEGMENTATION, "modeling_maskformer.MaskFormerForInstanceSegmentation"),
-    }
-    assert read_json(checkpoint / "preprocessor_config.json")["auto_map"] == {
-        "AutoImageProcessor": "image_processing_maskformer.MaskFormerImageProcessor"
-    }
-    assert {path.name for path in checkpoint.glob("*.py")} == SPINE
+def test_a_checkpoint_with_code_names_every_auto_class_and_has_the_files(checkpoints):
+    for name, folder in checkpoints.items():
+        assert read_json(folder / "config.json")["auto_map"] == (
+            BASELINE_CODE if name == "baseline" else MASKFORMER_CODE
+        )
+        assert read_json(folder / "preprocessor_config.json")["auto_map"] == PROCESSOR_CODE
+    files = {name: {path.name for path in folder.glob("*.py")} for name, folder in checkpoints.items()}
+    assert files["shared"] == files["own"] == {name for name in SPINE if "per_pixel_baseline" not in name}
+    assert files["baseline"] == SPINE
 
 
-def test_a_checkpoint_saved_without_code_does_not_point_to_any(checkpoint, tmp_path):
-    MaskFormerForInstanceSegmentation.from_pretrained(checkpoint).save_pretrained(tmp_path)
-    MaskFormerImageProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+def test_a_checkpoint_saved_without_code_does_not_point_to_any(checkpoints, tmp_path):
+    MaskFormerForInstanceSegmentation.from_pretrained(checkpoints["shared"]).save_pretrained(tmp_path)
+    MaskFormerImageProcessor.from_pretrained(checkpoints["shared"]).save_pretrained(tmp_path)
     for name in ("config.json", "preprocessor_config.json"):
         assert "auto_map" not in read_json(tmp_path / name)
     assert not list(tmp_path.glob("*.py"))
