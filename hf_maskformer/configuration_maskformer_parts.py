@@ -87,7 +87,7 @@ class SimpleFeaturePyramidConfig(PreTrainedConfig):
     r"""Configuration of a plain vision transformer whose last feature map is made into a pyramid (arXiv 2203.16527).
 
     Args:
-        backbone_config: Configuration (or its dictionary) of the vision transformer.
+        backbone_config: Configuration (or its dictionary) of the vision transformer. Default: DINOv2-B.
     """
 
     model_type = "maskformer-simple-feature-pyramid"
@@ -95,7 +95,9 @@ class SimpleFeaturePyramidConfig(PreTrainedConfig):
     backbone_config: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.backbone_config = nested_config(self.backbone_config, "backbone_config.backbone_config")
+        # transformers builds a default of every configuration when it saves one.
+        default = {"model_type": PLAIN_BACKBONES[0]}
+        self.backbone_config = nested_config(self.backbone_config, "backbone_config.backbone_config", default)
         if self.backbone_config.model_type not in PLAIN_BACKBONES:
             raise ValueError(
                 f"backbone_config.backbone_config is of type {self.backbone_config.model_type!r}, but a pyramid is "
