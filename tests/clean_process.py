@@ -66,6 +66,11 @@ def report(folder: str, mode: str) -> dict[str, object]:
     found["AutoConfig"] = class_name(transformers.AutoConfig.from_pretrained(folder, **trust))
     found["AutoImageProcessor"] = class_name(transformers.AutoImageProcessor.from_pretrained(folder, **trust))
 
+    if mode == "package":
+        # What transformers saves without torchvision names another class than what we save.
+        transformers.MaskFormerImageProcessorPil().save_pretrained(f"{folder}/transformers")
+        from_transformers = transformers.AutoImageProcessor.from_pretrained(f"{folder}/transformers")
+        found["image processor that transformers saved"] = class_name(from_transformers)
     if mode == "code":
         pipeline.model.save_pretrained(f"{folder}/again")
         pipeline.image_processor.save_pretrained(f"{folder}/again")

@@ -118,7 +118,7 @@ def load_in_clean_process(mode, folders, tmp_path):
 
 
 def expected_classes(code, model):
-    """What a report should say of a checkpoint with these classes, the last of them being the pipeline's."""
+    """What a report should say of a checkpoint with these classes; `model` is the Auto class of the pipeline's."""
     return {**code, "pipeline's model": code[model], "pipeline's image processor": code["AutoImageProcessor"]}
 
 
@@ -147,7 +147,11 @@ def test_registered_auto_classes_and_pipelines_run_this_package(checkpoints, tmp
     for (name, folder), report in zip(checkpoints.items(), reports, strict=True):
         code = {**(BASELINE_CODE if name == "baseline" else MASKFORMER_CODE), **PROCESSOR_CODE}
         model = "AutoModelForSemanticSegmentation" if name == "baseline" else "AutoModelForUniversalSegmentation"
-        assert report["classes"] == expected_classes(prefixed(code, "hf_maskformer"), model)
+        code = prefixed(code, "hf_maskformer")
+        assert report["classes"] == {
+            **expected_classes(code, model),
+            "image processor that transformers saved": code["AutoImageProcessor"],
+        }
         assert without_baseline_message(report["messages"]) == []
         assert_logits_of(folder, report)
 
