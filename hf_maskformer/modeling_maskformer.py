@@ -161,7 +161,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """As everywhere in transformers: "eager" or "sdpa", of the transformers that queries and encoders are."""
-        if isinstance(attn_implementation, str):
+        if isinstance(attn_implementation, str) and self.config.decoder_config is not None:
             # transformers expects a model behind every nested configuration, and warns where it finds none.
             checked = self.get_correct_attn_implementation(attn_implementation)
             self.config.decoder_config._attn_implementation = checked

@@ -35,7 +35,7 @@ class MaskFormerImageProcessorPil(MaskFormerImageProcessor):
 def register_auto_classes() -> None:
     """Makes transformers' Auto classes and pipelines use this package's model and processor for type `maskformer`.
 
-    It holds for the whole process and for every `maskformer` checkpoint, so it belongs into programs, not into
+    It holds for the whole process and for every `maskformer` checkpoint, so it belongs in programs, not in
     libraries. transformers' own classes stay what they are when used by name. Calling it again changes nothing.
     """
     AutoConfig.register(MaskFormerConfig.model_type, MaskFormerConfig, exist_ok=True)
@@ -51,8 +51,8 @@ def register_remote_code() -> None:
     """Makes everything that is saved or pushed from now on take this package's modelling files along.
 
     Such a checkpoint runs with `trust_remote_code=True` where this package is not installed, through every Auto class.
-    Without that argument, transformers loads it into its own MaskFormer. Call it before `save_pretrained`,
-    `push_to_hub` or training; save the image processor too, for it brings its own files.
+    Without that argument, transformers loads it into its own MaskFormer, if that can express the model. Call it before
+    `save_pretrained`, `push_to_hub` or training; save the image processor too, for it brings its own files.
     """
     MaskFormerConfig.register_for_auto_class()
     MaskFormerModel.register_for_auto_class()
