@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ._torchvision import hide_broken_torchvision
+
+hide_broken_torchvision()
+
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
 from .configuration_maskformer import MaskFormerConfig
