@@ -113,12 +113,10 @@ class MaskFormerConfig(ConfigWithCode):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is."""
-        own = {name for name in kwargs if name in cls.__dataclass_fields__ and not isinstance(kwargs[name], dict)}
-        overrides = {name: kwargs.pop(name) for name in own}
-        if overrides.get("use_auxiliary_loss"):
-            overrides.setdefault("deep_supervision", True)
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        """As in `ConfigWithCode`; `use_auxiliary_loss=True` switches `deep_supervision` on."""
+        if kwargs.get("use_auxiliary_loss"):
+            kwargs.setdefault("deep_supervision", True)
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_backbone(cls, backbone: str | PreTrainedConfig, **fields: Any) -> Self:

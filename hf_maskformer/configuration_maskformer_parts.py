@@ -126,9 +126,9 @@ def nested_config(value: Any, field: str, default: dict[str, Any] | None = None)
     """Gives a private copy of a nested configuration, whatever form the caller gave it in.
 
     Args:
-        value: A configuration, its dictionary, or None for the default.
+        value: A configuration, its dictionary with a `model_type`, or None for the default.
         field: Its name, for messages.
-        default: What None means. Its `model_type` stands in for one that a dictionary leaves out.
+        default: What None means.
 
     Raises:
         ValueError: It is something else, or of a type that nobody knows.
@@ -163,7 +163,10 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
     stage_names = getattr(config, "stage_names", None)
     # A single output is what a backbone's configuration defaults to; nobody can mean it here.
     if stage_names is not None and len(config.out_features) == 1:
-        config.out_features = list(stage_names[-NUM_FEATURE_MAPS:])
+        stages = [name for name in stage_names if name != "stem"]
+        config.out_features = stages[-NUM_FEATURE_MAPS:]
+    if config.model_type == "timm_backbone" and len(config.out_indices) == 1:
+        config.out_indices = list(range(-NUM_FEATURE_MAPS, 0))
     if config.model_type in ("swin", "maskformer-swin"):
         _check_swin(config)
     out_features = getattr(config, "out_features", None)

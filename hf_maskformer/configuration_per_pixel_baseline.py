@@ -14,8 +14,6 @@ from .configuration_maskformer_parts import (
 )
 from .configuration_with_code import ConfigWithCode
 
-LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new labels replace all of them
-
 
 @strict
 class PerPixelBaselineConfig(ConfigWithCode):
@@ -77,11 +75,3 @@ class PerPixelBaselineConfig(ConfigWithCode):
                 f"semantic_loss_ignore_index is {self.semantic_loss_ignore_index}, which is also one of the "
                 f"{num_labels} classes. Take a number above, such as 65535, here and in the image processor."
             )
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is."""
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in (*cls.__dataclass_fields__, *LABELS)}
-        if overrides.keys() & set(LABELS):
-            config_dict = {name: value for name, value in config_dict.items() if name not in LABELS}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)

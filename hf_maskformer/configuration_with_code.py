@@ -1,9 +1,11 @@
-"""What a configuration says about code: a checkpoint may carry its modelling files, for use without this package."""
+"""What both configurations share: fields that outweigh a file, and the code that a checkpoint may carry."""
 
 from os import PathLike
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+
+LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new labels replace all of them
 
 
 class ConfigWithCode(PreTrainedConfig):
@@ -17,10 +19,25 @@ class ConfigWithCode(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is.
+
+        A dictionary for a nested configuration changes the fields that it names.
+        """
+        # transformers only warns, and builds this model with weights missing.
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"The configuration is of a model of type {model_type!r}, but {cls.__name__} is for "
+                f"{cls.model_type!r}. Use the class of that type."
+            )
+        is_own = {name: name in cls.__dataclass_fields__ and not isinstance(kwargs[name], dict) for name in kwargs}
+        overrides = {name: kwargs.pop(name) for name in is_own if is_own[name] or name in LABELS}
+        left_out = set(LABELS) if overrides.keys() & set(LABELS) else set()
         if cls._auto_class is None:
             # It names files beside the one that was read, which a checkpoint saved from here will not have.
-            config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
-        return super().from_dict(config_dict, **kwargs)
+            left_out.add("auto_map")
+        config_dict = {name: value for name, value in config_dict.items() if name not in left_out}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         if self._auto_class is not None:

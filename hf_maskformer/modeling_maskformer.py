@@ -23,6 +23,7 @@ from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
 from .modeling_maskformer_transformer_decoder import TransformerModule
 
+STRIDES = (4, 8, 16, 32)  # of the backbone's feature maps
 OWN_BACKBONES: dict[str, type[nn.Module]] = {
     "resnet": ResNetBackbone,
     "maskformer-resnet": ResNetBackbone,
@@ -118,9 +119,10 @@ class PixelLevelModule(nn.Module):
         self.train(self.training)
 
     def forward(self, pixel_values: Tensor) -> tuple[Sequence[Tensor], PixelDecoderOutput]:
-        features = self.encoder(pixel_values)
         if isinstance(self.encoder, PreTrainedModel):
-            features = features.feature_maps
+            features = foreign_feature_maps(self.encoder, pixel_values)
+        else:
+            features = self.encoder(pixel_values)
         return features, self.decoder(features)
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
@@ -133,16 +135,18 @@ class PixelLevelModule(nn.Module):
         return self
 
 
-class MaskEmbedder(nn.ModuleList):
+class MaskEmbedder(nn.Module):
     """Three-layer perceptron from a query (D) to its mask embedding (C)."""
 
     def __init__(self, hidden_size: int, mask_feature_size: int) -> None:
+        super().__init__()
         sizes = (hidden_size, hidden_size, hidden_size, mask_feature_size)
-        # Each layer sits in a container of its own because checkpoints name it `mask_embedder.0.0`.
-        super().__init__(nn.Sequential(nn.Linear(size, next_size)) for size, next_size in itertools.pairwise(sizes))
+        for index, (size, next_size) in enumerate(itertools.pairwise(sizes)):
+            # Each layer sits in a container of its own because checkpoints name it `mask_embedder.0.0`.
+            self.add_module(str(index), nn.Sequential(nn.Linear(size, next_size)))
 
     def forward(self, queries: Tensor) -> Tensor:
-        for index, layer in enumerate(self):
+        for index, layer in enumerate(self.children()):
             queries = layer(queries) if index == 0 else layer(queries.relu())
         return queries
 
@@ -160,12 +164,25 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TransformerDecoderLayer", "TransformerEncoderLayer", "SwinBlock", "ResNetLayer"]  # noqa: RUF012 - likewise
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """As everywhere in transformers: "eager" or "sdpa", of the transformers that queries and encoders are."""
-        if isinstance(attn_implementation, str) and self.config.decoder_config is not None:
-            # transformers expects a model behind every nested configuration, and warns where it finds none.
-            checked = self.get_correct_attn_implementation(attn_implementation)
-            self.config.decoder_config._attn_implementation = checked
-        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        """As everywhere in transformers: "eager" or "sdpa".
+
+        It holds for MaskFormer's transformers, and for a backbone of transformers that has it; Swin has its own.
+        """
+        by_part = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
+        checked = self.get_correct_attn_implementation(by_part.get("decoder_config", by_part.get("", "sdpa")))
+        # transformers expects a model behind every nested configuration, and every backbone to have every attention.
+        self.config._attn_implementation = checked
+        for module in self.modules():
+            if not isinstance(module, PreTrainedModel) or isinstance(module, MaskFormerPreTrainedModel):
+                continue
+            if checked == "eager" or module._supports_sdpa:
+                module.set_attn_implementation(checked, allow_all_kernels)
+
+    def post_init(self) -> None:
+        # Each model has some of them only, and wrapping policies refuse names that they do not find.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in type(self)._no_split_modules if name in present]
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -317,6 +334,31 @@ def build_backbone(config: PreTrainedConfig) -> Any:
     """The backbone of a configuration: one of ours, or what `AutoBackbone` builds. All have `channels`."""
     own = OWN_BACKBONES.get(config.model_type)
     return AutoBackbone.from_config(config) if own is None else own(config)
+
+
+def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Sequence[Tensor]:
+    """The feature maps of a backbone that is not ours, whose strides only its maps tell.
+
+    Raises:
+        ValueError: The image is too small for it, or its strides are not 4, 8, 16 and 32.
+    """
+    height, width = pixel_values.shape[-2:]
+    if min(height, width) < STRIDES[-1]:
+        raise ValueError(
+            f"pixel_values are {height} x {width} pixels, but a {type(backbone).__name__} needs at least "
+            f"{STRIDES[-1]} each way. Pad them: size_divisor={STRIDES[-1]} of the image processor."
+        )
+    feature_maps = backbone(pixel_values).feature_maps
+    heights = [feature_map.shape[-2] for feature_map in feature_maps]
+    # Sides that do not divide are rounded either way.
+    fits = [height // stride <= found <= -(-height // stride) for found, stride in zip(heights, STRIDES, strict=False)]
+    if len(fits) != len(STRIDES) or not all(fits):
+        found = tuple(round(height / found) for found in heights)
+        raise ValueError(
+            f"The feature maps of {type(backbone).__name__} have the strides {found}, but the pixel decoder needs "
+            f"{STRIDES}. Choose other out_features in backbone_config, or another backbone."
+        )
+    return feature_maps
 
 
 def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor]:

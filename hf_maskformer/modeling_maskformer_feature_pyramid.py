@@ -34,6 +34,8 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         self.patch_size: int = config.backbone_config.patch_size
         self.backbone = AutoBackbone.from_config(config.backbone_config)
+        # Of its own training on masked images; distributed training would wait for its gradient.
+        self.backbone.embeddings.mask_token.requires_grad_(False)
         dim = self.backbone.channels[-1]
         self.channels = [dim // 4, dim // 2, dim, dim]
         self.levels = nn.ModuleList(

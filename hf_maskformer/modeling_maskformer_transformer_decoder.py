@@ -12,7 +12,13 @@ from transformers.utils import ModelOutput
 
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 from .modeling_maskformer_pixel_decoder import XavierConv2d
-from .modeling_maskformer_transformer_layers import Attention, TransformerEncoder, TransformerLayer, sine_positions
+from .modeling_maskformer_transformer_layers import (
+    Attention,
+    TransformerEncoder,
+    TransformerLayer,
+    has_pre_norm,
+    sine_positions,
+)
 
 
 @dataclass
@@ -93,7 +99,9 @@ class TransformerModule(nn.Module):
         )
         # The encoder of type `detr` is DETR's own; in a MaskFormer's file it says nothing.
         num_encoder_layers = config.encoder_layers if is_of_type(config, MaskFormerTransformerConfig) else 0
-        self.encoder = TransformerEncoder(config, config.d_model, num_encoder_layers) if num_encoder_layers else None
+        # As in the original, a pre-norm model has the norm that ends the encoder even where it has no layers.
+        has_encoder = num_encoder_layers > 0 or has_pre_norm(config)
+        self.encoder = TransformerEncoder(config, config.d_model, num_encoder_layers) if has_encoder else None
         self.decoder = TransformerDecoder(config)
 
     def forward(

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from .configuration_per_pixel_baseline import PerPixelBaselineConfig
 from .modeling_maskformer import MaskEmbedder, MaskFormerPreTrainedModel, PixelLevelModule, first_set, sizes_in_batch
 from .modeling_maskformer_transformer_decoder import TransformerModule
+from .post_processing_maskformer import enlarge_per_pixel_logits as enlarge
 
 
 @dataclass
@@ -55,6 +56,8 @@ class PerPixelBaselinePreTrainedModel(MaskFormerPreTrainedModel):
 
     config_class = PerPixelBaselineConfig  # type: ignore[assignment]  # the parts read the fields that both have
     config: PerPixelBaselineConfig  # type: ignore[assignment]
+    # The loss is a mean over the pixels of a batch: Trainer must divide it by the number of accumulated batches.
+    accepts_loss_kwargs = False
 
 
 class PerPixelBaselineModel(PerPixelBaselinePreTrainedModel):
@@ -65,6 +68,9 @@ class PerPixelBaselineModel(PerPixelBaselinePreTrainedModel):
         self.pixel_level_module = PixelLevelModule(config)
         memory_channels = self.pixel_level_module.decoder.memory_channels
         transformer = config.decoder_config
+        if transformer is not None:
+            # The classes may have been replaced since the configuration was made.
+            transformer.num_queries = config.num_labels
         self.transformer_module = None if transformer is None else TransformerModule(memory_channels, transformer)
         self.post_init()
 
@@ -145,7 +151,7 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
         num_pixels = (labels != ignore_index).sum().clamp(min=1)
         terms = {}
         for layer, layer_logits in enumerate(logits):
-            enlarged = F.interpolate(layer_logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+            enlarged = enlarge(layer_logits)[..., : labels.shape[-2], : labels.shape[-1]]
             loss = F.cross_entropy(enlarged, labels, ignore_index=ignore_index, reduction="sum") / num_pixels
             terms["loss_sem_seg" if layer == len(logits) - 1 else f"loss_sem_seg_{layer}"] = loss
         return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
@@ -156,6 +162,9 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
                 f"labels have the shape {tuple(labels.shape)}, but the images are {tuple(pixel_values.shape)}: give "
                 "one label for each pixel, (B, H, W), resized and padded together with the images."
             )
+        # A compiled model cannot look at values.
+        if torch.compiler.is_compiling():
+            return
         ignore_index, num_labels = self.config.semantic_loss_ignore_index, self.num_labels
         is_unknown = ((labels < 0) | (labels >= num_labels)) & (labels != ignore_index)
         if is_unknown.any():

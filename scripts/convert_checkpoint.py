@@ -11,6 +11,7 @@ the model are random then. Nothing that the file asks for is run.
 
 import argparse
 
+from hf_maskformer.command_line import errors_as_messages
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.hub.conversion import convert_checkpoint
 from hf_maskformer.hub.original_config import OriginalConfig
@@ -37,4 +38,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    with errors_as_messages():
+        main(parse_arguments())

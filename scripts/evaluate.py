@@ -6,6 +6,7 @@ Runs on all processes of `accelerate launch scripts/evaluate.py ...` too.
 """
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.command_line import errors_as_messages
 from hf_maskformer.data.check import check_samples
+from hf_maskformer.data.labels import shorten
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.evaluation.report import as_json, as_table
 from hf_maskformer.evaluation.semantic import evaluate_semantic
-from hf_maskformer.training.starting_point import model_class_of
+from hf_maskformer.training.starting_point import model_class_of, renamed_classes
 
 
 @dataclass
@@ -44,6 +47,9 @@ def main(arguments: Arguments) -> None:
             f"{arguments.checkpoint} has {model.config.num_labels} classes, but {arguments.data} has "
             f"{dataset.labels.num_labels}. Evaluate a checkpoint on data with its own classes."
         )
+    renamed = renamed_classes(model.config.id2label, dataset.labels)
+    if renamed and state.is_main_process:
+        print(f"warning: {arguments.checkpoint} names its classes otherwise: {shorten(renamed)}.", file=sys.stderr)
     if state.is_main_process:
         check_samples(dataset)
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
@@ -58,4 +64,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+    with errors_as_messages():
+        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

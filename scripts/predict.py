@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.command_line import errors_as_messages
 from hf_maskformer.evaluation.prediction import TASKS, predict, read_images, write_prediction
 from hf_maskformer.training.starting_point import model_class_of
 
@@ -37,4 +38,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+    with errors_as_messages():
+        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

@@ -14,26 +14,53 @@ Every option of transformers' TrainingArguments works too: --max_steps, --eval_s
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser, set_seed
+from transformers import AutoConfig, HfArgumentParser, set_seed
 
 from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
+from hf_maskformer.command_line import errors_as_messages
 from hf_maskformer.data.augmentation import AugmentedDataset, RandomScaleCropFlip
 from hf_maskformer.data.check import check_samples
+from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.opening import open_dataset
-from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model, target_format
+from hf_maskformer.training.starting_point import (
+    image_processor_for,
+    model_class_of,
+    model_on_backbone,
+    new_model,
+    pretrained_model,
+    target_format,
+)
 
 
 @dataclass
 class ModelArguments:
     checkpoint: str | None = field(default=None, metadata={"help": "Checkpoint to fine-tune: a folder or a Hub name."})
+    backbone: str | None = field(default=None, metadata={"help": "Pretrained backbone of a new model: as above."})
     config: str | None = field(default=None, metadata={"help": "Configuration of a model with random weights."})
     reinitialize_head: bool = field(
         default=False, metadata={"help": "Replace the class predictor if the checkpoint has other classes."}
     )
 
     def __post_init__(self) -> None:
-        if (self.checkpoint is None) == (self.config is None):
-            raise ValueError("Give either --checkpoint (to fine-tune) or --config (to train from scratch).")
+        if [self.checkpoint, self.backbone, self.config].count(None) != 2:
+            raise ValueError(
+                "Give one of --checkpoint (to fine-tune), --backbone (a new model on a pretrained backbone) and "
+                "--config (to train from scratch)."
+            )
+
+    def check(self) -> None:
+        """Finds a misspelt name before the data are read."""
+        if self.backbone is None:
+            model_class_of(self.checkpoint or self.config)
+        else:
+            AutoConfig.from_pretrained(self.backbone)
+
+    def model(self, labels: LabelSet):
+        if self.config is not None:
+            return new_model(self.config, labels)
+        if self.backbone is not None:
+            return model_on_backbone(self.backbone, labels)
+        return pretrained_model(self.checkpoint, labels, self.reinitialize_head)
 
 
 @dataclass
@@ -57,6 +84,7 @@ class DataArguments:
 
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments) -> None:
+    model_arguments.check()
     train_dataset, eval_dataset = data.open(data.train_split), data.open(data.eval_split)
     labels = train_dataset.labels
     with training.main_process_first(desc="data check"):
@@ -65,10 +93,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
             check_samples(eval_dataset)
 
     set_seed(training.seed)
-    if model_arguments.config is not None:
-        model = new_model(model_arguments.config, labels)
-    else:
-        model = pretrained_model(model_arguments.checkpoint, labels, model_arguments.reinitialize_head)
+    model = model_arguments.model(labels)
     image_processor = image_processor_for(labels, data.image_size, model_arguments.checkpoint, model)
 
     trainer = MaskFormerTrainer(
@@ -90,4 +115,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser((ModelArguments, DataArguments, MaskFormerTrainingArguments)).parse_args_into_dataclasses())
+    with errors_as_messages():
+        main(
+            *HfArgumentParser(
+                (ModelArguments, DataArguments, MaskFormerTrainingArguments)
+            ).parse_args_into_dataclasses()
+        )

@@ -1,7 +1,7 @@
 """Small random models and batches."""
 
 import torch
-from transformers import DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig
+from transformers import ConvNextConfig, DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig, Swinv2Config
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
 from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
@@ -16,6 +16,14 @@ def resnet_config() -> ResNetConfig:
 
 def swin_config() -> SwinConfig:
     return SwinConfig(embed_dim=8, depths=[2, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, drop_path_rate=0.0)
+
+
+def convnext_config() -> ConvNextConfig:
+    return ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 64])
+
+
+def swinv2_config() -> Swinv2Config:
+    return Swinv2Config(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4)
 
 
 def tiny_config(backbone: PreTrainedConfig | None = None, **fields: object) -> MaskFormerConfig:

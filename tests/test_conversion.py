@@ -130,19 +130,22 @@ def test_the_folder_has_processor_and_card(convert, tensors):
     processor = MaskFormerImageProcessor.from_pretrained(folder)
     assert (processor.size_divisor, processor.num_labels) == (32, 13)
     card = (folder / "README.md").read_text()
-    assert "license: cc-by-nc-4.0" in card
+    assert "license: unknown" in card
     assert 'MaskFormerForInstanceSegmentation.from_pretrained("model")' in card
     assert AutoConfig.from_pretrained(folder).model_type == "maskformer"
 
 
-def test_a_card_reports_figures_only_of_the_authors_own_file(tmp_path, tensors):
+def test_a_card_has_figures_and_licence_of_the_authors_for_their_own_file_only(tmp_path, tensors):
     original = OriginalConfig(FIXTURES / "resnet_semantic" / "config.yaml")
     for name in ("model_final_d8dbeb", "mine"):
         source = write_pkl(tmp_path / f"{name}.pkl", tensors)
         convert_checkpoint(source, tmp_path / name, original.config(), original.image_processor())
     reported = "Reported by the paper's authors for these weights, not measured again here: 44.5 mIoU on ADE20K"
-    assert reported in (tmp_path / "model_final_d8dbeb" / "README.md").read_text()
-    assert "Reported" not in (tmp_path / "mine" / "README.md").read_text()
+    theirs, mine = ((tmp_path / name / "README.md").read_text() for name in ("model_final_d8dbeb", "mine"))
+    assert reported in theirs
+    assert "license: cc-by-nc-4.0" in theirs
+    assert "Reported" not in mine
+    assert "license: unknown" in mine
 
 
 def test_the_classes_file_names_the_labels(tmp_path, tensors):
@@ -192,13 +195,14 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_written(convert, t
 
 
 def test_a_wrong_shape_is_found_before_a_model_is_built(tmp_path, monkeypatch):
-    def build(*arguments):
-        raise AssertionError("a model of this size was built")
+    def model_class_on_meta_only(config):
+        assert torch.get_default_device().type == "meta", "a model of this size was built"
+        return MaskFormerForInstanceSegmentation
 
     preset = PRESETS["ade20k-swin-large"]
     config, processor = preset.config(), preset.image_processor()
     small = {"sem_seg_head.predictor.query_embed.weight": torch.zeros(1)}
-    monkeypatch.setattr("hf_maskformer.hub.conversion.from_original", build)
+    monkeypatch.setattr("hf_maskformer.hub.conversion.model_class", model_class_on_meta_only)
     with pytest.raises(ValueError, match=r"of another shape: .*query_embed\.weight \(\[1\] there, \[100, 256\]"):
         convert_checkpoint(write_pkl(tmp_path / "small.pkl", small), tmp_path / "model", config, processor)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from models import resnet_config, swin_config, tiny_config
+from models import convnext_config, resnet_config, swin_config, swinv2_config, tiny_config
 from transformers import ResNetConfig, SwinConfig
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerModel
@@ -26,7 +26,15 @@ def wide_window_swin_config() -> SwinConfig:
     return SwinConfig(embed_dim=8, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], window_size=7, qkv_bias=False)
 
 
-BACKBONES = [resnet_config, basic_resnet_config, bottleneck_resnet_config, swin_config, wide_window_swin_config]
+BACKBONES = [
+    resnet_config,
+    basic_resnet_config,
+    bottleneck_resnet_config,
+    swin_config,
+    wide_window_swin_config,
+    convnext_config,
+    swinv2_config,
+]
 HEADS = {
     "class_predictor.weight",
     "class_predictor.bias",

@@ -18,6 +18,7 @@ from hf_maskformer import (
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.hub.key_table import from_original, to_original
+from hf_maskformer.post_processing_maskformer import per_pixel_segmentation
 from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model
 
 NUM_LABELS = 4
@@ -242,6 +243,43 @@ def test_attention_can_be_switched(decoder_config) -> None:
         with torch.no_grad():
             outputs.append(model(pixel_values).logits)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [48, 49, 51])
+def test_logits_are_enlarged_four_times_and_cut_whatever_the_size(width: int) -> None:
+    """As the original does; to exactly the size of the input, borders would lie elsewhere."""
+    logits, size = torch.randn(1, NUM_LABELS, 16, -(-width // 4)), torch.tensor([[64, width]])
+    (label_map,) = per_pixel_segmentation(logits, size, size)
+    enlarged = torch.nn.functional.interpolate(logits, scale_factor=4, mode="bilinear")[0, :, :64, :width]
+    assert torch.equal(label_map, enlarged.argmax(0))
+
+
+@pytest.mark.parametrize("trainer_class", [transformers.Trainer, MaskFormerTrainer])
+def test_accumulated_batches_have_the_loss_of_one(trainer_class, tmp_path) -> None:
+    scenes = GeneratedScenes(4, image_size=(64, 64))
+    processor = image_processor_for(scenes.labels, image_size=64)
+    losses = []
+    for steps in (1, 4):
+        torch.manual_seed(0)
+        trainer = trainer_class(
+            model=tiny_baseline(id2label=scenes.labels.id2label),
+            args=MaskFormerTrainingArguments(
+                output_dir=str(tmp_path),
+                max_steps=1,
+                per_device_train_batch_size=4 // steps,
+                gradient_accumulation_steps=steps,
+                logging_steps=1,
+                report_to="none",
+                use_cpu=True,
+            ),
+            train_dataset=scenes,
+            data_collator=MaskFormerDataCollator(processor, target_format="label_map"),
+            processing_class=processor,
+        )
+        trainer.train()
+        losses.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    # Up to how many pixels of each image are labelled.
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 def test_gradient_checkpointing_and_swin() -> None:

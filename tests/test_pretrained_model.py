@@ -174,3 +174,11 @@ def test_initialisation_of_the_backbones_is_that_of_the_paper():
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert not linear.bias.any()
     assert block.attention.self.relative_position_bias_table.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin", "encoders"])
+def test_wrapping_policies_find_the_layers_that_must_stay_whole(name):
+    model = ARCHITECTURES[name]()
+    present = {type(module).__name__ for module in model.modules()}
+    assert "TransformerDecoderLayer" in model._no_split_modules
+    assert present.issuperset(model._no_split_modules)

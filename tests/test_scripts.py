@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_labels_that_the_classes_lack_stop_the_training_before_it_starts(data, c
 
 
 def test_train_wants_one_starting_point(data, tmp_path):
-    with pytest.raises(ValueError, match=r"Give either --checkpoint .* or --config"):
+    with pytest.raises(ValueError, match=r"Give one of --checkpoint .*, --backbone .* and --config"):
         call("train", data=data, output_dir=tmp_path)
 
 
@@ -164,6 +165,20 @@ def test_the_benchmark_compares_both_models(subcommand, tmp_path, monkeypatch):
     benchmark.main(benchmark.parse_arguments())
     figures = json.loads(file.read_text())
     assert figures["ratio"] == pytest.approx(figures["stock"]["median_ms"] / figures["ours"]["median_ms"])
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict"])
+def test_a_wrong_name_ends_a_script_with_a_message_alone(script, data, tmp_path):
+    options = {
+        "train": {"data": data, "output_dir": tmp_path},
+        "evaluate": {"data": data},
+        "predict": {"input": data, "output": tmp_path},
+    }[script] | {"checkpoint": tmp_path / "nowhere"}
+    command = [sys.executable, SCRIPTS / f"{script}.py", *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'nowhere'} is no folder with a config.json")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 from golden import Golden
-from models import NUM_LABELS, resnet_config, tiny_config, tiny_model
+from models import NUM_LABELS, convnext_config, resnet_config, swin_config, tiny_config, tiny_model
 from PIL import Image
-from transformers import Dinov2Config, ResNetForImageClassification, Trainer, TrainingArguments
+from transformers import (
+    ConvNextForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ResNetForImageClassification,
+    SwinForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_maskformer import (
     MaskFormerDataCollator,
@@ -23,7 +31,7 @@ from hf_maskformer.evaluation import semantic
 from hf_maskformer.evaluation.semantic import evaluate_semantic
 from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput, sizes_in_batch
-from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model
+from hf_maskformer.training.starting_point import image_processor_for, model_on_backbone, new_model, pretrained_model
 from hf_maskformer.training.trainer import parameter_groups
 
 SCENES = GeneratedScenes(4, image_size=(64, 64))
@@ -287,7 +295,7 @@ def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     ResNetForImageClassification(resnet_config()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a model of type 'resnet', not 'maskformer'"):
+    with pytest.raises(ValueError, match="has model_type 'resnet', but must have 'maskformer' or 'per-pixel-baseline'"):
         pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
 
 
@@ -304,6 +312,47 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=tensors)
     with pytest.raises(ValueError, match=r"such as model\.transformer_module\.queries_embedder\.weight"):
         pretrained_model(str(tmp_path), OTHER_LABELS)
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin", "convnext", "dinov2"])
+def test_a_new_model_on_a_pretrained_backbone_has_its_weights(name, tmp_path):
+    config, classifier = {
+        "resnet": (resnet_config(), ResNetForImageClassification),
+        "swin": (swin_config(), SwinForImageClassification),
+        "convnext": (convnext_config(), ConvNextForImageClassification),
+        "dinov2": (
+            Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14),
+            Dinov2ForImageClassification,
+        ),
+    }[name]
+    pretrained = classifier(config)
+    pretrained.save_pretrained(tmp_path)
+    model = model_on_backbone(str(tmp_path), OTHER_LABELS)
+    assert model.config.id2label == OTHER_LABELS.id2label
+    there = {id_of(tensor) for tensor in pretrained.base_model.state_dict().values() if tensor.dim() > 1}
+    encoder = model.model.pixel_level_module.encoder.state_dict()
+    here = [tensor for name, tensor in encoder.items() if tensor.dim() > 1 and "levels" not in name]
+    assert len(here) > 5
+    assert all(id_of(tensor) in there for tensor in here)
+
+
+def id_of(tensor):
+    return tuple(tensor.shape), float(tensor.double().sum())
+
+
+def test_a_backbone_whose_weights_are_not_all_there_is_refused(tmp_path):
+    pretrained = ResNetForImageClassification(resnet_config())
+    tensors = {name: t for name, t in pretrained.state_dict().items() if "stages.2" not in name}
+    pretrained.save_pretrained(tmp_path, state_dict=tensors)
+    with pytest.raises(ValueError, match=r"lacks weights of the backbone.*encoder\.stages\.2"):
+        model_on_backbone(str(tmp_path), OTHER_LABELS)
+
+
+def test_targets_of_the_other_kind_of_model_are_refused_with_the_remedy(tmp_path):
+    trainer = our_trainer(tmp_path)
+    trainer.data_collator = MaskFormerDataCollator(trainer.processing_class, target_format="label_map")
+    with pytest.raises(ValueError, match="has no loss for a batch of .*labels.*Set target_format"):
+        trainer.train()
 
 
 def test_a_new_model_takes_the_names_of_the_data(tmp_path):
@@ -329,7 +378,10 @@ def test_a_checkpoint_whose_classes_have_other_names_is_kept_with_a_warning(tmp_
     with caplog.at_level("WARNING", logger="hf_maskformer.training.starting_point"):
         model = pretrained_model(str(tmp_path), OTHER_LABELS)
     assert torch.equal(model.class_predictor.weight, saved.class_predictor.weight)
-    assert "class 0 was 'water' and is now 'sky'" in caplog.text
+    assert "class 0 is 'water' there and 'sky' in the data" in caplog.text
+    model = pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
+    assert not torch.equal(model.class_predictor.weight, saved.class_predictor.weight)
+    assert torch.equal(model.mask_embedder.state_dict()["0.0.weight"], saved.mask_embedder.state_dict()["0.0.weight"])
 
 
 def test_the_small_configuration_is_a_model_for_any_classes():

@@ -186,6 +186,14 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, kind):
     assert not CALLS
 
 
+@pytest.mark.parametrize("ending", [b"Ns.", b"\x93.", b"K\x01K\x02\x87R."])
+def test_a_tuple_of_itself_many_times_over_is_never_unfolded(tmp_path, ending):
+    """Forty levels of (x, x): to hash or to show it would take years."""
+    nested = b")" + b"2\x86" * 40
+    with pytest.raises(RefusedPickleError):
+        load_pickle(write(tmp_path, b"\x80\x04}" + nested + nested + ending))
+
+
 def test_the_registry_of_extensions_is_not_asked(tmp_path):
     copyreg.add_extension("test_unpickling", "witness", 1234)
     try:

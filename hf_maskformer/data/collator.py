@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .sample import Sample
 
+TargetFormat = Literal["masks", "segment_map", "label_map"]
 REQUIRED = ("image", "segmentation_map", "name")
 
 
@@ -35,7 +36,12 @@ class MaskFormerDataCollator:
 
     image_processor: Callable[..., Mapping[str, Any]]
     do_resize: bool | None = None
-    target_format: Literal["masks", "segment_map", "label_map"] = "segment_map"
+    target_format: TargetFormat = "segment_map"
+
+    def __post_init__(self) -> None:
+        if self.target_format not in get_args(TargetFormat):
+            known = ", ".join(get_args(TargetFormat))
+            raise ValueError(f"target_format is {self.target_format!r}; known are {known}.")
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""

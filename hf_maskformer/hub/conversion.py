@@ -46,7 +46,7 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: There is something at `output`.
-        ValueError: Tensors are unknown, missing or of another shape; they are named (the first twenty of each kind),
+        ValueError: Tensors are unknown, missing or of another shape; they are named (the first five of each kind),
             and no model is built.
     """
     with whole_folder(Path(output)) as folder:
@@ -126,7 +126,7 @@ def _check(checkpoint: OriginalCheckpoint, expected: Mapping[str, Tensor]) -> No
         if name in given and _describe(given[name]) != _describe(tensor)
     ]
     problems = [
-        f"{problem} {shorten(found, limit=20)}"
+        f"{problem} {shorten(found)}"
         for problem, found in (
             ("unknown to the model:", unknown),
             ("missing in the file:", missing),

@@ -38,14 +38,16 @@ PANOPTIC = """target_sizes = [(image.height, image.width)]
 thresholds = model.config.panoptic_thresholds
 result = image_processor.post_process_panoptic_segmentation(outputs, **thresholds, target_sizes=target_sizes)[0]"""
 ZOO_LICENCE = "CC BY-NC 4.0, under which the paper's authors publish their weights: no commercial use."
-OTHER_LICENCE = "That of the file that was converted."
+OTHER_LICENCE = (
+    "That of the file that was converted. Weights that began with those of the paper's authors are CC BY-NC 4.0 too."
+)
 
 
 def conversion_card(
     checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig, name: str
 ) -> str:
     """The text of README.md, with its metadata. `name` is what the card calls the model."""
-    is_zoo = checkpoint.path.suffix == ".pkl" and not checkpoint.is_backbone
+    is_zoo = _zoo_preset(checkpoint) is not None
     is_baseline = isinstance(config, PerPixelBaselineConfig)
     metadata = ModelCardData(
         license="cc-by-nc-4.0" if is_zoo else "unknown",
@@ -73,10 +75,15 @@ def _origin(checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelB
             f"{model}, to be trained: the backbone has the weights of `{checkpoint.path.name}`, and **everything else "
             "is random**."
         )
-    # The model zoo names each file after its content.
-    presets = [preset for preset in PRESETS.values() if preset.weights_file == checkpoint.path.name]
-    reported = f"\n\n{_reported(presets[0])}" if presets else ""
+    preset = _zoo_preset(checkpoint)
+    reported = "" if preset is None else f"\n\n{_reported(preset)}"
     return f"{model}, converted from `{checkpoint.path.name}`.{reported}"
+
+
+def _zoo_preset(checkpoint: OriginalCheckpoint) -> Preset | None:
+    """The preset whose published weights a file is; the model zoo names each file after its content."""
+    presets = [preset for preset in PRESETS.values() if preset.weights_file == checkpoint.path.name]
+    return presets[0] if presets else None
 
 
 def _reported(preset: Preset) -> str:

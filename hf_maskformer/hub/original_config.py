@@ -213,6 +213,9 @@ class OriginalConfig:
         known: dict[str, list[Any]] = {}
         has_encoder = self["MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME"] == TRANSFORMER_PIXEL_DECODER
         known["MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE"] = ["transformer_encoder" if has_encoder else "res5"]
+        if has_encoder and self["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"] < 1:
+            # Without layers, that decoder still projects its input.
+            known["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"] = ["at least 1"]
         if self._transformer_in_channels(has_encoder) == self["MODEL.MASK_FORMER.HIDDEN_DIM"]:
             # It would force a layer that the widths do not call for.
             known["MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ"] = [False]

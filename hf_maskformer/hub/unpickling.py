@@ -25,6 +25,9 @@ OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 NUMBER_TYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 
 
+KEY_TYPES = (str, int, float, bool, type(None))
+
+
 class RefusedPickleError(ValueError):
     """The file is damaged, or holds or does more than a checkpoint of numpy arrays needs."""
 
@@ -52,6 +55,12 @@ def load_pickle(path: str | Path) -> Any:
             ) from error
 
 
+def shown(value: Any) -> str:
+    """A value from the file for a message; of a container its type only, which may unfold without end."""
+    is_plain = value is None or type(value) in (str, int, float, bool)
+    return repr(value)[:100] if is_plain else f"a {type(value).__name__}"
+
+
 class _BoundedReader(io.RawIOBase):
     """A file that refuses to read past its end, before memory is set aside for what a header promises."""
 
@@ -60,7 +69,9 @@ class _BoundedReader(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > self.left:
-            raise RefusedPickleError(f"it announces {size} bytes where only {self.left} are left.")
+            raise RefusedPickleError(
+                f"it announces {size} bytes where only {self.left} are left. Is it cut off? Download it again."
+            )
         self.left -= size
         return self.file.read(size)
 
@@ -78,8 +89,10 @@ class _DType:
     """Stands in for `numpy.dtype`."""
 
     def __init__(self, name: Any, align: Any = False, copy: Any = False) -> None:
-        if name not in NUMBER_TYPES:
-            raise RefusedPickleError(f"an array of type {name!r} is refused: only numbers and truth values are read.")
+        if type(name) is not str or name not in NUMBER_TYPES:
+            raise RefusedPickleError(
+                f"an array of type {shown(name)} is refused: only numbers and truth values are read."
+            )
         self.name: str = name
         self.byte_order = "="
 
@@ -107,7 +120,7 @@ class _Array:
         if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray) or order not in ("C", "F"):
             raise RefusedPickleError("an array is refused: its content is not plain bytes of a number type.")
         if not isinstance(shape, tuple) or not all(type(length) is int and length >= 0 for length in shape):
-            raise RefusedPickleError(f"an array is refused: its shape is {shape!r}.")
+            raise RefusedPickleError(f"an array is refused: its shape is {shown(shape)}.")
         number_type = dtype.finished()
         if math.prod(shape) * number_type.itemsize != len(data):
             raise RefusedPickleError(f"an array of shape {shape} is refused: it comes with {len(data)} bytes.")
@@ -117,7 +130,7 @@ class _Array:
 
 def _empty_array(array_type: Any, shape: Any, type_code: Any) -> _Array:
     if array_type is not _Array:
-        raise RefusedPickleError(f"an array of class {array_type!r} is refused: only numpy.ndarray is read.")
+        raise RefusedPickleError(f"an array of class {shown(array_type)} is refused: only numpy.ndarray is read.")
     return _Array()
 
 
@@ -133,7 +146,7 @@ def _scalar(dtype: Any, data: Any) -> bool | int | float:
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise RefusedPickleError(f"_codecs.encode with {encoding!r} is refused: only text as latin1 is read.")
+        raise RefusedPickleError(f"_codecs.encode with {shown(encoding)} is refused: only text as latin1 is read.")
     return text.encode("latin1")
 
 
@@ -180,6 +193,8 @@ class _RestrictedUnpickler(_Unpickler):
         self.decoded_bytes_left = file.left
 
     def find_class(self, module: str, name: str) -> Any:
+        if type(module) is not str or type(name) is not str:
+            raise RefusedPickleError("it asks for something whose name is no text, which is refused.")
         if (module, name) not in STAND_INS:
             raise RefusedPickleError(
                 f"it asks for {module}.{name}, which is refused and was not run. A checkpoint needs only numpy arrays, "
@@ -199,7 +214,7 @@ class _RestrictedUnpickler(_Unpickler):
         arguments = self.stack.pop()
         function = self.stack.pop()
         if function not in CALLABLE or type(arguments) is not tuple:
-            raise RefusedPickleError(f"it calls {function!r}, which is refused and was not run.")
+            raise RefusedPickleError(f"it calls {shown(function)}, which is refused and was not run.")
         result = function(*arguments)
         if isinstance(result, bytes):
             # A few instructions could have one long text decoded very often.
@@ -207,6 +222,25 @@ class _RestrictedUnpickler(_Unpickler):
             if self.decoded_bytes_left < 0:
                 raise RefusedPickleError("it decodes more bytes than it holds, which is refused.")
         self.append(result)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(self.stack[-1], items)
+
+    def _set_items(self, target: Any, items: list[Any]) -> None:
+        # A tuple is hashed through all its levels, and a few bytes make one that takes years.
+        if type(target) is not dict or any(type(key) not in KEY_TYPES for key in items[::2]):
+            raise RefusedPickleError("it holds a dictionary whose keys are no text or numbers, which is refused.")
+        target.update(zip(items[::2], items[1::2], strict=True))
 
     def load_bytearray8(self) -> None:
         # The inherited method sets the announced memory aside before it reads.
@@ -235,6 +269,9 @@ _RestrictedUnpickler.dispatch = {
     pickle.REDUCE[0]: _RestrictedUnpickler.load_reduce,
     pickle.BUILD[0]: _RestrictedUnpickler.load_build,
     pickle.BYTEARRAY8[0]: _RestrictedUnpickler.load_bytearray8,
+    pickle.SETITEM[0]: _RestrictedUnpickler.load_setitem,
+    pickle.SETITEMS[0]: _RestrictedUnpickler.load_setitems,
+    pickle.DICT[0]: _RestrictedUnpickler.load_dict,
 }
 
 

@@ -5,9 +5,24 @@ from typing import Any
 
 import yaml
 
+MAX_DEPTH = 8  # detectron2's own go down four levels
+
 
 class _Loader(yaml.SafeLoader):
     """Plain data only, and the tuples that detectron2 writes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        node = super().compose_node(parent, index)
+        # Lists are shared by alias in detectron2's own files; nested mappings so shared unfold without end.
+        if isinstance(node, yaml.MappingNode):
+            if id(node) in self.mappings:
+                raise yaml.composer.ComposerError(None, None, "a mapping is used twice by alias", node.start_mark)
+            self.mappings.add(id(node))
+        return node
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.mappings: set[int] = set()
 
 
 _Loader.add_constructor(
@@ -26,7 +41,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Gives `{"MODEL": {"MASK_ON": x}}` as `{"MODEL.MASK_ON": x}`."""
+    """Gives `{"MODEL": {"MASK_ON": x}}` as `{"MODEL.MASK_ON": x}`.
+
+    Raises:
+        ValueError: It is nested deeper than any configuration, as by an alias of itself.
+    """
+    if prefix.count(".") > MAX_DEPTH:
+        raise ValueError(f"the configuration is nested more than {MAX_DEPTH} deep at {prefix[:80]}...")
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -40,12 +61,15 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"The files build on each other in a circle: {chain}. Change a _BASE_.")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist" + (f", but is the _BASE_ of {readers[-1]}." if readers else ".")
+            f"{path} does not exist, but is the _BASE_ of {readers[-1]}. Put it there, or change _BASE_."
+            if readers
+            else f"{path} does not exist. Name the yaml file that belongs to the checkpoint."
         )
     try:
         # Only plain data and tuples are constructed: the loader is SafeLoader with one tag more.
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    # Dates and numbers that are none end in a plain ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no yaml file of plain data: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(

@@ -17,6 +17,8 @@ from ..configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerT
 from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import LabelSet
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..modeling_maskformer import MaskFormerForInstanceSegmentation
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 
 LABEL_NAMES = Path(__file__).parents[1] / "data" / "label_names"
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/maskformer"
@@ -205,6 +207,15 @@ class Preset:
             semantic_loss_ignore_index=self.data_set.ignore_index if labels is None else labels.ignore_index,
             **names,
         )
+
+    def model(
+        self, labels: LabelSet | None = None
+    ) -> MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation:
+        """The model with random weights; `labels` as in `config`."""
+        config = self.config(labels)
+        if isinstance(config, PerPixelBaselineConfig):
+            return PerPixelBaselineForSemanticSegmentation(config)
+        return MaskFormerForInstanceSegmentation(config)
 
     def image_processor(self, labels: LabelSet | None = None) -> MaskFormerImageProcessor:
         """The image processor that goes with the model; `labels` as in `config`."""

@@ -1,16 +1,22 @@
 """The model and the image processor with which a training begins."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.errors import HFValidationError
+from safetensors.torch import load_file
+from transformers import AutoBackbone, AutoConfig
 from transformers.utils import logging
 
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_maskformer_parts import SimpleFeaturePyramidConfig
-from ..data.labels import LabelSet
+from ..data.labels import LabelSet, shorten
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
+from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
+from ..modeling_maskformer_swin import SwinBackbone
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 
 Model = MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation
@@ -41,14 +47,67 @@ def new_model(config: str, labels: LabelSet) -> Model:
     return model_class(model_class.config_class.from_pretrained(config, **_fields(model_class, labels)))
 
 
+def model_on_backbone(backbone: str, labels: LabelSet) -> MaskFormerForInstanceSegmentation:
+    """A MaskFormer for these classes whose backbone is pretrained and whose other weights are random.
+
+    Args:
+        backbone: a folder or a name on the Hub of a model that transformers knows as a backbone, such as
+            "microsoft/resnet-50", "microsoft/swin-tiny-patch4-window7-224" or "facebook/dinov2-base".
+        labels: the classes of the data.
+
+    Raises:
+        ValueError: it is no such model, or lacks weights of the backbone.
+    """
+    config = MaskFormerConfig.from_backbone(backbone, **_fields(MaskFormerForInstanceSegmentation, labels))
+    model = MaskFormerForInstanceSegmentation(config)
+    load_backbone(model, backbone)
+    return model
+
+
+def load_backbone(model: Model, backbone: str) -> None:
+    """Gives a model the weights of a pretrained backbone, a folder or a name on the Hub, that it is built around.
+
+    Raises:
+        ValueError: weights that the backbone needs are missing there, or have another shape.
+    """
+    encoder = model.model.pixel_level_module.encoder
+    # AutoBackbone itself asks the Hub for every name, and so knows no folders.
+    with torch.device("meta"):
+        backbone_class: Any = type(AutoBackbone.from_config(AutoConfig.from_pretrained(backbone)))
+    loaded, loading_info = backbone_class.from_pretrained(backbone, output_loading_info=True)
+    target = encoder.backbone if isinstance(encoder, SimpleFeaturePyramid) else encoder
+    tensors = loaded.state_dict()
+    if isinstance(encoder, SwinBackbone):
+        # Our names are those on disk, from which transformers' names in memory differ for a Swin.
+        with TemporaryDirectory() as folder:
+            loaded.save_pretrained(folder)
+            stored = load_file(Path(folder) / "model.safetensors")
+        tensors = {name.replace("swin.", "model.", 1): tensor for name, tensor in stored.items()}
+    own = target.state_dict()
+    missing = {name.replace("swin.", "model.", 1) for name in loading_info["missing_keys"]}
+    # Norms on the maps that a backbone gives out are MaskFormer's own.
+    absent = [
+        name
+        for name, tensor in own.items()
+        if not any(norm in name for norm in ("hidden_states_norms.", "layernorm."))
+        and (name not in tensors or tensors[name].shape != tensor.shape or name in missing)
+    ]
+    if absent:
+        raise ValueError(
+            f"{backbone} lacks weights of the backbone or has them in another shape: {shorten(absent)}. Name the "
+            "pretrained model of the same architecture."
+        )
+    target.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+
+
 def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool = False) -> Model:
     """A checkpoint's model for these classes.
 
     Args:
         checkpoint: a folder, or a name on the Hub.
         labels: the classes of the data.
-        reinitialize_head: with another number of classes, begin with a random class predictor; its tensors are named
-            in a warning.
+        reinitialize_head: if the checkpoint has other classes, in number or by name, begin with a random class
+            predictor; its tensors are named in a warning.
 
     Raises:
         ValueError: the checkpoint has another number of classes and `reinitialize_head` is False.
@@ -58,15 +117,15 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
     if config.num_labels != labels.num_labels and not reinitialize_head:
         raise ValueError(
             f"{checkpoint} has {config.num_labels} classes, but the data has {labels.num_labels}. Pass "
-            "reinitialize_head=True to train a new class predictor on top of the other weights."
+            "reinitialize_head=True (--reinitialize_head true) to train a new class predictor on top of the other "
+            "weights."
         )
     # The classifier's shape hides a change of meaning when only the names differ.
-    names: dict[int, str] = config.id2label
-    renamed = [label for label, name in labels.id2label.items() if names.get(label, name) != name]
-    if config.num_labels == labels.num_labels and renamed and not _are_default(names):
+    renamed = renamed_classes(config.id2label, labels)
+    if config.num_labels == labels.num_labels and renamed and not reinitialize_head:
         logger.warning(
-            f"{checkpoint} has as many classes as the data, but other names. Its class predictor is kept, with the "
-            f"data's names: class {renamed[0]} was {names[renamed[0]]!r} and is now {labels.id2label[renamed[0]]!r}."
+            f"{checkpoint} has as many classes as the data, but other names ({shorten(renamed)}). Its class predictor "
+            "is kept, with the data's names. Pass reinitialize_head=True (--reinitialize_head true) to train a new one."
         )
     model, loading_info = model_class.from_pretrained(
         checkpoint,
@@ -81,9 +140,24 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
             f"{len(unexpected)} tensors that the model needs are not in {checkpoint} or have another shape, such as "
             f"{unexpected[0]}. It is no complete MaskFormer checkpoint."
         )
+    if renamed and reinitialize_head:
+        for name in {name.rpartition(".")[0] for name in HEADS[model_class]} & dict(model.named_modules()).keys():
+            model.get_submodule(name).reset_parameters()
+        new = [name for name in HEADS[model_class] if name in model.state_dict()]
     if new:
         logger.warning(f"The class predictor of {checkpoint} is replaced by a random one: {', '.join(new)}.")
     return model
+
+
+def renamed_classes(names: dict[int, str], labels: LabelSet) -> list[str]:
+    """How the names of a checkpoint's classes differ from those of the data, in words; default names say nothing."""
+    if all(name == f"LABEL_{label}" for label, name in names.items()):
+        return []
+    return [
+        f"class {label} is {names[label]!r} there and {name!r} in the data"
+        for label, name in labels.id2label.items()
+        if names.get(label, name) != name
+    ]
 
 
 def model_class_of(checkpoint: str) -> Any:
@@ -103,9 +177,10 @@ def model_class_of(checkpoint: str) -> Any:
     for model_class in HEADS:
         if model_class.config_class.model_type == content.get("model_type"):
             return model_class
+    known = " or ".join(repr(model_class.config_class.model_type) for model_class in HEADS)
     raise ValueError(
-        f"{checkpoint} is a model of type {content.get('model_type')!r}, not 'maskformer'. Name a MaskFormer "
-        "checkpoint."
+        f"{checkpoint} has model_type {content.get('model_type')!r}, but must have {known}. Name a configuration or "
+        "checkpoint of one of these."
     )
 
 
@@ -148,7 +223,3 @@ def _fields(model_class: Any, labels: LabelSet) -> dict[str, Any]:
     if model_class is PerPixelBaselineForSemanticSegmentation:
         fields["semantic_loss_ignore_index"] = labels.ignore_index
     return fields
-
-
-def _are_default(names: dict[int, str]) -> bool:
-    return all(name == f"LABEL_{label}" for label, name in names.items())

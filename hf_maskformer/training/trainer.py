@@ -11,9 +11,18 @@ from ..evaluation.semantic import evaluate_semantic
 from ..image_processing_maskformer import MaskFormerImageProcessor
 
 BACKBONE = "pixel_level_module.encoder."
-# Never decayed, as in the paper's code: norms, embeddings, Swin's position bias.
+PYRAMID = "pixel_level_module.encoder.levels."  # new layers on top of a pretrained vision transformer
+# Never decayed, as in the paper's code: norms, embeddings, Swin's position bias; nor what other backbones have of it.
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-UNDECAYED_NAMES = ("relative_position_bias_table",)
+UNDECAYED_NAMES = (
+    "relative_position_bias_table",
+    "absolute_pos_embed",
+    "position_embeddings",
+    "cls_token",
+    "register_tokens",
+    "lambda1",
+    "layer_scale_parameter",
+)
 
 
 @dataclass
@@ -107,6 +116,12 @@ class MaskFormerTrainer(Trainer):
     ) -> Any:
         """The model's loss; its terms are remembered for the next line of the log."""
         outputs = model(**inputs)
+        if outputs.loss is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no loss for a batch of {', '.join(inputs)}: these are no targets of "
+                'its kind. Set target_format of MaskFormerDataCollator: "segment_map" for MaskFormer, "label_map" for '
+                "the per-pixel baselines."
+            )
         if model.training:
             for name, term in outputs.loss_dict.items():
                 self._loss_terms[name] = self._loss_terms.get(name, 0.0) + term.mean()  # one per GPU in DataParallel
@@ -169,7 +184,8 @@ def parameter_groups(
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 is_decayed = not isinstance(module, (*NORMS, nn.Embedding)) and name not in UNDECAYED_NAMES
-                groups.setdefault((BACKBONE in f"{module_name}.", is_decayed), []).append(parameter)
+                is_backbone = BACKBONE in f"{module_name}." and PYRAMID not in f"{module_name}."
+                groups.setdefault((is_backbone, is_decayed), []).append(parameter)
     return [
         {
             "params": parameters,
