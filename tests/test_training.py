@@ -351,7 +351,7 @@ def test_a_backbone_whose_weights_are_not_all_there_is_refused(tmp_path):
 def test_targets_of_the_other_kind_of_model_are_refused_with_the_remedy(tmp_path):
     trainer = our_trainer(tmp_path)
     trainer.data_collator = MaskFormerDataCollator(trainer.processing_class, target_format="label_map")
-    with pytest.raises(ValueError, match="has no loss for a batch of .*labels.*Set target_format"):
+    with pytest.raises(ValueError, match=r"has no loss for a batch of .*labels.*Set target_format"):
         trainer.train()
 
 

@@ -85,11 +85,12 @@ def load_backbone(model: Model, backbone: str) -> None:
         tensors = {name.replace("swin.", "model.", 1): tensor for name, tensor in stored.items()}
     own = target.state_dict()
     missing = {name.replace("swin.", "model.", 1) for name in loading_info["missing_keys"]}
-    # Norms on the maps that a backbone gives out are MaskFormer's own.
+    # Norms on the maps that a backbone gives out are MaskFormer's own; the positions in a window are computed.
+    elsewhere = ("hidden_states_norms.", "layernorm.", "relative_position_index")
     absent = [
         name
         for name, tensor in own.items()
-        if not any(norm in name for norm in ("hidden_states_norms.", "layernorm."))
+        if not any(part in name for part in elsewhere)
         and (name not in tensors or tensors[name].shape != tensor.shape or name in missing)
     ]
     if absent:
