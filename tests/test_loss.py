@@ -6,7 +6,9 @@ import torch
 from models import NUM_LABELS, as_mask_list, tiny_batch
 
 from hf_maskformer import MaskFormerLoss
-from hf_maskformer.loss_maskformer import assign, mask_losses, pairwise_mask_costs
+from hf_maskformer.loss_maskformer_masks import plain_mask_losses
+from hf_maskformer.loss_maskformer_matching import assign, finite_costs, pairwise_mask_costs
+from hf_maskformer.loss_maskformer_targets import prepare_targets
 
 
 def random_logits(num_layers=2, batch_size=2, num_queries=6, size=(16, 24)):
@@ -34,43 +36,46 @@ def test_a_perfect_prediction_costs_almost_nothing_and_a_wrong_one_much():
 
 def test_mask_losses_of_a_case_worked_out_by_hand():
     """Two pixels, one inside; logits 0, so every probability is 1/2."""
-    focal, dice = mask_losses(torch.zeros(1, 1, 2), torch.tensor([[[True, False]]]), num_masks=2)
+    focal, dice = plain_mask_losses(torch.zeros(1, 2), torch.tensor([[True, False]]))
     log_two = 0.6931472
-    assert focal.item() == pytest.approx((0.25 * 0.25 * log_two + 0.75 * 0.25 * log_two) / 2 / 2)
-    assert dice.item() == pytest.approx((1 - (2 * 0.5 + 1) / (1 + 1 + 1)) / 2)
+    assert focal.item() == pytest.approx((0.25 * 0.25 * log_two + 0.75 * 0.25 * log_two) / 2)
+    assert dice.item() == pytest.approx(1 - (2 * 0.5 + 1) / (1 + 1 + 1))
 
 
 def test_matching_costs_are_the_losses_of_every_pair():
     logits, masks = torch.randn(5, 12), torch.rand(3, 12) > 0.5
     focal, dice = pairwise_mask_costs(logits, masks)
     for query, segment in itertools.product(range(5), range(3)):
-        one = mask_losses(logits[query].view(1, 1, 12), masks[segment].view(1, 1, 12), num_masks=1)
+        one = plain_mask_losses(logits[query][None], masks[segment][None])
         assert focal[query, segment].item() == pytest.approx(one[0].item(), rel=1e-4)
         assert dice[query, segment].item() == pytest.approx(one[1].item(), rel=1e-4)
 
 
-def test_the_assignment_is_the_cheapest_of_all():
+@pytest.mark.parametrize("copies", [1, 20_000])  # the many are solved by threads
+def test_the_assignment_is_the_cheapest_of_all(copies):
     cost = torch.rand(4, 3)
-    rows, columns = assign(cost)
+    matches = assign(cost.expand(2, copies, -1, -1), [3] * copies)
+    assert len(matches) == 2
+    assert all(image == matches[0][0] for layer in matches for image in layer)
+    rows, columns = matches[0][0]
     cheapest = min(sum(cost[row, column] for column, row in enumerate(p)) for p in itertools.permutations(range(4), 3))
     assert cost[rows, columns].sum().item() == pytest.approx(cheapest.item())
 
 
 def test_identical_segments_go_to_different_queries():
-    loss = MaskFormerLoss(NUM_LABELS)
-    masks = torch.ones(2, 4, 4)
-    ((queries, segments),) = loss.match(
-        torch.randn(1, 5, NUM_LABELS + 1), torch.randn(1, 5, 4, 4), [torch.tensor([1, 1])], [masks]
-    )
-    assert len(set(queries.tolist())) == 2
-    assert sorted(segments.tolist()) == [0, 1]
+    targets = prepare_targets([torch.ones(2, 4, 4)], [torch.tensor([1, 1])], batch_size=1)
+    logits = torch.randn(1, 1, 5, NUM_LABELS + 1), torch.randn(1, 1, 5, 4, 4)
+    (((queries, segments),),) = MaskFormerLoss(NUM_LABELS).match(*logits, targets)
+    assert len(set(queries)) == 2
+    assert sorted(segments) == [0, 1]
 
 
-def test_costs_that_are_not_finite_match_last_and_are_reported():
+def test_costs_that_are_not_finite_match_last():
     cost = torch.tensor([[float("nan"), 1.0], [2.0, float("inf")], [3.0, 3.0]])
-    with pytest.warns(UserWarning, match="2 of 6 matching costs are not finite"):
-        rows, columns = assign(cost)
-    assert dict(zip(rows.tolist(), columns.tolist(), strict=True)) == {0: 1, 1: 0}
+    with pytest.warns(UserWarning, match="The mask cost of the matching is not finite"):
+        cost = finite_costs(cost, {"class cost": True, "mask cost": False}, set())
+    (((rows, columns),),) = assign(cost[None, None], [2])
+    assert dict(zip(rows, columns, strict=True)) == {0: 1, 1: 0}
 
 
 def test_more_segments_than_queries_leave_some_unmatched():
@@ -135,7 +140,10 @@ def test_half_precision_logits_give_a_finite_loss():
     ("change", "message"),
     [
         (lambda b: b.update(class_labels=b["class_labels"] + 2), r"Image 0 has the class labels \[2, 4\].*4 classes"),
-        (lambda b: b.update(mask_labels=b["mask_labels"] + 3), "mask_labels point to segment 4.*has 2 class_labels"),
+        (
+            lambda b: b.update(mask_labels=b["mask_labels"] + 3),
+            "mask_labels of image 0 point to segment 4.*has 2 class_labels",
+        ),
         (lambda b: b.update(class_labels=b["class_labels"][:1]), "mask_labels are of 2 images, but class_labels of 1"),
         (
             lambda b: b.update(mask_labels=b["mask_labels"][:1], class_labels=b["class_labels"][:1]),
