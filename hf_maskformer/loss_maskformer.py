@@ -216,21 +216,17 @@ class MaskFormerLoss(nn.Module):
             .gather(3, labels[None, :, None].expand(len(class_logits), -1, num_queries, -1))
         )
         focal_cost, dice_cost = class_cost.new_zeros(2, *class_cost.shape)
-        if self.point_sampling is None:
-            pixels = pixels_at_stride(targets.size, mask_logits.shape[-2:], mask_logits.device)
+        pixels = pixels_at_stride(targets.size, mask_logits.shape[-2:], mask_logits.device)
+        chosen = None if self.point_sampling is None else self.point_sampling.choose_pixels(pixels)
+        if chosen is not None:
+            pixels = pixels[chosen]
         for image, image_masks in enumerate(targets.masks):
             count = num_segments if image_masks.dim() == 2 else min(len(image_masks), num_segments)
-            if self.point_sampling is not None:
-                points, pixels = self.point_sampling.points(targets.size, mask_logits.device)
             masks = masks_at(image_masks, torch.arange(count, device=pixels.device), pixels)
             left_out = ~are_owned_at(image_masks, pixels) if self.ignores_void else None
-            for layer, layer_logits in enumerate(mask_logits[:, image]):
-                if self.point_sampling is None:
-                    logits = layer_logits.flatten(1)
-                else:
-                    logits = self.point_sampling.sample(layer_logits, points)
+            for layer, logits in enumerate(mask_logits[:, image].flatten(2)):
                 focal_cost[layer, image, :, :count], dice_cost[layer, image, :, :count] = pairwise_mask_costs(
-                    logits, masks, left_out
+                    logits if chosen is None else logits[:, chosen], masks, left_out
                 )
         return {
             "class cost": self.class_cost * class_cost,
