@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .loss_maskformer_masks import DenseMaskLosses, MatchedMasks, PointSampling
+from .loss_maskformer_masks import DenseMaskLosses, MatchedMasks, PointSampling, SampledMaskLosses
 from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask_costs
 from .loss_maskformer_targets import (
     NO_LABEL,
@@ -160,20 +160,20 @@ class MaskFormerLoss(nn.Module):
                 class_queries_logits.float(), targets.labels, layers, images, queries, segments
             )
             cross_entropy = self.cross_entropy_weight * cross_entropy / class_weight
+            weights = self.mask_weight, self.dice_weight
             if self.point_sampling is None:
                 mask_loss, focal, dice = DenseMaskLosses.apply(
-                    mask_logits, self.groups(pairs, targets), targets.size, self.mask_weight, self.dice_weight
+                    mask_logits, self.groups(pairs, targets), targets.size, *weights
                 )
             else:
-                focal, dice = self.point_sampling.losses(
-                    mask_logits.float(), counts, segments, targets, self.ignores_void
+                mask_loss, focal, dice = SampledMaskLosses.apply(
+                    mask_logits, self.point_sampling, counts, segments, targets, self.ignores_void, *weights
                 )
-                mask_loss = self.mask_weight * focal.sum() + self.dice_weight * dice.sum()
             loss = cross_entropy.sum() + mask_loss / num_masks
 
-            weights = torch.tensor([[self.mask_weight], [self.dice_weight]], device=focal.device)
-            mask_terms = focal.new_zeros(2, num_layers).index_add_(1, layers, torch.stack((focal, dice)).detach())
-            terms = torch.cat((cross_entropy.detach()[None], weights * mask_terms / num_masks))
+            mask_terms = torch.stack((self.mask_weight * focal, self.dice_weight * dice)) / num_masks
+            mask_terms = mask_terms.new_zeros(2, num_layers).index_add_(1, layers, mask_terms)
+            terms = torch.cat((cross_entropy.detach()[None], mask_terms))
         names = ("loss_cross_entropy", "loss_mask", "loss_dice")
         suffixes = [*(f"_{layer}" for layer in range(num_layers - 1)), ""]
         return loss, {

@@ -4,6 +4,7 @@ Letters: M masks, P pixels or points; h x w is the size of the logits, H x W tha
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -221,39 +222,81 @@ class PointSampling:
             :, 0, 0
         ]
 
-    def losses(
-        self, logits: Tensor, counts: list[int], segments: Tensor, targets: Targets, ignores_void: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Focal (mean over points) and dice loss of each matched mask, (M,) each, differentiable.
-
-        Args:
-            logits: (M, h, w), float32, sorted by image.
-            counts: How many masks each image has.
-            segments: (M,), what each mask is matched to.
-            targets: The segments.
-            ignores_void: Leave out points of no segment.
-        """
-        losses = [
-            plain_mask_losses(*self._at_points(image_logits, image_segments, masks, targets.size, ignores_void))
-            for image_logits, image_segments, masks in zip(
-                logits.split(counts), segments.split(counts), targets.masks, strict=True
-            )
-        ]
-        focal, dice = zip(*losses, strict=True)
-        return torch.cat(focal), torch.cat(dice)
-
-    def _at_points(
+    def at_points(
         self, logits: Tensor, segments: Tensor, masks: Tensor, size: tuple[int, int], ignores_void: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits of the masks (n, h, w) of one image at points, whether these are inside, and whether they count."""
+        """Logits of some masks of one image at points, whether these are inside, and whether they count, (m, P) each.
+
+        Args:
+            logits: (m, h, w), float32.
+            segments: (m,), what each mask is matched to.
+            masks: The segments of the image, see `Targets`.
+            size: (H, W).
+            ignores_void: Points of no segment do not count.
+        """
         num_uncertain = int(self.importance_sample_ratio * self.num_points)
         candidates = torch.rand(int(self.oversample_ratio * self.num_points), 2, device=logits.device)
         chosen = _smallest(self.sample(logits.detach(), candidates).abs_(), num_uncertain)
         uniform = torch.rand(self.num_points - num_uncertain, 2, device=logits.device)
-        points = torch.cat((candidates[chosen], uniform.expand(len(logits), -1, -1)), dim=1)
-        pixels = _pixels_at(points, size)
-        counted = are_owned_at(masks, pixels) if ignores_void else None
-        return self.sample(logits, points), masks_at(masks, segments, pixels), counted
+
+        def all_points(at_candidates: Tensor, at_uniform: Tensor) -> Tensor:
+            return torch.cat((at_candidates.expand(len(chosen), -1).gather(1, chosen), at_uniform), dim=1)
+
+        pixels = [_pixels_at(points, size) for points in (candidates, uniform)]
+        inside = all_points(*(masks_at(masks, segments, at) for at in pixels))
+        counted = None
+        if ignores_void:
+            counted = all_points(*(are_owned_at(masks, at).expand(len(chosen), -1) for at in pixels))
+        points = torch.cat((candidates[chosen], uniform.expand(len(chosen), -1, -1)), dim=1)
+        return self.sample(logits, points), inside, counted
+
+
+class SampledMaskLosses(torch.autograd.Function):
+    """Focal and dice loss on sampled points, a few masks at a time, whose gradient is made at once.
+
+    Shapes:
+        logits: (M, h, w), any floating type, sorted by image; computed in float32.
+        returns: as `DenseMaskLosses`, focal being the mean over points.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        sampling: PointSampling,
+        counts: list[int],
+        segments: Tensor,
+        targets: Targets,
+        ignores_void: bool,
+        focal_weight: float,
+        dice_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = torch.empty_like(logits, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
+        chunk_size = CHUNK_SIZE_CPU if logits.device.type == "cpu" else CHUNK_SIZE_GPU
+        masks_per_chunk = max(1, chunk_size // sampling.num_points)
+        ends = itertools.accumulate(counts)
+        for end, count, masks in zip(ends, counts, targets.masks, strict=True):
+            for start in range(end - count, end, masks_per_chunk):
+                rows = slice(start, min(start + masks_per_chunk, end))
+                with torch.set_grad_enabled(gradient is not None):
+                    chunk = logits[rows].detach().float().requires_grad_(gradient is not None)
+                    at_points = sampling.at_points(chunk, segments[rows], masks, targets.size, ignores_void)
+                    focal_losses, dice_losses = plain_mask_losses(*at_points)
+                    if gradient is not None:
+                        loss = focal_weight * focal_losses.sum() + dice_weight * dice_losses.sum()
+                        (gradient[rows],) = torch.autograd.grad(loss, chunk)
+                focal[rows], dice[rows] = focal_losses.detach(), dice_losses.detach()
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        ctx.mark_non_differentiable(focal, dice)
+        return focal_weight * focal.sum() + dice_weight * dice.sum(), focal, dice
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, total_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * total_gradient).to(ctx.dtype), *(None,) * 7
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
@@ -285,6 +328,6 @@ def plain_mask_losses(logits: Tensor, inside: Tensor, counted: Tensor | None = N
 
 def _pixels_at(points: Tensor, size: tuple[int, int]) -> Tensor:
     """Positions in the flattened image of the pixels that points (..., 2), (x, y) in 0 to 1, fall into."""
-    height, width = size
-    columns, rows = (points * points.new_tensor((width, height))).long().unbind(-1)
-    return rows.clamp(max=height - 1) * width + columns.clamp(max=width - 1)
+    # Random numbers stay so far below 1 that no product is rounded up to the height or width itself.
+    columns, rows = (points * points.new_tensor((size[1], size[0]))).long().unbind(-1)
+    return rows * size[1] + columns
