@@ -68,7 +68,7 @@ def prepare_targets(
         )
     masks = [
         # Two bytes suffice for all indices that have a label; one that has none is refused later.
-        image_masks.clamp(NO_SEGMENT, torch.iinfo(torch.int16).max).to(torch.int16)
+        image_masks.long().clamp(NO_SEGMENT, torch.iinfo(torch.int16).max).to(torch.int16)
         if image_masks.dim() == 2
         # transformers' image processor pads its float masks with 255, which is no part of a segment.
         else F.pad(image_masks == 1, (0, width - image_masks.shape[2], 0, height - image_masks.shape[1]))
@@ -87,10 +87,16 @@ def checked_labels(targets: Targets, num_labels: int) -> list[list[int]]:
     highest = torch.stack(
         [m.max().long() if m.dim() == 2 else m.new_tensor(-1, dtype=torch.long) for m in targets.masks]
     )
-    labels = [[label for label in row if label != NO_LABEL] for row in targets.labels.tolist()]
+    rows = targets.labels.tolist()
+    labels = [[label for label in row if label != NO_LABEL] for row in rows]
     for image, (image_labels, image_masks, index) in enumerate(
         zip(labels, targets.masks, highest.tolist(), strict=True)
     ):
+        if rows[image][: len(image_labels)] != image_labels:
+            raise ValueError(
+                f"class_labels of image {image} have {NO_LABEL} before their end, but it only pads on the right: the "
+                "index of a segment is the place of its label."
+            )
         if index >= len(image_labels):
             raise ValueError(
                 f"mask_labels of image {image} point to segment {index}, but it has {len(image_labels)} class_labels."

@@ -99,6 +99,13 @@ def test_a_void_image_teaches_no_object_only():
     assert mask_logits.grad.abs().max() == 0
 
 
+def test_a_batch_of_empty_lists_is_void():
+    class_logits, mask_logits = random_logits(num_layers=1)
+    empty = [torch.zeros(0, 16, 24)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2
+    total, _ = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, *empty)
+    assert total.item() == pytest.approx(-class_logits.log_softmax(-1)[..., -1].mean().item(), rel=1e-5)
+
+
 def test_an_image_without_segments_beside_one_with_some():
     batch = as_mask_list(tiny_batch(size=(16, 24)))
     batch["mask_labels"][1] = torch.zeros(0, 16, 24)
@@ -153,6 +160,7 @@ def test_half_precision_logits_give_a_finite_loss():
             lambda b: b.update(mask_labels=[torch.ones(3, 16, 24)] * 2, class_labels=[torch.tensor([0, 1])] * 2),
             "Image 0 has 3 masks, but 2 labels",
         ),
+        (lambda b: b["class_labels"][0].fill_(-100)[1:].fill_(1), "class_labels of image 0 have -100 before their end"),
         (lambda b: b.update(size=(8, 8)), "are 16 x 24 pixels, but the padded images have 8 x 8"),
     ],
 )

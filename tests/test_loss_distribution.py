@@ -108,6 +108,17 @@ def test_the_plain_trainer_takes_the_mean_over_micro_batches(tmp_path):
     assert distance(found, gradient_of_the_big_batch()) > 1000
 
 
+def test_an_own_loop_gives_the_model_the_numbers_of_the_whole_batch():
+    model, config = seeded_model().train(), seeded_model().config
+    parts = [collate(images()[start : start + 2]) for start in (0, 2)]
+    num_items = sum(
+        count_items(part["class_labels"], config.decoder_config.num_queries, config.no_object_weight) for part in parts
+    )
+    for part in parts:
+        model(**part, num_items_in_batch=num_items).loss.backward()
+    assert distance(gradients(model), gradient_of_the_big_batch()) < 1
+
+
 def test_what_the_losses_are_divided_by_is_counted_before_matching():
     """3 queries; 2, 5 and 0 segments: 7 masks; 2 + 3 queries match and 4 weigh a tenth."""
     labels = torch.tensor([[1, 1, -100, -100, -100], [0, 1, 2, 3, 0], [-100] * 5])
