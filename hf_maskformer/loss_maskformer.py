@@ -226,7 +226,7 @@ class MaskFormerLoss(nn.Module):
             left_out = ~are_owned_at(image_masks, pixels) if self.ignores_void else None
             for layer, logits in enumerate(mask_logits[:, image].flatten(2)):
                 focal_cost[layer, image, :, :count], dice_cost[layer, image, :, :count] = pairwise_mask_costs(
-                    logits if chosen is None else logits[:, chosen], masks, left_out
+                    logits if chosen is None else logits.index_select(1, chosen), masks, left_out
                 )
         return {
             "class cost": self.class_cost * class_cost,
