@@ -1,6 +1,6 @@
 """The model on paper: every field changes the model or its loss, and wrong combinations fail here."""
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -50,6 +50,14 @@ class MaskFormerConfig(ConfigWithCode):
         class_cost: Weight of the class probability in the matching cost.
         mask_cost: Weight of the focal term in the matching cost; None: `mask_weight`, as in the paper.
         dice_cost: Weight of the dice term in the matching cost; None: `dice_weight`, as in the paper.
+        void_in_loss: What pixels of no segment (-1 in an index map, covered by no mask of a list, padding) are to
+            matching and losses: "background" of every mask, as in the paper, or left out of both ("ignore").
+        matching: "bipartite" assigns segments to queries by cost; "fixed", the paper's ablation, gives query i to
+            class i and needs as many queries as classes.
+        train_num_points: Points per mask on which matching and mask losses compare masks; None takes all pixels, as
+            the paper does. Mask2Former takes 12544.
+        oversample_ratio: How many times as many points are drawn to choose the most uncertain ones from.
+        importance_sample_ratio: Share of the points that is chosen by uncertainty.
         deep_supervision: Apply the loss after every decoder layer, as the paper does.
         freeze_batch_norm: Keep the batch normalisation of the backbone at its stored statistics, without gradient, as
             the paper does. Set it to False to train a backbone with batch normalisation from scratch.
@@ -88,6 +96,11 @@ class MaskFormerConfig(ConfigWithCode):
     class_cost: float | int = 1.0
     mask_cost: float | int | None = None
     dice_cost: float | int | None = None
+    void_in_loss: Literal["background", "ignore"] = "background"
+    matching: Literal["bipartite", "fixed"] = "bipartite"
+    train_num_points: int | None = None
+    oversample_ratio: float | int = 3.0
+    importance_sample_ratio: float | int = 0.75
     deep_supervision: bool = True
     freeze_batch_norm: bool = True
     use_auxiliary_loss: bool | None = False
@@ -150,6 +163,7 @@ class MaskFormerConfig(ConfigWithCode):
         _check_weights(self)
         check_labels(self.id2label)
         check_sizes(self)
+        _check_matching(self)
 
 
 def _decoder_config(value: Any) -> PreTrainedConfig:
@@ -183,3 +197,20 @@ def _check_weights(config: MaskFormerConfig) -> None:
         raise ValueError(
             "class_cost, mask_cost and dice_cost are all 0, so every matching costs the same. Set one above 0."
         )
+
+
+def _check_matching(config: MaskFormerConfig) -> None:
+    if config.matching == "fixed" and config.decoder_config.num_queries != config.num_labels:
+        raise ValueError(
+            f"matching='fixed' gives every class a query of its own, but decoder_config.num_queries is "
+            f"{config.decoder_config.num_queries} and there are {config.num_labels} labels. Set num_queries to "
+            f"{config.num_labels}."
+        )
+    if config.train_num_points is not None and config.train_num_points < 1:
+        raise ValueError(
+            f"train_num_points is {config.train_num_points}, but must be at least 1, or None to compare all pixels."
+        )
+    if not 1 <= config.oversample_ratio < float("inf"):
+        raise ValueError(f"oversample_ratio is {config.oversample_ratio}, but must be a finite number of at least 1.")
+    if not 0 <= config.importance_sample_ratio <= 1:
+        raise ValueError(f"importance_sample_ratio is {config.importance_sample_ratio}, but must lie in 0 to 1.")

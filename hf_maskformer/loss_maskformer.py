@@ -1,22 +1,29 @@
 """Matching and losses: costs, assignment, loss terms (paper, section 3.2).
 
-Letters: B images, L decoder layers, Q queries, K classes, N segments in one image, M matched pairs in the batch;
-H x W is the padded image, h x w = H/4 x W/4.
+Letters: B images, L decoder layers, Q queries, K classes, N segments in one image, M matched pairs of the batch,
+C pixel feature width; H x W is the padded image, h x w = H/4 x W/4.
 """
 
-import warnings
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import is_scipy_available
 
-FOCAL_ALPHA = 0.25
-FOCAL_GAMMA = 2.0
-NO_SEGMENT = -1  # in an index map: the pixel belongs to no segment
-NO_LABEL = -100  # in a padded tensor of labels: there is no such segment
+from .loss_maskformer_masks import DenseMaskLosses, MatchedMasks, PointSampling, SampledMaskLosses
+from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask_costs
+from .loss_maskformer_targets import (
+    NO_LABEL,
+    Targets,
+    are_owned_at,
+    checked_labels,
+    masks_at,
+    pixels_at_stride,
+    pixels_of_segments,
+    prepare_targets,
+)
 
 
 class MaskFormerLoss(nn.Module):
@@ -26,6 +33,10 @@ class MaskFormerLoss(nn.Module):
     Matched queries then learn the class and the mask of their segment, all others "no object". As in the paper's code,
     matching compares masks at stride 4, the mask losses at full resolution, and pixels of no segment are background.
 
+    The mask terms are divided by the number of masks, the class term by the sum of the class weights of its queries.
+    Over processes whose gradients are averaged both are those of the whole batch, so that it does not matter how
+    images are spread over processes.
+
     transformers' loss of the same name takes a matcher and divides the number of masks by the number of processes
     twice.
 
@@ -34,6 +45,10 @@ class MaskFormerLoss(nn.Module):
         cross_entropy_weight, mask_weight, dice_weight: Weights of the loss terms.
         no_object_weight: Weight of "no object" in the cross-entropy.
         class_cost, mask_cost, dice_cost: Weights of the matching cost.
+        void_in_loss: What pixels of no segment are: "background" of every mask, or left out ("ignore").
+        matching: "bipartite", or "fixed": query i answers for class i.
+        train_num_points, oversample_ratio, importance_sample_ratio: Compare masks on sampled points (`PointSampling`)
+            instead of all pixels.
     """
 
     empty_weight: Tensor
@@ -49,6 +64,11 @@ class MaskFormerLoss(nn.Module):
         class_cost: float = 1.0,
         mask_cost: float = 20.0,
         dice_cost: float = 1.0,
+        void_in_loss: str = "background",
+        matching: str = "bipartite",
+        train_num_points: int | None = None,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
     ) -> None:
         super().__init__()
         self.num_labels = num_labels
@@ -59,6 +79,14 @@ class MaskFormerLoss(nn.Module):
         self.class_cost = class_cost
         self.mask_cost = mask_cost
         self.dice_cost = dice_cost
+        self.ignores_void = void_in_loss == "ignore"
+        self.is_matching_fixed = matching == "fixed"
+        self.point_sampling = (
+            None
+            if train_num_points is None
+            else PointSampling(train_num_points, oversample_ratio, importance_sample_ratio)
+        )
+        self.reported_terms: set[str] = set()
         # Weight of every class; the last is "no object". The name is the one in checkpoints.
         self.register_buffer("empty_weight", torch.empty(num_labels + 1))
         self.reset_parameters()
@@ -68,6 +96,8 @@ class MaskFormerLoss(nn.Module):
         weights[-1] = self.no_object_weight
         init.copy_(self.empty_weight, weights)
 
+    # The assignment runs on the host: a compiled model ends here and does not try to look inside.
+    @torch.compiler.disable
     def forward(
         self,
         class_queries_logits: Tensor,
@@ -75,6 +105,9 @@ class MaskFormerLoss(nn.Module):
         mask_labels: Tensor | list[Tensor],
         class_labels: Tensor | list[Tensor],
         size: Sequence[int] | None = None,
+        *,
+        embeddings: tuple[Tensor, Tensor] | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gives the loss and its terms.
 
@@ -84,6 +117,10 @@ class MaskFormerLoss(nn.Module):
             mask_labels: List of B tensors (N_i, H_i, W_i), or an index map (B, H, W), -1 = no segment.
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
             size: (H, W) of the padded images, if known: masks of another size are then refused.
+            embeddings: Mask embeddings (L, B, Q, C) and pixel embeddings (B, C, h, w), whose products the mask logits
+                are. The mask logits then need no gradient: those of the matched queries are computed again, with it.
+            num_items_in_batch: What `count_items` gives for the whole batch, if this is only a part of it (gradient
+                accumulation), over all processes.
 
         Returns:
             The sum of all terms, and each weighted term, detached: `loss_cross_entropy`, `loss_mask`, `loss_dice` of
@@ -92,205 +129,185 @@ class MaskFormerLoss(nn.Module):
         Raises:
             ValueError: The labels do not fit each other, the batch or the number of classes.
         """
-        labels, masks = prepare_targets(mask_labels, class_labels, self.num_labels, size)
-        if len(labels) != class_queries_logits.shape[1]:
-            raise ValueError(
-                f"The labels are of {len(labels)} images, but the batch has {class_queries_logits.shape[1]}."
-            )
-        low_resolution_masks = [downsample(image_masks, masks_queries_logits.shape[-2:]) for image_masks in masks]
-        num_masks = average_over_processes(sum(len(image_labels) for image_labels in labels), self.empty_weight.device)
+        num_layers, batch_size, num_queries = class_queries_logits.shape[:3]
+        targets = prepare_targets(mask_labels, class_labels, batch_size, size)
+        if num_items_in_batch is None:
+            num_items_in_batch = sum_over_processes(count_items(targets.labels, num_queries, self.no_object_weight))
+        # Gradients are averaged over processes, so the normalisers are averages too.
+        num_masks = num_items_in_batch[0].clamp(min=1) / num_processes()
+        class_weight = num_items_in_batch[1] / num_processes()
 
-        terms = {}
-        last_layer = len(class_queries_logits) - 1
-        # Autocast would take the matrix products of matching to half precision, where areas overflow.
+        matches = self.match(class_queries_logits, masks_queries_logits, targets)
+        # Rows of one segment stand together: they share its pixels.
+        pairs = sorted(
+            (image, segment, layer, query)
+            for layer, layer_matches in enumerate(matches)
+            for image, image_matches in enumerate(layer_matches)
+            for query, segment in zip(*image_matches, strict=True)
+        )
+        images, segments, layers, queries = (
+            torch.tensor(pairs, dtype=torch.long).view(-1, 4).T.to(class_queries_logits.device)
+        )
+        counts = [sum(len(layer_matches[image][0]) for layer_matches in matches) for image in range(batch_size)]
+        if embeddings is None:
+            mask_logits = masks_queries_logits[layers, images, queries]
+        else:
+            mask_logits = matched_mask_logits(embeddings[0][layers, images, queries], embeddings[1], counts)
+
+        # Autocast would take products to half precision, where areas overflow.
         with torch.autocast(class_queries_logits.device.type, enabled=False):
-            for layer, (class_logits, mask_logits) in enumerate(
-                zip(class_queries_logits.float(), masks_queries_logits.float(), strict=True)
-            ):
-                matches = self.match(class_logits, mask_logits, labels, low_resolution_masks)
-                suffix = "" if layer == last_layer else f"_{layer}"
-                loss_mask, loss_dice = mask_losses(*matched_masks(mask_logits, masks, matches), num_masks)
-                terms[f"loss_cross_entropy{suffix}"] = self.cross_entropy_weight * self.classification_loss(
-                    class_logits, labels, matches
+            cross_entropy = self.cross_entropies(
+                class_queries_logits.float(), targets.labels, layers, images, queries, segments
+            )
+            cross_entropy = self.cross_entropy_weight * cross_entropy / class_weight
+            weights = self.mask_weight, self.dice_weight
+            if self.point_sampling is None:
+                mask_loss, focal, dice = DenseMaskLosses.apply(
+                    mask_logits, self.groups(pairs, targets), targets.size, *weights
                 )
-                terms[f"loss_mask{suffix}"] = self.mask_weight * loss_mask
-                terms[f"loss_dice{suffix}"] = self.dice_weight * loss_dice
-        loss = torch.stack(list(terms.values())).sum()
-        return loss, {name: term.detach() for name, term in terms.items()}
+            else:
+                mask_loss, focal, dice = SampledMaskLosses.apply(
+                    mask_logits, self.point_sampling, counts, segments, targets, self.ignores_void, *weights
+                )
+            loss = cross_entropy.sum() + mask_loss / num_masks
+
+            mask_terms = torch.stack((self.mask_weight * focal, self.dice_weight * dice)) / num_masks
+            mask_terms = mask_terms.new_zeros(2, num_layers).index_add_(1, layers, mask_terms)
+            terms = torch.cat((cross_entropy.detach()[None], mask_terms))
+        names = ("loss_cross_entropy", "loss_mask", "loss_dice")
+        suffixes = [*(f"_{layer}" for layer in range(num_layers - 1)), ""]
+        return loss, {
+            f"{name}{suffix}": terms[row, layer]
+            for layer, suffix in enumerate(suffixes)
+            for row, name in enumerate(names)
+        }
 
     @torch.no_grad()
-    def match(
-        self, class_logits: Tensor, mask_logits: Tensor, labels: list[Tensor], masks: list[Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Assigns segments to queries, one to one, in every image.
+    def match(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets) -> list[list[Match]]:
+        """Assigns segments to queries, one to one, after every layer and in every image.
 
         Args:
-            class_logits: (B, Q, K + 1), float32.
-            mask_logits: (B, Q, h, w), float32.
-            labels: B tensors (N_i,).
-            masks: B tensors (N_i, h, w) of 0 and 1, float32.
+            class_logits: (L, B, Q, K + 1).
+            mask_logits: (L, B, Q, h, w).
+            targets: The segments.
 
         Returns:
-            For each image the indices of the matched queries, ascending, and of their segments; min(Q, N_i) each.
+            For each layer and image the matched queries, and their segments; min(Q, N_i) each.
         """
-        matches = []
-        for image_class_logits, image_mask_logits, image_labels, image_masks in zip(
-            class_logits, mask_logits, labels, masks, strict=True
-        ):
-            class_cost = -image_class_logits.softmax(-1)[:, image_labels]
-            mask_cost, dice_cost = pairwise_mask_costs(image_mask_logits.flatten(1), image_masks.flatten(1))
-            cost = self.class_cost * class_cost + self.mask_cost * mask_cost + self.dice_cost * dice_cost
-            matches.append(assign(cost))
-        return matches
+        if self.is_matching_fixed:
+            labels = checked_labels(targets, self.num_labels)
+            return [[_fixed_match(image, image_labels) for image, image_labels in enumerate(labels)]] * len(mask_logits)
+        with torch.autocast(class_logits.device.type, enabled=False):
+            costs = self.matching_costs(class_logits, mask_logits, targets)
+        is_finite = torch.stack([cost.isfinite().all() for cost in costs.values()])
+        # Here, once in a step, the host waits for the device; whatever could be queued on it has been.
+        total = torch.stack(list(costs.values())).sum(0).cpu()
+        num_segments = [len(labels) for labels in checked_labels(targets, self.num_labels)]
+        are_finite = dict(zip(costs, is_finite.tolist(), strict=True))
+        return assign(finite_costs(total, are_finite, self.reported_terms), num_segments)
 
-    def classification_loss(
-        self, class_logits: Tensor, labels: list[Tensor], matches: list[tuple[Tensor, Tensor]]
+    def matching_costs(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Each weighted term of the cost of every query with every segment, (L, B, Q, N) float32."""
+        num_queries, num_segments = class_logits.shape[2], targets.labels.shape[1]
+        labels = targets.labels.clamp(0, self.num_labels - 1)  # columns past an image's labels are never looked at
+        class_cost = (
+            -class_logits.float()
+            .softmax(-1)
+            .gather(3, labels[None, :, None].expand(len(class_logits), -1, num_queries, -1))
+        )
+        focal_cost, dice_cost = class_cost.new_zeros(2, *class_cost.shape)
+        pixels = pixels_at_stride(targets.size, mask_logits.shape[-2:], mask_logits.device)
+        chosen = None if self.point_sampling is None else self.point_sampling.choose_pixels(pixels)
+        if chosen is not None:
+            pixels = pixels[chosen]
+        for image, image_masks in enumerate(targets.masks):
+            count = num_segments if image_masks.dim() == 2 else min(len(image_masks), num_segments)
+            masks = masks_at(image_masks, torch.arange(count, device=pixels.device), pixels)
+            left_out = ~are_owned_at(image_masks, pixels) if self.ignores_void else None
+            for layer, logits in enumerate(mask_logits[:, image].flatten(2)):
+                focal_cost[layer, image, :, :count], dice_cost[layer, image, :, :count] = pairwise_mask_costs(
+                    logits if chosen is None else logits.index_select(1, chosen), masks, left_out
+                )
+        return {
+            "class cost": self.class_cost * class_cost,
+            "mask cost": self.mask_cost * focal_cost,
+            "dice cost": self.dice_cost * dice_cost,
+        }
+
+    def cross_entropies(
+        self,
+        class_logits: Tensor,
+        labels: Tensor,
+        layers: Tensor,
+        images: Tensor,
+        queries: Tensor,
+        segments: Tensor,
     ) -> Tensor:
-        """Cross-entropy over all queries (B, Q, K + 1) of the batch; a query without a match is "no object"."""
-        targets = torch.full(class_logits.shape[:2], self.num_labels, device=class_logits.device)
-        for image, (image_labels, (queries, segments)) in enumerate(zip(labels, matches, strict=True)):
-            targets[image, queries] = image_labels[segments]
+        """The weighted sum of the cross-entropies of each layer, (L,); a query without a match is "no object"."""
+        classes = torch.full(class_logits.shape[:3], self.num_labels, device=class_logits.device)
+        classes[layers, images, queries] = labels[images, segments]
         # From the configuration, not from the buffer: a checkpoint brings its own, and half precision rounds it.
         weights = torch.ones(self.num_labels + 1, device=class_logits.device)
         weights[-1] = self.no_object_weight
-        return F.cross_entropy(class_logits.transpose(1, 2), targets, weights)
+        entropies = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), weights, reduction="none")
+        return entropies.view(len(class_logits), -1).sum(1)
+
+    def groups(self, pairs: list[tuple[int, int, int, int]], targets: Targets) -> list[MatchedMasks]:
+        """The matched rows, sorted by image and segment, with the pixels of each segment."""
+        pixels = [pixels_of_segments(masks, targets.labels.shape[1]) for masks in targets.masks]
+        groups, start = [], 0
+        for (image, segment), rows in groupby(pairs, key=lambda pair: pair[:2]):
+            void, segments = pixels[image]
+            stop = start + sum(1 for _ in rows)
+            groups.append(MatchedMasks(slice(start, stop), segments[segment], void if self.ignores_void else None))
+            start = stop
+        return groups
 
 
-def prepare_targets(
-    mask_labels: Tensor | list[Tensor],
-    class_labels: Tensor | list[Tensor],
-    num_labels: int,
-    size: Sequence[int] | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Brings both forms of labels to one: B tensors of labels (N_i,) and of masks (N_i, H, W), bool.
+def matched_mask_logits(mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int]) -> Tensor:
+    """Mask logits (M, h, w) of queries (M, C) that are sorted by image; `counts` says how many each image has."""
+    # Each image by itself, so that the gradient of its pixels is made by one product for all layers.
+    return torch.cat(
+        [
+            torch.einsum("mc,chw->mhw", image_embeddings, pixels)
+            for image_embeddings, pixels in zip(mask_embeddings.split(counts), pixel_embeddings.unbind(), strict=True)
+        ]
+    )
 
-    Raises:
-        ValueError: A label outside 0 to K - 1, an index map that points past the labels, numbers of masks and labels
-            that differ, or masks of another size than the padded images.
+
+def count_items(class_labels: Tensor | Sequence[Tensor], num_queries: int, no_object_weight: float) -> Tensor:
+    """By what the losses are divided: the number of masks and the sum of the class weights of all queries, (2,).
+
+    Both are known before matching. Of a batch in several parts, or on several processes, add up the parts' numbers.
+
+    Args:
+        class_labels: List of B tensors (N_i,), or (B, N) padded with -100.
+        num_queries: Q.
+        no_object_weight: Weight of a query without a segment; one with a segment weighs 1.
     """
-    labels = [image_labels[image_labels != NO_LABEL].long() for image_labels in class_labels]
-    if len(mask_labels) != len(labels):
-        raise ValueError(f"mask_labels are of {len(mask_labels)} images, but class_labels of {len(labels)}.")
-    masks = [
-        # transformers' image processor pads its float masks with 255, which is no part of a segment.
-        segment_masks(image_masks, len(image_labels)) if image_masks.dim() == 2 else image_masks == 1
-        for image_masks, image_labels in zip(mask_labels, labels, strict=True)
-    ]
-    for image, (image_labels, image_masks) in enumerate(zip(labels, masks, strict=True)):
-        if len(image_labels) != len(image_masks):
-            raise ValueError(f"Image {image} has {len(image_masks)} masks, but {len(image_labels)} labels.")
-        if len(image_labels) and not 0 <= int(image_labels.min()) <= int(image_labels.max()) < num_labels:
-            raise ValueError(
-                f"Image {image} has the class labels {sorted(set(image_labels.tolist()))}, but the model has "
-                f"{num_labels} classes (0 to {num_labels - 1}). Check id2label of the configuration against the data."
-            )
-    _check_size(masks, size)
-    return labels, masks
+    num_segments = torch.stack([labels.ne(NO_LABEL).sum() for labels in class_labels])
+    matched = num_segments.clamp(max=num_queries)
+    class_weight = matched + no_object_weight * (num_queries - matched)
+    return torch.stack((num_segments.sum().float(), class_weight.sum()))
 
 
-def segment_masks(index_map: Tensor, num_segments: int) -> Tensor:
-    """Splits an index map (H, W) into the bool masks (N, H, W) of its segments."""
-    if int(index_map.max()) >= num_segments:
+def sum_over_processes(numbers: Tensor) -> Tensor:
+    if num_processes() > 1:
+        torch.distributed.all_reduce(numbers)
+    return numbers
+
+
+def num_processes() -> int:
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
+
+
+def _fixed_match(image: int, labels: list[int]) -> Match:
+    """Query i for class i."""
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
         raise ValueError(
-            f"mask_labels point to segment {int(index_map.max())}, but the image has {num_segments} class_labels."
+            f"Image {image} has several segments of the classes {repeated}, but with matching='fixed' each class has a "
+            "single query. Give one mask per class (semantic targets), or set matching='bipartite'."
         )
-    return index_map == torch.arange(num_segments, device=index_map.device)[:, None, None]
-
-
-def _check_size(masks: list[Tensor], size: Sequence[int] | None) -> None:
-    height, width = masks[0].shape[1:] if size is None else size
-    for image_masks in masks:
-        if tuple(image_masks.shape[1:]) != (height, width):
-            raise ValueError(
-                f"mask_labels are {image_masks.shape[1]} x {image_masks.shape[2]} pixels, but the padded images have "
-                f"{height} x {width}. Masks must be resized and padded (with 0, or -1 in an index map) together with "
-                "their images."
-            )
-
-
-def downsample(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour masks (N, h, w), float32, of masks (N, H, W), as the matcher of the paper's code sees them."""
-    return F.interpolate(masks[None].float(), size=size, mode="nearest")[0] if len(masks) else masks.new_zeros(0, *size)
-
-
-def pairwise_mask_costs(mask_logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Focal and dice cost of every query (Q, P) with every segment (N, P), both (Q, N).
-
-    A sum over pixels of the segment and one over the others is one matrix product each, so that nothing of size
-    Q x N x P is held.
-    """
-    masks = masks.to(mask_logits.dtype)
-    probabilities = mask_logits.sigmoid()
-    focal_inside = FOCAL_ALPHA * focal_loss(mask_logits)
-    focal_outside = (1 - FOCAL_ALPHA) * focal_loss(-mask_logits)
-    focal = ((focal_inside - focal_outside) @ masks.T + focal_outside.sum(1, keepdim=True)) / mask_logits.shape[1]
-    overlap = probabilities @ masks.T
-    dice = 1 - (2 * overlap + 1) / (probabilities.sum(1, keepdim=True) + masks.sum(1) + 1)
-    return focal, dice
-
-
-def focal_loss(logits_of_truth: Tensor) -> Tensor:
-    """Focal loss (arXiv 1708.02002) before alpha; takes the logit inside a segment and its negative outside."""
-    return (-logits_of_truth).sigmoid() ** FOCAL_GAMMA * F.softplus(-logits_of_truth)
-
-
-def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """The assignment of least cost: indices of the rows (queries) and columns (segments) of (Q, N), on its device."""
-    if is_scipy_available():
-        from scipy.optimize import linear_sum_assignment
-    else:
-        raise ImportError("Matching needs scipy. Install it with: pip install scipy")
-    # linear_sum_assignment refuses NaN and infinity, which a diverging network produces: such pairs match last.
-    is_finite = cost.isfinite()
-    if not is_finite.all():
-        warnings.warn(
-            f"{int((~is_finite).sum())} of {cost.numel()} matching costs are not finite: the network diverges. "
-            "Lower the learning rate or clip the gradient.",
-            stacklevel=2,
-        )
-        cost = torch.where(is_finite, cost, torch.finfo(torch.float32).max / 1e6)
-    rows, columns = linear_sum_assignment(cost.cpu().numpy())
-    return torch.as_tensor(rows, device=cost.device), torch.as_tensor(columns, device=cost.device)
-
-
-def matched_masks(
-    mask_logits: Tensor, masks: list[Tensor], matches: list[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Logits (M, h, w) of the matched queries of a batch (B, Q, h, w), and the masks (M, H, W) of their segments."""
-    logits = torch.cat([image_logits[queries] for image_logits, (queries, _) in zip(mask_logits, matches, strict=True)])
-    targets = torch.cat([image_masks[segments] for image_masks, (_, segments) in zip(masks, matches, strict=True)])
-    return logits, targets
-
-
-def mask_losses(mask_logits: Tensor, masks: Tensor, num_masks: float) -> tuple[Tensor, Tensor]:
-    """Focal and dice loss of matched pairs, logits (M, h, w) enlarged to their masks (M, H, W).
-
-    Focal is the mean over pixels; both are summed over pairs and divided by `num_masks`. Without pairs both are 0 and
-    still depend on the logits, so that every process has a gradient for every parameter.
-    """
-    if not len(masks):
-        return mask_logits.sum(), mask_logits.sum()
-    logits = F.interpolate(mask_logits[None], size=masks.shape[-2:], mode="bilinear", align_corners=False)[0].flatten(1)
-    inside = masks.flatten(1).to(logits.dtype)
-    log_truth = F.logsigmoid(logits * (2 * inside - 1))  # of the probability of the truth: inside or outside
-    error = 1 - log_truth.exp()
-    focal = -(error**FOCAL_GAMMA) * log_truth
-    focal_inside = (focal * inside).sum(1)
-    focal_outside = focal.sum(1) - focal_inside
-    focal_mean = (FOCAL_ALPHA * focal_inside + (1 - FOCAL_ALPHA) * focal_outside) / focal.shape[1]
-
-    area, error_inside = inside.sum(1), (error * inside).sum(1)
-    overlap = area - error_inside
-    predicted_area = overlap + error.sum(1) - error_inside
-    dice = 1 - (2 * overlap + 1) / (predicted_area + area + 1)
-    return focal_mean.sum() / num_masks, dice.sum() / num_masks
-
-
-def average_over_processes(count: int, device: torch.device) -> float:
-    """The mean of a count over all processes, at least 1: gradients are averaged over processes too."""
-    total = torch.tensor(float(count), device=device)
-    num_processes = 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-        num_processes = torch.distributed.get_world_size()
-    return max(float(total) / num_processes, 1.0)
+    return labels, list(range(len(labels)))

@@ -240,6 +240,9 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
 class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
     """MaskFormer for semantic, instance and panoptic segmentation; the name is transformers' own."""
 
+    # Trainer's own `num_items_in_batch` counts tokens of `labels`, which mean nothing here.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: MaskFormerConfig) -> None:
         super().__init__(config)
         hidden_size = config.decoder_config.d_model
@@ -254,6 +257,11 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             dice_weight=config.dice_weight,
             no_object_weight=config.no_object_weight,
             **config.matching_costs,
+            void_in_loss=config.void_in_loss,
+            matching=config.matching,
+            train_num_points=config.train_num_points,
+            oversample_ratio=config.oversample_ratio,
+            importance_sample_ratio=config.importance_sample_ratio,
         )
         self.post_init()
 
@@ -267,6 +275,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | None = None,
         **kwargs: object,
     ) -> MaskFormerForInstanceSegmentationOutput | tuple:
         """Predicts Q masks and their classes for each image, and the loss if labels are given.
@@ -280,6 +289,8 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
                 it tells post-processing where each image ends.
             output_auxiliary_logits: Return the logits after every decoder layer but the last.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
+            num_items_in_batch: (2,), by what the loss is divided if this batch is one of several whose gradients are
+                added up; see `MaskFormerLoss`. `MaskFormerTrainer` gives it.
 
         Raises:
             ValueError: Only one kind of label is given, or the labels do not fit the batch (see `MaskFormerLoss`).
@@ -300,15 +311,23 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         if not (output_auxiliary_logits or (has_labels and self.config.deep_supervision)):
             queries = queries[-1:]
         class_logits = self.class_predictor(queries)  # (L, B, Q, K + 1)
-        mask_logits = torch.einsum("lbqc,bchw->lbqhw", self.mask_embedder(queries), pixel_embeddings)
+        mask_embeddings = self.mask_embedder(queries)
+        # The loss needs all masks for matching only; those that matched it computes again, with gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not has_labels):
+            mask_logits = torch.einsum("lbqc,bchw->lbqhw", mask_embeddings, pixel_embeddings)
 
         loss, loss_dict = None, None
         if has_labels:
             supervised = slice(None) if self.config.deep_supervision else slice(-1, None)
             loss, loss_dict = self.criterion(
-                class_logits[supervised], mask_logits[supervised], mask_labels, class_labels, pixel_values.shape[-2:]
+                class_logits[supervised],
+                mask_logits[supervised],
+                mask_labels,
+                class_labels,
+                pixel_values.shape[-2:],
+                embeddings=(mask_embeddings[supervised], pixel_embeddings),
+                num_items_in_batch=num_items_in_batch,
             )
-            mask_logits = mask_logits.detach()
 
         auxiliary_logits = None
         if output_auxiliary_logits:

@@ -1,12 +1,14 @@
 import itertools
-import multiprocessing
+import warnings
 
 import pytest
 import torch
 from models import NUM_LABELS, as_mask_list, tiny_batch
 
 from hf_maskformer import MaskFormerLoss
-from hf_maskformer.loss_maskformer import assign, mask_losses, pairwise_mask_costs
+from hf_maskformer.loss_maskformer_masks import plain_mask_losses
+from hf_maskformer.loss_maskformer_matching import assign, finite_costs, pairwise_mask_costs
+from hf_maskformer.loss_maskformer_targets import prepare_targets
 
 
 def random_logits(num_layers=2, batch_size=2, num_queries=6, size=(16, 24)):
@@ -34,43 +36,46 @@ def test_a_perfect_prediction_costs_almost_nothing_and_a_wrong_one_much():
 
 def test_mask_losses_of_a_case_worked_out_by_hand():
     """Two pixels, one inside; logits 0, so every probability is 1/2."""
-    focal, dice = mask_losses(torch.zeros(1, 1, 2), torch.tensor([[[True, False]]]), num_masks=2)
+    focal, dice = plain_mask_losses(torch.zeros(1, 2), torch.tensor([[True, False]]))
     log_two = 0.6931472
-    assert focal.item() == pytest.approx((0.25 * 0.25 * log_two + 0.75 * 0.25 * log_two) / 2 / 2)
-    assert dice.item() == pytest.approx((1 - (2 * 0.5 + 1) / (1 + 1 + 1)) / 2)
+    assert focal.item() == pytest.approx((0.25 * 0.25 * log_two + 0.75 * 0.25 * log_two) / 2)
+    assert dice.item() == pytest.approx(1 - (2 * 0.5 + 1) / (1 + 1 + 1))
 
 
 def test_matching_costs_are_the_losses_of_every_pair():
     logits, masks = torch.randn(5, 12), torch.rand(3, 12) > 0.5
     focal, dice = pairwise_mask_costs(logits, masks)
     for query, segment in itertools.product(range(5), range(3)):
-        one = mask_losses(logits[query].view(1, 1, 12), masks[segment].view(1, 1, 12), num_masks=1)
+        one = plain_mask_losses(logits[query][None], masks[segment][None])
         assert focal[query, segment].item() == pytest.approx(one[0].item(), rel=1e-4)
         assert dice[query, segment].item() == pytest.approx(one[1].item(), rel=1e-4)
 
 
-def test_the_assignment_is_the_cheapest_of_all():
+@pytest.mark.parametrize("copies", [1, 12_000])  # the many are solved by threads
+def test_the_assignment_is_the_cheapest_of_all(copies):
     cost = torch.rand(4, 3)
-    rows, columns = assign(cost)
+    matches = assign(cost.expand(2, copies, -1, -1), [3] * copies)
+    assert len(matches) == 2
+    assert all(image == matches[0][0] for layer in matches for image in layer)
+    rows, columns = matches[0][0]
     cheapest = min(sum(cost[row, column] for column, row in enumerate(p)) for p in itertools.permutations(range(4), 3))
     assert cost[rows, columns].sum().item() == pytest.approx(cheapest.item())
 
 
 def test_identical_segments_go_to_different_queries():
-    loss = MaskFormerLoss(NUM_LABELS)
-    masks = torch.ones(2, 4, 4)
-    ((queries, segments),) = loss.match(
-        torch.randn(1, 5, NUM_LABELS + 1), torch.randn(1, 5, 4, 4), [torch.tensor([1, 1])], [masks]
-    )
-    assert len(set(queries.tolist())) == 2
-    assert sorted(segments.tolist()) == [0, 1]
+    targets = prepare_targets([torch.ones(2, 4, 4)], [torch.tensor([1, 1])], batch_size=1)
+    logits = torch.randn(1, 1, 5, NUM_LABELS + 1), torch.randn(1, 1, 5, 4, 4)
+    (((queries, segments),),) = MaskFormerLoss(NUM_LABELS).match(*logits, targets)
+    assert len(set(queries)) == 2
+    assert sorted(segments) == [0, 1]
 
 
-def test_costs_that_are_not_finite_match_last_and_are_reported():
+def test_costs_that_are_not_finite_match_last():
     cost = torch.tensor([[float("nan"), 1.0], [2.0, float("inf")], [3.0, 3.0]])
-    with pytest.warns(UserWarning, match="2 of 6 matching costs are not finite"):
-        rows, columns = assign(cost)
-    assert dict(zip(rows.tolist(), columns.tolist(), strict=True)) == {0: 1, 1: 0}
+    with pytest.warns(UserWarning, match="The mask cost of the matching is not finite"):
+        cost = finite_costs(cost, {"class cost": True, "mask cost": False}, set())
+    (((rows, columns),),) = assign(cost[None, None], [2])
+    assert dict(zip(rows, columns, strict=True)) == {0: 1, 1: 0}
 
 
 def test_more_segments_than_queries_leave_some_unmatched():
@@ -92,6 +97,13 @@ def test_a_void_image_teaches_no_object_only():
     assert terms["loss_cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert terms["loss_mask"] == terms["loss_dice"] == 0
     assert mask_logits.grad.abs().max() == 0
+
+
+def test_a_batch_of_empty_lists_is_void():
+    class_logits, mask_logits = random_logits(num_layers=1)
+    empty = [torch.zeros(0, 16, 24)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2
+    total, _ = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, *empty)
+    assert total.item() == pytest.approx(-class_logits.log_softmax(-1)[..., -1].mean().item(), rel=1e-5)
 
 
 def test_an_image_without_segments_beside_one_with_some():
@@ -135,7 +147,10 @@ def test_half_precision_logits_give_a_finite_loss():
     ("change", "message"),
     [
         (lambda b: b.update(class_labels=b["class_labels"] + 2), r"Image 0 has the class labels \[2, 4\].*4 classes"),
-        (lambda b: b.update(mask_labels=b["mask_labels"] + 3), "mask_labels point to segment 4.*has 2 class_labels"),
+        (
+            lambda b: b.update(mask_labels=b["mask_labels"] + 3),
+            "mask_labels of image 0 point to segment 4.*has 2 class_labels",
+        ),
         (lambda b: b.update(class_labels=b["class_labels"][:1]), "mask_labels are of 2 images, but class_labels of 1"),
         (
             lambda b: b.update(mask_labels=b["mask_labels"][:1], class_labels=b["class_labels"][:1]),
@@ -145,6 +160,7 @@ def test_half_precision_logits_give_a_finite_loss():
             lambda b: b.update(mask_labels=[torch.ones(3, 16, 24)] * 2, class_labels=[torch.tensor([0, 1])] * 2),
             "Image 0 has 3 masks, but 2 labels",
         ),
+        (lambda b: b["class_labels"][0].fill_(-100)[1:].fill_(1), "class_labels of image 0 have -100 before their end"),
         (lambda b: b.update(size=(8, 8)), "are 16 x 24 pixels, but the padded images have 8 x 8"),
     ],
 )
@@ -179,32 +195,35 @@ def test_the_weight_of_no_object_is_that_of_the_configuration_not_of_the_checkpo
     assert loaded(*logits, *labels_of(batch))[0] == fresh(*logits, *labels_of(batch))[0]
 
 
-def _loss_of_one_process(rank, file, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    class_logits, mask_logits = random_logits(1)
-    mask_labels, class_labels = labels_of(as_mask_list(tiny_batch(size=(16, 24))))
-    if rank == 1:  # one process has 4 segments, the other 1
-        mask_labels = [mask_labels[0][:1], mask_labels[1][:0]]
-        class_labels = [class_labels[0][:1], class_labels[1][:0]]
-    _, terms = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, mask_labels, class_labels)
-    torch.distributed.destroy_process_group()
-    _, alone = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, mask_labels, class_labels)
-    queue.put((rank, terms["loss_mask"].item(), alone["loss_mask"].item()))
+def test_a_network_that_diverged_is_reported_once_with_the_term():
+    class_logits, mask_logits = random_logits()
+    mask_logits = torch.full_like(mask_logits, float("nan"))
+    loss, labels = MaskFormerLoss(NUM_LABELS), labels_of(tiny_batch(size=(16, 24)))
+    with pytest.warns(UserWarning, match="of the matching is not finite") as reports:
+        loss(class_logits, mask_logits, *labels)
+    assert [str(report.message).split(" of the matching")[0] for report in reports] == [
+        "The mask cost",
+        "The dice cost",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(class_logits, mask_logits, *labels)
 
 
-def test_the_number_of_masks_is_averaged_over_processes(tmp_path):
-    """4 and 1 segments: both processes divide by 2.5, so that their mean is the loss of the one big batch."""
-    context = multiprocessing.get_context("spawn")
-    queue, file = context.Queue(), tmp_path / "rendezvous"
-    processes = [context.Process(target=_loss_of_one_process, args=(rank, file, queue)) for rank in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        results = sorted(queue.get(timeout=120) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            process.kill()
-    for (_, distributed, alone), num_masks in zip(results, (4, 1), strict=True):
-        assert distributed == pytest.approx(alone * num_masks / 2.5, rel=1e-5)
+def test_a_segment_that_a_crop_removed_is_learnt_as_an_empty_mask():
+    class_logits, mask_logits = random_logits(num_layers=1)
+    index_map, labels = labels_of(tiny_batch(size=(16, 24)))
+    index_map[:, :8] = -1  # the second segment
+    index_map[index_map == 1] = -1
+    total, _ = MaskFormerLoss(NUM_LABELS)(class_logits, mask_logits, index_map, labels)
+    total.backward()
+    assert total.isfinite()
+    assert mask_logits.grad.flatten(3).abs().sum(-1).gt(0).sum().item() == 4
+
+
+def test_masks_may_end_where_their_image_does():
+    batch, logits, loss = as_mask_list(tiny_batch(size=(16, 24))), random_logits(), MaskFormerLoss(NUM_LABELS)
+    batch["mask_labels"][1][:, :, 16:] = 0
+    expected = loss(*logits, *labels_of(batch), size=(16, 24))[0].item()
+    batch["mask_labels"][1] = batch["mask_labels"][1][:, :, :16]
+    assert loss(*logits, *labels_of(batch), size=(16, 24))[0].item() == expected

@@ -105,10 +105,11 @@ def test_assignments_of_every_layer(golden: Golden) -> None:
         golden.model.train()(golden.arrays["pixel_values"], **golden.labels)
     finally:
         del golden.model.criterion.match
-    for layer, matches in zip(("aux_0", "aux_1", "last"), found, strict=True):
+    (layers,) = found
+    for layer, matches in zip(("aux_0", "aux_1", "last"), layers, strict=True):
         for image, (queries, segments) in enumerate(matches):
-            assert queries.tolist() == golden.arrays[f"match.{layer}.{image}.src"].tolist()
-            assert segments.tolist() == golden.arrays[f"match.{layer}.{image}.tgt"].tolist()
+            assert queries == golden.arrays[f"match.{layer}.{image}.src"].tolist()
+            assert segments == golden.arrays[f"match.{layer}.{image}.tgt"].tolist()
 
 
 def test_every_loss_term_and_their_sum(golden: Golden) -> None:

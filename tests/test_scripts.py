@@ -154,7 +154,7 @@ def test_train_reads_columns_of_a_datasets_data_set(data, config, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("subcommand", ["forward", "step"])
+@pytest.mark.parametrize("subcommand", ["forward", "step", "criterion"])
 def test_the_benchmark_compares_both_models(subcommand, tmp_path, monkeypatch):
     benchmark = load("benchmark")
     small = {**benchmark.BACKBONES["resnet50"], "hidden_sizes": [8, 16, 32, 64], "embedding_size": 8}
@@ -164,7 +164,10 @@ def test_the_benchmark_compares_both_models(subcommand, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", subcommand, *options])
     benchmark.main(benchmark.parse_arguments())
     figures = json.loads(file.read_text())
-    assert figures["ratio"] == pytest.approx(figures["stock"]["median_ms"] / figures["ours"]["median_ms"])
+    ours, stock = figures["ours"], figures["stock"]
+    assert ours["ratio"] == pytest.approx(stock["median_ms"] / ours["median_ms"])
+    if subcommand == "criterion":
+        assert 0 < ours["peak_mib"] < stock["peak_mib"]
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "predict"])

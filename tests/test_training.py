@@ -331,7 +331,7 @@ def test_a_new_model_on_a_pretrained_backbone_has_its_weights(name, tmp_path):
     assert model.config.id2label == OTHER_LABELS.id2label
     there = {id_of(tensor) for tensor in pretrained.base_model.state_dict().values() if tensor.dim() > 1}
     encoder = model.model.pixel_level_module.encoder.state_dict()
-    here = [tensor for name, tensor in encoder.items() if tensor.dim() > 1 and "levels" not in name]
+    here = [t for name, t in encoder.items() if t.dim() > 1 and t.is_floating_point() and "levels" not in name]
     assert len(here) > 5
     assert all(id_of(tensor) in there for tensor in here)
 

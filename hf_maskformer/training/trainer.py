@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..evaluation.semantic import evaluate_semantic
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..loss_maskformer import count_items
 
 BACKBONE = "pixel_level_module.encoder."
 PYRAMID = "pixel_level_module.encoder.levels."  # new layers on top of a pretrained vision transformer
@@ -74,8 +75,10 @@ class MaskFormerTrainer(Trainer):
 
     What differs: the optimiser's parameter groups (`parameter_groups`), every loss term by name in the log, batch norm
     that is synchronised over the processes of several GPUs (unless it is frozen), and `evaluate`, which gives the mean
-    IoU at the resolution of the ground truth without ever gathering masks. Pass the
-    image processor as `processing_class` and data sets of samples (see `hf_maskformer.data.sample.Sample`).
+    IoU at the resolution of the ground truth without ever gathering masks. Under gradient accumulation the loss is that
+    of the whole batch, whereas `Trainer` takes the mean of the losses of its parts, in which a segment weighs more the
+    fewer there are beside it. Pass the image processor as `processing_class` and data sets of samples (see
+    `hf_maskformer.data.sample.Sample`).
     """
 
     args: MaskFormerTrainingArguments
@@ -93,8 +96,10 @@ class MaskFormerTrainer(Trainer):
         # Statistics of a few images per process are too noisy to train with; CPUs have no synchronised form.
         if self.args.world_size > 1 and self.args.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        # The model is given `num_items_in_batch` that mean something to it, see below.
+        self.model_accepts_loss_kwargs = True
         self._loss_terms: dict[str, Tensor] = {}
-        self._num_loss_terms = 0
+        self._step_of_first_term = 0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimiser that the arguments name, over `parameter_groups`."""
@@ -115,7 +120,7 @@ class MaskFormerTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss; its terms are remembered for the next line of the log."""
-        outputs = model(**inputs)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         if outputs.loss is None:
             raise ValueError(
                 f"{type(self.model).__name__} has no loss for a batch of {', '.join(inputs)}: these are no targets of "
@@ -123,18 +128,36 @@ class MaskFormerTrainer(Trainer):
                 "the per-pixel baselines."
             )
         if model.training:
+            if not self._loss_terms:
+                self._step_of_first_term = self.state.global_step
+            # As Trainer does with the loss: without the numbers of the whole batch, each part has a loss of its own.
+            share = 1 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
             for name, term in outputs.loss_dict.items():
-                self._loss_terms[name] = self._loss_terms.get(name, 0.0) + term.mean()  # one per GPU in DataParallel
-            self._num_loss_terms += 1
+                term = share * term.mean()  # one per GPU in DataParallel
+                self._loss_terms[name] = self._loss_terms.get(name, 0.0) + term
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """The normalisers of one step of the optimiser (`count_items`), over all its batches and all processes."""
+        has_labels = all("class_labels" in batch for batch in batch_samples)
+        # DataParallel would tear the two numbers apart, so each of its batches has a loss of its own.
+        if not batch_samples or not has_labels or self.args.n_gpu > 1:
+            return None
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        counts = [
+            count_items(batch["class_labels"], config.decoder_config.num_queries, config.no_object_weight)
+            for batch in batch_samples
+        ]
+        return self.accelerator.reduce(torch.stack(counts).sum(0).to(device), reduction="sum")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every loss term since the last line that reported the loss, over all processes."""
-        if "loss" in logs and self._num_loss_terms:
-            means = torch.stack(list(self._loss_terms.values())) / self._num_loss_terms
+        """Adds the mean of every loss term since the last line that reported the loss, over steps and processes."""
+        if "loss" in logs and self._loss_terms:
+            num_steps = max(self.state.global_step - self._step_of_first_term, 1)
+            means = torch.stack(list(self._loss_terms.values())) / num_steps
             means = self.accelerator.reduce(means, reduction="mean")
             logs |= {name: round(mean, 4) for name, mean in zip(self._loss_terms, means.tolist(), strict=True)}
-            self._loss_terms, self._num_loss_terms = {}, 0
+            self._loss_terms = {}
         super().log(logs, start_time)
 
     def evaluate(

@@ -1,0 +1,327 @@
+"""Focal and dice loss of matched masks: on all pixels without holding them, or on sampled points.
+
+Letters: M masks, P pixels or points; h x w is the size of the logits, H x W that of the image.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .loss_maskformer_targets import Targets, are_owned_at, masks_at
+
+FOCAL_ALPHA = 0.25
+FOCAL_GAMMA = 2.0  # the closed forms of the gradient below are those of an exponent of 2
+
+# The logit of a pixel that shall not count outside: its probability, 2e-35, and focal loss add nothing to any sum.
+NEVER = -80.0
+# Pixels in work at once: small enough for a CPU's cache, large enough to keep a GPU busy.
+CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**18, 2**23
+BLOCK_SIZE = 32
+
+
+@dataclass
+class MatchedMasks:
+    """Consecutive rows of logits that are matched to one segment, by one decoder layer each.
+
+    Args:
+        rows: Their place among the M masks.
+        inside: (P,) pixels of the segment, as positions in the flattened H x W image.
+        left_out: Pixels that do not count, likewise; None if all do.
+    """
+
+    rows: slice
+    inside: Tensor
+    left_out: Tensor | None = None
+
+
+class DenseMaskLosses(torch.autograd.Function):
+    """Focal and dice loss on all H x W pixels, with logits enlarged bilinearly, a few masks at a time.
+
+    The gradient at h x w is made in the forward pass, while the pixels of a mask are in the cache, and nothing of size
+    H x W outlives its mask. A segment owns few pixels of an image: all pixels are treated as outside first, those
+    inside are then taken out and treated apart, so that no mask is ever built.
+
+    Shapes:
+        logits: (M, h, w), any floating type; computed in float32.
+        returns: the weighted sum over masks, differentiable once; focal (mean over pixels) and dice of each mask, (M,).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        groups: list[MatchedMasks],
+        size: tuple[int, int],
+        focal_weight: float,
+        dice_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits, dtype=torch.float32) if needs_gradient else None
+        enlargement = Enlargement(logits.shape[-2:], size, logits.device)
+        chunk_size = CHUNK_SIZE_CPU if logits.device.type == "cpu" else CHUNK_SIZE_GPU
+        masks_per_chunk = max(1, chunk_size // (size[0] * size[1]))
+        for group in groups:
+            for start in range(group.rows.start, group.rows.stop, masks_per_chunk):
+                rows = slice(start, min(start + masks_per_chunk, group.rows.stop))
+                pixels = enlargement(logits[rows].float()).flatten(1)
+                focal[rows], dice[rows] = _chunk_losses(
+                    pixels, group, focal_weight if needs_gradient else None, dice_weight
+                )
+                if gradient is not None:
+                    gradient[rows] = enlargement.transposed(pixels.unflatten(1, size))
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        ctx.mark_non_differentiable(focal, dice)
+        return focal_weight * focal.sum() + dice_weight * dice.sum(), focal, dice
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, total_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * total_gradient).to(ctx.dtype), None, None, None, None
+
+
+def _chunk_losses(
+    logits: Tensor, group: MatchedMasks, focal_weight: float | None, dice_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss of a few masks of one segment, (m, P) -> (m,) each; `logits` become the gradient.
+
+    Without `focal_weight` there is no gradient, and `logits` become meaningless.
+    """
+    num_pixels = logits.shape[1]
+    logits_inside = logits.index_select(1, group.inside)
+    logits.index_fill_(1, group.inside, NEVER)
+    if group.left_out is not None:
+        logits.index_fill_(1, group.left_out, NEVER)
+        num_pixels = max(num_pixels - len(group.left_out), 1)
+
+    # Outside, the error is the probability p; focal loss is p^2 * softplus(logit).
+    p, negative_log = logits.sigmoid(), F.softplus(logits)
+    p_squared = p * p
+    focal_outside = torch.linalg.vecdot(p_squared, negative_log)
+    area_outside = p.sum(1)
+    # Inside, the error is 1 - p, taken from the negative logit because subtraction would lose its digits.
+    p_inside, error, negative_log_inside = (
+        logits_inside.sigmoid(),
+        (-logits_inside).sigmoid(),
+        F.softplus(-logits_inside),
+    )
+    focal_inside = (error * error * negative_log_inside).sum(1)
+    overlap = p_inside.sum(1)
+
+    focal = (FOCAL_ALPHA * focal_inside + (1 - FOCAL_ALPHA) * focal_outside) / num_pixels
+    numerator = 2 * overlap + 1
+    denominator = overlap + area_outside + len(group.inside) + 1
+    if focal_weight is not None:
+        per_pixel = focal_weight / num_pixels
+        by_area = (dice_weight * numerator / denominator**2)[:, None]
+        by_overlap = (2 * dice_weight / denominator)[:, None]
+        # Outside: d focal = p^2 * (2 * (1 - p) * softplus + p), d p = p - p^2; in place, since memory is what costs.
+        focal_gradient = negative_log.addcmul_(p, negative_log, value=-1)
+        torch.add(p, focal_gradient, alpha=2, out=focal_gradient).mul_(p_squared)
+        torch.sub(p, p_squared, out=logits).mul_(by_area).add_(focal_gradient, alpha=(1 - FOCAL_ALPHA) * per_pixel)
+        inside = error * error * (2 * p_inside * negative_log_inside + error) * (-FOCAL_ALPHA * per_pixel)
+        inside += p_inside * error * (by_area - by_overlap)
+        logits.index_copy_(1, group.inside, inside)
+    return focal, 1 - numerator / denominator
+
+
+class Enlargement:
+    """Bilinear enlargement of (m, h, w) to (m, H, W), as two products with small matrices, and its transpose.
+
+    Both are several times faster than the library's on a CPU, above all the transpose, which is the backward pass.
+    """
+
+    def __init__(self, low_size: Sequence[int], size: Sequence[int], device: torch.device) -> None:
+        self.rows = _interpolation(low_size[0], size[0], device)
+        self.columns = _interpolation(low_size[1], size[1], device)
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        return self.rows(self.columns(maps.mT).mT)
+
+    def transposed(self, maps: Tensor) -> Tensor:
+        return self.columns.transposed(self.rows.transposed(maps).mT).mT
+
+
+class Interpolation:
+    """Linear interpolation of the rows of (m, n, P) to (m, N, P).
+
+    A row depends on two, so the matrix is cut into blocks of 32 rows with the few columns each of them needs.
+    """
+
+    def __init__(self, low_length: int, length: int, device: torch.device) -> None:
+        # The library's own weights: (N, n).
+        identity = torch.eye(low_length, device=device)[None]
+        matrix = F.interpolate(identity, length, mode="linear", align_corners=False)[0].T
+        block_size = BLOCK_SIZE if length % BLOCK_SIZE == 0 else length
+        blocks = matrix.view(-1, block_size, low_length)
+        is_needed = blocks.ne(0).any(1).int()  # (blocks, n)
+        first = is_needed.argmax(1)
+        window = int((low_length - is_needed.flip(1).argmax(1) - first).max())
+        starts = first.clamp(max=low_length - window)
+        self.low_length, self.block_size = low_length, block_size
+        self.sources = starts[:, None] + torch.arange(window, device=device)  # (blocks, window)
+        self.weights = blocks.gather(2, self.sources[:, None].expand(-1, block_size, -1))
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        windows = maps.index_select(1, self.sources.flatten()).unflatten(1, self.sources.shape)
+        return (self.weights @ windows).flatten(1, 2)
+
+    def transposed(self, maps: Tensor) -> Tensor:
+        windows = (self.weights.mT @ maps.unflatten(1, (-1, self.block_size))).flatten(1, 2)
+        sums = windows.new_zeros(len(maps), self.low_length, maps.shape[2])
+        return sums.index_add_(1, self.sources.flatten(), windows)
+
+
+@functools.lru_cache(maxsize=64)
+def _interpolation(low_length: int, length: int, device: torch.device) -> Interpolation:
+    return Interpolation(low_length, length, device)
+
+
+@dataclass
+class PointSampling:
+    """Focal and dice loss, and matching costs, on points drawn anew in every step instead of all pixels.
+
+    Matching draws pixels of the logits, all with the same chance (or takes all, if they are few). The losses draw
+    points anywhere: for each mask the most uncertain ones (logits near 0) of more such points, and some more. The
+    points to choose from are shared by the masks of an image. A point has the logit that bilinear interpolation gives,
+    and belongs to the segment that owns the pixel it falls into.
+
+    Args:
+        num_points: P, points per mask.
+        oversample_ratio: How many times P are drawn to choose the most uncertain ones from.
+        importance_sample_ratio: The share of P that is chosen by uncertainty.
+    """
+
+    num_points: int
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+
+    def choose_pixels(self, pixels: Tensor) -> Tensor | None:
+        """Draws P positions in a list of pixels, ascending, for the matching; None says to take all."""
+        # To compare twice as many takes no longer than to collect those that were drawn.
+        if len(pixels) <= 2 * self.num_points:
+            return None
+        return torch.randperm(len(pixels), device=pixels.device)[: self.num_points].sort().values
+
+    @staticmethod
+    def sample(logits: Tensor, points: Tensor) -> Tensor:
+        """The logits (M, h, w) at points (P, 2) that all of them share, or at (M, P, 2) of their own, as (M, P)."""
+        if points.dim() == 2:
+            return F.grid_sample(logits[None], 2 * points[None, None] - 1, padding_mode="border", align_corners=False)[
+                0, :, 0
+            ]
+        return F.grid_sample(logits[:, None], 2 * points[:, None] - 1, padding_mode="border", align_corners=False)[
+            :, 0, 0
+        ]
+
+    def at_points(
+        self, logits: Tensor, segments: Tensor, masks: Tensor, size: tuple[int, int], ignores_void: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits of some masks of one image at points, whether these are inside, and whether they count, (m, P) each.
+
+        Args:
+            logits: (m, h, w), float32.
+            segments: (m,), what each mask is matched to.
+            masks: The segments of the image, see `Targets`.
+            size: (H, W).
+            ignores_void: Points of no segment do not count.
+        """
+        num_uncertain = int(self.importance_sample_ratio * self.num_points)
+        candidates = torch.rand(int(self.oversample_ratio * self.num_points), 2, device=logits.device)
+        certainty = self.sample(logits.detach(), candidates).abs_()
+        chosen = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
+        uniform = torch.rand(self.num_points - num_uncertain, 2, device=logits.device)
+
+        def all_points(at_candidates: Tensor, at_uniform: Tensor) -> Tensor:
+            return torch.cat((at_candidates.expand(len(chosen), -1).gather(1, chosen), at_uniform), dim=1)
+
+        pixels = [_pixels_at(points, size) for points in (candidates, uniform)]
+        inside = all_points(*(masks_at(masks, segments, at) for at in pixels))
+        counted = None
+        if ignores_void:
+            counted = all_points(*(are_owned_at(masks, at).expand(len(chosen), -1) for at in pixels))
+        uncertain = candidates.index_select(0, chosen.flatten()).view(*chosen.shape, 2)
+        points = torch.cat((uncertain, uniform.expand(len(chosen), -1, -1)), dim=1)
+        return self.sample(logits, points), inside, counted
+
+
+class SampledMaskLosses(torch.autograd.Function):
+    """Focal and dice loss on sampled points, a few masks at a time, whose gradient is made at once.
+
+    Shapes:
+        logits: (M, h, w), any floating type, sorted by image; computed in float32.
+        returns: as `DenseMaskLosses`, focal being the mean over points.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        sampling: PointSampling,
+        counts: list[int],
+        segments: Tensor,
+        targets: Targets,
+        ignores_void: bool,
+        focal_weight: float,
+        dice_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = torch.empty_like(logits, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
+        chunk_size = CHUNK_SIZE_CPU if logits.device.type == "cpu" else CHUNK_SIZE_GPU
+        masks_per_chunk = max(1, chunk_size // sampling.num_points)
+        ends = itertools.accumulate(counts)
+        for end, count, masks in zip(ends, counts, targets.masks, strict=True):
+            for start in range(end - count, end, masks_per_chunk):
+                rows = slice(start, min(start + masks_per_chunk, end))
+                with torch.set_grad_enabled(gradient is not None):
+                    chunk = logits[rows].detach().float().requires_grad_(gradient is not None)
+                    at_points = sampling.at_points(chunk, segments[rows], masks, targets.size, ignores_void)
+                    focal_losses, dice_losses = plain_mask_losses(*at_points)
+                    if gradient is not None:
+                        loss = focal_weight * focal_losses.sum() + dice_weight * dice_losses.sum()
+                        (gradient[rows],) = torch.autograd.grad(loss, chunk)
+                focal[rows], dice[rows] = focal_losses.detach(), dice_losses.detach()
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        ctx.mark_non_differentiable(focal, dice)
+        return focal_weight * focal.sum() + dice_weight * dice.sum(), focal, dice
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, total_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * total_gradient).to(ctx.dtype), *(None,) * 7
+
+
+def plain_mask_losses(logits: Tensor, inside: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Focal (mean over pixels) and dice loss of each mask, (M,), by their definition.
+
+    Args:
+        logits: (M, P).
+        inside: (M, P) bool, whether a pixel belongs to the segment.
+        counted: (M, P) bool, pixels that count; None if all do.
+    """
+    log_truth = F.logsigmoid(torch.where(inside, logits, -logits))  # of the probability of the truth
+    error = 1 - log_truth.exp()
+    focal = torch.where(inside, -FOCAL_ALPHA, FOCAL_ALPHA - 1) * error**FOCAL_GAMMA * log_truth
+    probabilities = torch.where(inside, 1 - error, error)
+    if counted is not None:
+        focal, probabilities = focal * counted, probabilities * counted
+    num_pixels = logits.shape[1] if counted is None else counted.sum(1).clamp(min=1)
+    dice = 1 - (2 * (probabilities * inside).sum(1) + 1) / (probabilities.sum(1) + inside.sum(1) + 1)
+    return focal.sum(1) / num_pixels, dice
+
+
+def _pixels_at(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Positions in the flattened image of the pixels that points (..., 2), (x, y) in 0 to 1, fall into."""
+    # Random numbers stay so far below 1 that no product is rounded up to the height or width itself.
+    columns, rows = (points * points.new_tensor((size[1], size[0]))).long().unbind(-1)
+    return rows * size[1] + columns

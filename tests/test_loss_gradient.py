@@ -1,0 +1,249 @@
+"""Matching first and differentiating later, chunk by chunk, changes no number: against the plain formulation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import (
+    NUM_LABELS,
+    NUM_QUERIES,
+    as_mask_list,
+    resnet_config,
+    swin_config,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+)
+from torch import Tensor
+
+from hf_maskformer import MaskFormerLoss
+from hf_maskformer.loss_maskformer_masks import DenseMaskLosses, Enlargement, MatchedMasks, plain_mask_losses
+from hf_maskformer.loss_maskformer_targets import prepare_targets
+
+TOLERANCE = 1e-5  # relative L2 per tensor
+FLOOR = 1e-6  # of the total norm: some true gradients are zero
+
+
+def plain_loss(criterion, class_logits, mask_logits, mask_labels, class_labels, void_counts=True) -> Tensor:
+    """The loss by its definition: all masks with gradient, enlarged by the library, one layer and image at a time."""
+    targets = prepare_targets(mask_labels, class_labels, class_logits.shape[1])
+    matches = criterion.match(class_logits.detach(), mask_logits.detach(), targets)
+    num_masks = max(sum(int((labels != -100).sum()) for labels in class_labels), 1)
+    weights = torch.tensor([1.0] * criterion.num_labels + [criterion.no_object_weight])
+    total = torch.zeros(())
+    for layer, layer_matches in enumerate(matches):
+        classes = torch.full(class_logits.shape[1:3], criterion.num_labels)
+        for image, (queries, segments) in enumerate(layer_matches):
+            classes[image, queries] = class_labels[image][segments]
+            masks = mask_labels[image]
+            if masks.dim() == 2:
+                masks = masks == torch.arange(masks.max() + 1)[:, None, None]
+            counted = (masks > 0).any(0).flatten().expand(len(queries), -1) if not void_counts else None
+            if queries:
+                logits = F.interpolate(mask_logits[layer, image, queries][None], size=masks.shape[1:], mode="bilinear")
+                focal, dice = plain_mask_losses(logits[0].flatten(1), masks[segments].flatten(1) > 0, counted)
+                total = total + (20 * focal.sum() + dice.sum()) / num_masks
+        total = total + F.cross_entropy(class_logits[layer].transpose(1, 2), classes, weights)
+    return total
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    floor = FLOOR * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= TOLERANCE * gradient.norm() + floor, name
+
+
+def overlapping(batch):
+    batch = as_mask_list(batch)
+    batch["mask_labels"][0][1, :, :40] = 1.0
+    return batch
+
+
+@pytest.mark.parametrize("form", [dict, as_mask_list, overlapping])
+@pytest.mark.parametrize("backbone", [resnet_config, swin_config])
+@pytest.mark.parametrize("void_in_loss", ["background", "ignore"])
+def test_every_parameter_has_the_gradient_of_the_plain_formulation(backbone, form, void_in_loss):
+    model = tiny_model(backbone(), void_in_loss=void_in_loss).train()
+    batch = form(tiny_batch())
+    labels = batch["mask_labels"], batch["class_labels"]
+
+    outputs = model(batch["pixel_values"], output_auxiliary_logits=True)
+    layers = [*outputs.auxiliary_logits, outputs]
+    class_logits, mask_logits = (
+        torch.stack([layer[f"{kind}_queries_logits"] for layer in layers]) for kind in ("class", "masks")
+    )
+    expected_loss = plain_loss(model.criterion, class_logits, mask_logits, *labels, void_in_loss == "background")
+    expected_loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert_same_gradients({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected)
+
+
+@pytest.mark.parametrize(("low_size", "size"), [((8, 16), (32, 64)), ((7, 5), (27, 18)), ((6, 6), (6, 6))])
+def test_enlargement_is_the_librarys_bilinear_one_and_has_its_transpose(low_size, size):
+    maps = torch.randn(3, *low_size, requires_grad=True)
+    expected = F.interpolate(maps[None], size=size, mode="bilinear")[0]
+    enlargement, upstream = Enlargement(low_size, size, maps.device), torch.randn(3, *size)
+    assert torch.allclose(enlargement(maps), expected, atol=1e-5)
+    expected.backward(upstream)
+    assert torch.allclose(enlargement.transposed(upstream), maps.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0, 100.0])  # probabilities near 1/2, confident ones, saturated ones
+@pytest.mark.parametrize("left_out", [None, torch.arange(50, 90)])
+def test_dense_losses_of_a_chunk_are_the_plain_ones(scale, left_out):
+    logits = (scale * torch.randn(4, 8, 8)).requires_grad_()
+    inside = [torch.arange(5), torch.arange(100, 400)]
+    groups = [MatchedMasks(slice(0, 3), inside[0], left_out), MatchedMasks(slice(3, 4), inside[1], left_out)]
+    total, focal, dice = DenseMaskLosses.apply(logits, groups, (32, 32), 20.0, 1.0)
+    total.backward()
+    found, logits.grad = logits.grad, None
+
+    masks = torch.zeros(4, 32 * 32, dtype=torch.bool)
+    for group in groups:
+        masks[group.rows, group.inside] = True
+    counted = torch.ones_like(masks)
+    if left_out is not None:
+        counted[:, left_out] = False
+    pixels = F.interpolate(logits[None], size=(32, 32), mode="bilinear")[0].flatten(1)
+    expected_focal, expected_dice = plain_mask_losses(pixels.double(), masks, counted)
+    (20 * expected_focal.sum() + expected_dice.sum()).backward()
+    assert torch.allclose(focal.double(), expected_focal, rtol=1e-5)
+    assert torch.allclose(dice.double(), expected_dice, rtol=1e-5, atol=1e-6)
+    assert_same_gradients({"logits": found}, {"logits": logits.grad})
+
+
+@pytest.mark.parametrize("void_in_loss", ["background", "ignore"])
+def test_embeddings_and_logits_give_the_same_loss_and_gradient(void_in_loss):
+    loss, batch = MaskFormerLoss(NUM_LABELS, void_in_loss=void_in_loss), tiny_batch(size=(16, 24))
+    class_logits = torch.randn(2, 2, NUM_QUERIES, NUM_LABELS + 1)
+    embeddings = [torch.randn(2, 2, NUM_QUERIES, 8, requires_grad=True), torch.randn(2, 8, 4, 6, requires_grad=True)]
+    logits = torch.einsum("lbqc,bchw->lbqhw", *embeddings)
+    labels = batch["mask_labels"], batch["class_labels"]
+    from_logits = loss(class_logits, logits, *labels)[0]
+    expected = torch.autograd.grad(from_logits, embeddings)
+    from_embeddings = loss(class_logits, logits.detach(), *labels, embeddings=embeddings)[0]
+    found = torch.autograd.grad(from_embeddings, embeddings)
+    assert from_embeddings.item() == pytest.approx(from_logits.item(), rel=1e-6)
+    assert_same_gradients(dict(enumerate(found)), dict(enumerate(expected)))
+
+
+def test_a_compiled_model_has_the_same_loss_and_gradient():
+    """Traced by the compiler, but run op by op: what is tested is that the criterion does not stop it."""
+    model, batch = tiny_model().train(), tiny_batch()
+    expected = model(**batch).loss
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    loss = torch.compile(model, backend="eager")(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_same_gradients({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, gradients)
+
+
+@pytest.mark.parametrize("points", [None, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_pure", [True, False])
+def test_half_precision_is_finite_on_full_masks_of_1024_pixels(dtype, is_pure, points):
+    model = tiny_model(train_num_points=points).train()
+    pixel_values = torch.randn(1, 3, 1024, 1024)
+    labels = torch.zeros(1, 1024, 1024, dtype=torch.int64), torch.tensor([[1]])
+    if is_pure:
+        loss = model.to(dtype)(pixel_values.to(dtype), *labels).loss
+    else:
+        with torch.autocast("cpu", dtype):
+            loss = model(pixel_values, *labels).loss
+    assert loss.isfinite()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_nothing_of_the_size_of_all_masks_is_kept_for_the_backward_pass():
+    num_layers, num_queries = 3, 20
+    embeddings = torch.randn(num_layers, 2, num_queries, 8, requires_grad=True), torch.randn(2, 8, 16, 16)
+    logits = torch.einsum("lbqc,bchw->lbqhw", embeddings[0].detach(), embeddings[1])
+    batch, sizes = tiny_batch(size=(64, 64)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        MaskFormerLoss(NUM_LABELS)(
+            torch.randn(num_layers, 2, num_queries, NUM_LABELS + 1, requires_grad=True),
+            logits,
+            batch["mask_labels"],
+            batch["class_labels"],
+            embeddings=embeddings,
+        )
+    num_matched = num_layers * 4
+    assert max(sizes) <= num_matched * 16 * 16  # of the 120 masks, at a quarter of the resolution
+
+
+def test_fixed_matching_gives_query_i_to_class_i():
+    loss, batch = MaskFormerLoss(NUM_LABELS, matching="fixed"), tiny_batch(size=(16, 24))
+    targets = prepare_targets(batch["mask_labels"], batch["class_labels"], 2)
+    logits = torch.randn(2, 2, NUM_LABELS, NUM_LABELS + 1), torch.randn(2, 2, NUM_LABELS, 4, 6)
+    assert loss.match(*logits, targets) == [[([0, 2], [0, 1]), ([3, 1], [0, 1])]] * 2
+    assert loss(*logits, batch["mask_labels"], batch["class_labels"])[0].isfinite()
+    with pytest.raises(ValueError, match=r"Image 1 has several segments of the classes \[3\]"):
+        loss(*logits, batch["mask_labels"], torch.tensor([[0, 2], [3, 3]]))
+
+
+def test_fixed_matching_needs_as_many_queries_as_classes():
+    assert NUM_QUERIES != NUM_LABELS
+    with pytest.raises(ValueError, match=f"num_queries is {NUM_QUERIES} and there are {NUM_LABELS} labels"):
+        tiny_config(matching="fixed")
+    names = {label: str(label) for label in range(NUM_QUERIES)}
+    assert tiny_config(matching="fixed", id2label=names).matching == "fixed"
+
+
+@pytest.mark.parametrize("form", [dict, as_mask_list])
+@pytest.mark.parametrize("points", [None, 96])
+def test_what_void_pixels_predict_does_not_matter_if_they_are_ignored(form, points):
+    batch = form(tiny_batch(batch_size=1, size=(16, 16)))
+    labels = batch["mask_labels"], batch["class_labels"]
+    owned = tiny_batch(batch_size=1, size=(16, 16))["mask_labels"] >= 0
+    # Points between void and segment mix the logits of both, so only void that has no such neighbour is changed.
+    void = F.max_pool2d(owned.float(), 3, stride=1, padding=1)[0] == 0
+    class_logits, mask_logits = torch.randn(1, 1, 3, NUM_LABELS + 1), torch.randn(1, 1, 3, 16, 16)
+    changed = mask_logits.masked_fill(void, 7.0)
+    for void_in_loss, is_same in (("ignore", True), ("background", False)):
+        results = []
+        for logits in (mask_logits, changed):
+            torch.manual_seed(0)
+            loss = MaskFormerLoss(
+                NUM_LABELS, void_in_loss=void_in_loss, train_num_points=points, importance_sample_ratio=0.0
+            )
+            results.append(loss(class_logits, logits, *labels)[0].item())
+        assert (results[0] == pytest.approx(results[1], rel=1e-6)) == is_same
+
+
+def test_sampled_losses_are_those_of_all_pixels_on_average():
+    batch = tiny_batch(size=(32, 48))
+    logits = torch.randn(1, 2, NUM_QUERIES, NUM_LABELS + 1), torch.randn(1, 2, NUM_QUERIES, 8, 12)
+    labels = batch["mask_labels"], batch["class_labels"]
+    expected = MaskFormerLoss(NUM_LABELS)(*logits, *labels)[1]
+    sampled = MaskFormerLoss(NUM_LABELS, train_num_points=4000, importance_sample_ratio=0.0)(*logits, *labels)[1]
+    for name, term in expected.items():
+        assert sampled[name].item() == pytest.approx(term.item(), rel=0.05)
+
+
+def test_importance_sampling_looks_at_uncertain_points():
+    """Half of every mask is certain and right; the losses are higher where it is not."""
+    logits = torch.full((1, 1, NUM_QUERIES, 8, 8), -20.0)
+    logits[..., :4] = 0.0
+    inputs = torch.zeros(1, 1, NUM_QUERIES, NUM_LABELS + 1), logits
+    labels = torch.zeros(1, 32, 32, dtype=torch.int64).masked_fill(torch.arange(32) >= 12, -1), torch.tensor([[0]])
+    uniform, important = (
+        MaskFormerLoss(NUM_LABELS, train_num_points=200, importance_sample_ratio=ratio)(*inputs, *labels)[1]
+        for ratio in (0.0, 1.0)
+    )
+    assert important["loss_mask"] > 1.5 * uniform["loss_mask"]
+
+
+def test_points_teach_every_parameter():
+    model, batch = tiny_model(train_num_points=50).train(), tiny_batch()
+    model(**batch).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    void = {**batch, "mask_labels": torch.full_like(batch["mask_labels"], -1)}
+    void["class_labels"] = torch.full_like(batch["class_labels"], -100)
+    assert model(**void).loss.isfinite()
