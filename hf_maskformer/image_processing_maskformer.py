@@ -5,8 +5,9 @@ image. Sizes are (height, width). Images stay uint8 until they lie in the batch.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .image_processing_maskformer_settings import (
     DEFAULT_SIZE,
@@ -34,11 +35,27 @@ from .image_processing_maskformer_targets import (
     read_segmentation_map,
     split_segmentation_map,
 )
-from .post_processing_maskformer import Size, panoptic_segmentation, semantic_segmentation
+from .post_processing_maskformer import panoptic_segmentation, semantic_scores, semantic_segmentation
+from .post_processing_maskformer_inputs import Size, split_batch
+from .post_processing_maskformer_instance import Form, instance_segmentation
+from .post_processing_maskformer_tiles import Mode
 
 logger = logging.get_logger(__name__)
 
 _BASE_CLASS_SETTINGS = {"feature_extractor_type", "image_processor_type", "processor_class", "auto_map"}
+
+
+@dataclass
+class SemanticSegmentation(ModelOutput):
+    """A semantic segmentation with its scores.
+
+    Args:
+        segmentation: (height, width) int64, labels.
+        segmentation_scores: (K, height, width) float32.
+    """
+
+    segmentation: Tensor | None = None
+    segmentation_scores: Tensor | None = None
 
 
 class MaskFormerImageProcessor(BaseImageProcessor):
@@ -165,20 +182,72 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         return _batch_feature(data, return_tensors)
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Sequence[Size] | None = None
-    ) -> list[Tensor]:
-        """Gives each pixel a label, as the paper does (see `semantic_segmentation`).
+        self,
+        outputs: Any,
+        target_sizes: Sequence[Size] | None = None,
+        return_segmentation_scores: bool = False,
+        *,
+        mode: Mode = "paper",
+    ) -> list[Any]:
+        """Gives each pixel a label, as the paper does.
 
         Args:
             outputs: of the model. Without their `image_sizes` and `padded_sizes` (from transformers' model), an image
                 is taken to fill its input, and its input to be four times the size of the mask logits.
             target_sizes: the (height, width) of each result, usually that of the original image; without it, results
                 have the size that the image had in the batch.
+            return_segmentation_scores: whether to return the scores too, which takes their memory.
+            mode: what is resized to the target: `"paper"`, `"direct"` or `"fast"` (see `semantic_scores`).
 
         Returns:
-            One (height, width) int64 map of labels per image.
+            One (height, width) int64 map of labels per image; or with scores, one `SemanticSegmentation`.
+
+        Raises:
+            ValueError: the mode is unknown, logits are not finite, or target_sizes does not fit the batch.
         """
-        return semantic_segmentation(*_logits_and_sizes(outputs), target_sizes)
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
+        batch = _logits_and_sizes(outputs)
+        if not return_segmentation_scores:
+            return semantic_segmentation(*batch, target_sizes, mode)
+        images = split_batch(*batch, target_sizes)
+        all_scores = [semantic_scores(*image[:2], *image.sizes, mode) for image in images]
+        return [SemanticSegmentation(scores.argmax(dim=0), scores) for scores in all_scores]
+
+    def post_process_instance_segmentation(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float | None = None,
+        target_sizes: Sequence[Size] | None = None,
+        return_coco_annotation: bool | None = False,
+        return_binary_maps: bool | None = False,
+        *,
+        top_k: int | None = None,
+        min_area: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Finds instances, which may overlap, the surest first (see `instance_segmentation`).
+
+        Args:
+            outputs, target_sizes: as in `post_process_semantic_segmentation`.
+            threshold, mask_threshold, overlap_mask_area_threshold, top_k, min_area: as in `instance_segmentation`.
+            return_coco_annotation: return masks in COCO's run-length encoding instead of a map of ids.
+            return_binary_maps: return masks instead of a map of ids.
+
+        Returns:
+            One dictionary per image: `segmentation`, (height, width) int32 with ids of instances, the surest on top,
+            and 0 for void, or (N, height, width) bool masks, or N run-length encodings; and `segments_info`, for each
+            instance its `id`, `label_id`, `was_fused` and `score`, in descending order of score.
+
+        Raises:
+            ValueError: both other forms are asked for, logits are not finite, or target_sizes does not fit the batch.
+        """
+        if return_coco_annotation and return_binary_maps:
+            raise ValueError("return_coco_annotation and return_binary_maps exclude each other; set one of them.")
+        form: Form = "rle" if return_coco_annotation else "masks" if return_binary_maps else "id_map"
+        thresholds = threshold, mask_threshold, overlap_mask_area_threshold
+        return instance_segmentation(*_logits_and_sizes(outputs), *thresholds, target_sizes, form, top_k, min_area)
 
     def post_process_panoptic_segmentation(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .post_processing_maskformer import Size
+from .post_processing_maskformer_inputs import Size
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}

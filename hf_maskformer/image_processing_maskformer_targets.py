@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .image_processing_maskformer_settings import ImageProcessorSettings
-from .post_processing_maskformer import Size
+from .post_processing_maskformer_inputs import Size
 
 # Fills up class labels in their tensor form; cross-entropy ignores this value by default.
 NO_LABEL = -100

@@ -390,6 +390,47 @@ def test_labels_to_fuse_are_those_of_the_processor_unless_given():
     assert expected([]) != expected([0, 1, 2, 3])
 
 
+def test_semantic_scores_come_with_the_map_on_request():
+    outputs = model_outputs()
+    processor = MaskFormerImageProcessor()
+    maps = processor.post_process_semantic_segmentation(outputs, mode="direct")
+    for label_map, result in zip(
+        maps, processor.post_process_semantic_segmentation(outputs, None, True, mode="direct"), strict=True
+    ):
+        assert result.segmentation_scores.shape == (4, *label_map.shape)
+        assert torch.equal(result.segmentation, label_map)
+        assert torch.equal(result["segmentation_scores"].argmax(0), label_map)
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="mode is 'slow'; give one of paper, direct, fast"):
+        MaskFormerImageProcessor().post_process_semantic_segmentation(model_outputs(), mode="slow")
+
+
+def test_instances_come_in_three_forms():
+    processor, thresholds = MaskFormerImageProcessor(), {"threshold": 0.1, "mask_threshold": 0.4}
+    outputs, targets = model_outputs(), [(40, 60), (16, 12)]
+    forms = {"id_map": {}, "masks": {"return_binary_maps": True}, "rle": {"return_coco_annotation": True}}
+    results = {
+        form: processor.post_process_instance_segmentation(outputs, **thresholds, target_sizes=targets, **flag)
+        for form, flag in forms.items()
+    }
+    for index, target in enumerate(targets):
+        id_map, masks, rle = (results[form][index] for form in ("id_map", "masks", "rle"))
+        assert id_map["segments_info"] == masks["segments_info"] == rle["segments_info"]
+        assert masks["segmentation"].shape == (len(masks["segments_info"]), *target)
+        assert torch.equal(id_map["segmentation"] > 0, masks["segmentation"].any(0))
+        assert [entry["size"] for entry in rle["segmentation"]] == [list(target)] * len(rle["segments_info"])
+    assert len(results["rle"][0]["segments_info"]) > 1
+
+
+def test_one_form_of_instances_at_a_time():
+    with pytest.raises(ValueError, match="exclude each other"):
+        MaskFormerImageProcessor().post_process_instance_segmentation(
+            model_outputs(), return_coco_annotation=True, return_binary_maps=True
+        )
+
+
 def test_one_target_size_too_many_is_refused():
     with pytest.raises(ValueError, match="target_sizes has 3 entries, but the batch has 2 images"):
         MaskFormerImageProcessor().post_process_panoptic_segmentation(model_outputs(), target_sizes=[(4, 4)] * 3)
