@@ -18,7 +18,6 @@ from .image_processing_maskformer_images import (
     enumerate_items,
     make_batch,
     read_image,
-    resize_nearest,
     size_of,
 )
 from .image_processing_maskformer_settings import (
@@ -36,7 +35,7 @@ from .image_processing_maskformer_targets import (
     pad_as_masks,
     pad_as_segment_map,
     read_segmentation_map,
-    split_segmentation_map,
+    resized_segments,
 )
 from .post_processing_maskformer import panoptic_segmentation, semantic_scores, semantic_segmentation
 from .post_processing_maskformer_inputs import Size, split_batch
@@ -180,8 +179,8 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             check_map_sizes(maps, sizes)
             instance_labels = instance_labels_of_images(instance_id_to_semantic_id, len(maps))
             segments = [
-                split_segmentation_map(resize_nearest(maps[index], size), settings, instance_labels[index], index)
-                for index, size in enumerate(resized_sizes)
+                resized_segments(segmentation_map, resized_sizes[index], settings, instance_labels[index], index)
+                for index, segmentation_map in enumerate(maps)
             ]
             pad = pad_as_masks if target_format == "masks" else pad_as_segment_map
             targets["mask_labels"], targets["class_labels"] = pad(segments, padded_size, device)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .image_processing_maskformer_images import resize_nearest
 from .image_processing_maskformer_settings import ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
 
@@ -92,22 +93,37 @@ def instance_labels_of_images(instance_labels: Any, num_images: int) -> list[Ins
     return list(instance_labels)
 
 
+def resized_segments(
+    segmentation_map: Tensor, size: Size, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int
+) -> tuple[Tensor, Tensor]:
+    """The segments of a map at another size, as `split_segmentation_map` gives them."""
+    if size[0] < segmentation_map.shape[0] or size[1] < segmentation_map.shape[1]:
+        return split_segmentation_map(resize_nearest(segmentation_map, size), settings, instance_labels, index)
+    # Enlarging loses no segment, and numbering the fewer pixels is less work.
+    segment_map, labels = split_segmentation_map(segmentation_map, settings, instance_labels, index)
+    return resize_nearest(segment_map, size), labels
+
+
 def split_segmentation_map(
     segmentation_map: Tensor, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int
 ) -> tuple[Tensor, Tensor]:
     """Numbers the segments in the map (height, width) of image `index`, in ascending order of their value.
 
-    Returns the index of the segment that owns each pixel, (height, width) int32, -1 for none, and the labels (N_i,)
-    int64. Raises ValueError for a value without a label, or whose label is out of range.
+    Returns the index of the segment that owns each pixel, (height, width) int16, -1 for none, and the labels (N_i,)
+    int64; the indices are int32 where there are too many for int16. Raises ValueError for a value without a label, or whose label is out of range.
     """
     values, positions = _distinct_values(segmentation_map)
     if instance_labels is not None:
         _check_ids(values.tolist(), settings, instance_labels, index)
     labels = [_label_of(value, settings, instance_labels, index) for value in values.tolist()]
     has_label = torch.tensor([label is not None for label in labels])
-    segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(torch.int32)
+    segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(_index_type(len(values)))
     segment_map = segment_of_value.index_select(0, positions.flatten()).view_as(segmentation_map)
     return segment_map, torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
+
+
+def _index_type(num_segments: int) -> torch.dtype:
+    return torch.int16 if num_segments < 2**15 else torch.int32
 
 
 def _distinct_values(segmentation_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,8 +214,7 @@ def pad_as_segment_map(
 ) -> tuple[Tensor, Tensor]:
     """Makes one (B, H, W) integer map of segment indices, -1 for none, and (B, max N_i) labels filled up with -100."""
     most_segments = max(len(labels) for _, labels in segments)
-    dtype = torch.int16 if most_segments < 2**15 else torch.int32
-    segment_maps = torch.full((len(segments), *size), -1, dtype=dtype)
+    segment_maps = torch.full((len(segments), *size), -1, dtype=_index_type(most_segments))
     class_labels = torch.full((len(segments), most_segments), NO_LABEL)
     for index, (segment_map, labels) in enumerate(segments):
         height, width = segment_map.shape

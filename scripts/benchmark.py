@@ -11,9 +11,9 @@ ratio above 1 says how many times faster ours is. On a GPU the peak memory is re
 hold at rest.
 
 `postprocess` turns the logits of one image (input 640 x 640, 100 queries, 150 classes, 20 confident segments) into
-segmentations of 1024 x 1365; "naive" is the paper's order written down with whole tensors. `preprocess` makes a batch of 8
-images of 480 x 640, with and without maps of 20 segments. On Linux `postprocess` also reports by how much the peak of
-the process's memory rises in one call.
+segmentations of 1024 x 1365; "naive" is the paper's order written down with whole tensors. `preprocess` makes a batch
+of 8 images of 480 x 640, with and without maps of 20 segments. On Linux `postprocess` also reports by how much the peak
+of the process's memory rises in one call. Their ratios are to the first peer of each comparison, ours.
 """
 
 import argparse
