@@ -85,6 +85,8 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         num_labels: maps are checked to hold labels below this number only; by default they are not.
         pad_size: `{"height", "width"}` of every batch, instead of that of its largest image.
         label_ids_to_fuse: labels of uncountable stuff, of which a panoptic segmentation has one segment each.
+        segmentation_task: what the model was trained for, "semantic", "instance" or "panoptic"; `MaskFormerPipeline`
+            does that unless it is told otherwise.
 
     Raises:
         ValueError: a setting is unknown, contradicts another or has no meaning.

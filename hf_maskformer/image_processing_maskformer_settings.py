@@ -8,6 +8,7 @@ from typing import Any
 from .post_processing_maskformer_inputs import Size
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+SEGMENTATION_TASKS = ("semantic", "instance", "panoptic")
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 
 _DEFAULT_SIZE_DIVISOR = 32
@@ -47,6 +48,7 @@ class ImageProcessorSettings:
     num_labels: int | None = None
     pad_size: dict[str, int] | None = None
     label_ids_to_fuse: list[int] | None = None
+    segmentation_task: str | None = None
 
     def __post_init__(self) -> None:
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
@@ -64,6 +66,9 @@ class ImageProcessorSettings:
             raise ValueError(f"image_std is {self.image_std}; images are divided by it, so it must not hold a zero.")
         if self.num_labels is not None and self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; give the number of labels, or None not to check them.")
+        if self.segmentation_task not in (None, *SEGMENTATION_TASKS):
+            known = ", ".join(SEGMENTATION_TASKS)
+            raise ValueError(f"segmentation_task is {self.segmentation_task!r}; give one of {known}, or None.")
         if self.label_ids_to_fuse is not None:
             self.label_ids_to_fuse = sorted(int(label_id) for label_id in self.label_ids_to_fuse)
 

@@ -110,7 +110,8 @@ def split_segmentation_map(
     """Numbers the segments in the map (height, width) of image `index`, in ascending order of their value.
 
     Returns the index of the segment that owns each pixel, (height, width) int16, -1 for none, and the labels (N_i,)
-    int64; the indices are int32 where there are too many for int16. Raises ValueError for a value without a label, or whose label is out of range.
+    int64; the indices are int32 where there are too many for int16. Raises ValueError for a value without a label, or
+    whose label is out of range.
     """
     values, positions = _distinct_values(segmentation_map)
     if instance_labels is not None:

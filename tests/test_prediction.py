@@ -67,7 +67,7 @@ def test_the_segments_describe_the_map(image, image_processor, task):
         assert sum(segment["area"] for segment in prediction.segments) == 50 * 70
 
 
-@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_written_files_hold_the_prediction(tmp_path, image, image_processor, task):
     prediction = predict(TwoCars(), image_processor, image, task)
     labels, segments, overlay = write_prediction(prediction, image, ID2LABEL, task, tmp_path / "new", "photo")

@@ -74,7 +74,7 @@ def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp
     assert "speckle" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_predict_writes_three_files_for_every_image(checkpoint, data, tmp_path, task):
     call("predict", checkpoint=checkpoint, input=data / "images" / "val", output=tmp_path, task=task)
     names = {path.name for path in tmp_path.iterdir()}
