@@ -74,9 +74,18 @@ class Attention(nn.Module):
         self.out_proj = AttentionProjection(config.d_model, num_stacked=1)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output_attentions: bool = False,
+        is_image: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes (B, Q, D), (B, P, D), (B, P, D); returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P)."""
+        """Takes (B, Q, D), (B, P, D), (B, P, D) and which positions may be attended to, (B, P), by default all.
+
+        Returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P).
+        """
+        mask = None if is_image is None else is_image[:, None, None, :]
         query, key, value = (
             projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -85,10 +94,12 @@ class Attention(nn.Module):
         weights = None
         if output_attentions or self.config._attn_implementation == "eager":
             scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
             weights = scores.softmax(-1)
             attended = F.dropout(weights, dropout) @ value
         else:
-            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), weights if output_attentions else None
 
 
@@ -108,15 +119,24 @@ class TransformerDecoderLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.activation_function]
 
     def forward(
-        self, queries: Tensor, query_positions: Tensor, image: Tensor, image_positions: Tensor, output_attentions: bool
+        self,
+        queries: Tensor,
+        query_positions: Tensor,
+        image: Tensor,
+        image_positions: Tensor,
+        output_attentions: bool,
+        is_image: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes (B, Q, D), (Q, D), (B, P, D), (P, D); returns (B, Q, D) and the cross-attention if asked for."""
+        """Takes (B, Q, D), (Q, D), (B, P, D), (P, D) or (B, P, D), and which positions are no padding, (B, P).
+
+        Returns (B, Q, D) and the cross-attention if asked for.
+        """
         at_positions = queries + query_positions
         update, _ = self.self_attn(at_positions, at_positions, queries)
         queries = self.self_attn_layer_norm(queries + self._dropout(update))
 
         update, weights = self.encoder_attn(
-            queries + query_positions, image + image_positions, image, output_attentions
+            queries + query_positions, image + image_positions, image, output_attentions, is_image
         )
         queries = self.encoder_attn_layer_norm(queries + self._dropout(update))
 
@@ -136,12 +156,18 @@ class TransformerDecoder(nn.Module):
         self.layernorm = nn.LayerNorm(config.d_model)
 
     def forward(
-        self, queries: Tensor, query_positions: Tensor, image: Tensor, image_positions: Tensor, output_attentions: bool
+        self,
+        queries: Tensor,
+        query_positions: Tensor,
+        image: Tensor,
+        image_positions: Tensor,
+        output_attentions: bool,
+        is_image: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Returns the output of every layer before the norm, and its cross-attention."""
         states, attentions = [], []
         for layer in self.layers:
-            queries, weights = layer(queries, query_positions, image, image_positions, output_attentions)
+            queries, weights = layer(queries, query_positions, image, image_positions, output_attentions, is_image)
             states.append(queries)
             attentions.append(weights)
         return states, attentions
@@ -165,17 +191,26 @@ class TransformerModule(nn.Module):
         self.decoder = TransformerDecoder(config)
 
     def forward(
-        self, features: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+        self,
+        features: Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        image_sizes: Tensor | None = None,
     ) -> TransformerModuleOutput:
-        """Takes the stride-32 feature map (B, C, h, w)."""
+        """Takes the stride-32 feature map (B, C, h, w).
+
+        With `image_sizes` (B, 2), how many of its rows and columns hold an image, the others are left out.
+        """
         if self.input_projection is not None:
             features = self.input_projection(features)
         image = features.flatten(2).transpose(1, 2)  # (B, P, D)
-        positions = sine_positions(features.shape[-2:], features.shape[1], features.device).to(features.dtype)
+        positions = sine_positions(features.shape[-2:], features.shape[1], features.device, image_sizes)
+        positions = positions.to(features.dtype)
+        is_image = None if image_sizes is None else positions_inside(features.shape[-2:], image_sizes)
         query_positions = self.queries_embedder.weight
         queries = query_positions.new_zeros(features.shape[0], *query_positions.shape)
 
-        states, attentions = self.decoder(queries, query_positions, image, positions, output_attentions)
+        states, attentions = self.decoder(queries, query_positions, image, positions, output_attentions, is_image)
         intermediate_states = self.decoder.layernorm(torch.stack(states))
         return TransformerModuleOutput(
             last_hidden_state=intermediate_states[-1],
@@ -185,22 +220,32 @@ class TransformerModule(nn.Module):
         )
 
 
-def sine_positions(size: Sequence[int], width: int, device: torch.device) -> Tensor:
+def sine_positions(size: Sequence[int], width: int, device: torch.device, image_sizes: Tensor | None = None) -> Tensor:
     """Sine and cosine of the normalised row and column of each position, (P, width), float32.
 
     The first half of the width encodes the row, the second the column; sines and cosines alternate. Rows run from
-    2 pi / h to 2 pi, so the code depends on the size of the map. Always float32: half precision is off by 0.02.
+    2 pi / h to 2 pi, so the code depends on the size of the map; or with `image_sizes` (B, 2) on that of each image in
+    it, (B, P, width). Always float32: half precision is off by 0.02.
     """
     per_axis = width // 2
     exponents = torch.arange(per_axis, device=device, dtype=torch.float32).div(2, rounding_mode="floor") * 2 / per_axis
     wavelengths = 10000**exponents
     codes = []
-    for length in size:
-        coordinates = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (length + 1e-6) * 2 * math.pi
-        angles = coordinates[:, None] / wavelengths
-        codes.append(torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=2).flatten(1))
+    for axis, length in enumerate(size):
+        extent = length if image_sizes is None else image_sizes[:, axis, None]
+        coordinates = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (extent + 1e-6) * 2 * math.pi
+        angles = coordinates[..., None] / wavelengths
+        codes.append(torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2))
     rows, columns = codes
     height, width_of_map = size
-    return torch.cat(
-        (rows[:, None].expand(-1, width_of_map, -1), columns[None].expand(height, -1, -1)), dim=-1
-    ).flatten(0, 1)
+    rows = rows[..., :, None, :].expand(*rows.shape[:-1], width_of_map, -1)
+    columns = columns[..., None, :, :].expand(*columns.shape[:-2], height, -1, -1)
+    return torch.cat((rows, columns), dim=-1).flatten(-3, -2)
+
+
+def positions_inside(size: Sequence[int], image_sizes: Tensor) -> Tensor:
+    """Which positions of a map of this size lie in the top left part (B, 2) that each image takes, (B, P) bool."""
+    rows, columns = (
+        torch.arange(length, device=image_sizes.device) < image_sizes[:, axis, None] for axis, length in enumerate(size)
+    )
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1)

@@ -102,7 +102,7 @@ def test_names_are_written_where_they_fit_and_never_overlap(monkeypatch):
         label_placement.ImageDraw.ImageDraw, "rounded_rectangle", lambda self, box, **style: boxes.append(box)
     )
     ids = np.tile(np.arange(300) // 20 + 1, (200, 1))  # stripes narrower than their names
-    ids[:10, :] = 99  # thinner than the letters
+    ids[:5, :] = 99  # thinner than the letters
     segments = [{"id": number, "label_id": 0} for number in (*range(1, 16), 99)]
     result = {"segmentation": ids, "segments_info": segments}
     draw_segmentation(Image.new("RGB", (300, 200)), result, {0: "a long name"}, labels=True)

@@ -115,6 +115,10 @@ def draw_segmentation(
         remedy = "add it to id2label, or pass it as ignore_index" if segments is None else "add it to segments"
         raise ValueError(f"The segmentation map contains id {unknown[0]}, which has no label; {remedy}.")
     picture = _overlay(image, ids, labelled, shades, alpha)
+    if legend:
+        factor = max(1, -(-MIN_PANEL_SIDE // max(picture.size)))
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
+        ids = ids.repeat(factor, 0).repeat(factor, 1)
     if labels:
         names = {int(number): id2label[label_of_id[int(number)]] for number in occurring}
         write_labels(picture, ids, names)
@@ -230,8 +234,6 @@ def draw_comparison(
 
 
 def _with_legend(picture: Image.Image, labels: Sequence[tuple[str, Color]]) -> Image.Image:
-    factor = max(1, -(-MIN_PANEL_SIDE // max(picture.size)))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
     font = font_for(picture.size)
     rows, line = _legend_rows(labels, font, picture.width - 2 * MARGIN), int(font.size * 1.5)
     canvas = Image.new("RGB", (picture.width, picture.height + len(rows) * line + MARGIN), PAPER)

@@ -55,4 +55,5 @@ def _widest_point(mask: np.ndarray) -> tuple[int, int, float]:
 
 
 def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+    gap = 2  # pixels, so that two names do not read as one
+    return one[0] < other[2] + gap and other[0] < one[2] + gap and one[1] < other[3] + gap and other[1] < one[3] + gap
