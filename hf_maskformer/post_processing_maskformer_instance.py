@@ -122,16 +122,16 @@ def _find_instances(
 
     _, highest = tiling.bounds()
     touched = (highest.sigmoid() >= mask_threshold).nonzero()
-    pixels, areas, sums = [], scores.new_zeros(len(queries), dtype=torch.int64), scores.new_zeros(len(queries)).double()
+    pixels, areas, sums = [], queries.new_zeros(len(queries)), scores.new_zeros(len(queries))
     for chunk in tiling.chunks(touched, 1):
         tiles, owners = chunk[:, :2], chunk[:, 2]
         mask_probabilities = tiling.resized_logits_of(owners, tiles).sigmoid()
         is_in_mask = (mask_probabilities >= mask_threshold) & tiling.is_inside(tiles)
         areas.index_add_(0, owners, is_in_mask.sum(dim=(1, 2)))
-        sums.index_add_(0, owners, (mask_probabilities * is_in_mask).sum(dim=(1, 2)).double())
+        sums.index_add_(0, owners, (mask_probabilities * is_in_mask).sum(dim=(1, 2)))
         pixels.append(is_in_mask)
 
-    scores = scores * (sums / areas.clamp(min=1)).float()[mask_of_candidate]
+    scores = scores * (sums / areas.clamp(min=1))[mask_of_candidate]
     is_found = (scores >= threshold) & (areas[mask_of_candidate] >= min_area)
     order = scores.masked_fill(~is_found, -1).argsort(descending=True, stable=True)[: int(is_found.sum())]
     # Two labels of one query share its mask, so a tile may belong to several instances.

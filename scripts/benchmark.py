@@ -51,6 +51,7 @@ NUM_LABELS = 150
 NUM_QUERIES = 100
 NUM_SEGMENTS = 15
 INPUT_SIZE, TARGET_SIZE = (640, 640), (1024, 1365)  # of postprocess
+BATCH_SIZES = ((512, 2048), (800, 1333))  # of preprocess, shortest and longest edge
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -165,7 +166,7 @@ def preprocess(arguments: argparse.Namespace) -> dict[str, dict[str, Callable[[]
     except Exception as error:
         print(f"Without transformers' torchvision form: {str(error).strip().splitlines()[0]}")
     comparisons: dict[str, dict[str, Callable[[], object]]] = {}
-    for shortest, longest in ((512, 2048), (800, 1333)):
+    for shortest, longest in BATCH_SIZES:
         size = {"shortest_edge": shortest, "longest_edge": longest}
         processors = {name: form(size=size) for name, form in stock_forms.items()}
         ours = MaskFormerImageProcessor(size=size)

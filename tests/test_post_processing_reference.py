@@ -119,3 +119,21 @@ def test_a_batch_changes_no_result(seeds, mode):
             (alone,) = function(*case.batch(), threshold=0.1, target_sizes=targets[index : index + 1])
             assert torch.equal(together[index]["segmentation"], alone["segmentation"])
             assert together[index]["segments_info"] == alone["segments_info"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@settings(max_examples=30, deadline=None)
+@given(SEEDS)
+def test_a_gpu_gives_the_same_results(seed):
+    case = reference.random_case(seed)
+    expected = reference.panoptic(case, 0.1, 0.5, 0.3, {0}), reference.instances(case, 0.1, 0.5, 5, 1)
+    assume(all(each.is_clear for each in expected))
+    batch, options = [part.cuda() for part in case.batch()], {"target_sizes": [case.target_size]}
+    (panoptic,) = panoptic_segmentation(*batch, 0.1, 0.5, 0.3, {0}, **options)
+    assert torch.equal(panoptic["segmentation"].cpu(), expected[0].segmentation)
+    (found,) = instance_segmentation(*batch, 0.1, 0.5, top_k=5, form="masks", **options)
+    assert all(map(torch.equal, found["segmentation"].cpu(), expected[1].masks))
+    scores = reference.semantic(case, "paper")
+    (label_map,) = semantic_segmentation(*batch, **options)
+    loss = scores.amax(0) - scores.gather(0, label_map[None].cpu())[0]
+    assert (loss <= reference.NEAR_TIE * (1 + scores.amax(0))).all()

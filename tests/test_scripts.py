@@ -166,6 +166,24 @@ def test_the_benchmark_compares_both_models(subcommand, tmp_path, monkeypatch):
     assert figures["ratio"] == pytest.approx(figures["stock"]["median_ms"] / figures["ours"]["median_ms"])
 
 
+@pytest.mark.parametrize(
+    ("subcommand", "comparisons"),
+    [("postprocess", {"semantic", "panoptic", "instance"}), ("preprocess", {"images 64", "images and maps 64"})],
+)
+def test_the_benchmark_compares_what_lies_around_the_model(subcommand, comparisons, tmp_path, monkeypatch):
+    benchmark = load("benchmark")
+    monkeypatch.setattr(benchmark, "INPUT_SIZE", (64, 64))
+    monkeypatch.setattr(benchmark, "TARGET_SIZE", (60, 90))
+    monkeypatch.setattr(benchmark, "BATCH_SIZES", ((64, 256),))
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", subcommand, "--repeats=1", "--threads=0", f"--json={file}"])
+    benchmark.main(benchmark.parse_arguments())
+    figures = json.loads(file.read_text())
+    assert comparisons < figures.keys()
+    for name in comparisons:
+        assert {"ours" if name != "semantic" else "paper", "stock"} <= figures[name].keys()
+
+
 @pytest.mark.slow
 def test_two_processes_train_with_accelerate_launch(data, config, tmp_path):
     options = {"config": config, "data": data, "image_size": 64, "max_steps": 2, "output_dir": tmp_path}
