@@ -21,9 +21,10 @@ from .post_processing_maskformer_inputs import ImageSizes
 Mode = Literal["paper", "direct", "fast"]
 
 TILE = 16
-# Numbers in the largest tensor of a chunk of tiles: a few megabytes stay in the cache of a CPU; a GPU wants more.
-_CHUNK_ON_CPU = 2**20
+# Numbers in the largest tensor of a chunk of tiles: a megabyte stays in the cache of a CPU core; a GPU wants more.
+_CHUNK_ON_CPU = 2**18
 _CHUNK_ON_GPU = 2**25
+_FEWEST_TILES = 32  # of a chunk; with fewer, calling takes longer than computing
 
 
 class Axis(NamedTuple):
@@ -73,7 +74,7 @@ class TiledMasks:
     def chunks(self, tiles: Tensor, numbers_per_pixel: int) -> Iterator[Tensor]:
         """Splits tiles so that a chunk with so many numbers per pixel takes little memory."""
         budget = _CHUNK_ON_CPU if tiles.device.type == "cpu" else _CHUNK_ON_GPU
-        size = max(1, budget // (numbers_per_pixel * TILE**2))
+        size = max(_FEWEST_TILES, budget // (numbers_per_pixel * TILE**2))
         return (tiles[start : start + size] for start in range(0, len(tiles), size))
 
     def resized_logits(self, tiles: Tensor) -> Tensor:
