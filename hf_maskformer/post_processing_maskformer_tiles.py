@@ -77,10 +77,12 @@ class TiledMasks:
         size = max(_FEWEST_TILES, budget // (numbers_per_pixel * TILE**2))
         return (tiles[start : start + size] for start in range(0, len(tiles), size))
 
-    def resized_logits(self, tiles: Tensor) -> Tensor:
-        """Mask logits where the sigmoid is taken, (n, M, M', Q)."""
+    def resized_logits(self, tiles: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Mask logits where the sigmoid is taken, (n, M, M', Q), of all queries or some."""
         points = self._grid_points(tiles)
         logits = self.logits.flatten(0, 1).index_select(0, points.flatten()).unflatten(0, points.shape)
+        if queries is not None:
+            logits = logits.index_select(3, queries)
         return _apply(self.rows.before, self.columns.before, tiles, logits)
 
     def resized_logits_of(self, queries: Tensor, tiles: Tensor) -> Tensor:

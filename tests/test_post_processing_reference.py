@@ -6,6 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hf_maskformer import post_processing_maskformer_tiles
 from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_scores, semantic_segmentation
 from hf_maskformer.post_processing_maskformer_instance import instance_segmentation
 
@@ -91,6 +92,25 @@ def test_panoptic_equals_the_reference_in_thousands_of_cases(seed, threshold, ma
 @given(SEEDS, THRESHOLDS, MASK_THRESHOLDS, st.integers(1, 12), st.integers(0, 30))
 def test_instances_equal_the_reference_in_thousands_of_cases(seed, threshold, mask_threshold, top_k, min_area):
     check_instances(seed, threshold, mask_threshold, top_k, min_area)
+
+
+@pytest.mark.parametrize("mode", ["paper", "direct", "fast"])
+def test_the_size_of_chunks_changes_no_result(mode, monkeypatch):
+    cases = [reference.random_case(seed) for seed in range(12)]
+
+    def results() -> list:
+        found = []
+        for case in cases:
+            options = {"target_sizes": [(90, 110)]}
+            found += semantic_segmentation(*case.batch(), mode=mode, **options)
+            found += [result["segmentation"] for result in panoptic_segmentation(*case.batch(), 0.1, **options)]
+            found += [result["segmentation"] for result in instance_segmentation(*case.batch(), 0.1, **options)]
+        return found
+
+    expected = results()
+    monkeypatch.setattr(post_processing_maskformer_tiles, "_CHUNK_ON_CPU", 1)
+    monkeypatch.setattr(post_processing_maskformer_tiles, "_FEWEST_TILES", 3)
+    assert all(map(torch.equal, results(), expected))
 
 
 @settings(max_examples=30, deadline=None)

@@ -63,6 +63,8 @@ def test_train_leaves_a_checkpoint_and_its_scores(checkpoint):
     assert MaskFormerForInstanceSegmentation.from_pretrained(checkpoint).config.id2label[3] == "disc"
     assert 0 <= json.loads((checkpoint / "eval_results.json").read_text())["eval_mean_iou"] <= 1
     assert json.loads((checkpoint / "train_results.json").read_text())["train_loss"] > 0
+    settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    assert (settings["segmentation_task"], settings["label_ids_to_fuse"]) == ("semantic", [0, 1, 2])
 
 
 def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp_path, capsys):
