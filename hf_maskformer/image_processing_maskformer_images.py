@@ -151,14 +151,12 @@ def make_batch(
 
 
 def empty_batch(sizes: Sequence[Size], padded_size: Size, device: str | torch.device | None = None) -> dict[str, Any]:
-    """A batch for images of these sizes: padding 0, the mask complete, the pixels of the images not yet written."""
-    pixel_values = torch.empty(len(sizes), 3, *padded_size, device=device)
-    pixel_mask = torch.empty(len(sizes), *padded_size, dtype=torch.int64, device=device)
-    for values, mask, (height, width) in zip(pixel_values, pixel_mask, sizes, strict=True):
-        # Only the padding: touching all of a fresh tensor twice takes longer than resizing.
-        for tensor in (values, mask):
-            tensor[..., height:, :] = 0
-            tensor[..., :height, width:] = 0
+    """A batch for images of these sizes: all pixels 0, the mask complete."""
+    # Zeros from the start, although images overwrite most of them: filling a fresh tensor in order, from its beginning,
+    # is many times faster than touching its pages here and there first, as filling in the padding alone would.
+    pixel_values = torch.zeros(len(sizes), 3, *padded_size, device=device)
+    pixel_mask = torch.zeros(len(sizes), *padded_size, dtype=torch.int64, device=device)
+    for mask, (height, width) in zip(pixel_mask, sizes, strict=True):
         mask[:height, :width] = 1
     return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
 
