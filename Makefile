@@ -28,6 +28,8 @@ benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
 	$(BIN)/python scripts/benchmark.py forward
 	$(BIN)/python scripts/benchmark.py step
 	$(BIN)/python scripts/benchmark.py criterion
+	$(BIN)/python scripts/benchmark.py postprocess
+	$(BIN)/python scripts/benchmark.py preprocess
 
 clean: ## Remove the environment, caches and outputs
 	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -61,6 +61,9 @@ class MaskFormerConfig(ConfigWithCode):
         deep_supervision: Apply the loss after every decoder layer, as the paper does.
         freeze_batch_norm: Keep the batch normalisation of the backbone at its stored statistics, without gradient, as
             the paper does. Set it to False to train a backbone with batch normalisation from scratch.
+        mask_padding: Keep the padding of a batch out of the transformer decoder: queries do not attend to it, and
+            positions are normalised by the image's own size. The paper's code does neither, so weights trained without
+            it predict a little differently with it.
         use_auxiliary_loss: transformers' name for `deep_supervision`; True switches that on. Always False afterwards
             and in saved files, because transformers' own class crashes on True.
         output_auxiliary_logits: Return the logits after every decoder layer but the last.
@@ -103,6 +106,7 @@ class MaskFormerConfig(ConfigWithCode):
     importance_sample_ratio: float | int = 0.75
     deep_supervision: bool = True
     freeze_batch_norm: bool = True
+    mask_padding: bool = False
     use_auxiliary_loss: bool | None = False
     output_auxiliary_logits: bool | None = None
     init_std: float | int = 0.02

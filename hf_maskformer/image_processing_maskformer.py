@@ -4,23 +4,26 @@ B images, N_i segments in image i, H x W the padded size of the batch. A segment
 image. Sizes are (height, width). Images stay uint8 until they lie in the batch.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import load_image
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
+from .image_processing_maskformer_images import (
+    empty_batch,
+    enumerate_items,
+    make_batch,
+    read_image,
+    size_of,
+)
 from .image_processing_maskformer_settings import (
+    DEFAULT_PANOPTIC_THRESHOLDS,
     DEFAULT_SIZE,
     OLD_SETTINGS,
-    RESAMPLING,
     SETTINGS,
     ImageProcessorSettings,
     current_settings,
@@ -30,17 +33,35 @@ from .image_processing_maskformer_targets import (
     COMMON_IGNORE_VALUE,
     check_map_sizes,
     instance_labels_of_images,
+    is_coloured,
     pad_as_label_map,
     pad_as_masks,
     pad_as_segment_map,
     read_segmentation_map,
-    split_segmentation_map,
+    resized_segments,
 )
-from .post_processing_maskformer import Size, panoptic_segmentation, per_pixel_segmentation, semantic_segmentation
+from .post_processing_maskformer import panoptic_segmentation, semantic_scores, semantic_segmentation
+from .post_processing_maskformer_inputs import Size, split_batch
+from .post_processing_maskformer_instance import Form, instance_segmentation
+from .post_processing_maskformer_tiles import Mode
+from .post_processing_per_pixel_baseline import per_pixel_segmentation
 
 logger = logging.get_logger(__name__)
 
 _BASE_CLASS_SETTINGS = {"feature_extractor_type", "image_processor_type", "processor_class", "auto_map"}
+
+
+@dataclass
+class SemanticSegmentation(ModelOutput):
+    """A semantic segmentation with its scores.
+
+    Args:
+        segmentation: (height, width) int64, labels.
+        segmentation_scores: (K, height, width) float32.
+    """
+
+    segmentation: Tensor | None = None
+    segmentation_scores: Tensor | None = None
 
 
 class MaskFormerImageProcessor(BaseImageProcessor):
@@ -68,6 +89,10 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         num_labels: maps are checked to hold labels below this number only; by default they are not.
         pad_size: `{"height", "width"}` of every batch, instead of that of its largest image.
         label_ids_to_fuse: labels of uncountable stuff, of which a panoptic segmentation has one segment each.
+        segmentation_task: what the model was trained for, "semantic", "instance" or "panoptic"; `MaskFormerPipeline`
+            does that unless it is told otherwise.
+        panoptic_thresholds: `{"threshold", "mask_threshold", "overlap_mask_area_threshold"}` or some of them, the
+            defaults of `post_process_panoptic_segmentation`; the paper's differ between data sets.
 
     Raises:
         ValueError: a setting is unknown, contradicts another or has no meaning.
@@ -115,14 +140,17 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         target_format: Literal["masks", "segment_map", "label_map"] = "masks",
         input_data_format: str | None = None,
         return_tensors: str | None = None,
+        device: str | torch.device | None = None,
         **overrides: Any,
     ) -> BatchFeature:
         """Makes a batch of images and, from segmentation maps, the targets to train with.
 
         Args:
             images: a PIL image, an array or tensor ((height, width, 3), (3, height, width) or (height, width), uint8 or
-                float), a path or URL; a list of these or a stacked array.
-            segmentation_maps: for each image a PIL image, array or tensor of integers (height, width), of its size.
+                float), a path or URL; a list of these or a stacked array. Files are turned upright as their EXIF tag
+                says, PIL images are taken as they are. Grey images of 16 bits are scaled to 8.
+            segmentation_maps: for each image a PIL image, array or tensor of integers (height, width), of its size; or
+                a PNG of COCO panoptic in colour, (height, width, 3) uint8, whose ids are R + 256 G + 65536 B.
             instance_id_to_semantic_id: says that maps hold ids of segments, and which label each has; one dictionary
                 for all images or a list with one for each. Without it maps hold labels, and all pixels of a label
                 form one segment.
@@ -130,6 +158,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
                 for models that classify pixels, such as the per-pixel baselines.
             input_data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape leaves it open.
             return_tensors: `"np"` for arrays; otherwise the batch holds tensors.
+            device: where to resize and normalise, and where the batch shall lie; by default on the CPU.
             overrides: settings of the processor, for this call only.
 
         Returns:
@@ -149,36 +178,67 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         settings = self._settings_with(overrides)
         if target_format not in ("masks", "segment_map", "label_map"):
             raise ValueError(f'target_format is {target_format!r}; give "masks", "segment_map" or "label_map".')
-        pixels = [_read_image(image, index, input_data_format) for index, image in _enumerate("images", images, 3)]
+        numbered = enumerate_items("images", images, 3)
+        pixels = [read_image(image, index, input_data_format) for index, image in numbered]
         _warn_of_double_rescaling(pixels, settings)
-        sizes = [_size_of(image) for image in pixels]
+        sizes = [size_of(image) for image in pixels]
         resized_sizes = [settings.resized_size(size) for size in sizes]
         padded_size = settings.padded_size(resized_sizes)
-        resized = [resize_image(*pair, settings.resample) for pair in zip(pixels, resized_sizes, strict=True)]
-        data = _normalise_and_pad(resized, padded_size, settings)
+        targets: dict[str, Any] = {}
+        # Maps first: what is wrong with them shows before the work on the images.
         if segmentation_maps is not None:
-            numbered = _enumerate("segmentation_maps", segmentation_maps, 2)
+            numbered = enumerate_items("segmentation_maps", segmentation_maps, 2 + is_coloured(segmentation_maps))
             maps = [read_segmentation_map(segmentation_map, index) for index, segmentation_map in numbered]
             check_map_sizes(maps, sizes)
             instance_labels = instance_labels_of_images(instance_id_to_semantic_id, len(maps))
             segments = [
-                split_segmentation_map(resize_nearest(maps[index], size), settings, instance_labels[index], index)
-                for index, size in enumerate(resized_sizes)
+                resized_segments(segmentation_map, resized_sizes[index], settings, instance_labels[index], index)
+                for index, segmentation_map in enumerate(maps)
             ]
             if target_format == "label_map":
                 ignore_index = COMMON_IGNORE_VALUE if settings.ignore_index is None else settings.ignore_index
-                data["labels"] = pad_as_label_map(segments, padded_size, ignore_index)
+                targets["labels"] = pad_as_label_map(segments, padded_size, ignore_index, device)
             else:
                 pad = pad_as_masks if target_format == "masks" else pad_as_segment_map
-                data["mask_labels"], data["class_labels"] = pad(segments, padded_size)
+                targets["mask_labels"], targets["class_labels"] = pad(segments, padded_size, device)
         elif instance_id_to_semantic_id is not None:
             raise ValueError("instance_id_to_semantic_id is given without segmentation_maps that hold these ids.")
+        data = make_batch(pixels, resized_sizes, padded_size, settings, device)
+        return _batch_feature(data | targets, return_tensors)
+
+    def pad_and_create_pixel_mask(
+        self, pixel_values_list: Sequence[Any], return_tensors: str | None = None, **overrides: Any
+    ) -> BatchFeature:
+        """Makes a batch of images that are resized and normalised already.
+
+        Args:
+            pixel_values_list: arrays or tensors (3, height, width).
+            return_tensors: `"np"` for arrays; otherwise the batch holds tensors.
+            overrides: settings of the processor, for this call only; of these, `size_divisor` and `pad_size` matter.
+
+        Returns:
+            A dictionary with `pixel_values` and `pixel_mask` as `preprocess` gives them.
+
+        Raises:
+            ValueError: there is no image, or one has another shape or does not fit into `pad_size`.
+        """
+        numbered = enumerate_items("pixel_values_list", pixel_values_list, 3)
+        images = [read_image(image, index, "channels_first") for index, image in numbered]
+        sizes = [size_of(image) for image in images]
+        data = empty_batch(sizes, self._settings_with(overrides).padded_size(sizes))
+        for place, image, (height, width) in zip(data["pixel_values"], images, sizes, strict=True):
+            place[:, :height, :width] = image
         return _batch_feature(data, return_tensors)
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Sequence[Size] | None = None
-    ) -> list[Tensor]:
-        """Gives each pixel a label, as the paper does (see `semantic_segmentation`).
+        self,
+        outputs: Any,
+        target_sizes: Sequence[Size] | None = None,
+        return_segmentation_scores: bool = False,
+        *,
+        mode: Mode = "paper",
+    ) -> list[Any]:
+        """Gives each pixel a label, as the paper does.
 
         Args:
             outputs: of the model, or of a per-pixel baseline. Without their `image_sizes` and `padded_sizes` (from
@@ -186,20 +246,67 @@ class MaskFormerImageProcessor(BaseImageProcessor):
                 the mask logits.
             target_sizes: the (height, width) of each result, usually that of the original image; without it, results
                 have the size that the image had in the batch.
+            return_segmentation_scores: whether to return the scores too, which takes their memory.
+            mode: what is resized to the target: `"paper"`, `"direct"` or `"fast"` (see `semantic_scores`).
 
         Returns:
-            One (height, width) int64 map of labels per image.
+            One (height, width) int64 map of labels per image; or with scores, one `SemanticSegmentation`.
+
+        Raises:
+            ValueError: the mode is unknown, logits are not finite, or target_sizes does not fit the batch.
         """
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
         if hasattr(outputs, "logits"):
             return per_pixel_segmentation(outputs.logits, outputs.image_sizes, outputs.padded_sizes, target_sizes)
-        return semantic_segmentation(*_logits_and_sizes(outputs), target_sizes)
+        batch = _logits_and_sizes(outputs)
+        if not return_segmentation_scores:
+            return semantic_segmentation(*batch, target_sizes, mode)
+        images = split_batch(*batch, target_sizes)
+        all_scores = [semantic_scores(*image[:2], *image.sizes, mode) for image in images]
+        return [SemanticSegmentation(scores.argmax(dim=0), scores) for scores in all_scores]
 
-    def post_process_panoptic_segmentation(
+    def post_process_instance_segmentation(
         self,
         outputs: Any,
         threshold: float = 0.5,
         mask_threshold: float = 0.5,
-        overlap_mask_area_threshold: float = 0.8,
+        overlap_mask_area_threshold: float | None = None,
+        target_sizes: Sequence[Size] | None = None,
+        return_coco_annotation: bool | None = False,
+        return_binary_maps: bool | None = False,
+        *,
+        top_k: int | None = None,
+        min_area: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Finds instances, which may overlap, the surest first (see `instance_segmentation`).
+
+        Args:
+            outputs, target_sizes: as in `post_process_semantic_segmentation`.
+            threshold, mask_threshold, overlap_mask_area_threshold, top_k, min_area: as in `instance_segmentation`.
+            return_coco_annotation: return masks in COCO's run-length encoding instead of a map of ids.
+            return_binary_maps: return masks instead of a map of ids.
+
+        Returns:
+            One dictionary per image: `segmentation`, (height, width) int32 with ids of instances, the surest on top,
+            and 0 for void, or (N, height, width) bool masks, or N run-length encodings; and `segments_info`, for each
+            instance its `id`, `label_id`, `was_fused` and `score`, in descending order of score.
+
+        Raises:
+            ValueError: both other forms are asked for, logits are not finite, or target_sizes does not fit the batch.
+        """
+        if return_coco_annotation and return_binary_maps:
+            raise ValueError("return_coco_annotation and return_binary_maps exclude each other; set one of them.")
+        form: Form = "rle" if return_coco_annotation else "masks" if return_binary_maps else "id_map"
+        thresholds = threshold, mask_threshold, overlap_mask_area_threshold
+        return instance_segmentation(*_logits_and_sizes(outputs), *thresholds, target_sizes, form, top_k, min_area)
+
+    def post_process_panoptic_segmentation(
+        self,
+        outputs: Any,
+        threshold: float | None = None,
+        mask_threshold: float | None = None,
+        overlap_mask_area_threshold: float | None = None,
         label_ids_to_fuse: Collection[int] | None = None,
         target_sizes: Sequence[Size] | None = None,
     ) -> list[dict[str, Any]]:
@@ -207,59 +314,32 @@ class MaskFormerImageProcessor(BaseImageProcessor):
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
-            threshold, mask_threshold, overlap_mask_area_threshold: as in `panoptic_segmentation`.
+            threshold, mask_threshold, overlap_mask_area_threshold: as in `panoptic_segmentation`; by default those of
+                the processor's `panoptic_thresholds`, and for what that leaves out 0.5, 0.5 and 0.8.
             label_ids_to_fuse: labels of which all queries form one segment; without it, those of the processor.
 
         Returns:
             One dictionary per image: `segmentation`, (height, width) int32 with ids of segments and 0 for void, and
             `segments_info`, for each segment its `id`, `label_id`, `was_fused` and `score`.
         """
+        settings = self._settings_with({})
         if label_ids_to_fuse is None:
-            label_ids_to_fuse = self._settings_with({}).label_ids_to_fuse or ()
-        thresholds = threshold, mask_threshold, overlap_mask_area_threshold
-        return panoptic_segmentation(*_logits_and_sizes(outputs), *thresholds, label_ids_to_fuse, target_sizes)
+            label_ids_to_fuse = settings.label_ids_to_fuse or ()
+        defaults: dict[str, Any] = DEFAULT_PANOPTIC_THRESHOLDS | (settings.panoptic_thresholds or {})
+        given = {
+            "threshold": threshold,
+            "mask_threshold": mask_threshold,
+            "overlap_mask_area_threshold": overlap_mask_area_threshold,
+        }
+        thresholds = defaults | {name: value for name, value in given.items() if value is not None}
+        batch = _logits_and_sizes(outputs)
+        return panoptic_segmentation(
+            *batch, **thresholds, label_ids_to_fuse=label_ids_to_fuse, target_sizes=target_sizes
+        )
 
     def _settings_with(self, overrides: Mapping[str, Any]) -> ImageProcessorSettings:
         own = {name: getattr(self, name) for name in SETTINGS}
         return ImageProcessorSettings(**own | current_settings(overrides, own["size"]))
-
-
-def resize_image(image: Tensor, size: Size, resample: int) -> Tensor:
-    """Resizes an image (3, h, w), uint8 or float, to (3, H, W) with the antialiased filter of this number in PIL.
-
-    Bilinear uint8 results lie within one level of PIL's.
-    """
-    if _size_of(image) == size:
-        return image
-    if RESAMPLING[resample] == "nearest":
-        return resize_nearest(image, size)
-    return F.interpolate(image[None], size, mode=RESAMPLING[resample], antialias=True, align_corners=False)[0]
-
-
-def resize_nearest(pixels: Tensor, size: Size) -> Tensor:
-    """Resizes (..., h, w) of any type to (..., H, W): each pixel takes the value at its centre, as in PIL."""
-    for axis, length in ((-1, size[1]), (-2, size[0])):
-        if pixels.shape[axis] != length:
-            step = pixels.shape[axis] / length
-            # Summed up step by step as PIL does, so that a centre between two pixels falls on the same side.
-            centres = np.cumsum([step / 2] + [step] * (length - 1))
-            pixels = pixels.index_select(axis, torch.from_numpy(centres.astype(np.int64)))
-    return pixels
-
-
-def _normalise_and_pad(images: Sequence[Tensor], size: Size, settings: ImageProcessorSettings) -> dict[str, Any]:
-    factor = settings.rescale_factor if settings.do_rescale else 1.0
-    mean, std = (settings.image_mean, settings.image_std) if settings.do_normalize else ([0.0] * 3, [1.0] * 3)
-    # (pixel * factor - mean) / std, with two passes over the pixels instead of three.
-    scale = torch.tensor([factor / deviation for deviation in std])[:, None, None]
-    shift = torch.tensor([average / deviation for average, deviation in zip(mean, std, strict=True)])[:, None, None]
-    pixel_values = torch.zeros(len(images), 3, *size)
-    pixel_mask = torch.zeros(len(images), *size, dtype=torch.int64)
-    for index, image in enumerate(images):
-        height, width = _size_of(image)
-        pixel_values[index, :, :height, :width].copy_(image).mul_(scale).sub_(shift)
-        pixel_mask[index, :height, :width] = 1
-    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
 
 
 def _batch_feature(data: dict[str, Any], return_tensors: Any) -> BatchFeature:
@@ -272,59 +352,17 @@ def _batch_feature(data: dict[str, Any], return_tensors: Any) -> BatchFeature:
     return BatchFeature(data)
 
 
-def _enumerate(name: str, items: Any, num_dimensions: int) -> Iterator[tuple[int, Any]]:
-    """Numbers the items of a list or of a stacked array; anything else is one item."""
-    if items is None:
-        raise ValueError(f"{name} is None; give at least one image.")
-    if isinstance(items, np.ndarray | Tensor) and items.ndim > num_dimensions:
-        items = list(items)
-    if not isinstance(items, list | tuple):
-        items = [items]
-    if len(items) == 0:
-        raise ValueError(f"{name} is empty; give at least one image.")
-    return enumerate(items)
-
-
-def _read_image(image: Any, index: int, input_data_format: str | None) -> Tensor:
-    """Gives (3, h, w), uint8 or float32."""
-    if isinstance(image, str | Path):
-        is_url = str(image).startswith(("http://", "https://"))
-        image = load_image(str(image)) if is_url else ImageOps.exif_transpose(Image.open(image))
-    if isinstance(image, Image.Image):
-        if image.mode[0] in "IF":
-            raise ValueError(f"Image {index} has mode {image.mode}, more than 8 bits; convert it to RGB first.")
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    if not isinstance(image, np.ndarray | Tensor):
-        kind = type(image).__name__
-        raise ValueError(f"Image {index} is a {kind}; give a PIL image, an array, a tensor, a path or a URL.")
-    pixels = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image, order="C"))
-    if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif pixels.ndim == 3 and _channels_are_last(tuple(pixels.shape), input_data_format):
-        pixels = pixels.permute(2, 0, 1)
-    if pixels.ndim != 3 or len(pixels) not in (1, 3, 4) or pixels.numel() == 0:
-        raise ValueError(
-            f"Image {index} has shape {tuple(image.shape)}; give (height, width), or height, width and 1, 3 or 4 "
-            "channels, which may come first or last."
-        )
-    pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
-    return pixels if pixels.dtype == torch.uint8 else pixels.float()
-
-
-def _channels_are_last(shape: tuple[int, ...], input_data_format: str | None) -> bool:
-    if input_data_format is not None:
-        return getattr(input_data_format, "value", input_data_format) == "channels_last"
-    # Three channels are the most likely, then grey and RGBA; where both ends fit, the first are the channels.
-    counts = [count for count in (3, 1, 4) if count in (shape[0], shape[-1])]
-    return bool(counts) and shape[0] != counts[0]
-
-
 def _warn_of_double_rescaling(images: Sequence[Tensor], settings: ImageProcessorSettings) -> None:
     if settings.do_rescale and any(image.is_floating_point() and image.max() <= 1 for image in images):
         logger.warning_once("Images lie between 0 and 1 already and are rescaled again; set do_rescale=False.")
 
 
 def _logits_and_sizes(outputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not hasattr(outputs, "class_queries_logits"):
+        raise ValueError(
+            f"{type(outputs).__name__} holds no queries, so there are no segments in it. A per-pixel baseline does "
+            'semantic segmentation only; in a pipeline, set subtask="semantic".'
+        )
     class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
     image_sizes = getattr(outputs, "image_sizes", None)
     if image_sizes is None:
@@ -332,7 +370,3 @@ def _logits_and_sizes(outputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         input_sizes = torch.tensor([[4 * height, 4 * width]] * len(mask_logits))
         return class_logits, mask_logits, input_sizes, input_sizes
     return class_logits, mask_logits, image_sizes, outputs.padded_sizes
-
-
-def _size_of(pixels: Tensor) -> Size:
-    return pixels.shape[-2], pixels.shape[-1]

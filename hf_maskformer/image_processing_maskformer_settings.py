@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .post_processing_maskformer import Size
+from .post_processing_maskformer_inputs import Size
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+SEGMENTATION_TASKS = ("semantic", "instance", "panoptic")
+# transformers' own.
+DEFAULT_PANOPTIC_THRESHOLDS = {"threshold": 0.5, "mask_threshold": 0.5, "overlap_mask_area_threshold": 0.8}
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 
 _DEFAULT_SIZE_DIVISOR = 32
@@ -47,6 +50,8 @@ class ImageProcessorSettings:
     num_labels: int | None = None
     pad_size: dict[str, int] | None = None
     label_ids_to_fuse: list[int] | None = None
+    segmentation_task: str | None = None
+    panoptic_thresholds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
@@ -64,6 +69,15 @@ class ImageProcessorSettings:
             raise ValueError(f"image_std is {self.image_std}; images are divided by it, so it must not hold a zero.")
         if self.num_labels is not None and self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; give the number of labels, or None not to check them.")
+        if self.segmentation_task not in (None, *SEGMENTATION_TASKS):
+            known = ", ".join(SEGMENTATION_TASKS)
+            raise ValueError(f"segmentation_task is {self.segmentation_task!r}; give one of {known}, or None.")
+        unknown = set(self.panoptic_thresholds or ()) - set(DEFAULT_PANOPTIC_THRESHOLDS)
+        if unknown or not all(0 <= value <= 1 for value in (self.panoptic_thresholds or {}).values()):
+            raise ValueError(
+                f"panoptic_thresholds is {self.panoptic_thresholds}; give numbers from 0 to 1 for some of "
+                f"{', '.join(DEFAULT_PANOPTIC_THRESHOLDS)}."
+            )
         if self.label_ids_to_fuse is not None:
             self.label_ids_to_fuse = sorted(int(label_id) for label_id in self.label_ids_to_fuse)
 

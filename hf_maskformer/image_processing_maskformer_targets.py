@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .image_processing_maskformer_images import resize_nearest
 from .image_processing_maskformer_settings import ImageProcessorSettings
-from .post_processing_maskformer import Size
+from .post_processing_maskformer_inputs import Size
 
 # Fills up class labels in their tensor form; cross-entropy ignores this value by default.
 NO_LABEL = -100
@@ -23,27 +24,46 @@ COMMON_IGNORE_VALUE = 255
 _MANY_VALUES = 2**16
 
 InstanceLabels = Mapping[int, int] | None
+Device = str | torch.device | None
 
 
 def read_segmentation_map(segmentation_map: Any, index: int) -> Tensor:
     """Reads the map of image `index`, a PIL image, array or tensor, as (height, width) int32 or, for wide types, int64.
 
+    Three channels of 8 bits are taken for the ids of COCO panoptic.
+
     Raises:
-        ValueError: it is something else, does not hold integers or has more than one channel.
+        ValueError: it is something else, is damaged or does not hold integers.
     """
     if isinstance(segmentation_map, Tensor):
         segmentation_map = segmentation_map.detach().cpu().numpy()
     if not isinstance(segmentation_map, np.ndarray | Image.Image):
         kind = type(segmentation_map).__name__
         raise ValueError(f"Segmentation map {index} is a {kind}; give a PIL image, an array or a tensor.")
-    values = np.asarray(segmentation_map)
-    if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
+    try:
+        values = np.asarray(segmentation_map)
+    except Exception as error:  # a damaged file shows when it is decoded
+        raise ValueError(f"Segmentation map {index} cannot be read: {error}") from error
+    if is_coloured(values):
+        values = values.astype(np.int32) @ np.array([1, 256, 256**2], dtype=np.int32)
+    elif values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
         values = values[0] if values.shape[0] == 1 else values[..., 0]
     if values.ndim != 2 or values.dtype.kind not in "bui":
         raise ValueError(
-            f"Segmentation map {index} has shape {values.shape} and type {values.dtype}; give integers (height, width)."
+            f"Segmentation map {index} has shape {values.shape} and type {values.dtype}; give integers (height, "
+            "width), or the colours of COCO panoptic, (height, width, 3) uint8."
         )
+    if values.size == 0:
+        raise ValueError(f"Segmentation map {index} has shape {values.shape}, so it holds no pixel.")
     return torch.from_numpy(values.astype(np.int32 if np.can_cast(values.dtype, np.int32) else np.int64))
+
+
+def is_coloured(segmentation_map: Any) -> bool:
+    """Whether an array or tensor is one map in the colours of COCO panoptic, (height, width, 3) uint8."""
+    if not isinstance(segmentation_map, np.ndarray | Tensor):
+        return False
+    is_bytes = segmentation_map.dtype in (np.uint8, torch.uint8)
+    return is_bytes and segmentation_map.ndim == 3 and segmentation_map.shape[-1] == 3
 
 
 def check_map_sizes(maps: Sequence[Tensor], image_sizes: Sequence[Size]) -> None:
@@ -73,20 +93,38 @@ def instance_labels_of_images(instance_labels: Any, num_images: int) -> list[Ins
     return list(instance_labels)
 
 
+def resized_segments(
+    segmentation_map: Tensor, size: Size, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int
+) -> tuple[Tensor, Tensor]:
+    """The segments of a map at another size, as `split_segmentation_map` gives them."""
+    if size[0] < segmentation_map.shape[0] or size[1] < segmentation_map.shape[1]:
+        return split_segmentation_map(resize_nearest(segmentation_map, size), settings, instance_labels, index)
+    # Enlarging loses no segment, and numbering the fewer pixels is less work.
+    segment_map, labels = split_segmentation_map(segmentation_map, settings, instance_labels, index)
+    return resize_nearest(segment_map, size), labels
+
+
 def split_segmentation_map(
     segmentation_map: Tensor, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int
 ) -> tuple[Tensor, Tensor]:
     """Numbers the segments in the map (height, width) of image `index`, in ascending order of their value.
 
-    Returns the index of the segment that owns each pixel, (height, width) int32, -1 for none, and the labels (N_i,)
-    int64. Raises ValueError for a value without a label, or whose label is out of range.
+    Returns the index of the segment that owns each pixel, (height, width) int16, -1 for none, and the labels (N_i,)
+    int64; the indices are int32 where there are too many for int16. Raises ValueError for a value without a label, or
+    whose label is out of range.
     """
     values, positions = _distinct_values(segmentation_map)
+    if instance_labels is not None:
+        _check_ids(values.tolist(), settings, instance_labels, index)
     labels = [_label_of(value, settings, instance_labels, index) for value in values.tolist()]
     has_label = torch.tensor([label is not None for label in labels])
-    segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(torch.int32)
+    segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(_index_type(len(values)))
     segment_map = segment_of_value.index_select(0, positions.flatten()).view_as(segmentation_map)
     return segment_map, torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
+
+
+def _index_type(num_segments: int) -> torch.dtype:
+    return torch.int16 if num_segments < 2**15 else torch.int32
 
 
 def _distinct_values(segmentation_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +138,31 @@ def _distinct_values(segmentation_map: Tensor) -> tuple[Tensor, Tensor]:
     return is_present.nonzero().flatten(), position_of_value.index_select(0, pixels).view_as(segmentation_map)
 
 
+def _check_ids(
+    ids: Sequence[int], settings: ImageProcessorSettings, instance_labels: Mapping[int, int], index: int
+) -> None:
+    """Raises ValueError unless all ids in the map of image `index` may be there."""
+    unlabelled = {settings.ignore_index, 0} if settings.do_reduce_labels else {settings.ignore_index}
+    used = [number for number in ids if number not in unlabelled]
+    negative = [number for number in used if number < 0]
+    if negative:
+        raise ValueError(
+            f"Segmentation map {index} contains the negative {_listed(negative)}; ids start at 0. Set "
+            f"ignore_index={negative[0]} if such pixels belong to no segment."
+        )
+    missing = [number for number in used if number not in instance_labels]
+    if missing:
+        raise ValueError(
+            f"Segmentation map {index} contains the {_listed(missing)}, which instance_id_to_semantic_id does not "
+            f"hold. Add labels, or set ignore_index={missing[0]} if pixels with this id belong to no segment."
+        )
+
+
+def _listed(ids: Sequence[int], limit: int = 10) -> str:
+    shown = ", ".join(map(str, ids[:limit])) + (f", ... ({len(ids)} in all)" if len(ids) > limit else "")
+    return f"ids {shown}" if len(ids) > 1 else f"id {shown}"
+
+
 def _label_of(value: int, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int) -> int | None:
     """The label of a value in the map, None if it belongs to no segment.
 
@@ -110,13 +173,8 @@ def _label_of(value: int, settings: ImageProcessorSettings, instance_labels: Ins
         return None
     label = value
     if instance_labels is not None:
-        if value not in instance_labels:
-            if value == 0 and settings.do_reduce_labels:
-                return None
-            raise ValueError(
-                f"Segmentation map {index} contains the id {value}, which instance_id_to_semantic_id does not hold. "
-                f"Add its label, or set ignore_index={value} if such pixels belong to no segment."
-            )
+        if value not in instance_labels:  # 0, "other"
+            return None
         label = int(instance_labels[value])
     if settings.do_reduce_labels:
         ignored = COMMON_IGNORE_VALUE if settings.ignore_index is None else settings.ignore_index
@@ -139,31 +197,36 @@ def _check_label(label: int, num_labels: int | None, value: int, index: int) -> 
     )
 
 
-def pad_as_masks(segments: Sequence[tuple[Tensor, Tensor]], size: Size) -> tuple[list[Tensor], list[Tensor]]:
+def pad_as_masks(
+    segments: Sequence[tuple[Tensor, Tensor]], size: Size, device: Device = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Makes lists of (N_i, H, W) bool masks and of (N_i,) labels from what `split_segmentation_map` gives."""
     all_masks = []
     for segment_map, labels in segments:
         height, width = segment_map.shape
-        masks = torch.zeros(len(labels), *size, dtype=torch.bool)
-        masks[:, :height, :width] = segment_map == torch.arange(len(labels))[:, None, None]
+        masks = torch.zeros(len(labels), *size, dtype=torch.bool, device=device)
+        masks[:, :height, :width] = segment_map.to(device) == torch.arange(len(labels), device=device)[:, None, None]
         all_masks.append(masks)
-    return all_masks, [labels for _, labels in segments]
+    return all_masks, [labels.to(device) for _, labels in segments]
 
 
-def pad_as_segment_map(segments: Sequence[tuple[Tensor, Tensor]], size: Size) -> tuple[Tensor, Tensor]:
+def pad_as_segment_map(
+    segments: Sequence[tuple[Tensor, Tensor]], size: Size, device: Device = None
+) -> tuple[Tensor, Tensor]:
     """Makes one (B, H, W) integer map of segment indices, -1 for none, and (B, max N_i) labels filled up with -100."""
     most_segments = max(len(labels) for _, labels in segments)
-    dtype = torch.int16 if most_segments < 2**15 else torch.int32
-    segment_maps = torch.full((len(segments), *size), -1, dtype=dtype)
+    segment_maps = torch.full((len(segments), *size), -1, dtype=_index_type(most_segments))
     class_labels = torch.full((len(segments), most_segments), NO_LABEL)
     for index, (segment_map, labels) in enumerate(segments):
         height, width = segment_map.shape
         segment_maps[index, :height, :width] = segment_map
         class_labels[index, : len(labels)] = labels
-    return segment_maps, class_labels
+    return segment_maps.to(device), class_labels.to(device)
 
 
-def pad_as_label_map(segments: Sequence[tuple[Tensor, Tensor]], size: Size, ignore_index: int) -> Tensor:
+def pad_as_label_map(
+    segments: Sequence[tuple[Tensor, Tensor]], size: Size, ignore_index: int, device: Device
+) -> Tensor:
     """Makes one (B, H, W) int64 map of labels, `ignore_index` where no segment is."""
     label_maps = torch.full((len(segments), *size), ignore_index)
     for index, (segment_map, labels) in enumerate(segments):
@@ -171,4 +234,4 @@ def pad_as_label_map(segments: Sequence[tuple[Tensor, Tensor]], size: Size, igno
         # -1, no segment, is the place of the last label here.
         label_of_segment = torch.cat([labels, labels.new_tensor([ignore_index])])
         label_maps[index, :height, :width] = label_of_segment[segment_map.long()]
-    return label_maps
+    return label_maps.to(device)

@@ -118,12 +118,18 @@ class PixelLevelModule(nn.Module):
         )
         self.train(self.training)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Sequence[Tensor], PixelDecoderOutput]:
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None
+    ) -> tuple[Sequence[Tensor], PixelDecoderOutput]:
+        """With a `pixel_mask` (B, H, W), transformer encoder layers leave the padding out."""
         if isinstance(self.encoder, PreTrainedModel):
             features = foreign_feature_maps(self.encoder, pixel_values)
         else:
             features = self.encoder(pixel_values)
-        return features, self.decoder(features)
+        memory_sizes = None
+        if pixel_mask is not None:
+            memory_sizes = covered_part(*sizes_in_batch(pixel_values, pixel_mask), features[-1].shape[-2:])
+        return features, self.decoder(features, memory_sizes)
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
         super().train(mode)
@@ -215,13 +221,15 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W), RGB, normalised, padded on the right and below with 0.
-            pixel_mask: (B, H, W). Accepted for symmetry; like the paper's code, the network does not read it.
+            pixel_mask: (B, H, W), 1 = image, 0 = padding. Like the paper's code, the network does not read it unless
+                the configuration's `mask_padding` is set.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
         """
         output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = first_set(output_attentions, self.config.output_attentions)
-        features, (pixel_embeddings, memory, levels) = self.pixel_level_module(pixel_values)
-        queries = self.transformer_module(memory, output_hidden_states, output_attentions)
+        masked = pixel_mask if self.config.mask_padding else None
+        features, (pixel_embeddings, memory, levels, memory_sizes) = self.pixel_level_module(pixel_values, masked)
+        queries = self.transformer_module(memory, output_hidden_states, output_attentions, memory_sizes)
         output = MaskFormerModelOutput(
             encoder_last_hidden_state=features[-1],
             pixel_decoder_last_hidden_state=pixel_embeddings,
@@ -285,8 +293,8 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             mask_labels: List of B tensors (N_i, H, W), 1 inside the segment; or one integer tensor (B, H, W) with the
                 index of the segment that owns each pixel, -1 for none.
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
-            pixel_mask: (B, H, W), 1 = image, 0 = padding. The network does not read it (nor does the paper's code);
-                it tells post-processing where each image ends.
+            pixel_mask: (B, H, W), 1 = image, 0 = padding. It tells post-processing where each image ends; the network
+                does not read it (nor does the paper's code) unless the configuration's `mask_padding` is set.
             output_auxiliary_logits: Return the logits after every decoder layer but the last.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
             num_items_in_batch: (2,), by what the loss is divided if this batch is one of several whose gradients are
@@ -301,6 +309,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             raise ValueError(f"{given} came without {missing}: give both for a loss, or neither for a prediction.")
         outputs = self.model(
             pixel_values,
+            pixel_mask,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -390,6 +399,12 @@ def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Ten
         return padded_sizes, padded_sizes
     is_image = pixel_mask.bool()
     return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=1), padded_sizes
+
+
+def covered_part(image_sizes: Tensor, padded_sizes: Tensor, size: Sequence[int]) -> Tensor:
+    """How many rows and columns of a feature map of this size hold at least a pixel of each image, (B, 2) int64."""
+    scaled = image_sizes * torch.tensor(size, device=image_sizes.device)
+    return (scaled + padded_sizes - 1) // padded_sizes
 
 
 def first_set(value: bool | None, default: bool | None) -> bool:

@@ -75,11 +75,13 @@ class PixelDecoderOutput(NamedTuple):
         memory: (B, C', H/32, W/32), what the transformer decoder attends to: the backbone's last feature map or, with
             encoder layers, their output.
         levels: The levels of the pyramid at strides 16, 8 and 4.
+        memory_sizes: (B, 2), how many rows and columns of the memory hold an image; None if padding counts as image.
     """
 
     pixel_embeddings: Tensor
     memory: Tensor
     levels: list[Tensor]
+    memory_sizes: Tensor | None
 
 
 class PixelDecoder(nn.Module):
@@ -115,12 +117,12 @@ class PixelDecoder(nn.Module):
         self.fpn = FeaturePyramid([*channels[:-1], self.memory_channels], feature_size)
         self.mask_projection = XavierConv2d(feature_size, mask_feature_size, kernel_size=3, padding=1)
 
-    def forward(self, features: Sequence[Tensor]) -> PixelDecoderOutput:
+    def forward(self, features: Sequence[Tensor], memory_sizes: Tensor | None = None) -> PixelDecoderOutput:
         memory = features[-1]
         if self.input_projection is not None and self.encoder is not None:
-            memory = self.encoder(self.input_projection(memory))
+            memory = self.encoder(self.input_projection(memory), memory_sizes)
         levels = self.fpn([*features[:-1], memory])
-        return PixelDecoderOutput(self.mask_projection(levels[-1]), memory, levels)
+        return PixelDecoderOutput(self.mask_projection(levels[-1]), memory, levels, memory_sizes)
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:

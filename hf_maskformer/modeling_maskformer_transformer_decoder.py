@@ -17,6 +17,7 @@ from .modeling_maskformer_transformer_layers import (
     TransformerEncoder,
     TransformerLayer,
     has_pre_norm,
+    positions_inside,
     sine_positions,
 )
 
@@ -49,15 +50,24 @@ class TransformerDecoderLayer(TransformerLayer):
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(
-        self, queries: Tensor, query_positions: Tensor, image: Tensor, image_positions: Tensor, output_attentions: bool
+        self,
+        queries: Tensor,
+        query_positions: Tensor,
+        image: Tensor,
+        image_positions: Tensor,
+        output_attentions: bool,
+        is_image: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes (B, Q, D), (Q, D), (B, P, D), (P, D); returns (B, Q, D) and the cross-attention if asked for."""
+        """Takes (B, Q, D), (Q, D), (B, P, D), (P, D) or (B, P, D), and which positions are no padding, (B, P).
+
+        Returns (B, Q, D) and the cross-attention if asked for.
+        """
         value = self.before(self.self_attn_layer_norm, queries)
         update, _ = self.self_attn(value + query_positions, value + query_positions, value)
         queries = self.after(self.self_attn_layer_norm, queries, update)
 
         query = self.before(self.encoder_attn_layer_norm, queries) + query_positions
-        update, weights = self.encoder_attn(query, image + image_positions, image, output_attentions)
+        update, weights = self.encoder_attn(query, image + image_positions, image, output_attentions, is_image)
         queries = self.after(self.encoder_attn_layer_norm, queries, update)
         return self.feed_forward(queries), weights
 
@@ -71,12 +81,18 @@ class TransformerDecoder(nn.Module):
         self.layernorm = nn.LayerNorm(config.d_model)
 
     def forward(
-        self, queries: Tensor, query_positions: Tensor, image: Tensor, image_positions: Tensor, output_attentions: bool
+        self,
+        queries: Tensor,
+        query_positions: Tensor,
+        image: Tensor,
+        image_positions: Tensor,
+        output_attentions: bool,
+        is_image: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Returns the output of every layer before the norm, and its cross-attention."""
         states, attentions = [], []
         for layer in self.layers:
-            queries, weights = layer(queries, query_positions, image, image_positions, output_attentions)
+            queries, weights = layer(queries, query_positions, image, image_positions, output_attentions, is_image)
             states.append(queries)
             attentions.append(weights)
         return states, attentions
@@ -105,20 +121,29 @@ class TransformerModule(nn.Module):
         self.decoder = TransformerDecoder(config)
 
     def forward(
-        self, features: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+        self,
+        features: Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        image_sizes: Tensor | None = None,
     ) -> TransformerModuleOutput:
-        """Takes the stride-32 feature map (B, C, h, w)."""
+        """Takes the stride-32 feature map (B, C, h, w).
+
+        With `image_sizes` (B, 2), how many of its rows and columns hold an image, the others are left out.
+        """
         if self.input_projection is not None:
             features = self.input_projection(features)
         if self.encoder is not None:
-            features = self.encoder(features)
+            features = self.encoder(features, image_sizes)
         image = features.flatten(2).transpose(1, 2)  # (B, P, D)
-        positions = sine_positions(features.shape[-2:], features.shape[1], features.device).to(features.dtype)
+        positions = sine_positions(features.shape[-2:], features.shape[1], features.device, image_sizes)
+        positions = positions.to(features.dtype)
+        is_image = None if image_sizes is None else positions_inside(features.shape[-2:], image_sizes)
         # Through the module, since weights that are offloaded or sharded come back when their module is called.
         query_positions = self.queries_embedder(torch.arange(self.queries_embedder.num_embeddings, device=image.device))
         queries = query_positions.new_zeros(features.shape[0], *query_positions.shape)
 
-        states, attentions = self.decoder(queries, query_positions, image, positions, output_attentions)
+        states, attentions = self.decoder(queries, query_positions, image, positions, output_attentions, is_image)
         intermediate_states = self.decoder.layernorm(torch.stack(states))
         return TransformerModuleOutput(
             last_hidden_state=intermediate_states[-1],

@@ -54,9 +54,18 @@ class Attention(nn.Module):
         self.out_proj = AttentionProjection(dim, num_stacked=1)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output_attentions: bool = False,
+        is_image: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes (B, Q, D), (B, P, D), (B, P, D); returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P)."""
+        """Takes (B, Q, D), (B, P, D), (B, P, D) and which positions may be attended to, (B, P), by default all.
+
+        Returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P).
+        """
+        mask = None if is_image is None else is_image[:, None, None, :]
         query, key, value = (
             projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -65,10 +74,12 @@ class Attention(nn.Module):
         weights = None
         if output_attentions or self.config._attn_implementation == "eager":
             scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
             weights = scores.softmax(-1)
             attended = F.dropout(weights, dropout) @ value
         else:
-            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), weights if output_attentions else None
 
 
@@ -113,10 +124,10 @@ class TransformerEncoderLayer(TransformerLayer):
         super().__init__(config, dim, config.encoder_ffn_dim)
         self.self_attn = Attention(config, dim, config.encoder_attention_heads)
 
-    def forward(self, image: Tensor, positions: Tensor) -> Tensor:
-        """Takes (B, P, D) and (P, D); returns (B, P, D)."""
+    def forward(self, image: Tensor, positions: Tensor, is_image: Tensor | None = None) -> Tensor:
+        """Takes (B, P, D), (P, D) or (B, P, D), and which positions are no padding, (B, P); returns (B, P, D)."""
         value = self.before(self.self_attn_layer_norm, image)
-        update, _ = self.self_attn(value + positions, value + positions, value)
+        update, _ = self.self_attn(value + positions, value + positions, value, is_image=is_image)
         return self.feed_forward(self.after(self.self_attn_layer_norm, image, update))
 
 
@@ -134,11 +145,14 @@ class TransformerEncoder(nn.Module):
         # Post-norm layers end with a norm of their own.
         self.layernorm = nn.LayerNorm(dim) if has_pre_norm(config) else None
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """With `image_sizes` (B, 2), how many rows and columns hold an image, nothing attends to the others."""
+        size = features.shape[-2:]
         image = features.flatten(2).transpose(1, 2)
-        positions = sine_positions(features.shape[-2:], image.shape[-1], image.device).to(image.dtype)
+        positions = sine_positions(size, image.shape[-1], image.device, image_sizes).to(image.dtype)
+        is_image = None if image_sizes is None else positions_inside(size, image_sizes)
         for layer in self.layers:
-            image = layer(image, positions)
+            image = layer(image, positions, is_image)
         if self.layernorm is not None:
             image = self.layernorm(image)
         return image.transpose(1, 2).unflatten(2, features.shape[-2:])
@@ -149,22 +163,32 @@ def has_pre_norm(config: PreTrainedConfig) -> bool:
     return is_of_type(config, MaskFormerTransformerConfig) and config.pre_norm
 
 
-def sine_positions(size: Sequence[int], width: int, device: torch.device) -> Tensor:
+def sine_positions(size: Sequence[int], width: int, device: torch.device, image_sizes: Tensor | None = None) -> Tensor:
     """Sine and cosine of the normalised row and column of each position, (P, width), float32.
 
     The first half of the width encodes the row, the second the column; sines and cosines alternate. Rows run from
-    2 pi / h to 2 pi, so the code depends on the size of the map. Always float32: half precision is off by 0.02.
+    2 pi / h to 2 pi, so the code depends on the size of the map; or with `image_sizes` (B, 2) on that of each image in
+    it, (B, P, width). Always float32: half precision is off by 0.02.
     """
     per_axis = width // 2
     exponents = torch.arange(per_axis, device=device, dtype=torch.float32).div(2, rounding_mode="floor") * 2 / per_axis
     wavelengths = 10000**exponents
     codes = []
-    for length in size:
-        coordinates = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (length + 1e-6) * 2 * math.pi
-        angles = coordinates[:, None] / wavelengths
-        codes.append(torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=2).flatten(1))
+    for axis, length in enumerate(size):
+        extent = length if image_sizes is None else image_sizes[:, axis, None]
+        coordinates = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (extent + 1e-6) * 2 * math.pi
+        angles = coordinates[..., None] / wavelengths
+        codes.append(torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2))
     rows, columns = codes
     height, width_of_map = size
-    return torch.cat(
-        (rows[:, None].expand(-1, width_of_map, -1), columns[None].expand(height, -1, -1)), dim=-1
-    ).flatten(0, 1)
+    rows = rows[..., :, None, :].expand(*rows.shape[:-1], width_of_map, -1)
+    columns = columns[..., None, :, :].expand(*columns.shape[:-2], height, -1, -1)
+    return torch.cat((rows, columns), dim=-1).flatten(-3, -2)
+
+
+def positions_inside(size: Sequence[int], image_sizes: Tensor) -> Tensor:
+    """Which positions of a map of this size lie in the top left part (B, 2) that each image takes, (B, P) bool."""
+    rows, columns = (
+        torch.arange(length, device=image_sizes.device) < image_sizes[:, axis, None] for axis, length in enumerate(size)
+    )
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1)

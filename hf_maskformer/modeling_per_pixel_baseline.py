@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from .configuration_per_pixel_baseline import PerPixelBaselineConfig
 from .modeling_maskformer import MaskEmbedder, MaskFormerPreTrainedModel, PixelLevelModule, first_set, sizes_in_batch
 from .modeling_maskformer_transformer_decoder import TransformerModule
-from .post_processing_maskformer import enlarge_per_pixel_logits as enlarge
+from .post_processing_per_pixel_baseline import enlarge_per_pixel_logits
 
 
 @dataclass
@@ -115,7 +115,7 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
         """
         output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = first_set(output_attentions, self.config.output_attentions)
-        features, (pixel_embeddings, memory, levels) = self.model.pixel_level_module(pixel_values)
+        features, (pixel_embeddings, memory, levels, _) = self.model.pixel_level_module(pixel_values)
         hidden_states, attentions = (*features, *levels), None
         if self.classifier is not None:
             logits = self.classifier(pixel_embeddings)[None]
@@ -151,7 +151,7 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
         num_pixels = (labels != ignore_index).sum().clamp(min=1)
         terms = {}
         for layer, layer_logits in enumerate(logits):
-            enlarged = enlarge(layer_logits)[..., : labels.shape[-2], : labels.shape[-1]]
+            enlarged = enlarge_per_pixel_logits(layer_logits)[..., : labels.shape[-2], : labels.shape[-1]]
             loss = F.cross_entropy(enlarged, labels, ignore_index=ignore_index, reduction="sum") / num_pixels
             terms["loss_sem_seg" if layer == len(logits) - 1 else f"loss_sem_seg_{layer}"] = loss
         return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}

@@ -3,26 +3,20 @@
 B images, Q queries, K labels ("no object" comes last and is not counted). Mask logits live on an h x w grid that covers
 the padded image (H_p, W_p); the image fills its top left corner (H_i, W_i), the rest is padding and is cropped before
 anything is resized to the size asked for (H, W). Sizes are (height, width). The arithmetic is float32 for all logits.
+Nothing of size Q x H x W or K x H x W is held unless it is asked for: see `TiledMasks`.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-Size = tuple[int, int]
+from .post_processing_maskformer_inputs import ImageLogits, ImageSizes, Size, split_batch
+from .post_processing_maskformer_tiles import TILE, Mode, TiledMasks
 
-
-class ImageLogits(NamedTuple):
-    """What the model says about one image, and the sizes that turn it into pixels of that image."""
-
-    class_logits: Tensor  # (Q, K + 1)
-    mask_logits: Tensor  # (Q, h, w)
-    image_size: Size
-    padded_size: Size
-    target_size: Size
+# Labels that reach this part of the best score anywhere in a tile are tried first; others only where these are weak.
+_STRONG = 0.1
 
 
 @torch.no_grad()
@@ -32,6 +26,7 @@ def semantic_segmentation(
     image_sizes: Tensor,
     padded_sizes: Tensor,
     target_sizes: Sequence[Size] | None = None,
+    mode: Mode = "paper",
 ) -> list[Tensor]:
     """Gives each pixel the label with the highest score (see `semantic_scores`), one image at a time.
 
@@ -41,73 +36,85 @@ def semantic_segmentation(
         image_sizes: (B, 2) integers, the size of each image inside the padded batch.
         padded_sizes: (B, 2) integers, the size of the padded batch.
         target_sizes: the size of each result; without it, results have their image's size.
+        mode: as in `semantic_scores`.
 
     Returns:
         One (H, W) int64 map of labels per image.
 
     Raises:
-        ValueError: target_sizes does not hold one positive (height, width) for each image.
+        ValueError: see `split_batch`.
     """
-    images = _split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
-    return [semantic_scores(*image).argmax(dim=0) for image in images]
+    images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
+    # Autocast would take the sums over queries to half precision.
+    with torch.autocast(masks_queries_logits.device.type, enabled=False):
+        return [_label_map(image, mode) for image in images]
 
 
 def semantic_scores(
-    class_logits: Tensor, mask_logits: Tensor, image_size: Size, padded_size: Size, target_size: Size | None = None
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    image_size: Size,
+    padded_size: Size,
+    target_size: Size | None = None,
+    mode: Mode = "paper",
 ) -> Tensor:
     """Scores every label at every pixel of one image: the sum over queries of P(label) x P(pixel in mask).
 
-    The scores are not probabilities: they sum to more than 1 where masks overlap and to less where none is. They are
-    computed at the padded size and only then resized, since a sum of resized sigmoids is not a resized sum.
+    The scores are not probabilities: they sum to more than 1 where masks overlap and to less where none is.
 
     Args:
         class_logits: (Q, K + 1).
         mask_logits: (Q, h, w).
         image_size, padded_size: as in `semantic_segmentation`, for this image.
         target_size: the size of the result; without it, image_size.
+        mode: what is resized bilinearly to the target. `"paper"` resizes scores of the padded input's size, as the
+            original does for semantic models; `"direct"` resizes mask logits, as it does in panoptic models, which
+            gives sharper borders; `"fast"` resizes scores of the mask logits' own size, as transformers does.
 
     Returns:
         (K, H, W) float32.
     """
-    # Autocast would take the sum over queries to half precision.
     with torch.autocast(mask_logits.device.type, enabled=False):
-        label_probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
-        mask_probabilities = _image_mask_logits(mask_logits, image_size, padded_size).sigmoid()
-        scores = torch.einsum("qk,qhw->khw", label_probabilities, mask_probabilities)
-    return _resize(scores, target_size or image_size)
+        probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
+        masks = TiledMasks(mask_logits, ImageSizes(image_size, padded_size, target_size or image_size), mode)
+        num_rows, num_columns = masks.areas().shape
+        canvas = mask_logits.new_zeros(
+            probabilities.shape[1], num_rows, TILE, num_columns, TILE, dtype=probabilities.dtype
+        )
+        every_tile = torch.cartesian_prod(torch.arange(num_rows), torch.arange(num_columns)).to(mask_logits.device)
+        for tiles in masks.chunks(every_tile, max(probabilities.shape)):
+            scores = masks.at_pixels(masks.resized_logits(tiles).sigmoid() @ probabilities, tiles)
+            canvas[:, tiles[:, 0], :, tiles[:, 1]] = scores.permute(0, 3, 1, 2)
+        return masks.crop(canvas)
 
 
-@torch.no_grad()
-def per_pixel_segmentation(
-    logits: Tensor, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None = None
-) -> list[Tensor]:
-    """Gives each pixel the class with the highest logit, for models that classify pixels (section 4.2).
-
-    Args:
-        logits: (B, K, h, w).
-        image_sizes, padded_sizes, target_sizes: as in `semantic_segmentation`.
-
-    Returns:
-        One (H, W) int64 map of labels per image.
-
-    Raises:
-        ValueError: target_sizes does not hold one positive (height, width) for each image.
-    """
-    images = _split_batch(logits, logits, image_sizes, padded_sizes, target_sizes)
-    label_maps = []
-    for image in images:
-        height, width = image.image_size
-        enlarged = enlarge_per_pixel_logits(image.mask_logits[None])[0, :, :height, :width]
-        label_maps.append(_resize(enlarged, image.target_size).argmax(dim=0))
-    return label_maps
+def _label_map(image: ImageLogits, mode: Mode) -> Tensor:
+    """The label with the highest score at each pixel, (H, W) int64."""
+    probabilities = image.class_logits.float().softmax(dim=-1)[:, :-1]
+    masks = TiledMasks(image.mask_logits, image.sizes, mode)
+    # Scores grow with every mask logit, so bounds of logits give bounds of scores.
+    lowest, highest = (bound.sigmoid() @ probabilities for bound in masks.bounds())
+    surest, winner = lowest.max(dim=-1)
+    is_decided = (highest >= surest[..., None]).sum(dim=-1) == 1
+    undecided = (~is_decided).nonzero()
+    labels = [winner.new_zeros(0, TILE, TILE)]
+    for tiles in masks.chunks(undecided, max(probabilities.shape)):
+        labels.append(_labels_of_tiles(masks, tiles, probabilities, highest[tiles[:, 0], tiles[:, 1]]))
+    return masks.paste(winner, undecided, torch.cat(labels))
 
 
-def enlarge_per_pixel_logits(logits: Tensor) -> Tensor:
-    """Enlarges (B, K, h, w) four times, to float32: the size of the input, or up to 3 pixels more, as in the original.
-
-    Unlike MaskFormer's masks, which are brought to exactly the size of the input.
-    """
-    return F.interpolate(logits.float(), scale_factor=4, mode="bilinear", align_corners=False)
+def _labels_of_tiles(masks: TiledMasks, tiles: Tensor, probabilities: Tensor, highest: Tensor) -> Tensor:
+    """The labels of the pixels of tiles, (n, T, T), from the highest score (n, K) of each label in each tile."""
+    mask_probabilities = masks.resized_logits(tiles).sigmoid()
+    is_strong = (highest >= _STRONG * highest.amax(dim=-1, keepdim=True)).any(dim=0)
+    strong = is_strong.nonzero().flatten()
+    scores, winners = masks.at_pixels(mask_probabilities @ probabilities[:, strong], tiles).max(dim=-1)
+    labels = strong[winners]
+    # A tile where some other label could beat the winner of some pixel has all labels compared.
+    is_open = highest.masked_fill(is_strong, -1).amax(dim=-1) >= scores.amin(dim=(1, 2))
+    if is_open.any():
+        labels[is_open] = masks.at_pixels(mask_probabilities[is_open] @ probabilities, tiles[is_open]).argmax(dim=-1)
+    return labels
 
 
 @torch.no_grad()
@@ -148,13 +155,14 @@ def panoptic_segmentation(
           fused segment each query counts with the pixels it brought.
 
     Raises:
-        ValueError: target_sizes does not hold one positive (height, width) for each image.
+        ValueError: see `split_batch`.
     """
-    images = _split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
-    return [
-        _panoptic_segments(image, threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse)
-        for image in images
-    ]
+    images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
+    with torch.autocast(masks_queries_logits.device.type, enabled=False):
+        return [
+            _panoptic_segments(image, threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse)
+            for image in images
+        ]
 
 
 class _KeptQuery(NamedTuple):
@@ -181,14 +189,10 @@ def _panoptic_segments(
     is_kept = (labels != image.class_logits.shape[-1] - 1) & (scores > threshold)
     scores, labels = scores[is_kept], labels[is_kept]
     if len(scores) == 0:
-        void = torch.zeros(image.target_size, dtype=torch.int32, device=image.mask_logits.device)
+        void = torch.zeros(image.sizes.target, dtype=torch.int32, device=image.mask_logits.device)
         return {"segmentation": void, "segments_info": []}
 
-    # Unlike semantic scores, the logits themselves are resized: the border of a segment is sharp at the target size.
-    mask_logits = _image_mask_logits(image.mask_logits[is_kept], image.image_size, image.padded_size)
-    probabilities = _resize(mask_logits, image.target_size).sigmoid()
-    mask_areas = (probabilities >= mask_threshold).flatten(1).sum(dim=1)
-    owners = probabilities.mul_(scores[:, None, None]).argmax(dim=0)
+    owners, mask_areas = _compete(image.mask_logits[is_kept], image.sizes, scores, mask_threshold)
     won_areas = torch.bincount(owners.flatten(), minlength=len(scores))
 
     # One copy to the host for all queries, instead of one for each number of each query.
@@ -200,6 +204,34 @@ def _panoptic_segments(
         "segmentation": id_of_query[owners],
         "segments_info": _describe_segments(queries, segment_ids, label_ids_to_fuse),
     }
+
+
+def _compete(mask_logits: Tensor, sizes: ImageSizes, scores: Tensor, mask_threshold: float) -> tuple[Tensor, Tensor]:
+    """Which of the kept queries wins each pixel, (H, W) int64, and how many pixels its own mask has, (Q,) int64."""
+    # Unlike semantic scores, the logits themselves are resized: the border of a segment is sharp at the target size.
+    masks = TiledMasks(mask_logits, sizes, "direct")
+    lowest, highest = (bound.sigmoid() for bound in masks.bounds())
+    surest, winners = (lowest * scores).max(dim=-1)
+    is_rival = highest * scores >= surest[..., None]
+    is_in_mask = lowest >= mask_threshold
+    has_border = ~is_in_mask & (highest >= mask_threshold)
+    mask_areas = (is_in_mask * masks.areas()[..., None]).sum(dim=(0, 1))
+
+    undecided = ((is_rival.sum(dim=-1) > 1) | has_border.any(dim=-1)).nonzero()
+    owners = [winners.new_zeros(0, TILE, TILE)]
+    for tiles in masks.chunks(undecided, len(scores)):
+        places = tiles[:, 0] * winners.shape[1] + tiles[:, 1]
+        borders = has_border.flatten(0, 1).index_select(0, places)
+        # Most queries have no say in a part of the image.
+        has_say = is_rival.flatten(0, 1).index_select(0, places) | borders
+        queries = has_say.any(dim=0).nonzero().flatten()
+        probabilities = masks.resized_logits(tiles, queries).sigmoid()
+        # A product counts the pixels of masks inside the target much faster than comparing and summing.
+        is_inside = masks.is_inside(tiles).flatten(1)[:, None].float()
+        found_areas = (is_inside @ (probabilities >= mask_threshold).flatten(1, 2).float())[:, 0].long()
+        mask_areas.index_add_(0, queries, (found_areas * borders.index_select(1, queries)).sum(dim=0))
+        owners.append(queries[probabilities.mul_(scores[queries]).argmax(dim=-1)])
+    return masks.paste(winners, undecided, torch.cat(owners)), mask_areas
 
 
 def _number_segments(
@@ -233,39 +265,3 @@ def _describe_segments(
         was_fused = label_id in label_ids_to_fuse
         segments_info.append({"id": segment_id, "label_id": label_id, "was_fused": was_fused, "score": score})
     return segments_info
-
-
-def _split_batch(
-    class_queries_logits: Tensor,
-    masks_queries_logits: Tensor,
-    image_sizes: Tensor,
-    padded_sizes: Tensor,
-    target_sizes: Sequence[Size] | None,
-) -> Iterator[ImageLogits]:
-    """Checks the target sizes and gives the images one by one."""
-    image_size_list = [(height, width) for height, width in image_sizes.tolist()]
-    padded_size_list = [(height, width) for height, width in padded_sizes.tolist()]
-    targets = image_size_list
-    if target_sizes is not None:
-        targets = [(int(height), int(width)) for height, width in target_sizes]
-    if len(targets) != len(image_size_list):
-        raise ValueError(
-            f"target_sizes has {len(targets)} entries, but the batch has {len(image_size_list)} images; "
-            "give one (height, width) for each image."
-        )
-    for index, (height, width) in enumerate(targets):
-        if height < 1 or width < 1:
-            raise ValueError(f"target_sizes[{index}] is ({height}, {width}); height and width must be positive.")
-    rows = zip(class_queries_logits, masks_queries_logits, image_size_list, padded_size_list, targets, strict=True)
-    return (ImageLogits(*row) for row in rows)
-
-
-def _image_mask_logits(mask_logits: Tensor, image_size: Size, padded_size: Size) -> Tensor:
-    """Upsamples mask logits (Q, h, w) to the padded size and cuts the padding off: (Q, H_i, W_i) float32."""
-    return _resize(mask_logits.float(), padded_size)[:, : image_size[0], : image_size[1]]
-
-
-def _resize(maps: Tensor, size: Size) -> Tensor:
-    if maps.shape[-2:] == size:
-        return maps
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -24,16 +24,19 @@ class Arguments:
     checkpoint: str = field(metadata={"help": "A folder or a Hub name."})
     input: str = field(metadata={"help": "An image, a folder of images, or an http(s) URL."})
     output: str = field(metadata={"help": "Folder for the results."})
-    task: str = field(default="semantic", metadata={"help": "What to predict.", "choices": TASKS})
+    task: str | None = field(
+        default=None, metadata={"help": "What to predict; by default what the model was trained for.", "choices": TASKS}
+    )
 
 
 def main(arguments: Arguments) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(device).eval()
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
+    task = arguments.task or image_processor.segmentation_task or "semantic"
     for name, image in tqdm(read_images(arguments.input), desc="Segmenting", unit="image"):
-        prediction = predict(model, image_processor, image, arguments.task)
-        write_prediction(prediction, image, model.config.id2label, arguments.task, Path(arguments.output), name)
+        prediction = predict(model, image_processor, image, task)
+        write_prediction(prediction, image, model.config.id2label, task, Path(arguments.output), name)
     print(f"The results are in {arguments.output}.")
 
 

@@ -1,7 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from hf_maskformer.evaluation import label_placement
 from hf_maskformer.evaluation.drawing import draw_comparison, draw_segmentation, label_colors, legend_labels
 
 ID2LABEL = {0: "sky", 1: "road", 2: "car"}
@@ -84,6 +87,42 @@ def test_instances_of_one_label_differ_a_little_and_have_a_border(image):
 
 def test_no_segments_leave_the_image(image):
     assert pixels(draw_segmentation(image, np.zeros((30, 40)), ID2LABEL, segments=[])) == pixels(image)
+
+
+def test_a_result_of_post_processing_brings_its_segments(image, label_map):
+    result = {"segmentation": label_map + 1, "segments_info": [{"id": 1, "label_id": 2}, {"id": 2, "label_id": 0}]}
+    drawn = draw_segmentation(image, result, ID2LABEL)
+    expected = draw_segmentation(image, result["segmentation"], ID2LABEL, segments=result["segments_info"])
+    assert pixels(drawn) == pixels(expected)
+
+
+def test_names_are_written_where_they_fit_and_never_overlap(monkeypatch):
+    boxes = []
+    monkeypatch.setattr(
+        label_placement.ImageDraw.ImageDraw, "rounded_rectangle", lambda self, box, **style: boxes.append(box)
+    )
+    ids = np.tile(np.arange(300) // 20 + 1, (200, 1))  # stripes narrower than their names
+    ids[:5, :] = 99  # thinner than the letters
+    segments = [{"id": number, "label_id": 0} for number in (*range(1, 16), 99)]
+    result = {"segmentation": ids, "segments_info": segments}
+    draw_segmentation(Image.new("RGB", (300, 200)), result, {0: "a long name"}, labels=True)
+    boxes.sort()
+    assert len(boxes) >= 4
+    assert all(first[2] <= second[0] for first, second in itertools.pairwise(boxes))
+    assert all(0 <= left < right <= 300 and 0 <= top < bottom <= 200 for left, top, right, bottom in boxes)
+
+
+def test_a_name_without_room_in_the_picture_is_left_out():
+    image, ids = Image.new("RGB", (20, 20)), np.zeros((20, 20), dtype=int)
+    name = {0: "much longer than twenty pixels"}
+    assert pixels(draw_segmentation(image, ids, name, labels=True)) == pixels(draw_segmentation(image, ids, name))
+
+
+def test_a_legend_lists_what_occurs_below_the_picture(image, label_map):
+    drawn = draw_segmentation(image, label_map, ID2LABEL, palette=PALETTE, legend=True)
+    assert drawn.width == 320  # enlarged eight times, for the names
+    below = np.asarray(drawn)[240:]
+    assert [(below == color).all(-1).any() for color in PALETTE] == [True, True, False]
 
 
 def test_a_map_of_another_size_is_refused(image):

@@ -12,7 +12,8 @@ from transformers.models.maskformer.image_processing_pil_maskformer import (
     MaskFormerImageProcessorPil as StockImageProcessor,
 )
 
-from hf_maskformer.image_processing_maskformer import MaskFormerImageProcessor, resize_image, resize_nearest
+from hf_maskformer.image_processing_maskformer import MaskFormerImageProcessor
+from hf_maskformer.image_processing_maskformer_images import resize_image, resize_nearest
 from hf_maskformer.image_processing_maskformer_settings import ImageProcessorSettings
 from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_segmentation
 
@@ -264,6 +265,81 @@ def test_grey_and_palette_images_become_rgb():
     assert unscaled(size_divisor=0)(palette)["pixel_values"].flatten().tolist() == [10, 20, 30]
 
 
+def test_sixteen_bits_are_scaled_to_eight():
+    deep = Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16))
+    assert deep.mode == "I;16"
+    pixel_values = unscaled(size_divisor=0)(deep)["pixel_values"]
+    assert pixel_values[0, :, 0].tolist() == [[0, 1, 128, 255]] * 3
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "CMYK", "YCbCr", "HSV", "RGBX"])
+def test_other_modes_are_read_as_pillow_converts_them(mode):
+    image = random_image(6, 5).convert(mode)
+    pixel_values = unscaled(size_divisor=0)(image)["pixel_values"]
+    assert np.array_equal(pixel_values[0].byte().permute(1, 2, 0).numpy(), np.array(image.convert("RGB")))
+
+
+def test_a_file_is_turned_upright_and_a_pil_image_is_not(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    random_image(6, 5).save(tmp_path / "turned.png", exif=exif)
+    from_file = unscaled(size_divisor=0)(tmp_path / "turned.png")["pixel_values"]
+    as_stored = unscaled(size_divisor=0)(Image.open(tmp_path / "turned.png"))["pixel_values"]
+    assert torch.equal(from_file, as_stored.flip(2).transpose(2, 3))
+
+
+def test_a_damaged_file_and_one_beyond_pillows_limit_are_named(tmp_path, monkeypatch):
+    random_image(64, 64).save(tmp_path / "cut.png")
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"Image 1 \(.*cut\.png\) cannot be read: image file is truncated"):
+        MaskFormerImageProcessor()([random_image(4, 4), tmp_path / "cut.png"])
+    (tmp_path / "bomb.png").write_bytes(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"bomb\.png\) cannot be read: .*decompression bomb"):
+        MaskFormerImageProcessor()(tmp_path / "bomb.png")
+
+
+def test_one_pixel_is_an_image():
+    batch = MaskFormerImageProcessor(size={"shortest_edge": 32})(Image.new("RGB", (1, 1), "white"))
+    assert batch["pixel_values"].shape == (1, 3, 32, 32)
+    assert (batch["pixel_values"] > 2).all()
+
+
+@pytest.mark.parametrize("size", [(40, 50), (20, 25)])
+def test_bytes_are_resized_alike_where_torch_filters_floats_only(size):
+    pixels = torch.from_numpy(np.array(random_image(30, 37))).permute(2, 0, 1)
+    as_bytes = resize_image(pixels, size, resample=2).int()
+    as_floats = resize_image(pixels.float(), size, resample=2).round().clamp(0, 255).int()
+    assert (as_bytes - as_floats).abs().max() <= 1
+
+
+def test_a_device_takes_the_whole_batch():
+    images = [random_image(6, 5), random_image(6, 5, seed=1), random_image(3, 4)]
+    maps = [np.zeros((image.height, image.width), int) for image in images]
+    batch = MaskFormerImageProcessor()(images, maps, device="meta", target_format="segment_map")
+    assert {name: value.device.type for name, value in batch.items()} == dict.fromkeys(batch, "meta")
+    on_cpu = MaskFormerImageProcessor()(images, maps, device="cpu", target_format="segment_map")
+    assert {name: value.shape for name, value in batch.items()} == {name: each.shape for name, each in on_cpu.items()}
+
+
+def test_images_that_are_ready_are_only_padded():
+    processor = MaskFormerImageProcessor(do_resize=False)
+    images = [random_image(40, 50), random_image(20, 70)]
+    expected = processor(images)
+    ready = [
+        values[:, : image.height, : image.width] for values, image in zip(expected["pixel_values"], images, strict=True)
+    ]
+    for given in (ready, [each.numpy() for each in ready]):
+        batch = processor.pad_and_create_pixel_mask(given)
+        assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+        assert torch.equal(batch["pixel_mask"], expected["pixel_mask"])
+    assert processor.pad_and_create_pixel_mask(ready, size_divisor=0)["pixel_mask"].shape == (2, 40, 70)
+    assert processor.pad_and_create_pixel_mask(ready, pad_size=80)["pixel_mask"].shape == (2, 80, 80)
+    with pytest.raises(ValueError, match="pixel_values_list is empty"):
+        processor.pad_and_create_pixel_mask([])
+
+
 def test_the_data_format_decides_where_the_shape_does_not():
     array = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     first = unscaled(size_divisor=0)(array)["pixel_values"]
@@ -333,7 +409,9 @@ def test_arrays_are_returned_on_request():
         ([Image.new("RGB", (2, 2)), None], "Image 1 is a NoneType"),
         (np.zeros((5, 6, 7), dtype=np.uint8), r"Image 0 has shape \(5, 6, 7\)"),
         (np.zeros((0, 4, 3), dtype=np.uint8), r"Image 0 has shape \(0, 4, 3\)"),
-        (Image.new("I;16", (2, 2)), "Image 0 has mode I;16"),
+        (Image.new("I", (2, 2)), "Image 0 cannot be read: mode I does not say which values are black and white"),
+        (Image.new("F", (2, 2)), "Image 0 cannot be read: mode F"),
+        ("nowhere.png", r"Image 0 \(nowhere.png\) cannot be read: .*No such file"),
     ],
 )
 def test_what_is_no_image_is_refused(images, message):
@@ -388,6 +466,47 @@ def test_labels_to_fuse_are_those_of_the_processor_unless_given():
     assert processed(**thresholds) == expected([0, 1, 2, 3])
     assert processed(**thresholds, label_ids_to_fuse=set()) == expected([])
     assert expected([]) != expected([0, 1, 2, 3])
+
+
+def test_semantic_scores_come_with_the_map_on_request():
+    outputs = model_outputs()
+    processor = MaskFormerImageProcessor()
+    maps = processor.post_process_semantic_segmentation(outputs, mode="direct")
+    for label_map, result in zip(
+        maps, processor.post_process_semantic_segmentation(outputs, None, True, mode="direct"), strict=True
+    ):
+        assert result.segmentation_scores.shape == (4, *label_map.shape)
+        assert torch.equal(result.segmentation, label_map)
+        assert torch.equal(result["segmentation_scores"].argmax(0), label_map)
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="mode is 'slow'; give one of paper, direct, fast"):
+        MaskFormerImageProcessor().post_process_semantic_segmentation(model_outputs(), mode="slow")
+
+
+def test_instances_come_in_three_forms():
+    processor, thresholds = MaskFormerImageProcessor(), {"threshold": 0.1, "mask_threshold": 0.4}
+    outputs, targets = model_outputs(), [(40, 60), (16, 12)]
+    forms = {"id_map": {}, "masks": {"return_binary_maps": True}, "rle": {"return_coco_annotation": True}}
+    results = {
+        form: processor.post_process_instance_segmentation(outputs, **thresholds, target_sizes=targets, **flag)
+        for form, flag in forms.items()
+    }
+    for index, target in enumerate(targets):
+        id_map, masks, rle = (results[form][index] for form in ("id_map", "masks", "rle"))
+        assert id_map["segments_info"] == masks["segments_info"] == rle["segments_info"]
+        assert masks["segmentation"].shape == (len(masks["segments_info"]), *target)
+        assert torch.equal(id_map["segmentation"] > 0, masks["segmentation"].any(0))
+        assert [entry["size"] for entry in rle["segmentation"]] == [list(target)] * len(rle["segments_info"])
+    assert len(results["rle"][0]["segments_info"]) > 1
+
+
+def test_one_form_of_instances_at_a_time():
+    with pytest.raises(ValueError, match="exclude each other"):
+        MaskFormerImageProcessor().post_process_instance_segmentation(
+            model_outputs(), return_coco_annotation=True, return_binary_maps=True
+        )
 
 
 def test_one_target_size_too_many_is_refused():

@@ -1,5 +1,7 @@
 """Segmentation maps into targets, with segments worked out by hand."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,23 @@ def test_pil_maps_of_any_integer_mode_mean_the_same(mode):
     assert masks == [[[1, 0], [0, 1]], [[0, 1], [1, 0]]]
 
 
+@pytest.mark.parametrize("kind", ["PIL image", "array", "tensor"])
+def test_the_colours_of_coco_panoptic_are_ids(kind):
+    colours = np.array([[[1, 0, 0], [0, 1, 0], [44, 1, 2]]], dtype=np.uint8)
+    segmentation_map = {"PIL image": Image.fromarray, "array": np.array, "tensor": torch.from_numpy}[kind](colours)
+    masks, labels = targets(segmentation_map, {1: 7, 256: 5, 44 + 256 + 2 * 65536: 6})
+    assert labels == [7, 5, 6]
+    assert masks == [[[1, 0, 0]], [[0, 1, 0]], [[0, 0, 1]]]
+
+
+def test_a_damaged_map_is_named():
+    file = io.BytesIO()
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(file, "PNG")
+    damaged = Image.open(io.BytesIO(file.getvalue()[: file.tell() // 2]))
+    with pytest.raises(ValueError, match="Segmentation map 0 cannot be read: image file is truncated"):
+        MaskFormerImageProcessor()(np.zeros((64, 64, 3), np.uint8), damaged)
+
+
 def test_targets_follow_their_image_through_resizing():
     image = Image.new("RGB", (4, 2))
     segmentation_map = np.array([[1, 1, 2, 2], [1, 1, 3, 3]])
@@ -182,6 +201,9 @@ def test_an_image_without_segments_has_no_masks():
         ([[1, 2]], {1: 0, 2: 9}, {"num_labels": 9}, "the value 2, which means label 9"),
         ([[0, -1]], None, {}, "the value -1, but labels start at 0"),
         ([[1, 7]], {1: 0}, {}, "map 0 contains the id 7, which instance_id_to_semantic_id does not hold"),
+        ([[1, 7, 900]], {1: 0}, {"do_reduce_labels": True}, "map 0 contains the ids 7, 900, which"),
+        ([list(range(30))], {1: 0}, {}, r"the ids 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\. \(29 in all\), which"),
+        ([[-3, 1]], {1: 0, -3: 2}, {}, "map 0 contains the negative id -3; ids start at 0"),
     ],
 )
 def test_values_without_a_valid_label_are_refused(segmentation_map, instance_labels, settings, message):
@@ -204,7 +226,9 @@ def test_errors_name_the_image():
         ([np.zeros((2, 3), int)] * 2, {}, "There are 1 images, but 2 segmentation maps"),
         ([], {}, "segmentation_maps is empty"),
         (np.zeros((2, 3)), {}, "Segmentation map 0 has shape .* and type float64; give integers"),
-        (Image.new("RGB", (3, 2)), {}, r"Segmentation map 0 has shape \(2, 3, 3\)"),
+        (Image.new("RGBA", (3, 2)), {}, r"Segmentation map 0 has shape \(2, 3, 4\)"),
+        ([np.zeros((2, 3, 3), int)], {}, r"Segmentation map 0 has shape \(2, 3, 3\) and type int64"),
+        (np.zeros((0, 3), int), {}, r"Segmentation map 0 has shape \(0, 3\), so it holds no pixel"),
         ("map.png", {}, "Segmentation map 0 is a str"),
         (np.zeros((2, 3), int), {"target_format": "boxes"}, "target_format is 'boxes'"),
         (np.zeros((2, 3), int), {"instance_id_to_semantic_id": [{}, {}]}, "has 2 dictionaries, but there are 1 images"),

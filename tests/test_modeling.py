@@ -17,7 +17,8 @@ from models import (
     tiny_model,
 )
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerModel
+from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerModel
+from hf_maskformer.modeling_maskformer import covered_part
 from hf_maskformer.modeling_maskformer_swin import SwinBlock
 from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
 
@@ -412,3 +413,47 @@ def test_a_torchvision_that_does_not_import_counts_as_absent(tmp_path, transform
     )
     assert done.stdout.strip() == "False"
     assert "treated as absent" in done.stderr
+
+
+def padded_batch(image_size: tuple[int, int], padded_size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """The same random image, whatever the padding."""
+    pixel_values, pixel_mask = torch.zeros(1, 3, *padded_size), torch.zeros(1, *padded_size, dtype=torch.int64)
+    height, width = image_size
+    image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    pixel_values[..., :height, :width], pixel_mask[..., :height, :width] = image, 1
+    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masked_padding_has_no_part_in_the_decoder(attention):
+    decoder = tiny_model(mask_padding=True, attn_implementation=attention).eval().model.transformer_module
+    features = torch.randn(1, 64, 2, 3)
+    padded = torch.full((1, 64, 4, 5), 9.0)
+    padded[:, :, :2, :3] = features
+    alone, in_batch = decoder(features), decoder(padded, output_attentions=True, image_sizes=torch.tensor([[2, 3]]))
+    torch.testing.assert_close(in_batch.last_hidden_state, alone.last_hidden_state)
+    is_padding = torch.ones(4, 5, dtype=torch.bool)
+    is_padding[:2, :3] = False
+    assert all((weights[..., is_padding.flatten()] == 0).all() for weights in in_batch.attentions)
+
+
+def test_masked_padding_needs_a_mask_and_changes_nothing_without_padding():
+    plain, masking = tiny_model().eval(), tiny_model(mask_padding=True).eval()
+    masking.load_state_dict(plain.state_dict())
+    full = padded_batch((64, 96), (64, 96))
+    torch.testing.assert_close(masking(**full).class_queries_logits, plain(**full).class_queries_logits)
+    batch = padded_batch((40, 50), (64, 96))
+    unmasked = batch["pixel_values"]
+    torch.testing.assert_close(masking(unmasked).class_queries_logits, plain(unmasked).class_queries_logits)
+    assert not torch.allclose(masking(**batch).class_queries_logits, plain(**batch).class_queries_logits)
+
+
+def test_masked_padding_is_saved_with_the_configuration(tmp_path):
+    tiny_config(mask_padding=True).save_pretrained(tmp_path)
+    assert MaskFormerConfig.from_pretrained(tmp_path).mask_padding is True
+    assert tiny_config().mask_padding is False
+
+
+def test_a_position_with_any_pixel_of_the_image_is_image():
+    found = covered_part(torch.tensor([[33, 64], [1, 96]]), torch.tensor([[64, 96], [64, 96]]), (2, 3))
+    assert found.tolist() == [[2, 2], [1, 3]]

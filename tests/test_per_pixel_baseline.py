@@ -18,7 +18,7 @@ from hf_maskformer import (
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.hub.key_table import from_original, to_original
-from hf_maskformer.post_processing_maskformer import per_pixel_segmentation
+from hf_maskformer.post_processing_per_pixel_baseline import per_pixel_segmentation
 from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model
 
 NUM_LABELS = 4

@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.maskformer.image_processing_pil_maskformer import (
+    MaskFormerImageProcessorPil as StockImageProcessor,
+)
 
 from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_scores, semantic_segmentation
+from hf_maskformer.post_processing_maskformer_instance import instance_segmentation
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SKY, PERSON, NO_OBJECT = 0, 1, 2
@@ -241,3 +246,53 @@ def test_target_sizes_that_do_not_fit_the_batch_are_refused(function):
         function(*mixed_batch(), target_sizes=[(4, 4), (4, 4)])
     with pytest.raises(ValueError, match=r"target_sizes\[1\] is \(0, 4\)"):
         function(*mixed_batch(), target_sizes=[(4, 4), (0, 4), (4, 4)])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_semantic_maps_of_a_panoptic_model_equal_the_original_in_direct_mode(index):
+    arrays, meta = stored_panoptic()
+    label_map = semantic_segmentation(
+        arrays["eval.pred_logits"],
+        arrays["eval.pred_masks"],
+        torch.tensor(meta["image_sizes"]),
+        torch.tensor([meta["padded_size"]] * 2),
+        target_sizes=meta["out_sizes"],
+        mode="direct",
+    )[index]
+    is_clear = arrays[f"result_{index}.sem_seg_is_clear"]
+    assert is_clear.float().mean() > 0.99
+    assert torch.equal(label_map[is_clear], arrays[f"result_{index}.sem_seg_labels"][is_clear].long())
+
+
+def test_modes_differ_in_what_is_resized():
+    # One label, one query, two grid points: the middle of the target shows in which order sigmoid and mean come.
+    classes, masks = class_logits(SKY, confidence=50.0), torch.tensor([[[[8.0, 0.0]]]])
+    shared = {"image_size": (4, 8), "padded_size": (4, 8), "target_size": (1, 4)}
+    at = {logit: torch.sigmoid(torch.tensor(logit)).item() for logit in (8.0, 7.0, 6.0, 5.0, 3.0, 2.0, 1.0, 0.0)}
+    fast = semantic_scores(classes[0], masks[0], **shared, mode="fast")[SKY, 0]
+    step = (at[0.0] - at[8.0]) / 4
+    assert fast.tolist() == pytest.approx([at[8.0], at[8.0] + step, at[8.0] + 3 * step, at[0.0]])
+    direct = semantic_scores(classes[0], masks[0], **shared, mode="direct")[SKY, 0]
+    assert direct.tolist() == pytest.approx([at[8.0], at[6.0], at[2.0], at[0.0]])
+    paper = semantic_scores(classes[0], masks[0], **shared, mode="paper")[SKY, 0]
+    assert paper.tolist() == pytest.approx([at[8.0], (at[7.0] + at[5.0]) / 2, (at[3.0] + at[1.0]) / 2, at[0.0]])
+
+
+def test_fast_mode_equals_transformers_where_nothing_is_padded():
+    classes, masks = torch.randn(1, 10, 6) * 3, torch.randn(1, 10, 8, 12) * 5
+    outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+    (stock,) = StockImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=[(45, 61)])
+    full = sizes((32, 48))
+    assert torch.equal(semantic_segmentation(classes, masks, full, full, [(45, 61)], mode="fast")[0], stock)
+
+
+@pytest.mark.parametrize("function", [semantic_segmentation, panoptic_segmentation, instance_segmentation])
+def test_logits_that_are_not_finite_are_refused(function):
+    classes, masks, *rest = mixed_batch()
+    masks[1, 2, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="The mask logits contain NaN or infinity"):
+        function(classes, masks, *rest)
+    with pytest.raises(ValueError, match="The class logits contain NaN"):
+        function(classes * float("inf"), mixed_batch()[1], *rest)
+    with pytest.raises(ValueError, match=r"class logits have shape \(3, 9, 6\)"):
+        function(classes[:, 1:], mixed_batch()[1], *rest)

@@ -53,10 +53,9 @@ def test_two_cars_are_one_class_or_two_segments(image, image_processor):
     assert panoptic.segmentation[25, [5, 65]].tolist() == [1, 2]
 
 
-def test_thresholds_in_the_configuration_outweigh_the_defaults(image, image_processor):
-    model = TwoCars()
-    model.config = SimpleNamespace(id2label=ID2LABEL, panoptic_thresholds={"threshold": 1.0})
-    assert predict(model, image_processor, image, "panoptic").segments == []
+def test_thresholds_of_the_processor_outweigh_the_defaults(image, image_processor):
+    image_processor.panoptic_thresholds = {"threshold": 1.0}
+    assert predict(TwoCars(), image_processor, image, "panoptic").segments == []
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic"])
@@ -73,7 +72,7 @@ def test_the_segments_describe_the_map(image, image_processor, task):
         assert sum(segment["area"] for segment in prediction.segments) == 50 * 70
 
 
-@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_written_files_hold_the_prediction(tmp_path, image, image_processor, task):
     prediction = predict(TwoCars(), image_processor, image, task)
     labels, segments, overlay = write_prediction(prediction, image, ID2LABEL, task, tmp_path / "new", "photo")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_scripts import load
 
-from hf_maskformer import MaskFormerConfig
+from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.configuration_maskformer_parts import MaskFormerTransformerConfig
 from hf_maskformer.configuration_per_pixel_baseline import PerPixelBaselineConfig
 from hf_maskformer.data.labels import LabelSet
@@ -45,12 +45,12 @@ def test_panoptic_presets_know_their_things(name, num_things):
     assert len(labels.thing_ids) == num_things
     fused = preset.image_processor().label_ids_to_fuse
     assert sorted([*fused, *labels.thing_ids]) == list(range(preset.data_set.num_labels))
-    assert preset.config().panoptic_thresholds == preset.data_set.panoptic_thresholds
+    assert preset.image_processor().panoptic_thresholds == preset.data_set.panoptic_thresholds
 
 
 def test_thresholds_survive_saving(tmp_path):
-    PRESETS["ade20k-panoptic-r50"].config().save_pretrained(tmp_path)
-    read = MaskFormerConfig.from_pretrained(tmp_path)
+    PRESETS["ade20k-panoptic-r50"].image_processor().save_pretrained(tmp_path)
+    read = MaskFormerImageProcessor.from_pretrained(tmp_path)
     assert read.panoptic_thresholds == {"threshold": 0.7, "overlap_mask_area_threshold": 0.8}
 
 

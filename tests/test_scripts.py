@@ -64,6 +64,8 @@ def test_train_leaves_a_checkpoint_and_its_scores(checkpoint):
     assert MaskFormerForInstanceSegmentation.from_pretrained(checkpoint).config.id2label[3] == "disc"
     assert 0 <= json.loads((checkpoint / "eval_results.json").read_text())["eval_mean_iou"] <= 1
     assert json.loads((checkpoint / "train_results.json").read_text())["train_loss"] > 0
+    settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    assert (settings["segmentation_task"], settings["label_ids_to_fuse"]) == ("semantic", [0, 1, 2])
 
 
 def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp_path, capsys):
@@ -75,7 +77,7 @@ def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp
     assert "speckle" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_predict_writes_three_files_for_every_image(checkpoint, data, tmp_path, task):
     call("predict", checkpoint=checkpoint, input=data / "images" / "val", output=tmp_path, task=task)
     names = {path.name for path in tmp_path.iterdir()}
@@ -182,6 +184,24 @@ def test_a_wrong_name_ends_a_script_with_a_message_alone(script, data, tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'nowhere'} is no folder with a config.json")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "comparisons"),
+    [("postprocess", {"semantic", "panoptic", "instance"}), ("preprocess", {"images 64", "images and maps 64"})],
+)
+def test_the_benchmark_compares_what_lies_around_the_model(subcommand, comparisons, tmp_path, monkeypatch):
+    benchmark = load("benchmark")
+    monkeypatch.setattr(benchmark, "INPUT_SIZE", (64, 64))
+    monkeypatch.setattr(benchmark, "TARGET_SIZE", (60, 90))
+    monkeypatch.setattr(benchmark, "BATCH_SIZES", ((64, 256),))
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", subcommand, "--repeats=1", "--threads=0", f"--json={file}"])
+    benchmark.main(benchmark.parse_arguments())
+    figures = json.loads(file.read_text())
+    assert comparisons < figures.keys()
+    for name in comparisons:
+        assert {"ours" if name != "semantic" else "paper", "stock"} <= figures[name].keys()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..image_processing_maskformer import resize_nearest
+from ..image_processing_maskformer_images import resize_nearest
 from ..image_processing_maskformer_settings import ImageProcessorSettings
 from .sample import Sample
 

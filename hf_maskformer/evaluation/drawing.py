@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-Color = tuple[int, int, int]
+from .label_placement import Color, font_for, write_labels
 
 MIN_PANEL_SIDE = 320
 MARGIN = 12
@@ -64,33 +64,40 @@ def _oklab(colors: np.ndarray) -> np.ndarray:
 
 def draw_segmentation(
     image: Image.Image,
-    segmentation_map: npt.ArrayLike,
+    result: Any,
     id2label: Mapping[int, str],
     *,
     palette: np.ndarray | None = None,
     alpha: float = 0.55,
     ignore_index: int = 255,
     segments: Sequence[Mapping[str, Any]] | None = None,
+    labels: bool = False,
+    legend: bool = False,
 ) -> Image.Image:
     """Lays the colours of a segmentation over its image in grey, with a thin border around every segment.
 
     Args:
         image: the picture, (H, W).
-        segmentation_map: (H, W) integers. Label ids, where `ignore_index` leaves the image as it is; or, with
-            `segments`, segment ids, where 0 and below do.
+        result: (H, W) integers. Label ids, where `ignore_index` leaves the image as it is; or, with `segments`,
+            segment ids, where 0 and below do. A dictionary of panoptic or instance post-processing holds both.
         id2label: names of the labels by id.
         palette: one colour per label id, (num_labels, 3) 0 to 255; by default `label_colors`.
         alpha: opacity of the colours, 0 to 1.
         ignore_index: value of unlabelled pixels in a map of label ids.
-        segments: `segments_info` of panoptic post-processing: dicts with `id` and `label_id`. Segments of one label
-            get slightly different shades.
+        segments: `segments_info` of post-processing: dicts with `id` and `label_id`. Segments of one label get slightly
+            different shades.
+        labels: write names into the segments that are large enough for them. Names never overlap: where there is no
+            room, that of the smaller segment is left out.
+        legend: add a list of the labels that occur under the picture.
 
     Returns:
-        An RGB image of the same size.
+        An RGB image of the same size; with a legend, a higher one, and small images enlarged by a whole factor.
 
     Raises ValueError if sizes differ, the map holds an id without a label, or the palette is too short.
     """
-    ids = np.asarray(segmentation_map)
+    if isinstance(result, Mapping):
+        result, segments = result["segmentation"], result["segments_info"]
+    ids = np.asarray(result)
     if ids.shape != (image.height, image.width):
         raise ValueError(
             f"The segmentation map is {ids.shape}, but the image is {(image.height, image.width)}; resize one."
@@ -98,13 +105,27 @@ def draw_segmentation(
     colors = _label_palette(id2label, palette)
     if segments is None:
         shades, labelled = {label: colors[label] for label in id2label}, ids != ignore_index
+        label_of_id = {label: label for label in id2label}
     else:
         shades, labelled = _segment_shades(segments, colors), ids > 0
-    unknown = np.setdiff1d(ids[labelled], list(shades))
+        label_of_id = {segment["id"]: segment["label_id"] for segment in segments}
+    occurring = np.unique(ids[labelled])
+    unknown = np.setdiff1d(occurring, list(shades))
     if unknown.size:
         remedy = "add it to id2label, or pass it as ignore_index" if segments is None else "add it to segments"
         raise ValueError(f"The segmentation map contains id {unknown[0]}, which has no label; {remedy}.")
-    return _overlay(image, ids, labelled, shades, alpha)
+    picture = _overlay(image, ids, labelled, shades, alpha)
+    if legend:
+        factor = max(1, -(-MIN_PANEL_SIDE // max(picture.size)))
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
+        ids = ids.repeat(factor, 0).repeat(factor, 1)
+    if labels:
+        names = {int(number): id2label[label_of_id[int(number)]] for number in occurring}
+        write_labels(picture, ids, names)
+    if legend:
+        label_ids = [label_of_id[int(number)] for number in occurring]
+        picture = _with_legend(picture, legend_labels(label_ids, id2label, palette=palette))
+    return picture
 
 
 def _label_palette(id2label: Mapping[int, str], palette: np.ndarray | None) -> np.ndarray:
@@ -196,7 +217,7 @@ def draw_comparison(
             )
     factor = max(1, -(-MIN_PANEL_SIDE // max(image.size)))
     width, height = image.width * factor, image.height * factor
-    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(15, min(width, height) // 28)))
+    font = font_for((width, height))
     line = int(font.size * 1.5)
     total_width = MARGIN + (len(panels) + 1) * (width + MARGIN)
     rows = _legend_rows(labels, font, total_width - 2 * MARGIN)
@@ -209,6 +230,16 @@ def draw_comparison(
         canvas.paste(enlarged, (left, MARGIN + line))
     for index, row in enumerate(rows):
         _draw_legend_row(pen, row, font, middle=1.5 * MARGIN + line * (index + 1.5) + height)
+    return canvas
+
+
+def _with_legend(picture: Image.Image, labels: Sequence[tuple[str, Color]]) -> Image.Image:
+    font = font_for(picture.size)
+    rows, line = _legend_rows(labels, font, picture.width - 2 * MARGIN), int(font.size * 1.5)
+    canvas = Image.new("RGB", (picture.width, picture.height + len(rows) * line + MARGIN), PAPER)
+    canvas.paste(picture)
+    for index, row in enumerate(rows):
+        _draw_legend_row(ImageDraw.Draw(canvas), row, font, middle=picture.height + MARGIN / 2 + (index + 0.5) * line)
     return canvas
 
 

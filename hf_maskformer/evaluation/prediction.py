@@ -19,8 +19,8 @@ from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
 
-Task = Literal["semantic", "panoptic"]
-TASKS: tuple[Task, ...] = ("semantic", "panoptic")
+Task = Literal["semantic", "instance", "panoptic"]
+TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
 
 
 @dataclass
@@ -29,9 +29,10 @@ class Prediction:
 
     Attributes:
         segmentation: (H, W) integers of the image's size: the id of the segment of each pixel. For the semantic task
-            ids are class ids; for the panoptic task they count from 1, and 0 is void.
-        segments: `id`, `label_id`, `label` and `area` (pixels) of each segment, for the panoptic task `score` and
-            `was_fused` too.
+            ids are class ids; for the others they count from 1, and 0 is void. Where instances overlap, the surest
+            owns the pixel.
+        segments: `id`, `label_id`, `label` and `area` (pixels of the map) of each segment, and `score` and `was_fused`
+            but for the semantic task.
     """
 
     segmentation: np.ndarray
@@ -55,10 +56,9 @@ def predict(
         pixel_mask=inputs["pixel_mask"].to(parameter.device),
     )
     target_sizes = [(image.height, image.width)]
-    if task == "panoptic":
-        # The paper's panoptic models carry its thresholds; others take transformers' defaults.
-        thresholds = getattr(model.config, "panoptic_thresholds", {})
-        (result,) = image_processor.post_process_panoptic_segmentation(outputs, **thresholds, target_sizes=target_sizes)
+    if task != "semantic":
+        post_process = getattr(image_processor, f"post_process_{task}_segmentation")
+        (result,) = post_process(outputs, target_sizes=target_sizes)
         segmentation, segments = result["segmentation"].cpu().numpy(), result["segments_info"]
     else:
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
@@ -85,9 +85,9 @@ def write_prediction(
     Image.fromarray(ids.astype(np.uint16 if ids.max() > 255 else np.uint8)).save(paths[0])
     content = {"task": task, "height": image.height, "width": image.width, "segments": prediction.segments}
     paths[1].write_text(json.dumps(content, indent=1))
-    segments = prediction.segments if task == "panoptic" else None
+    segments = None if task == "semantic" else prediction.segments
     # No class has the id -1: a semantic prediction covers every pixel.
-    draw_segmentation(image, ids, id2label, segments=segments, ignore_index=-1).save(paths[2])
+    draw_segmentation(image, ids, id2label, segments=segments, ignore_index=-1, labels=True).save(paths[2])
     return paths
 
 

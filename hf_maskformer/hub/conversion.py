@@ -54,7 +54,9 @@ def convert_checkpoint(
         model = load_original(checkpoint, config)
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
-        (folder / "README.md").write_text(conversion_card(checkpoint, config, Path(output).name), encoding="utf-8")
+        task = image_processor.segmentation_task or "semantic"  # type: ignore[attr-defined]  # a setting
+        card = conversion_card(checkpoint, config, task, Path(output).name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return model
 
 

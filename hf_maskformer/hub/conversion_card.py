@@ -25,18 +25,14 @@ model = {model_class}.from_pretrained("{title}")
 image_processor = MaskFormerImageProcessor.from_pretrained("{title}")
 image = Image.open("photo.jpg")
 outputs = model(**image_processor(image, return_tensors="pt"))
-{post_processing}
+target_sizes = [(image.height, image.width)]
+result = image_processor.post_process_{task}_segmentation(outputs, target_sizes=target_sizes)[0]
 ```
 
 ## Licence
 
 {licence}
 """
-SEMANTIC = """target_sizes = [(image.height, image.width)]
-labels = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)[0]"""
-PANOPTIC = """target_sizes = [(image.height, image.width)]
-thresholds = model.config.panoptic_thresholds
-result = image_processor.post_process_panoptic_segmentation(outputs, **thresholds, target_sizes=target_sizes)[0]"""
 ZOO_LICENCE = "CC BY-NC 4.0, under which the paper's authors publish their weights: no commercial use."
 OTHER_LICENCE = (
     "That of the file that was converted. Weights that began with those of the paper's authors are CC BY-NC 4.0 too."
@@ -44,9 +40,9 @@ OTHER_LICENCE = (
 
 
 def conversion_card(
-    checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig, name: str
+    checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig, task: str, name: str
 ) -> str:
-    """The text of README.md, with its metadata. `name` is what the card calls the model."""
+    """The text of README.md, with its metadata. `name` is what the card calls the model, `task` what it is for."""
     is_zoo = _zoo_preset(checkpoint) is not None
     is_baseline = isinstance(config, PerPixelBaselineConfig)
     metadata = ModelCardData(
@@ -60,7 +56,7 @@ def conversion_card(
         title=name,
         origin=_origin(checkpoint, config),
         model_class=f"{'PerPixelBaselineForSemantic' if is_baseline else 'MaskFormerForInstance'}Segmentation",
-        post_processing=PANOPTIC if hasattr(config, "panoptic_thresholds") else SEMANTIC,
+        task=task,
         licence=ZOO_LICENCE if is_zoo else OTHER_LICENCE,
     )
 

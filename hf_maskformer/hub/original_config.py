@@ -10,7 +10,7 @@ from ..configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerT
 from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import LabelSet
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from ..training.presets import DATA_SETS, config_label_fields, config_thresholds, label_map_settings
+from ..training.presets import DATA_SETS, config_label_fields, label_map_settings, task_settings
 from .yaml_files import flatten, read_yaml
 
 STAGES = ["res2", "res3", "res4", "res5"]
@@ -172,7 +172,6 @@ class OriginalConfig:
             mask_weight=self["MODEL.MASK_FORMER.MASK_WEIGHT"],
             dice_weight=self["MODEL.MASK_FORMER.DICE_WEIGHT"],
             no_object_weight=self["MODEL.MASK_FORMER.NO_OBJECT_WEIGHT"],
-            **config_thresholds(self._panoptic_thresholds),
             **fields,
         )
 
@@ -186,6 +185,7 @@ class OriginalConfig:
             image_mean=[value / 255 for value in self["MODEL.PIXEL_MEAN"]],
             image_std=[value / 255 for value in self["MODEL.PIXEL_STD"]],
             num_labels=self._num_labels,
+            **task_settings(self._panoptic_thresholds),
             **label_map_settings(labels or self.labels, self["MODEL.SEM_SEG_HEAD.IGNORE_VALUE"]),
         )
 

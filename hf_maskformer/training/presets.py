@@ -189,10 +189,7 @@ class Preset:
         Args:
             labels: other names of the classes. Raises a ValueError if they are not as many as the preset has.
         """
-        names = {
-            **config_label_fields(self._labels(labels), self.data_set.num_labels),
-            **config_thresholds(self.data_set.panoptic_thresholds),
-        }
+        names = config_label_fields(self._labels(labels), self.data_set.num_labels)
         config_class, fields = BACKBONES[self.backbone]
         backbone = config_class(**fields)
         if self.method == MASKFORMER:
@@ -225,6 +222,7 @@ class Preset:
             # The baselines' batches are padded to a common size only.
             size_divisor=self.data_set.size_divisor if self.method == MASKFORMER else 0,
             num_labels=self.data_set.num_labels,
+            **task_settings(self.data_set.panoptic_thresholds),
             **label_map_settings(self._labels(labels), self.data_set.ignore_index),
         )
 
@@ -244,9 +242,11 @@ def config_label_fields(labels: LabelSet | None, num_labels: int) -> dict[str, A
     return {"id2label": labels.id2label, "label2id": {name: label for label, name in labels.id2label.items()}}
 
 
-def config_thresholds(panoptic_thresholds: dict[str, float] | None) -> dict[str, Any]:
-    """The field of a configuration with the arguments for `post_process_panoptic_segmentation`, if there are any."""
-    return {} if panoptic_thresholds is None else {"panoptic_thresholds": panoptic_thresholds}
+def task_settings(panoptic_thresholds: dict[str, float] | None) -> dict[str, Any]:
+    """The settings of an image processor that say what its model is for; only panoptic ones have thresholds."""
+    if panoptic_thresholds is None:
+        return {"segmentation_task": "semantic"}
+    return {"segmentation_task": "panoptic", "panoptic_thresholds": panoptic_thresholds}
 
 
 def label_map_settings(labels: LabelSet | None, ignore_index: int) -> dict[str, Any]:

@@ -206,6 +206,7 @@ def image_processor_for(
         "ignore_index": labels.ignore_index,
         "do_reduce_labels": labels.do_reduce_labels,
         "num_labels": labels.num_labels,
+        "segmentation_task": "semantic",
         "label_ids_to_fuse": [label for label in labels.id2label if label not in labels.thing_ids],
     }
     if model is not None and isinstance(model.config.backbone_config, SimpleFeaturePyramidConfig):

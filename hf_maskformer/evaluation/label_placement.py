@@ -1,0 +1,59 @@
+"""Names of segments, written where there is room for them."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Color = tuple[int, int, int]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+_PAPER: Color = (255, 255, 255)
+_INK: Color = (20, 20, 20)
+
+
+def font_for(size: tuple[int, int], smallest: int = 15) -> ImageFont.FreeTypeFont:
+    """A font that can be read in a picture of this size."""
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(smallest, min(size) // 28)))
+
+
+def write_labels(picture: Image.Image, ids: np.ndarray, names: Mapping[int, str]) -> None:
+    """Writes the names of segments (by id) into a picture of their map (H, W), the largest first.
+
+    A name stands where its segment is widest. It is left out if the segment is narrower there than the letters are
+    high, if it does not fit into the picture, or if it would cover a name that is there already.
+    """
+    font = font_for(picture.size, smallest=9)
+    pen = ImageDraw.Draw(picture)
+    taken: list[Box] = []
+    areas = dict(zip(*(values.tolist() for values in np.unique(ids, return_counts=True)), strict=True))
+    for number in sorted(names, key=lambda number: -areas.get(number, 0)):
+        row, column, radius = _widest_point(ids == number)
+        if 2 * radius < 0.8 * font.size:
+            continue
+        width, height = font.getlength(names[number]) + 0.5 * font.size, 1.25 * font.size
+        # Moved inwards from the edge of the picture, if need be.
+        left = min(max(column - width / 2, 0), picture.width - width)
+        top = min(max(row - height / 2, 0), picture.height - height)
+        box = left, top, left + width, top + height
+        if left < 0 or top < 0 or any(_overlap(box, other) for other in taken):
+            continue
+        taken.append(box)
+        pen.rounded_rectangle(box, radius=0.25 * font.size, fill=_PAPER)
+        pen.text((left + width / 2, top + height / 2), names[number], _INK, font, anchor="mm")
+
+
+def _widest_point(mask: np.ndarray) -> tuple[int, int, float]:
+    """Row and column of the pixel that is furthest from the outside, and how far it is."""
+    from scipy.ndimage import distance_transform_edt
+
+    # What lies beyond the picture is outside too.
+    distances = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(distances.argmax(), mask.shape)
+    return int(row), int(column), float(distances[row, column])
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    gap = 2  # pixels, so that two names do not read as one
+    return one[0] < other[2] + gap and other[0] < one[2] + gap and one[1] < other[3] + gap and other[1] < one[3] + gap

@@ -1,0 +1,145 @@
+"""transformers' image segmentation pipeline, thinly adapted to what MaskFormer can tell."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import ImageSegmentationPipeline
+from transformers.image_utils import load_image
+
+from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
+from ..post_processing_maskformer_inputs import Size
+
+
+class MaskFormerPipeline(ImageSegmentationPipeline):
+    """Photographs in, segments out: the mask, label, score, box and area of each.
+
+        segment = pipeline(
+            "image-segmentation", model=model, image_processor=image_processor, pipeline_class=MaskFormerPipeline
+        )
+        segments = segment("photo.jpg")
+        for segments in segment(photographs, batch_size=8):  # a generator streams, images of any sizes
+            ...
+
+    Calls take what transformers' pipeline takes. `subtask` is by default what the image processor says the model was
+    trained for (`segmentation_task`), and "semantic" where it does not say. Stuff is fused as its `label_ids_to_fuse`
+    says. `threshold` and the like are those of the post-processing and have its defaults. `progress_bar` shows one
+    over many images. `num_workers` has no effect: a batch is prepared when the one before is done.
+
+    Returns, for each image, a list of segments:
+
+    - `mask`: a PIL image of the photograph's size, 255 inside the segment and 0 outside. Those of instances overlap.
+    - `label`: the name of its label.
+    - `score`: 0 to 1. Of a semantic segment: the mean over its pixels of the score that its label has nearby, on the
+      grid of the mask logits.
+    - `box`: `xmin`, `ymin`, `xmax`, `ymax`, in pixels; the last two lie just outside.
+    - `area`: the pixels of its mask.
+    """
+
+    image_processor: Any
+    model: Any
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        subtask = kwargs.get("subtask")
+        if subtask is not None and subtask not in SEGMENTATION_TASKS:
+            raise ValueError(f"subtask is {subtask!r}; give one of {', '.join(SEGMENTATION_TASKS)}.")
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if "progress_bar" in kwargs:
+            preprocess["progress_bar"] = kwargs["progress_bar"]
+        return preprocess, forward, postprocess
+
+    def preprocess(self, image: Any, *, timeout: float | None = None, **_: Any) -> Any:  # type: ignore[override]
+        return self._preprocess_batch([image], timeout)
+
+    def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self._postprocess_batch(model_outputs, **parameters)[0]
+
+    def get_iterator(
+        self,
+        inputs: Iterable[Any],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Segments the images batch by batch; nothing but the batch at hand is held."""
+        total = len(inputs) if hasattr(inputs, "__len__") else None  # type: ignore[arg-type]
+        # A `Dataset` has a length and indices, but iterating over it need not end.
+        images = iter(inputs) if total is None else (inputs[index] for index in range(total))  # type: ignore[index]
+        with tqdm(
+            total=total, desc="Segmenting", unit="image", disable=not preprocess_params.get("progress_bar")
+        ) as progress:
+            while batch := list(itertools.islice(images, batch_size)):
+                model_inputs = self._preprocess_batch(batch, preprocess_params.get("timeout"))
+                outputs = self.forward(model_inputs, **forward_params)
+                for segments in self._postprocess_batch(outputs, **postprocess_params):
+                    progress.update()
+                    yield segments
+
+    def _preprocess_batch(self, images: list[Any], timeout: float | None) -> Any:
+        loaded = [load_image(image, timeout=timeout) for image in images]
+        inputs = self.image_processor(images=loaded, return_tensors="pt").to(self.dtype)
+        inputs["target_size"] = [(image.height, image.width) for image in loaded]
+        return inputs
+
+    def _postprocess_batch(
+        self, outputs: Any, subtask: str | None = None, **thresholds: Any
+    ) -> list[list[dict[str, Any]]]:
+        subtask = subtask or self.image_processor.segmentation_task or "semantic"
+        sizes = outputs["target_size"]
+        if subtask == "semantic":
+            maps = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            logits = outputs.class_queries_logits, outputs.masks_queries_logits
+            rows = zip(maps, *logits, outputs.image_sizes.tolist(), outputs.padded_sizes.tolist(), strict=True)
+            return [self._semantic_segments(*row) for row in rows]
+        if subtask == "instance":
+            results = self.image_processor.post_process_instance_segmentation(
+                outputs, target_sizes=sizes, return_binary_maps=True, **thresholds
+            )
+        else:
+            results = self.image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, **thresholds)
+        return [self._scored_segments(result) for result in results]
+
+    def _scored_segments(self, result: dict[str, Any]) -> list[dict[str, Any]]:
+        segmentation = result["segmentation"]
+        return [
+            self._segment(
+                segmentation[index] if segmentation.ndim == 3 else segmentation == info["id"],
+                info["label_id"],
+                info["score"],
+            )
+            for index, info in enumerate(result["segments_info"])
+        ]
+
+    def _semantic_segments(
+        self, label_map: Tensor, class_logits: Tensor, mask_logits: Tensor, image_size: Size, padded_size: Size
+    ) -> list[dict[str, Any]]:
+        probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
+        scores = torch.einsum("qk,qhw->khw", probabilities, mask_logits.float().sigmoid())
+        lengths = zip(label_map.shape, image_size, mask_logits.shape[1:], padded_size, strict=True)
+        rows, columns = (
+            ((torch.arange(target) + 0.5) * (image * grid / (target * padded))).long()
+            for target, image, grid, padded in lengths
+        )
+        score_map = scores[label_map, rows[:, None], columns]
+        sums = torch.bincount(label_map.flatten(), weights=score_map.flatten())
+        areas = torch.bincount(label_map.flatten())
+        return [
+            self._segment(label_map == label, label, (sums[label] / areas[label]).item())
+            for label in areas.nonzero().flatten().tolist()
+        ]
+
+    def _segment(self, mask: Tensor, label_id: int, score: float) -> dict[str, Any]:
+        rows, columns = (mask.any(dim=dim).nonzero().flatten().tolist() or [0, -1] for dim in (1, 0))
+        return {
+            "mask": Image.fromarray(mask.to(torch.uint8).mul_(255).numpy()),
+            "label": self.model.config.id2label[label_id],
+            "score": score,
+            "box": {"xmin": columns[0], "ymin": rows[0], "xmax": columns[-1] + 1, "ymax": rows[-1] + 1},
+            "area": int(mask.sum()),
+        }

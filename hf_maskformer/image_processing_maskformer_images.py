@@ -1,0 +1,176 @@
+"""Images of any kind into one tensor: reading, resizing, normalising, padding.
+
+B images of h x w pixels, H x W the padded size of the batch. Pixels stay uint8 until they lie in the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers.image_utils import load_image
+
+from .image_processing_maskformer_settings import RESAMPLING, ImageProcessorSettings
+from .post_processing_maskformer_inputs import Size
+
+
+def enumerate_items(name: str, items: Any, num_dimensions: int) -> Iterator[tuple[int, Any]]:
+    """Numbers the items of a list or of a stacked array; anything else is one item."""
+    if items is None:
+        raise ValueError(f"{name} is None; give at least one image.")
+    if isinstance(items, np.ndarray | Tensor) and items.ndim > num_dimensions:
+        items = list(items)
+    if not isinstance(items, list | tuple):
+        items = [items]
+    if len(items) == 0:
+        raise ValueError(f"{name} is empty; give at least one image.")
+    return enumerate(items)
+
+
+def read_image(image: Any, index: int, input_data_format: str | None = None) -> Tensor:
+    """Reads image `index`, in any form that `MaskFormerImageProcessor.preprocess` takes: (3, h, w), uint8 or float32.
+
+    Files are turned upright as their EXIF tag says; PIL images are taken as they are, since maps may come with them.
+
+    Raises:
+        ValueError: it is damaged, too large for Pillow's limit, no image, or has a wrong shape.
+    """
+    if isinstance(image, str | Path | Image.Image):
+        source = "" if isinstance(image, Image.Image) else f" ({image})"
+        try:
+            decoded = _decode(image)
+        # Decoders meet damage with OSError, SyntaxError, struct.error and more, clients with errors of their own.
+        except Exception as error:
+            raise ValueError(f"Image {index}{source} cannot be read: {error}") from error
+        return torch.from_numpy(decoded).permute(2, 0, 1)
+    if not isinstance(image, np.ndarray | Tensor):
+        kind = type(image).__name__
+        raise ValueError(f"Image {index} is a {kind}; give a PIL image, an array, a tensor, a path or a URL.")
+    pixels = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image, order="C"))
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    elif pixels.ndim == 3 and _channels_are_last(tuple(pixels.shape), input_data_format):
+        pixels = pixels.permute(2, 0, 1)
+    if pixels.ndim != 3 or len(pixels) not in (1, 3, 4) or pixels.numel() == 0:
+        raise ValueError(
+            f"Image {index} has shape {tuple(image.shape)}; give (height, width), or height, width and 1, 3 or 4 "
+            "channels, which may come first or last."
+        )
+    pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
+    return pixels if pixels.dtype == torch.uint8 else pixels.float()
+
+
+def _decode(image: str | Path | Image.Image) -> np.ndarray:
+    """(h, w, 3) uint8."""
+    if isinstance(image, str | Path):
+        is_url = str(image).startswith(("http://", "https://"))
+        image = load_image(str(image)) if is_url else ImageOps.exif_transpose(Image.open(image))
+    if image.mode.startswith("I;16"):
+        # Pillow would cut these off at 255, which leaves an almost white picture.
+        grey = (np.asarray(image) / 257 + 0.5).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} does not say which values are black and white; convert it to RGB.")
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _channels_are_last(shape: tuple[int, ...], input_data_format: str | None) -> bool:
+    if input_data_format is not None:
+        return getattr(input_data_format, "value", input_data_format) == "channels_last"
+    # Three channels are the most likely, then grey and RGBA; where both ends fit, the first are the channels.
+    counts = [count for count in (3, 1, 4) if count in (shape[0], shape[-1])]
+    return bool(counts) and shape[0] != counts[0]
+
+
+def resize_image(image: Tensor, size: Size, resample: int) -> Tensor:
+    """Resizes images (..., 3, h, w), uint8 or float, with the antialiased filter of this number in PIL.
+
+    Bilinear uint8 results lie within one level of PIL's.
+    """
+    if size_of(image) == size:
+        return image
+    if RESAMPLING[resample] == "nearest":
+        return resize_nearest(image, size)
+    batch = image if image.ndim == 4 else image[None]
+    if image.dtype == torch.uint8 and image.device.type != "cpu":  # torch filters bytes on the CPU only
+        batch = batch.float()
+    resized = F.interpolate(batch, size, mode=RESAMPLING[resample], antialias=True, align_corners=False)
+    if resized.dtype != image.dtype:
+        resized = resized.round_().clamp_(0, 255)
+    return resized if image.ndim == 4 else resized[0]
+
+
+def resize_nearest(pixels: Tensor, size: Size) -> Tensor:
+    """Resizes (..., h, w) of any type to (..., H, W): each pixel takes the value at its centre, as in PIL."""
+    columns = _nearest(pixels.shape[-1], size[1])
+    if columns is not None:
+        # Copying whole rows is several times faster than picking pixels out of each.
+        pixels = pixels.transpose(-1, -2).contiguous().index_select(-2, columns.to(pixels.device))
+        pixels = pixels.transpose(-1, -2).contiguous()
+    rows = _nearest(pixels.shape[-2], size[0])
+    return pixels if rows is None else pixels.index_select(-2, rows.to(pixels.device))
+
+
+def _nearest(length: int, new_length: int) -> Tensor | None:
+    """Which pixel of a line each pixel of a longer or shorter one takes; None if they are the same."""
+    if length == new_length:
+        return None
+    step = length / new_length
+    # Summed up step by step as PIL does, so that a centre between two pixels falls on the same side.
+    centres = np.cumsum([step / 2] + [step] * (new_length - 1))
+    return torch.from_numpy(centres.astype(np.int64))
+
+
+def make_batch(
+    images: Sequence[Tensor],
+    sizes: Sequence[Size],
+    padded_size: Size,
+    settings: ImageProcessorSettings,
+    device: str | torch.device | None = None,
+) -> dict[str, Any]:
+    """Resizes images (3, h, w) to their sizes and makes one normalised and padded batch, with its mask."""
+    factor = settings.rescale_factor if settings.do_rescale else 1.0
+    mean, std = (settings.image_mean, settings.image_std) if settings.do_normalize else ([0.0] * 3, [1.0] * 3)
+    # (pixel * factor - mean) / std, with two passes over the pixels instead of three.
+    scale = torch.tensor([factor / deviation for deviation in std], device=device)[:, None, None]
+    shift = torch.tensor([average / deviation for average, deviation in zip(mean, std, strict=True)], device=device)
+    data = empty_batch(sizes, padded_size, device)
+    for indices in _alike(images, sizes, device):
+        # Moved before they are resized and turned to float: bytes are a quarter of that.
+        stacked = torch.stack([images[index] for index in indices]) if len(indices) > 1 else images[indices[0]][None]
+        height, width = sizes[indices[0]]
+        resized = resize_image(stacked.to(device), (height, width), settings.resample)
+        for index, image in zip(indices, resized, strict=True):
+            place = data["pixel_values"][index, :, :height, :width]
+            place.copy_(image).mul_(scale).sub_(shift[:, None, None])
+    return data
+
+
+def empty_batch(sizes: Sequence[Size], padded_size: Size, device: str | torch.device | None = None) -> dict[str, Any]:
+    """A batch for images of these sizes: all pixels 0, the mask complete."""
+    # Zeros from the start, although images overwrite most of them: filling a fresh tensor in order, from its beginning,
+    # is many times faster than touching its pages here and there first, as filling in the padding alone would.
+    pixel_values = torch.zeros(len(sizes), 3, *padded_size, device=device)
+    pixel_mask = torch.zeros(len(sizes), *padded_size, dtype=torch.int64, device=device)
+    for mask, (height, width) in zip(pixel_mask, sizes, strict=True):
+        mask[:height, :width] = 1
+    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+
+
+def _alike(images: Sequence[Tensor], sizes: Sequence[Size], device: str | torch.device | None) -> list[list[int]]:
+    """Groups the indices of images that can be resized in one go. A CPU is faster with one at a time."""
+    if torch.device(device or "cpu").type == "cpu":
+        return [[index] for index in range(len(images))]
+    groups: dict[tuple, list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault((image.shape, image.dtype, sizes[index]), []).append(index)
+    return list(groups.values())
+
+
+def size_of(pixels: Tensor) -> Size:
+    """(height, width)."""
+    return pixels.shape[-2], pixels.shape[-1]

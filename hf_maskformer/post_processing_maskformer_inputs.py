@@ -1,0 +1,75 @@
+"""What post-processing takes: the logits of a batch and the sizes that turn them into pixels, image by image."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+class ImageSizes(NamedTuple):
+    """Sizes as (height, width): the image fills the top left corner of the padded input, the rest is cropped."""
+
+    image: Size
+    padded: Size
+    target: Size
+
+
+class ImageLogits(NamedTuple):
+    """What the model says about one image."""
+
+    class_logits: Tensor  # (Q, K + 1)
+    mask_logits: Tensor  # (Q, h, w)
+    sizes: ImageSizes
+
+
+def split_batch(
+    class_queries_logits: Tensor,
+    masks_queries_logits: Tensor,
+    image_sizes: Tensor,
+    padded_sizes: Tensor,
+    target_sizes: Sequence[Size] | None,
+) -> list[ImageLogits]:
+    """Gives the images of a batch one by one.
+
+    Raises:
+        ValueError: logits that are not finite or do not belong together, or target_sizes that does not hold one
+            positive (height, width) for each image.
+    """
+    _check_logits(class_queries_logits, masks_queries_logits)
+    image_size_list, padded_size_list = _as_sizes(image_sizes), _as_sizes(padded_sizes)
+    targets = image_size_list if target_sizes is None else _as_sizes(target_sizes)
+    if len(targets) != len(image_size_list):
+        raise ValueError(
+            f"target_sizes has {len(targets)} entries, but the batch has {len(image_size_list)} images; "
+            "give one (height, width) for each image."
+        )
+    for index, (height, width) in enumerate(targets):
+        if height < 1 or width < 1:
+            raise ValueError(f"target_sizes[{index}] is ({height}, {width}); height and width must be positive.")
+    sizes = map(ImageSizes, image_size_list, padded_size_list, targets)
+    rows = zip(class_queries_logits, masks_queries_logits, sizes, strict=True)
+    return [ImageLogits(*row) for row in rows]
+
+
+def _check_logits(class_logits: Tensor, mask_logits: Tensor) -> None:
+    if class_logits.ndim != 3 or mask_logits.ndim != 4 or class_logits.shape[:2] != mask_logits.shape[:2]:
+        raise ValueError(
+            f"The class logits have shape {tuple(class_logits.shape)} and the mask logits "
+            f"{tuple(mask_logits.shape)}; give (batch, queries, labels + 1) and (batch, queries, height, width)."
+        )
+    # A sum is finite only if all it adds up is.
+    sums = torch.stack([class_logits.sum(dtype=torch.float32), mask_logits.sum(dtype=torch.float32)])
+    for name, is_finite in zip(("class", "mask"), sums.isfinite().tolist(), strict=True):
+        if not is_finite:
+            raise ValueError(
+                f"The {name} logits contain NaN or infinity, so they mean no segmentation. Check the weights and the "
+                "inputs of the model; in float16, try bfloat16."
+            )
+
+
+def _as_sizes(sizes: Tensor | Sequence[Size]) -> list[Size]:
+    rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    return [(int(height), int(width)) for height, width in rows]

@@ -1,0 +1,161 @@
+"""From logits to instances, which may overlap. Letters and sizes as in `post_processing_maskformer`.
+
+N instances. A mask is a small part of the image, so it is kept as the tiles that it touches, n of T x T pixels in all.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .post_processing_maskformer_inputs import ImageLogits, Size, split_batch
+from .post_processing_maskformer_rle import encode_masks
+from .post_processing_maskformer_tiles import TILE, TiledMasks
+
+Form = Literal["id_map", "masks", "rle"]
+
+
+@torch.no_grad()
+def instance_segmentation(
+    class_queries_logits: Tensor,
+    masks_queries_logits: Tensor,
+    image_sizes: Tensor,
+    padded_sizes: Tensor,
+    threshold: float = 0.5,
+    mask_threshold: float = 0.5,
+    overlap_mask_area_threshold: float | None = None,
+    target_sizes: Sequence[Size] | None = None,
+    form: Form = "id_map",
+    top_k: int | None = None,
+    min_area: int = 1,
+) -> list[dict[str, Any]]:
+    """Finds instances, which may overlap, the surest first.
+
+    Every label of every query is a candidate; the `top_k` most probable are looked at. The mask of an instance are the
+    pixels where P(pixel in mask), of mask logits resized to the target, reaches `mask_threshold`. Its score is P(label)
+    x the mean of P(pixel in mask) over the mask.
+
+    Args:
+        class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes: as in
+            `semantic_segmentation`.
+        threshold: lowest score of an instance.
+        mask_threshold: probability from which on a pixel belongs to the mask.
+        overlap_mask_area_threshold: in an id map, the smallest part of its mask that an instance must show from under
+            those with higher scores; what the others showed becomes void. None keeps all.
+        form: of `segmentation`, see below.
+        top_k: candidates, by default as many as queries.
+        min_area: fewest pixels of a mask; at least 1.
+
+    Returns:
+        One dictionary per image:
+
+        - `segmentation`: as `"id_map"`, (H, W) int32 with the id of the surest instance at each pixel and 0 for void;
+          as `"masks"`, (N, H, W) bool; as `"rle"`, N dictionaries in the run-length encoding of COCO (see
+          `encode_masks`).
+        - `segments_info`: a list with one entry per instance, in descending order of score: `id` (1, 2, ...),
+          `label_id`, `was_fused` (False) and `score`.
+
+    Raises:
+        ValueError: see `split_batch`.
+    """
+    images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
+    results: list[dict[str, Any]] = []
+    for image in images:
+        with torch.autocast(masks_queries_logits.device.type, enabled=False):
+            instances = _find_instances(image, threshold, mask_threshold, top_k, max(1, min_area))
+        segmentation: Any
+        if form == "id_map":
+            segmentation, is_kept = _id_map(instances, overlap_mask_area_threshold)
+        else:
+            is_kept = torch.ones_like(instances.scores, dtype=torch.bool)
+            segmentation = encode_masks(instances.masks()) if form == "rle" else instances.masks()
+        labels, scores = instances.labels[is_kept].tolist(), instances.scores[is_kept].tolist()
+        segments_info = [
+            {"id": number, "label_id": label, "was_fused": False, "score": score}
+            for number, (label, score) in enumerate(zip(labels, scores, strict=True), start=1)
+        ]
+        results.append({"segmentation": segmentation, "segments_info": segments_info})
+    return results
+
+
+class _Instances(NamedTuple):
+    """The instances of one image, the surest first, and the tiles that their masks touch."""
+
+    tiling: TiledMasks
+    scores: Tensor  # (N,)
+    labels: Tensor  # (N,) int64
+    areas: Tensor  # (N,) int64, in pixels
+    numbers: Tensor  # (n,) int64: to which instance a tile belongs
+    tiles: Tensor  # (n, 2) int64: its row and column
+    pixels: Tensor  # (n, T, T) bool: which of its pixels belong to the mask
+
+    def masks(self) -> Tensor:
+        """(N, H, W) bool."""
+        num_rows, num_columns = self.tiling.areas().shape
+        canvas = self.pixels.new_zeros(len(self.scores), num_rows, TILE, num_columns, TILE)
+        canvas[self.numbers, self.tiles[:, 0], :, self.tiles[:, 1]] = self.pixels
+        return self.tiling.crop(canvas)
+
+    def owners(self) -> Tensor:
+        """The number of the surest instance at each pixel, N where there is none, (H, W) int32."""
+        num_rows, num_columns = self.tiling.areas().shape
+        nobody = len(self.scores)
+        claims = torch.where(self.pixels, self.numbers[:, None, None].int(), nobody).flatten(1)
+        canvas = claims.new_full((num_rows * num_columns, TILE**2), nobody)
+        places = self.tiles[:, 0] * num_columns + self.tiles[:, 1]
+        canvas.scatter_reduce_(0, places[:, None].expand_as(claims), claims, "amin")
+        return self.tiling.crop(canvas.view(num_rows, num_columns, TILE, TILE).transpose(1, 2))
+
+
+def _find_instances(
+    image: ImageLogits, threshold: float, mask_threshold: float, top_k: int | None, min_area: int
+) -> _Instances:
+    probabilities = image.class_logits.float().softmax(dim=-1)[:, :-1]
+    num_queries, num_labels = probabilities.shape
+    top_k = min(num_queries if top_k is None else top_k, probabilities.numel())
+    scores, candidates = probabilities.flatten().topk(top_k)
+    # A mean probability is at most 1, so what lies below the threshold already stays there.
+    candidates, scores = candidates[scores >= threshold], scores[scores >= threshold]
+    queries, mask_of_candidate = (candidates // num_labels).unique(return_inverse=True)
+    tiling = TiledMasks(image.mask_logits[queries], image.sizes, "direct")
+
+    _, highest = tiling.bounds()
+    touched = (highest.sigmoid() >= mask_threshold).nonzero()
+    pixels, areas, sums = [], queries.new_zeros(len(queries)), scores.new_zeros(len(queries))
+    for chunk in tiling.chunks(touched, 1):
+        tiles, owners = chunk[:, :2], chunk[:, 2]
+        mask_probabilities = tiling.resized_logits_of(owners, tiles).sigmoid()
+        is_in_mask = (mask_probabilities >= mask_threshold) & tiling.is_inside(tiles)
+        areas.index_add_(0, owners, is_in_mask.sum(dim=(1, 2)))
+        sums.index_add_(0, owners, (mask_probabilities * is_in_mask).sum(dim=(1, 2)))
+        pixels.append(is_in_mask)
+
+    scores = scores * (sums / areas.clamp(min=1))[mask_of_candidate]
+    is_found = (scores >= threshold) & (areas[mask_of_candidate] >= min_area)
+    order = scores.masked_fill(~is_found, -1).argsort(descending=True, stable=True)[: int(is_found.sum())]
+    # Two labels of one query share its mask, so a tile may belong to several instances.
+    is_owner = touched[:, 2, None] == mask_of_candidate[order]
+    places, numbers = is_owner.nonzero().unbind(1)
+    all_pixels = torch.cat([*pixels, areas.new_zeros(0, TILE, TILE, dtype=torch.bool)])
+    return _Instances(
+        tiling,
+        scores[order],
+        (candidates % num_labels)[order],
+        areas[mask_of_candidate[order]],
+        numbers,
+        touched[places, :2],
+        all_pixels[places],
+    )
+
+
+def _id_map(instances: _Instances, overlap_mask_area_threshold: float | None) -> tuple[Tensor, Tensor]:
+    """Ids from 1 of the instances that show enough of themselves, (H, W) int32, and which these are, (N,) bool."""
+    owners = instances.owners()
+    num_instances = len(instances.scores)
+    is_kept = torch.ones(num_instances, dtype=torch.bool, device=owners.device)
+    if overlap_mask_area_threshold is not None:
+        visible = torch.bincount(owners.flatten(), minlength=num_instances + 1)[:num_instances]
+        is_kept = visible >= overlap_mask_area_threshold * instances.areas
+    id_of_owner = torch.cat([is_kept.cumsum(0) * is_kept, is_kept.new_zeros(1, dtype=torch.int64)])
+    return id_of_owner.int()[owners], is_kept

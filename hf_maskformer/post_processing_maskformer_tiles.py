@@ -1,0 +1,169 @@
+"""Resizing mask logits to the pixels of an image, only where it matters.
+
+A segmentation is the same over large parts of an image, and there a few logits tell who wins: resizing bilinearly is
+averaging, so a resized logit lies between the lowest and the highest of those it is made of. The target is cut into
+square tiles; bounds say which tiles are decided, and the others are computed exactly, a few at a time.
+
+Q queries, h x w the grid of the mask logits; R rows and C columns of tiles of T x T pixels, n tiles among them, given
+by row and column. A tile depends on S x S' grid points and takes the sigmoid at M x M' points.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .post_processing_maskformer_inputs import ImageSizes
+
+# What is resized to the target: scores at the size of the padded input ("paper"), mask logits ("direct"), or scores at
+# the size of the grid ("fast").
+Mode = Literal["paper", "direct", "fast"]
+
+TILE = 16
+# Numbers in the largest tensor of a chunk of tiles: a megabyte stays in the cache of a CPU core; a GPU wants more.
+_CHUNK_ON_CPU = 2**18
+_CHUNK_ON_GPU = 2**25
+_FEWEST_TILES = 32  # of a chunk; with fewer, calling takes longer than computing
+
+
+class Axis(NamedTuple):
+    """How one axis of the tiles comes from one axis of the grid: two linear maps, the sigmoid between them."""
+
+    support: Tensor  # (tiles, S) int64: the grid points
+    before: Tensor | None  # (tiles, M, S): from grid points to those where the sigmoid is taken; None: the same
+    after: Tensor | None  # (tiles, T, M): from there to pixels; None: the same
+    is_inside: Tensor  # (tiles, T) bool: the last tile may reach beyond the target
+
+    def to(self, device: torch.device) -> "Axis":
+        return Axis(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
+
+class TiledMasks:
+    """The mask logits of one image, and how they become the pixels of its target.
+
+    Args:
+        mask_logits: (Q, h, w).
+        sizes: of the image, the padded input and the target.
+        mode: see `Mode`.
+    """
+
+    def __init__(self, mask_logits: Tensor, sizes: ImageSizes, mode: Mode) -> None:
+        self.target_size = sizes.target
+        axes = zip(sizes.target, sizes.image, sizes.padded, mask_logits.shape[1:], strict=True)
+        self.rows, self.columns = (_axis(*lengths, mode).to(mask_logits.device) for lengths in axes)
+        # (h, w, Q): copying grid points copies whole rows of numbers.
+        self.logits = mask_logits.float().permute(1, 2, 0).contiguous()
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest logit that each query can have in each tile, both (R, C, Q)."""
+        lower, upper = self.logits, self.logits
+        for dim, axis in enumerate((self.rows, self.columns)):
+            lower = _reduce(torch.minimum, lower, dim, axis.support)
+            upper = _reduce(torch.maximum, upper, dim, axis.support)
+        return lower, upper
+
+    def areas(self) -> Tensor:
+        """How many pixels of the target each tile has, (R, C) int64."""
+        return self.rows.is_inside.sum(1)[:, None] * self.columns.is_inside.sum(1)
+
+    def is_inside(self, tiles: Tensor) -> Tensor:
+        """Whether each pixel of these tiles (n, 2) belongs to the target, (n, T, T)."""
+        return self.rows.is_inside[tiles[:, 0], :, None] & self.columns.is_inside[tiles[:, 1], None, :]
+
+    def chunks(self, tiles: Tensor, numbers_per_pixel: int) -> Iterator[Tensor]:
+        """Splits tiles so that a chunk with so many numbers per pixel takes little memory."""
+        budget = _CHUNK_ON_CPU if tiles.device.type == "cpu" else _CHUNK_ON_GPU
+        size = max(_FEWEST_TILES, budget // (numbers_per_pixel * TILE**2))
+        return (tiles[start : start + size] for start in range(0, len(tiles), size))
+
+    def resized_logits(self, tiles: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Mask logits where the sigmoid is taken, (n, M, M', Q), of all queries or some."""
+        points = self._grid_points(tiles)
+        logits = self.logits.flatten(0, 1).index_select(0, points.flatten()).unflatten(0, points.shape)
+        if queries is not None:
+            logits = logits.index_select(3, queries)
+        return _apply(self.rows.before, self.columns.before, tiles, logits)
+
+    def resized_logits_of(self, queries: Tensor, tiles: Tensor) -> Tensor:
+        """As `resized_logits` with one query (n,) for each tile, (n, M, M')."""
+        points = self._grid_points(tiles) * self.logits.shape[2] + queries[:, None, None]
+        return _apply(self.rows.before, self.columns.before, tiles, self.logits.take(points)[..., None])[..., 0]
+
+    def at_pixels(self, values: Tensor, tiles: Tensor) -> Tensor:
+        """Takes values (n, M, M', any) to the pixels of their tiles, (n, T, T, any)."""
+        return _apply(self.rows.after, self.columns.after, tiles, values)
+
+    def paste(self, canvas: Tensor, tiles: Tensor, values: Tensor) -> Tensor:
+        """Puts pixels (n, T, T) of some tiles into a map of all (R, C), of one value each; returns (H, W)."""
+        canvas = canvas[:, None, :, None].repeat(1, TILE, 1, TILE)
+        canvas[tiles[:, 0], :, tiles[:, 1]] = values
+        return self.crop(canvas)
+
+    def crop(self, canvas: Tensor) -> Tensor:
+        """Makes a map (..., H, W) of the target from one of its tiles (..., R, T, C, T)."""
+        height, width = self.target_size
+        return canvas.flatten(-4, -3).flatten(-2)[..., :height, :width].contiguous()
+
+    def _grid_points(self, tiles: Tensor) -> Tensor:
+        """Flat indices of the grid points of tiles, (n, S, S')."""
+        rows, columns = (
+            axis.support.index_select(0, places)
+            for axis, places in zip((self.rows, self.columns), tiles.unbind(1), strict=True)
+        )
+        return rows[:, :, None] * self.logits.shape[1] + columns[:, None, :]
+
+
+def _axis(target: int, image: int, padded: int, grid: int, mode: Mode) -> Axis:
+    positions = torch.arange(-(-target // TILE) * TILE).view(-1, TILE)
+    is_inside = positions < target
+    positions = positions.clamp(max=target - 1)
+    if mode == "fast":
+        # The image covers a part of the grid that may end between two of its points.
+        covered = image * grid / padded
+        support, after = _interpolation(positions, covered / target, -int(-covered // 1))
+        return Axis(support, None, after, is_inside)
+    in_image, after = _interpolation(positions, image / target, image)
+    support, before = _interpolation(in_image, grid / padded, grid)
+    if mode == "direct":
+        return Axis(support, after @ before, None, is_inside)
+    return Axis(support, before, after, is_inside)
+
+
+def _interpolation(positions: Tensor, scale: float, length: int) -> tuple[Tensor, Tensor]:
+    """Bilinear resizing of an axis of this length, at positions (tiles, m) of its result.
+
+    Returns the points (tiles, s) that matter to each tile and the weights (tiles, m, s) with which they do.
+    """
+    source = ((positions.float() + 0.5) * scale - 0.5).clamp(min=0, max=length - 1)
+    low = source.long()
+    high = (low + 1).clamp(max=length - 1)
+    first = low.amin(dim=1, keepdim=True)
+    num_points = int((high - first).max()) + 1
+    if num_points <= 2 * positions.shape[1]:
+        points = (first + torch.arange(num_points)).clamp(max=length - 1)
+        low_at, high_at = low - first, high - first
+    else:  # a much smaller result skips most points
+        points = torch.cat([low, high], dim=1)
+        low_at, high_at = torch.arange(points.shape[1]).expand_as(points).chunk(2, dim=1)
+    share = (source - low)[..., None]
+    weights = torch.zeros(*positions.shape, points.shape[1])
+    weights.scatter_add_(2, low_at[..., None], 1 - share).scatter_add_(2, high_at[..., None], share)
+    return points, weights
+
+
+def _reduce(function: Callable[..., Tensor], values: Tensor, dim: int, points: Tensor) -> Tensor:
+    """Reduces over the points (tiles, s) of each tile along one dimension, whose length becomes that of the tiles."""
+    reduced, *others = (values.index_select(dim, each) for each in points.T)
+    for other in others:
+        reduced = function(reduced, other)
+    return reduced
+
+
+def _apply(rows: Tensor | None, columns: Tensor | None, tiles: Tensor, values: Any) -> Tensor:
+    """Multiplies values (n, a, b, any) of tiles by the matrices of their rows and of their columns."""
+    if rows is not None:
+        values = (rows.index_select(0, tiles[:, 0]) @ values.flatten(2)).unflatten(2, values.shape[2:])
+    if columns is not None:
+        values = columns.index_select(0, tiles[:, 1])[:, None] @ values
+    return values

@@ -1,0 +1,46 @@
+"""From the logits of models that classify pixels to label maps (section 4.2): pure functions of tensors.
+
+B images, K labels, h x w = H/4 x W/4 for the padded input of H x W. Sizes are (height, width).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .post_processing_maskformer_inputs import Size, split_batch
+
+
+@torch.no_grad()
+def per_pixel_segmentation(
+    logits: Tensor, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None = None
+) -> list[Tensor]:
+    """Gives each pixel the label with the highest logit, enlarged in the original's order.
+
+    Args:
+        logits: (B, K, h, w).
+        image_sizes, padded_sizes, target_sizes: as in `semantic_segmentation`.
+
+    Returns:
+        One (H, W) int64 map of labels per image.
+
+    Raises:
+        ValueError: see `split_batch`.
+    """
+    label_maps = []
+    for image in split_batch(logits.flatten(2), logits, image_sizes, padded_sizes, target_sizes):
+        height, width = image.sizes.image
+        enlarged = enlarge_per_pixel_logits(image.mask_logits[None])[..., :height, :width]
+        if image.sizes.target != image.sizes.image:
+            enlarged = F.interpolate(enlarged, size=image.sizes.target, mode="bilinear", align_corners=False)
+        label_maps.append(enlarged[0].argmax(dim=0))
+    return label_maps
+
+
+def enlarge_per_pixel_logits(logits: Tensor) -> Tensor:
+    """Enlarges (B, K, h, w) four times, to float32: the size of the input, or up to 3 pixels more, as in the original.
+
+    Unlike MaskFormer's masks, which are brought to exactly the size of the input.
+    """
+    return F.interpolate(logits.float(), scale_factor=4, mode="bilinear", align_corners=False)

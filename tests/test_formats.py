@@ -1,0 +1,82 @@
+"""Files for other tools, read back as those tools read them."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.evaluation.formats import coco_results, panoptic_image, semantic_image, write_panoptic
+from hf_maskformer.post_processing_maskformer_rle import encode_masks
+
+RESULT = {
+    "segmentation": torch.tensor([[0, 1, 1], [2, 2, 1]], dtype=torch.int32),
+    "segments_info": [
+        {"id": 1, "label_id": 0, "was_fused": False, "score": 0.9},
+        {"id": 2, "label_id": 3, "was_fused": True, "score": 0.8},
+    ],
+}
+
+
+def test_panoptic_files_hold_what_panopticapi_reads(tmp_path):
+    path = write_panoptic([(42, "photo", RESULT)], tmp_path / "panoptic", {0: 17, 3: 200})
+    (annotation,) = json.loads(path.read_text())["annotations"]
+    assert (annotation["image_id"], annotation["file_name"]) == (42, "photo.png")
+    assert [(entry["id"], entry["category_id"]) for entry in annotation["segments_info"]] == [(1, 17), (2, 200)]
+    assert [(entry["area"], entry["bbox"]) for entry in annotation["segments_info"]] == [
+        (3, [1, 0, 2, 2]),
+        (2, [0, 1, 2, 1]),
+    ]
+    colours = np.asarray(Image.open(tmp_path / "panoptic" / "photo.png")).astype(int)
+    ids = colours[..., 0] + 256 * colours[..., 1] + 256**2 * colours[..., 2]
+    assert ids.tolist() == RESULT["segmentation"].tolist()
+
+
+def test_panoptic_images_are_segmentation_maps_of_the_image_processor():
+    ids = np.array([[1, 300], [70_000, 256**3 - 1]])
+    labels = {1: 4, 300: 5, 70_000: 6, 256**3 - 1: 7}
+    processor = MaskFormerImageProcessor(do_resize=False)
+    batch = processor(np.zeros((2, 2, 3), np.uint8), panoptic_image(ids), labels)
+    assert batch["class_labels"][0].tolist() == [4, 5, 6, 7]
+
+
+def test_ids_beyond_three_bytes_are_refused():
+    for ids in ([[256**3]], [[-1]]):
+        with pytest.raises(ValueError, match="three bytes hold 0 to 16777215"):
+            panoptic_image(ids)
+
+
+def test_coco_results_load_in_pycocotools():
+    coco = pytest.importorskip("pycocotools.coco")
+    masks = torch.tensor([[[0, 1, 1], [0, 0, 1]], [[1, 1, 0], [1, 0, 0]]]).bool()
+    result = {"segmentation": encode_masks(masks), "segments_info": RESULT["segments_info"]}
+    entries = json.loads(json.dumps(coco_results(result, 42, {0: 17, 3: 200})))
+    assert [(entry["category_id"], entry["score"]) for entry in entries] == [(17, 0.9), (200, 0.8)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        truth.dataset = {"images": [{"id": 42, "height": 2, "width": 3}], "categories": [{"id": 17}, {"id": 200}]}
+        truth.createIndex()
+        loaded = truth.loadRes(entries)
+    assert [annotation["area"] for annotation in loaded.loadAnns(loaded.getAnnIds())] == [3, 3]
+    assert np.array_equal(loaded.annToMask(loaded.loadAnns([2])[0]), masks[1].numpy())
+
+
+def test_a_category_without_an_id_is_named():
+    with pytest.raises(ValueError, match="category_ids lacks label 3"):
+        coco_results({**RESULT, "segmentation": [None, None]}, 1, {0: 17})
+
+
+def test_semantic_images_hold_labels_and_show_colours(tmp_path):
+    palette = np.array([[9, 9, 9], [200, 0, 0], [0, 200, 0]])
+    semantic_image(torch.tensor([[0, 2], [1, 1]]), palette).save(tmp_path / "labels.png")
+    image = Image.open(tmp_path / "labels.png")
+    assert np.asarray(image).tolist() == [[0, 2], [1, 1]]
+    assert image.convert("RGB").getpixel((1, 0)) == (0, 200, 0)
+    assert np.asarray(semantic_image([[0, 300]])).tolist() == [[0, 300]]
+    assert semantic_image(np.full((2, 2), 255)).getpixel((0, 0)) == 255
+    with pytest.raises(ValueError, match="labels from -1 to 0"):
+        semantic_image([[-1, 0]])

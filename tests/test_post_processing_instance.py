@@ -1,0 +1,87 @@
+"""Instances worked out by hand."""
+
+import pytest
+import torch
+
+from hf_maskformer.post_processing_maskformer_instance import instance_segmentation
+
+SKY, PERSON, NO_OBJECT = 0, 1, 2
+
+
+def class_logits(*labels: int, confidence: float = 9.0) -> torch.Tensor:
+    """One image whose queries are almost sure of these labels: (1, Q, 3)."""
+    return torch.eye(3)[list(labels)][None] * confidence
+
+
+def mask_logits(*masks: list[list[int]]) -> torch.Tensor:
+    """One image whose queries are almost sure of these 0/1 masks: (1, Q, h, w)."""
+    return torch.tensor(masks)[None] * 20.0 - 10.0
+
+
+def instances(classes: torch.Tensor, masks: torch.Tensor, **options) -> dict:
+    """Instances of one unpadded image at the resolution of its mask logits."""
+    size = torch.tensor([masks.shape[-2:]])
+    return instance_segmentation(classes, masks, size, size, **options)[0]
+
+
+def overlapping_instances() -> tuple[torch.Tensor, torch.Tensor]:
+    """The second query is surer; the masks share two of their three pixels."""
+    classes = torch.tensor([[[0.7, 0.1, 0.2], [0.05, 0.9, 0.05]]]).log()
+    return classes, mask_logits([[1, 1, 1, 0]], [[0, 1, 1, 1]])
+
+
+def test_instances_overlap_and_come_surest_first():
+    result = instances(*overlapping_instances(), form="masks")
+    assert result["segmentation"].int().tolist() == [[[0, 1, 1, 1]], [[1, 1, 1, 0]]]
+    assert [(entry["id"], entry["label_id"]) for entry in result["segments_info"]] == [(1, PERSON), (2, SKY)]
+    assert [entry["score"] for entry in result["segments_info"]] == pytest.approx([0.9, 0.7], abs=1e-4)
+
+
+def test_in_an_id_map_the_surest_instance_lies_on_top():
+    result = instances(*overlapping_instances())
+    assert result["segmentation"].tolist() == [[2, 1, 1, 1]]
+    assert result["segmentation"].dtype == torch.int32
+
+
+def test_an_instance_that_shows_too_little_leaves_the_id_map_if_asked_for():
+    hidden = instances(*overlapping_instances(), overlap_mask_area_threshold=0.5)
+    assert hidden["segmentation"].tolist() == [[0, 1, 1, 1]]
+    assert len(hidden["segments_info"]) == 1
+    shown = instances(*overlapping_instances(), overlap_mask_area_threshold=0.3)
+    assert shown["segmentation"].tolist() == [[2, 1, 1, 1]]
+
+
+def test_the_score_of_an_instance_is_that_of_its_label_times_the_mean_of_its_mask():
+    classes = torch.tensor([[[0.8, 0.1, 0.1]]]).log()
+    masks = torch.logit(torch.tensor([[[[0.9, 0.6, 0.2]]]]))
+    assert instances(classes, masks)["segments_info"][0]["score"] == pytest.approx(0.8 * 0.75)
+    surer = instances(classes, masks, mask_threshold=0.7)
+    assert surer["segments_info"][0]["score"] == pytest.approx(0.8 * 0.9)
+    assert surer["segmentation"].tolist() == [[1, 0, 0]]
+    assert instances(classes, masks, threshold=0.61)["segments_info"] == []
+
+
+def test_two_labels_of_one_query_are_two_instances_of_one_mask():
+    classes = torch.tensor([[[0.5, 0.4, 0.1]]]).log()
+    result = instances(classes, mask_logits([[1, 0]]), threshold=0.3, top_k=2, form="masks")
+    assert [entry["label_id"] for entry in result["segments_info"]] == [SKY, PERSON]
+    assert result["segmentation"].int().tolist() == [[[1, 0]], [[1, 0]]]
+    assert len(instances(classes, mask_logits([[1, 0]]), threshold=0.3)["segments_info"]) == 1
+
+
+def test_small_instances_are_left_out():
+    classes, masks = class_logits(PERSON, PERSON), mask_logits([[1, 1, 0]], [[0, 0, 1]])
+    assert len(instances(classes, masks)["segments_info"]) == 2
+    assert instances(classes, masks, min_area=2)["segmentation"].tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize(("form", "empty"), [("id_map", [[0, 0]]), ("masks", []), ("rle", [])])
+def test_without_any_instance_there_is_nothing_but_void(form, empty):
+    for classes, masks in (
+        (class_logits(NO_OBJECT), mask_logits([[1, 1]])),
+        (class_logits(PERSON), mask_logits([[0, 0]])),
+    ):
+        result = instances(classes, masks, form=form)
+        assert result["segments_info"] == []
+        found = result["segmentation"]
+        assert (found if form == "rle" else found.tolist()) == empty

@@ -1,0 +1,52 @@
+"""COCO's run-length encoding: by hand, as the format is described, and against pycocotools."""
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_maskformer.post_processing_maskformer_rle import encode_masks
+
+
+def test_run_lengths_go_down_the_columns_and_begin_with_zeros():
+    masks = torch.tensor([[[0, 1], [1, 1]], [[1, 0], [0, 0]], [[0, 0], [0, 0]]]).bool()
+    # 1 3; 0 1 3; 4: each as a character, 48 higher
+    assert [entry["counts"] for entry in encode_masks(masks)] == ["13", "013", "4"]
+    assert encode_masks(masks)[0]["size"] == [2, 2]
+
+
+def test_long_and_shrinking_runs_take_several_characters():
+    mask = torch.zeros(1, 1, 141, dtype=torch.bool)
+    mask[..., 100:130] = True
+    mask[..., 140] = True
+    # 100 = 3 x 32 + 4, 30 has its fifth bit set as a negative number would, then 10, and 1 - 30 = -29
+    assert encode_masks(mask)[0]["counts"] == coco_string(100, 30, 10, 1 - 30)
+
+
+def coco_string(*numbers: int) -> str:
+    """Written as the format is described: two's complement, 5 bits at a time."""
+    characters = ""
+    for number in numbers:
+        while True:
+            digit, number = number & 31, number >> 5
+            is_last = number == (-1 if digit & 16 else 0)
+            characters += chr(48 + digit + (0 if is_last else 32))
+            if is_last:
+                break
+    return characters
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_pycocotools_decodes_what_is_encoded(seed):
+    coco = pytest.importorskip("pycocotools.mask")
+    generator = torch.Generator().manual_seed(seed)
+    height, width, period = (int(torch.randint(1, 60, (), generator=generator)) for _ in range(3))
+    masks = torch.rand(3, -(-height // period), width, generator=generator).repeat_interleave(period, dim=1) > 0.6
+    masks = masks[:, :height]
+    encoded = encode_masks(masks)
+    assert torch.equal(torch.from_numpy(coco.decode(encoded)).permute(2, 0, 1).bool(), masks)
+    assert coco.area(encoded).tolist() == masks.sum((1, 2)).tolist()
+    fortran = numpy.asfortranarray(masks.permute(1, 2, 0).numpy().astype("uint8"))
+    assert [entry["counts"].encode() for entry in encoded] == [entry["counts"] for entry in coco.encode(fortran)]
