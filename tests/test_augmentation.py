@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_maskformer.data.augmentation import AugmentedDataset, RandomScaleCropFlip
+from hf_maskformer.data.augmentation import RandomScaleCropFlip
+from hf_maskformer.data.augmented import AugmentedDataset
 
 
 def blocks(height=40, width=60, block=10):

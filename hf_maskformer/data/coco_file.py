@@ -147,7 +147,9 @@ def _labels_of(categories: Any, used: dict[Any, str], labels: LabelSet | None, p
     """The classes of a file, after checking that every category in use is listed."""
     if not isinstance(categories, list) or not categories:
         raise ValueError(f"{path} has no list of categories.")
-    names = {_field(entry, "id", f"{path}: a category"): _field(entry, "name", f"{path}: a category") for entry in categories}
+    names = {
+        _field(entry, "id", f"{path}: a category"): _field(entry, "name", f"{path}: a category") for entry in categories
+    }
     if len(names) < len(categories):
         raise ValueError(f"{path} lists {len(categories)} categories under {len(names)} ids. Give each its own id.")
     for category_id, owner in used.items():

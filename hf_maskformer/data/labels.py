@@ -64,7 +64,8 @@ class LabelSet:
         """Reads a `classes.json`.
 
         The file holds `{"id2label": {"0": "sky", ...}}` and optionally `ignore_index`, `do_reduce_labels`,
-        `thing_ids`, `category_ids` and `palette` (unused here). Raises FileNotFoundError or ValueError, both naming the file.
+        `thing_ids`, `category_ids` and `palette` (unused here). Raises FileNotFoundError or ValueError, both naming
+        the file.
         """
         path = Path(path)
         if not path.is_file():
@@ -96,7 +97,9 @@ class LabelSet:
         label = self._label_of_category.get(category_id)
         if label is None:
             known = shorten(sorted(self._label_of_category), limit=10)
-            raise ValueError(f"{source} has the category_id {category_id}, but the {self.num_labels} classes have {known}.")
+            raise ValueError(
+                f"{source} has the category_id {category_id}, but the {self.num_labels} classes have {known}."
+            )
         return label
 
     @cached_property

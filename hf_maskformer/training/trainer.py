@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..evaluation.semantic import evaluate_semantic
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from .epochs import EpochCallback
 
 BACKBONE = "pixel_level_module.encoder."
 # Never decayed, as in the paper's code: norms, embeddings, Swin's position bias.
@@ -81,6 +82,7 @@ class MaskFormerTrainer(Trainer):
             )
         if self.args.metric_for_best_model in ("loss", "eval_loss"):
             raise ValueError("metric_for_best_model is the loss, which evaluation does not compute. Use mean_iou.")
+        self.add_callback(EpochCallback())
         # Statistics of a few images per process are too noisy to train with; CPUs have no synchronised form.
         if self.args.world_size > 1 and self.args.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
