@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .color import color_jitter
-from .geometry import crop, mirror, resize_shortest_edge, tidy
+from .geometry import Size, Window, mirror, resize, resized_size, tidy
 from .sample import Sample
 
 MAX_CROPS = 10
@@ -72,18 +72,17 @@ class RandomScaleCropFlip:
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         short_edge = self.short_edges[_draw(len(self.short_edges), generator)]
-        sample = resize_shortest_edge(sample, short_edge, self.max_size)
-        if self.crop_size is not None:
-            sample = self._crop(sample, self.crop_size, generator)
+        size = resized_size(sample["image"], short_edge, self.max_size)
+        sample = resize(sample, size) if self.crop_size is None else self._crop(sample, size, self.crop_size, generator)
         if self.change_colors:
             sample = {**sample, "image": color_jitter(sample["image"], generator)}
         if torch.rand((), generator=generator).item() < self.flip_probability:
             sample = mirror(sample)
         return tidy(sample)
 
-    def _crop(self, sample: Sample, crop_size: tuple[int, int], generator: torch.Generator | None) -> Sample:
+    def _crop(self, sample: Sample, size: Size, crop_size: Size, generator: torch.Generator | None) -> Sample:
         for _ in range(MAX_CROPS):
-            cropped = random_crop(sample, crop_size, generator)
+            cropped = resize(sample, size, random_window(size, crop_size, generator))
             if self.single_category_max_area == 1 or self._is_varied(cropped):
                 break
         return cropped
@@ -126,24 +125,22 @@ class RandomFlipCropScale:
             sample = mirror(sample)
         if torch.rand((), generator=generator).item() < self.crop_probability:
             early = self.early_short_edges[_draw(len(self.early_short_edges), generator)]
-            # The mirrored arrays are views that torch, which resizes them, does not take.
-            sample = resize_shortest_edge(tidy(sample), early)
-            sample = random_crop(sample, (self._edge(generator), self._edge(generator)), generator)
+            size = resized_size(sample["image"], early)
+            crop_size = self._edge(generator), self._edge(generator)
+            sample = resize(sample, size, random_window(size, crop_size, generator))
         short_edge = self.short_edges[_draw(len(self.short_edges), generator)]
-        return tidy(resize_shortest_edge(tidy(sample), short_edge, self.max_size))
+        return tidy(resize(sample, resized_size(sample["image"], short_edge, self.max_size)))
 
     def _edge(self, generator: torch.Generator | None) -> int:
         low, high = self.crop_range
         return low + _draw(high - low + 1, generator)
 
 
-def random_crop(sample: Sample, size: tuple[int, int], generator: torch.Generator | None = None) -> Sample:
-    """Cuts out a window of `size` (height, width) at a random place; a side that is shorter stays whole."""
-    image = sample["image"]
-    height, width = min(size[0], image.height), min(size[1], image.width)
-    top = _draw(image.height - height + 1, generator)
-    left = _draw(image.width - width + 1, generator)
-    return crop(sample, top, left, height, width)
+def random_window(size: Size, crop_size: Size, generator: torch.Generator | None = None) -> Window:
+    """A window of `crop_size` (height, width) at a random place in an image; a side that is shorter stays whole."""
+    height, width = min(size[0], crop_size[0]), min(size[1], crop_size[1])
+    top, left = _draw(size[0] - height + 1, generator), _draw(size[1] - width + 1, generator)
+    return top, left, height, width
 
 
 def class_areas(sample: Sample, ignored_values: Sequence[int] = ()) -> np.ndarray:

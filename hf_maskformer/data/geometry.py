@@ -10,27 +10,34 @@ from ..image_processing_maskformer import resize_nearest
 from ..image_processing_maskformer_settings import ImageProcessorSettings
 from .sample import Sample
 
+Size = tuple[int, int]
+Window = tuple[int, int, int, int]
+
 LABEL_FIELDS = ("segmentation_map", "masks")
 
 
-def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Scales to `size` (height, width): the image bilinearly, labels to the value at the centre of each pixel."""
-    image = sample["image"].resize(size[::-1], Image.Resampling.BILINEAR)
-    return _changed(sample, image, lambda labels: resize_nearest(torch.from_numpy(labels), size).numpy())
+def resize(sample: Sample, size: Size, window: Window | None = None) -> Sample:
+    """Scales to `size` (height, width): the image bilinearly, labels to the value at the centre of each pixel.
+
+    With a `window` (top, left, height, width) of the result, nothing but what it shows is computed.
+    """
+    image = sample["image"]
+    top, left, height, width = window or (0, 0, *size)
+    # Pillow weighs pixels beyond the box too, so this is a part of the whole picture to the last level.
+    x_step, y_step = image.width / size[1], image.height / size[0]
+    box = (left * x_step, top * y_step, (left + width) * x_step, (top + height) * y_step)
+    scaled = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    rows = _sources(image.height, size[0])[top : top + height, None]
+    columns = _sources(image.width, size[1])[left : left + width]
+    return _changed(sample, scaled, lambda labels: labels[..., rows, columns])
 
 
-def resize_shortest_edge(sample: Sample, short_edge: int, max_size: int | None = None) -> Sample:
-    """Scales to a length of the shorter side, unless the longer one would exceed `max_size`."""
+def resized_size(image: Image.Image, short_edge: int, max_size: int | None = None) -> Size:
+    """The size with a shorter side of this length, unless the longer one would exceed `max_size`."""
     # The image processor's own rule, so that images are rounded alike in training and afterwards.
     longest = {} if max_size is None else {"longest_edge": max_size}
     rule = ImageProcessorSettings(size={"shortest_edge": short_edge, **longest})
-    return resize(sample, rule.resized_size((sample["image"].height, sample["image"].width)))
-
-
-def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
-    """Cuts out a window that lies within the image."""
-    image = sample["image"].crop((left, top, left + width, top + height))
-    return _changed(sample, image, lambda labels: labels[..., top : top + height, left : left + width])
+    return rule.resized_size((image.height, image.width))
 
 
 def mirror(sample: Sample) -> Sample:
@@ -54,6 +61,11 @@ def tidy(sample: Sample) -> Sample:
         "labels": sample["labels"][is_there],
         "iscrowd": sample["iscrowd"][is_there],
     }
+
+
+def _sources(length: int, new_length: int) -> np.ndarray:
+    """For each place of a resized axis the place that it comes from."""
+    return resize_nearest(torch.arange(length)[None], (1, new_length))[0].numpy()
 
 
 def _changed(sample: Sample, image: Image.Image, change: Any) -> Sample:
