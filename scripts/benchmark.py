@@ -6,8 +6,8 @@
 
 `forward` is an evaluation pass, `step` a training step (forward, loss, backward) with deep supervision in both, `data`
 makes a batch of drawn scenes on disk: reading, the paper's augmentation for ADE20K and collation, where transformers
-has its image processor. A ratio above 1 says how many times faster ours is. On a GPU the peak memory is reported too, above what both models
-hold at rest.
+has its image processor. A ratio above 1 says how many times faster ours is. On a GPU the peak memory is reported too,
+above what both models hold at rest.
 """
 
 import argparse

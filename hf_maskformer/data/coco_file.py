@@ -1,15 +1,15 @@
 """The JSON files of COCO, panoptic and instances: which image has which annotations, and where they lie in the file."""
 
+import os
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .json_file import read_entries, walk_json
+from .json_file import Span, read_entries, walk_json
 from .labels import LabelSet, shorten
-from .sample import path_inside
+from .sample import check_file_name
 
 
 class CocoFile:
@@ -39,41 +39,14 @@ class CocoFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} does not exist.")
         self.image_folder = Path(image_folder)
-        images = _FileList("images", self.image_folder, self.path)
-        pngs = None if png_folder is None else _FileList("PNGs", png_folder, self.path)
-        position_of_image: dict[Any, int] = {}
-        image_spans, annotation_spans = array("q"), array("q")
-        images_of_annotations: list[Any] = []
-        first_use_of_category: dict[Any, str] = {}
-        categories: list[Any] = []
+        found = _Contents(self.path, self.image_folder, png_folder)
         for key, value, span in walk_json(self.path, ("images", "annotations")):
-            if key == "categories":
-                categories = value
-            elif key == "images":
-                image_id = _field(value, "id", f"{self.path}: an image")
-                if image_id in position_of_image:
-                    raise ValueError(f"{self.path} lists the image {image_id} twice. Remove one of them.")
-                position_of_image[image_id] = len(position_of_image)
-                images.look_up(value.get("file_name"))
-                image_spans.extend(span)
-            elif key == "annotations":
-                images_of_annotations.append(_field(value, "image_id", f"{self.path}: an annotation"))
-                annotation_spans.extend(span)
-                if pngs is not None:
-                    pngs.look_up(value.get("file_name"))
-                for category_id, owner in _categories_of(value, self.path):
-                    first_use_of_category.setdefault(category_id, owner)
-        if not position_of_image:
-            raise ValueError(f"{self.path} lists no images.")
-        images.require_all()
-        if pngs is not None:
-            pngs.require_all()
-
-        self.labels = _labels_of(categories, first_use_of_category, labels, self.path)
-        self._image_spans = np.array(image_spans).reshape(-1, 2)
-        owners = self._positions(images_of_annotations, position_of_image)
+            found.add(key, value, span)
+        owners = found.owners()
+        self.labels = found.labels(labels)
         order = np.argsort(owners, kind="stable")
-        self._annotation_spans = np.array(annotation_spans).reshape(-1, 2)[order]
+        self._image_spans = np.array(found.image_spans).reshape(-1, 2)
+        self._annotation_spans = np.array(found.annotation_spans).reshape(-1, 2)[order]
         self._first_annotation = np.searchsorted(owners[order], np.arange(len(self) + 1))
 
     def __len__(self) -> int:
@@ -96,12 +69,78 @@ class CocoFile:
         """The number of annotations of each image, (len(self),)."""
         return np.diff(self._first_annotation)
 
-    def _positions(self, image_ids: list[Any], position_of_image: dict[Any, int]) -> np.ndarray:
-        positions = np.fromiter((position_of_image.get(image_id, -1) for image_id in image_ids), np.int64)
-        if (positions < 0).any():
-            lost = image_ids[int((positions < 0).argmax())]
-            raise ValueError(f"{self.path} has annotations of image {lost!r}, which its images do not list.")
-        return positions
+
+class _Contents:
+    """What is kept while the file is walked; `owners` and `labels` check it at the end."""
+
+    def __init__(self, path: Path, image_folder: Path, png_folder: Path | None) -> None:
+        self._path = path
+        self._images = _FileList("images", image_folder, path)
+        self._pngs = None if png_folder is None else _FileList("PNGs", png_folder, path)
+        self._position_of_image: dict[Any, int] = {}
+        self._images_of_annotations: list[Any] = []
+        self._use_of_category: dict[Any, Any] = {}
+        self._categories: Any = None
+        self.image_spans, self.annotation_spans = array("q"), array("q")
+
+    def add(self, key: str, value: Any, span: Span) -> None:
+        if key == "images":
+            image_id = _field(value, "id", self._path, "an image")
+            if image_id in self._position_of_image:
+                raise ValueError(f"{self._path} lists the image {image_id} twice. Remove one of them.")
+            self._position_of_image[image_id] = len(self._position_of_image)
+            self._images.look_up(value.get("file_name"))
+            self.image_spans.extend(span)
+        elif key == "annotations":
+            image_id = _field(value, "image_id", self._path, "an annotation")
+            self._images_of_annotations.append(image_id)
+            if self._pngs is not None:
+                self._pngs.look_up(value.get("file_name"))
+            self.annotation_spans.extend(span)
+            segments = value.get("segments_info", [value])
+            if not isinstance(segments, list):
+                raise ValueError(f"{self._path}: segments_info of image {image_id} is no list.")
+            for segment in segments:
+                self._use_of_category.setdefault(_field(segment, "category_id", self._path, "a segment"), image_id)
+        elif key == "categories":
+            self._categories = value
+
+    def owners(self) -> np.ndarray:
+        """The position of the image of each annotation, after checking that images and files are there."""
+        if not self._position_of_image:
+            raise ValueError(f"{self._path} lists no images.")
+        self._images.require_all()
+        if self._pngs is not None:
+            self._pngs.require_all()
+        ids = self._images_of_annotations
+        owners = np.fromiter((self._position_of_image.get(image_id, -1) for image_id in ids), np.int64)
+        if (owners < 0).any():
+            lost = ids[int((owners < 0).argmax())]
+            raise ValueError(f"{self._path} has annotations of image {lost!r}, which its images do not list.")
+        return owners
+
+    def labels(self, given: LabelSet | None) -> LabelSet:
+        """The classes, after checking that every category in use is listed."""
+        names = _category_names(self._categories, self._path)
+        for category_id, image_id in self._use_of_category.items():
+            if category_id not in names:
+                raise ValueError(
+                    f"{self._path}: a segment of image {image_id} has the category_id {category_id!r}, which its "
+                    "categories do not list."
+                )
+        if given is not None:
+            return _labels_by_name(names, given, self._path)
+        category_ids = tuple(sorted(names))
+        things = {entry["id"] for entry in self._categories if entry.get("isthing", 1)}
+        try:
+            return LabelSet(
+                {label: names[category_id] for label, category_id in enumerate(category_ids)},
+                ignore_index=255 if len(names) <= 255 else 65535,
+                thing_ids=tuple(label for label, category_id in enumerate(category_ids) if category_id in things),
+                category_ids=category_ids,
+            )
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error}") from error
 
 
 class _FileList:
@@ -109,17 +148,18 @@ class _FileList:
 
     def __init__(self, kind: str, folder: Path, json_path: Path) -> None:
         self._kind, self._folder, self._json_path = kind, folder, json_path
-        self._names_in: dict[Path, set[str]] = {}
+        self._names_in: dict[str, set[str]] = {}
         self._num_listed = 0
         self._missing: list[str] = []
 
     def look_up(self, name: Any) -> None:
-        path = path_inside(self._folder, name, str(self._json_path))
-        if path.parent not in self._names_in:
-            found = path.parent.iterdir() if path.parent.is_dir() else ()
-            self._names_in[path.parent] = {file.name for file in found}
+        check_file_name(name, self._folder, str(self._json_path))
+        parent, base = os.path.split(name)
+        if parent not in self._names_in:
+            folder = self._folder / parent
+            self._names_in[parent] = set(os.listdir(folder)) if folder.is_dir() else set()
         self._num_listed += 1
-        if path.name not in self._names_in[path.parent]:
+        if base not in self._names_in[parent]:
             self._missing.append(name)
 
     def require_all(self) -> None:
@@ -130,44 +170,15 @@ class _FileList:
             )
 
 
-def _categories_of(annotation: Any, path: Path) -> Iterator[tuple[Any, str]]:
-    """The categories that an annotation uses, of one segment (instances) or of several (panoptic), and where."""
-    if "segments_info" not in annotation:
-        where = f"annotation {annotation.get('id')} of image {annotation['image_id']}"
-        yield _field(annotation, "category_id", f"{path}: {where}"), where
-        return
-    if not isinstance(annotation["segments_info"], list):
-        raise ValueError(f"{path}: segments_info of image {annotation['image_id']} is no list.")
-    for segment in annotation["segments_info"]:
-        where = f"a segment of image {annotation['image_id']}"
-        yield _field(segment, "category_id", f"{path}: {where}"), where
-
-
-def _labels_of(categories: Any, used: dict[Any, str], labels: LabelSet | None, path: Path) -> LabelSet:
-    """The classes of a file, after checking that every category in use is listed."""
+def _category_names(categories: Any, path: Path) -> dict[int, str]:
     if not isinstance(categories, list) or not categories:
         raise ValueError(f"{path} has no list of categories.")
-    names = {
-        _field(entry, "id", f"{path}: a category"): _field(entry, "name", f"{path}: a category") for entry in categories
-    }
+    names = {_field(entry, "id", path, "a category"): _field(entry, "name", path, "a category") for entry in categories}
+    if not all(isinstance(category_id, int) for category_id in names):
+        raise ValueError(f"{path} has categories whose ids are no integers.")
     if len(names) < len(categories):
         raise ValueError(f"{path} lists {len(categories)} categories under {len(names)} ids. Give each its own id.")
-    for category_id, owner in used.items():
-        if category_id not in names:
-            raise ValueError(f"{path}: {owner} has the category_id {category_id!r}, which its categories do not list.")
-    if labels is not None:
-        return _labels_by_name(names, labels, path)
-    category_ids = tuple(sorted(names))
-    things = {entry["id"] for entry in categories if entry.get("isthing", 1)}
-    try:
-        return LabelSet(
-            {label: names[category_id] for label, category_id in enumerate(category_ids)},
-            ignore_index=255 if len(names) <= 255 else 65535,
-            thing_ids=tuple(label for label, category_id in enumerate(category_ids) if category_id in things),
-            category_ids=category_ids,
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return names
 
 
 def _labels_by_name(names: dict[int, str], labels: LabelSet, path: Path) -> LabelSet:
@@ -184,10 +195,10 @@ def _labels_by_name(names: dict[int, str], labels: LabelSet, path: Path) -> Labe
     return LabelSet(labels.id2label, labels.ignore_index, thing_ids=labels.thing_ids, category_ids=category_ids)
 
 
-def _field(entry: Any, name: str, owner: str) -> Any:
+def _field(entry: Any, name: str, path: Path, kind: str) -> Any:
     if not isinstance(entry, dict):
-        raise ValueError(f"{owner} is {str(entry)[:60]}, not an object.")
+        raise ValueError(f"{path}: {kind} is {str(entry)[:60]}, not an object.")
     value = entry.get(name)
     if not isinstance(value, int | str) or isinstance(value, bool):
-        raise ValueError(f"{owner} has the {name} {value!r}: {str(entry)[:80]}. It must be a number or a name.")
+        raise ValueError(f"{path}: {kind} has the {name} {value!r}: {str(entry)[:80]}. Give it a number or a name.")
     return value

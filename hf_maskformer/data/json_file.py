@@ -55,7 +55,7 @@ class _Cursor:
         self._path = path
         self._file = file
         self._decoder = json.JSONDecoder()
-        self._window = file.read(CHUNK).decode("latin-1")
+        self._window = file.read(max(CHUNK, 3)).decode("latin-1")
         self._start = 0
         # Editors on Windows put a byte order mark in front.
         self._place = 3 if self._window.startswith("\xef\xbb\xbf") else 0
@@ -107,10 +107,12 @@ class _Cursor:
     def _read_on(self) -> bool:
         # A value that does not fit gets twice the room each time, so that it is not parsed over and over.
         chunk = self._file.read(max(CHUNK, len(self._window) - self._place))
+        if not chunk:
+            return False
         self._window = self._window[self._place :] + chunk.decode("latin-1")
         self._start += self._place
         self._place = 0
-        return bool(chunk)
+        return True
 
     def _error(self, problem: str) -> ValueError:
         return ValueError(f"{self._path}: byte {self._start + self._place} {problem}. Download or export it again.")

@@ -32,7 +32,13 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 def decode_rle(counts: str | bytes | Sequence[int], size: tuple[int, int]) -> np.ndarray:
     """Gives the mask (H, W), bool, of run lengths. Raises a ValueError unless they fill `size` exactly."""
-    runs = _unpack(counts) if isinstance(counts, str | bytes) else np.asarray(counts)
+    runs = (
+        _unpack(counts)
+        if isinstance(counts, str | bytes)
+        else np.array(counts, ndmin=1)
+        if counts
+        else np.zeros(0, np.int64)
+    )
     if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
         raise ValueError("has counts that are no list of integers")
     num_pixels = size[0] * size[1]
@@ -123,7 +129,7 @@ def _fill(runs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _unpack(text: str | bytes) -> np.ndarray:
     """Reads packed counts: digits of five bits, the lowest first, a sixth bit where another digit follows."""
     if not isinstance(text, bytes):
-        text = text.encode("ascii", errors="replace")
+        text = text.encode()
     if not text:
         return np.zeros(0, dtype=np.int64)
     digits = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48

@@ -1,8 +1,9 @@
 """The sample form that every data reader delivers, and how stored images become one."""
 
 import io
+import os
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -74,11 +75,11 @@ def check_sizes(image: Image.Image, size: tuple[int, ...], image_source: str, ma
         )
 
 
-def path_inside(root: Path, name: str, source: str) -> Path:
-    """Joins a file name that a data set lists to its folder. Raises a ValueError if it leads out of there."""
-    if not isinstance(name, str) or not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{source} has the file name {name!r}, which is not one inside {root}.")
-    return root / name
+def check_file_name(name: Any, folder: Path, source: str) -> None:
+    """Raises a ValueError unless a file name that a data set lists stays inside its folder."""
+    is_inside = isinstance(name, str) and name and "\0" not in name and not os.path.isabs(name)
+    if not is_inside or ".." in name.replace("\\", "/").split("/"):
+        raise ValueError(f"{source} has the file name {name!r}, which is not one inside {folder}.")
 
 
 def _orient(image: Image.Image, map_size: tuple[int, ...]) -> Image.Image:
