@@ -56,6 +56,13 @@ def test_classes_of_ones_own_take_the_place_of_the_data_sets(tmp_path):
     assert open_dataset(str(root), "val", classes=str(classes)).labels == LabelSet.from_json(classes)
 
 
+def test_a_folder_of_ones_own_may_call_its_splits_as_ade20k_does(tmp_path):
+    write_image(tmp_path / "images/training/a.jpg", (2, 3))
+    write_map(tmp_path / "annotations/training/a.png")
+    LabelSet({0: "sky", 1: "road"}).to_json(tmp_path / "classes.json")
+    assert open_dataset(str(tmp_path), "training").labels.id2label == {0: "sky", 1: "road"}
+
+
 def write_cityscapes(root, ending="labelTrainIds"):
     for city in ("ulm", "jena"):
         write_image(root / f"leftImg8bit/train/{city}/{city}_0_leftImg8bit.png", (2, 3))
@@ -164,7 +171,7 @@ def test_coco_is_recognised_by_its_annotations(tmp_path, year):
 def test_coco_with_both_kinds_of_annotations_asks_which(tmp_path):
     write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
     write_instances(tmp_path, {"a": ((1, 1), [])})
-    with pytest.raises(ValueError, match="can be read as coco-instances or coco-panoptic. Say which by format"):
+    with pytest.raises(ValueError, match=r"can be read as coco-instances or coco-panoptic\. Say which by format"):
         open_dataset(str(tmp_path), "train")
     assert isinstance(open_dataset(str(tmp_path), "train", format="coco-panoptic"), CocoPanoptic)
 

@@ -241,7 +241,13 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
         raise ValueError(
             f"{path} holds a single data set without splits. Save a DatasetDict with the split '{split}' instead."
         )
-    return datasets.load_dataset(path, split=split, streaming=streaming)
+    try:
+        return datasets.load_dataset(path, split=split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError):
+        raise
+    # Damaged files meet their readers with many kinds of error, which do not name them.
+    except Exception as error:
+        raise ValueError(f"Split '{split}' of {path} cannot be read ({error}).") from error
 
 
 def _as_rows(cell: Any) -> list[dict[str, Any]]:

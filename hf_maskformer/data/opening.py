@@ -70,12 +70,10 @@ def _detect(root: Path) -> str:
             "and classes.json, or give image_column to read a data set of the Hub."
         )
     found = [name for name, marks in MARKS.items() if any(any(root.glob(mark)) for mark in marks)]
-    # Parquet files and ADE20K may have a classes.json beside them.
-    if len(found) > 1 and "folder" in found:
-        found.remove("folder")
-    if not found:
-        # Its reader says best what is missing.
-        return "folder"
+    if "folder" in found or not found:
+        # Anything may have a classes.json beside it, but with it, splits called as ADE20K's are one's own. Where there
+        # is nothing at all, the folder's reader says best what is missing.
+        found = [name for name in found if name not in ("folder", "ade20k")] or ["folder"]
     if len(found) == 1:
         return found[0]
     raise ValueError(f"{root} can be read as {' or '.join(found)}. Say which by format.")
@@ -127,7 +125,7 @@ FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
 # Files and folders of which one gives a layout away.
 MARKS = {
     "folder": ("classes.json",),
-    "ade20k": ("annotations/training",),
+    "ade20k": ("annotations/training", "annotations/validation"),
     "cityscapes": ("leftImg8bit",),
     "coco-instances": tuple(pattern.format("*") for pattern in INSTANCE_FILES),
     "coco-panoptic": tuple(pattern.format("*") for pattern in PANOPTIC_FILES),
