@@ -9,10 +9,14 @@ import textwrap
 import numpy as np
 import pytest
 from coco_files import CATEGORIES, encode_ids, write_image, write_instances, write_json, write_panoptic
+from models import tiny_config
 from real_data import REAL_DATA, needs_real_data
 from torch.utils.data import DataLoader
 
+from hf_maskformer import MaskFormerDataCollator, MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.data import json_file
+from hf_maskformer.data.augmentation import RandomScaleCropFlip
+from hf_maskformer.data.augmented import AugmentedDataset
 from hf_maskformer.data.check import check_samples, inspect_samples
 from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.coco_file import CocoFile
@@ -325,6 +329,21 @@ def test_real_instances_have_the_masks_of_cocos_tools(name, split):
     for index, sample in enumerate(dataset):
         annotations = reference.imgToAnns[dataset._file.image(index)["id"]]
         assert (sample["masks"] == [reference.annToMask(annotation) for annotation in annotations]).all()
+
+
+@needs_real_data
+@pytest.mark.parametrize(("reader", "name"), [(CocoPanoptic, "coco_panoptic"), (CocoInstances, "nuts_instance")])
+def test_real_annotations_make_batches_that_a_model_trains_on(reader, name):
+    kind = "panoptic" if reader is CocoPanoptic else "instances"
+    dataset = reader(REAL_DATA / name / f"annotations/{kind}_train.json", REAL_DATA / name / "images/train")
+    augmentation = RandomScaleCropFlip.from_scales(96, 0.5, 1.5)
+    processor = MaskFormerImageProcessor(do_resize=False, ignore_index=255, num_labels=dataset.labels.num_labels)
+    augmented = AugmentedDataset(dataset, augmentation)
+    batch = MaskFormerDataCollator(processor)([augmented[0], augmented[1]])
+    model = MaskFormerForInstanceSegmentation(tiny_config(id2label=dataset.labels.id2label))
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite()
 
 
 def test_a_file_without_annotations_says_so(tmp_path):

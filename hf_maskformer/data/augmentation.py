@@ -126,13 +126,13 @@ class RandomFlipCropScale:
         if torch.rand((), generator=generator).item() < self.crop_probability:
             early = self.early_short_edges[_draw(len(self.early_short_edges), generator)]
             size = resized_size(sample["image"], early)
-            crop_size = self._edge(generator), self._edge(generator)
+            crop_size = self._draw_edge(size[0], generator), self._draw_edge(size[1], generator)
             sample = resize(sample, size, random_window(size, crop_size, generator))
         short_edge = self.short_edges[_draw(len(self.short_edges), generator)]
         return tidy(resize(sample, resized_size(sample["image"], short_edge, self.max_size)))
 
-    def _edge(self, generator: torch.Generator | None) -> int:
-        low, high = self.crop_range
+    def _draw_edge(self, edge: int, generator: torch.Generator | None) -> int:
+        low, high = (min(edge, limit) for limit in self.crop_range)
         return low + _draw(high - low + 1, generator)
 
 
