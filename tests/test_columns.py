@@ -235,6 +235,14 @@ def test_an_object_that_overruns_its_image_is_named():
         SegmentationColumns(make_objects([entry]), labels=LabelSet(ID2LABEL))[0]
 
 
+def test_objects_that_are_boxes_are_refused():
+    features = datasets.Features(image=datasets.Image(), objects=[{"label": datasets.Value("int64")}])
+    row = {"image": Image.new("RGB", (3, 2)), "objects": [{"label": 1}]}
+    dataset = datasets.Dataset.from_list([row], features=features)
+    with pytest.raises(ValueError, match="row 0, column 'objects': objects have no counts, size"):
+        SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
+
+
 def test_objects_of_another_size_than_their_image_are_named():
     entry = {"label": 1, "iscrowd": False, "size": [20000, 30000], "counts": "0"}
     with pytest.raises(ValueError, match="row 0, column 'objects' is 20000 x 30000"):

@@ -176,8 +176,12 @@ class _RowReader:
         }
 
     def _masks(self, row: dict[str, Any], name: str, image_source: str, source: str) -> Sample:
-        objects = _as_rows(row[OBJECTS_COLUMN])
-        image = row[self._image_column]
+        objects, image = _as_rows(row[OBJECTS_COLUMN]), row[self._image_column]
+        missing = sorted({"label", "size", "counts"} - objects[0].keys()) if objects else []
+        if missing:
+            raise ValueError(
+                f"{source}: objects have no {', '.join(missing)}. Store each mask as a packed RLE of COCO."
+            )
         # Masks say whether they were drawn on the stored picture or on the one turned upright.
         size = tuple(objects[0]["size"]) if objects else ImageOps.exif_transpose(image).size[::-1]
         image = fit_image(image, size, image_source, source)
