@@ -47,6 +47,11 @@ def test_ade20k_counts_its_labels_from_one(tmp_path, label_names):
     check_samples(dataset)
 
 
+@pytest.mark.parametrize(("name", "count"), [("ade20k", 150), ("cityscapes", 19), ("coco_stuff_10k", 171)])
+def test_the_names_of_well_known_classes_come_along(name, count):
+    assert layouts._named_labels(name).num_labels == count
+
+
 def test_classes_of_ones_own_take_the_place_of_the_data_sets(tmp_path):
     root = tmp_path / "ADEChallengeData2016"
     write_image(root / "images/validation/a.jpg", (2, 3))
