@@ -29,6 +29,7 @@ RECIPE = {
     "image_size": SIDE,
     "min_scale": 1.0,
     "max_scale": 1.0,
+    "change_colors": False,
     "per_device_train_batch_size": 8,
     "learning_rate": 1.5e-3,
     "backbone_learning_rate_factor": 1.0,

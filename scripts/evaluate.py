@@ -27,10 +27,11 @@ from hf_maskformer.training.starting_point import model_class_of, renamed_classe
 class Arguments:
     checkpoint: str = field(metadata={"help": "A folder or a Hub name."})
     data: str = field(metadata={"help": "Folder data set; with --image_column a `datasets` folder or Hub name."})
+    format: str | None = field(default=None, metadata={"help": "Layout of the data, where a folder leaves it open."})
     split: str = field(default="val", metadata={"help": "Split to evaluate on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
-    classes: str | None = field(default=None, metadata={"help": "classes.json of a data set with columns."})
+    classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
     batch_size: int = field(default=1, metadata={"help": "Images in a batch, of each process."})
     num_workers: int = field(default=0, metadata={"help": "Worker processes that read and prepare images."})
     output: str | None = field(default=None, metadata={"help": "JSON file to write the figures to."})
@@ -39,7 +40,12 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     state = PartialState()
     dataset = open_dataset(
-        arguments.data, arguments.split, arguments.image_column, arguments.label_column, arguments.classes
+        arguments.data,
+        arguments.split,
+        arguments.image_column,
+        arguments.label_column,
+        arguments.classes,
+        format=arguments.format,
     )
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(state.device)
     if model.config.num_labels != dataset.labels.num_labels:

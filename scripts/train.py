@@ -9,6 +9,8 @@ Fine-tuning a checkpoint on columns of a `datasets` data set, on all processes o
     accelerate launch scripts/train.py --checkpoint facebook/maskformer-swin-tiny-ade --reinitialize_head true \
         --data USER/NAME --image_column image --label_column label --classes classes.json --output_dir OUTPUT
 
+A folder in another layout of docs/data.md is recognised; where it can be read in two ways, --format says how.
+
 Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ...
 """
 
@@ -18,7 +20,8 @@ from transformers import AutoConfig, HfArgumentParser, set_seed
 
 from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
 from hf_maskformer.command_line import errors_as_messages
-from hf_maskformer.data.augmentation import AugmentedDataset, RandomScaleCropFlip
+from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS, Augmentation, RandomScaleCropFlip
+from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.opening import open_dataset
@@ -66,40 +69,63 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data: str = field(metadata={"help": "Folder data set; with --image_column a `datasets` folder or Hub name."})
+    format: str | None = field(default=None, metadata={"help": "Layout of the data, where a folder leaves it open."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="val", metadata={"help": "Split to evaluate on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
-    classes: str | None = field(default=None, metadata={"help": "classes.json of a data set with columns."})
+    classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
+    streaming: bool = field(default=False, metadata={"help": "Train on columns as they come; needs --max_steps."})
     check_data: bool = field(default=True, metadata={"help": "Read every sample once before training."})
     image_size: int = field(default=512, metadata={"help": "Shorter side at evaluation, and side of the crops."})
     min_scale: float = field(default=0.5, metadata={"help": "Smallest scale in training, relative to image_size."})
     max_scale: float = field(default=2.0, metadata={"help": "Largest scale in training, relative to image_size."})
 
-    def open(self, split: str):
-        return open_dataset(self.data, split, self.image_column, self.label_column, self.classes)
+    change_colors: bool = field(default=True, metadata={"help": "Change colours at random in training."})
+    augmentation: str | None = field(
+        default=None,
+        metadata={"help": f"In place of the four above, the paper's for {', '.join(PAPER_AUGMENTATIONS)}."},
+    )
 
-    def augmentation(self) -> RandomScaleCropFlip:
-        return RandomScaleCropFlip.from_scales(self.image_size, self.min_scale, self.max_scale)
+    def open(self, split: str, streaming: bool = False):
+        return open_dataset(
+            self.data,
+            split,
+            self.image_column,
+            self.label_column,
+            self.classes,
+            format=self.format,
+            streaming=streaming,
+        )
+
+    def build_augmentation(self) -> Augmentation:
+        if self.augmentation is None:
+            return RandomScaleCropFlip.from_scales(self.image_size, self.min_scale, self.max_scale, self.change_colors)
+        if self.augmentation not in PAPER_AUGMENTATIONS:
+            known = ", ".join(PAPER_AUGMENTATIONS)
+            raise ValueError(f"augmentation is {self.augmentation!r}; known are {known}.")
+        return PAPER_AUGMENTATIONS[self.augmentation]
 
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments) -> None:
     model_arguments.check()
-    train_dataset, eval_dataset = data.open(data.train_split), data.open(data.eval_split)
+    train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
     labels = train_dataset.labels
     with training.main_process_first(desc="data check"):
         if data.check_data and training.process_index == 0:
-            check_samples(train_dataset)
+            if not data.streaming:
+                check_samples(train_dataset)
             check_samples(eval_dataset)
 
     set_seed(training.seed)
     model = model_arguments.model(labels)
     image_processor = image_processor_for(labels, data.image_size, model_arguments.checkpoint, model)
 
+    augmented = AugmentedStream if data.streaming else AugmentedDataset
     trainer = MaskFormerTrainer(
         model=model,
         args=training,
-        train_dataset=AugmentedDataset(train_dataset, data.augmentation()),
+        train_dataset=augmented(train_dataset, data.build_augmentation(), training.seed),
         eval_dataset=eval_dataset,
         data_collator=MaskFormerDataCollator(image_processor, do_resize=False, target_format=target_format(model)),
         processing_class=image_processor,

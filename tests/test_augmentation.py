@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_maskformer.data.augmentation import AugmentedDataset, RandomScaleCropFlip
+from hf_maskformer.data.augmentation import (
+    PAPER_AUGMENTATIONS,
+    RandomFlipCropScale,
+    RandomScaleCropFlip,
+    class_areas,
+)
+from hf_maskformer.data.color import color_jitter
+from hf_maskformer.data.geometry import resize
 
 
 def blocks(height=40, width=60, block=10):
@@ -146,8 +153,155 @@ def test_impossible_settings_are_refused(arguments, message):
         RandomScaleCropFlip(max_size=10, **arguments)
 
 
-def test_an_augmented_data_set_changes_its_samples_anew_at_each_reading():
-    torch.manual_seed(0)
-    dataset = AugmentedDataset([blocks()], RandomScaleCropFlip([40], max_size=60, crop_size=(8, 8)))
-    assert len(dataset) == 1
-    assert len({dataset[0]["segmentation_map"].tobytes() for _ in range(5)}) > 1
+AUGMENTATIONS = {
+    "scale_crop_flip": RandomScaleCropFlip([30, 40, 90], max_size=120, crop_size=(25, 33)),
+    "flip_crop_scale": RandomFlipCropScale([30, 40, 90], 120, early_short_edges=(30, 50), crop_range=(20, 36)),
+}
+
+
+def coordinates(height=40, width=60):
+    """A sample whose image and map both hold the place of each pixel, and its masks in another sample."""
+    rows, columns = np.mgrid[:height, :width]
+    image = Image.fromarray(np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8))
+    return {"image": image, "segmentation_map": (64 * rows + columns).astype(np.int32), "name": "places"}
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32))
+def test_image_and_map_show_the_same_place_everywhere(augment, seed):
+    sample = augment(coordinates(), torch.Generator().manual_seed(seed))
+    image = np.array(sample["image"]).astype(int)
+    assert sample["segmentation_map"].shape == image.shape[:2]
+    # The nearest place of a pixel and the mean of those around it lie less than a step apart; two more are for the
+    # antialiasing of a border, where there are places on one side only, and for a second resizing.
+    assert np.abs(image[..., 0] - sample["segmentation_map"] // 64).max() <= 3
+    assert np.abs(image[..., 1] - sample["segmentation_map"] % 64).max() <= 3
+    # On average there is no shift at all.
+    assert abs((image[..., 0] - sample["segmentation_map"] // 64).mean()) < 0.5
+    assert abs((image[..., 1] - sample["segmentation_map"] % 64).mean()) < 0.5
+
+
+def with_masks(sample):
+    """The same sample as masks, one for each label of its map."""
+    labels = np.unique(sample["segmentation_map"])
+    return {
+        "image": sample["image"],
+        "name": sample["name"],
+        "masks": sample["segmentation_map"] == labels[:, None, None],
+        "labels": labels.astype(np.int64),
+        "iscrowd": labels % 2 == 1,
+    }
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+@pytest.mark.parametrize("seed", range(10))
+def test_masks_move_with_the_map_and_vanish_with_their_labels(augment, seed):
+    from_map = augment(blocks(), torch.Generator().manual_seed(seed))
+    from_masks = augment(with_masks(blocks()), torch.Generator().manual_seed(seed))
+    expected = with_masks(from_map)
+    for field in ("masks", "labels", "iscrowd"):
+        assert np.array_equal(from_masks[field], expected[field])
+    assert from_masks["masks"].any(axis=(1, 2)).all()
+    assert torch.from_numpy(from_masks["masks"]).shape[1:] == from_map["segmentation_map"].shape
+
+
+def test_a_window_of_a_resized_image_is_the_part_of_the_whole():
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (41, 67, 3), dtype=np.uint8))
+    sample = {"image": image, "segmentation_map": random.integers(0, 256, (41, 67)), "name": "noise"}
+    for size in ((30, 50), (41, 67), (97, 160)):
+        whole, part = resize(sample, size), resize(sample, size, (7, 5, 20, 31))
+        difference = np.array(whole["image"])[7:27, 5:36].astype(int) - np.array(part["image"])
+        assert np.abs(difference).max() <= 1  # the box of the window is rounded to single precision
+        assert np.array_equal(whole["segmentation_map"][7:27, 5:36], part["segmentation_map"])
+
+
+def halves():
+    """One column of label 1 beside a large area of label 0."""
+    labels = np.zeros((20, 40), dtype=np.uint8)
+    labels[:, :4] = 1
+    return {"image": Image.new("RGB", (40, 20)), "segmentation_map": labels, "name": "halves"}
+
+
+@pytest.mark.parametrize("as_masks", [False, True])
+def test_crops_of_a_single_class_are_drawn_again(as_masks):
+    sample = with_masks(halves()) if as_masks else halves()
+    shares = {}
+    for limit in (1.0, 0.96):
+        augment = RandomScaleCropFlip([20], 40, (20, 20), single_category_max_area=limit)
+        samples = [augment(sample, torch.Generator().manual_seed(seed)) for seed in range(40)]
+        shares[limit] = np.mean([len(class_areas(cropped)) == 2 for cropped in samples])
+    # 4 of the 21 places of a crop show the column; ten draws find one nearly always.
+    assert shares[1.0] < 0.4
+    assert shares[0.96] > 0.7
+
+
+def test_ignored_pixels_and_other_instances_do_not_make_a_crop_varied():
+    labels = np.array([[255, 255, 256, 257]])
+    sample = {"segmentation_map": labels, "instance_id_to_semantic_id": {256: 3, 257: 3}}
+    assert class_areas(sample, (255,)).tolist() == [2]
+    assert sorted(class_areas({"segmentation_map": labels}, (255,)).tolist()) == [1, 1]
+
+
+def test_the_panoptic_augmentation_crops_half_of_the_samples():
+    augment = RandomFlipCropScale([40], 60, early_short_edges=[40], crop_range=(20, 20), flip_probability=0)
+    samples = [augment(blocks(), torch.Generator().manual_seed(seed)) for seed in range(40)]
+    sizes = [sample["image"].size for sample in samples]
+    assert set(sizes) == {(60, 40), (40, 40)}
+    assert 10 < sizes.count((40, 40)) < 30
+
+
+def test_sizes_are_those_of_the_paper_for_each_data_set():
+    found = {name: (min(a.short_edges), max(a.short_edges), a.max_size) for name, a in PAPER_AUGMENTATIONS.items()}
+    assert found == {
+        "ade20k": (256, 1024, 2048),
+        "ade20k-640": (320, 1280, 2560),
+        "cityscapes": (512, 2048, 4096),
+        "coco-panoptic": (480, 800, 1333),
+        "coco-stuff-10k": (320, 960, 2560),
+        "mapillary-vistas": (1024, 4096, 8192),
+    }
+    crops = {name: a.crop_size for name, a in PAPER_AUGMENTATIONS.items() if name != "coco-panoptic"}
+    assert crops == {
+        "ade20k": (512, 512),
+        "ade20k-640": (640, 640),
+        "cityscapes": (512, 1024),
+        "coco-stuff-10k": (640, 640),
+        "mapillary-vistas": (1280, 1280),
+    }
+    assert all(PAPER_AUGMENTATIONS[name].change_colors for name in crops)
+
+
+def test_a_crop_range_that_descends_is_refused():
+    with pytest.raises(ValueError, match=r"crop_range \(600, 384\) must be ascending"):
+        RandomFlipCropScale(crop_range=(600, 384))
+
+
+def test_colours_change_and_labels_stay():
+    sample = {**blocks(), "image": Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))}
+    augment = RandomScaleCropFlip([40], 60, flip_probability=0, change_colors=True)
+    images = {augment(sample, torch.Generator().manual_seed(seed))["image"].tobytes() for seed in range(8)}
+    assert len(images) > 5
+    assert np.array_equal(augment(sample)["segmentation_map"], sample["segmentation_map"])
+
+
+def test_grey_stays_grey_and_colours_stay_in_their_range():
+    grey = Image.new("RGB", (1, 1), (100, 100, 100))
+    values = set()
+    for seed in range(200):
+        pixel = color_jitter(grey, torch.Generator().manual_seed(seed)).getpixel((0, 0))
+        assert len(set(pixel)) == 1
+        values.add(pixel[0])
+    # Contrast of 0.5 to 1.5 on a brightness of 68 to 132.
+    assert 34 <= min(values) < 50
+    assert 160 < max(values) <= 198
+    assert 100 in values
+
+
+def test_the_hue_of_red_turns_by_at_most_36_degrees():
+    red = Image.new("RGB", (1, 1), (200, 0, 0))
+    hues = {color_jitter(red, torch.Generator().manual_seed(n)).convert("HSV").getpixel((0, 0))[0] for n in range(300)}
+    turns = sorted((hue + 128) % 256 - 128 for hue in hues)
+    assert -27 <= turns[0] < -22
+    assert 22 < turns[-1] <= 27

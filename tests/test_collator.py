@@ -78,3 +78,93 @@ def test_a_label_outside_the_classes_is_named_with_its_sample():
 def test_samples_whose_fields_the_trainer_removed_are_named():
     with pytest.raises(ValueError, match=r"no segmentation_map, name\. With Trainer, set remove_unused_columns=False"):
         MaskFormerDataCollator(MaskFormerImageProcessor())([{"image": None}])
+
+
+def make_masks(name, masks, labels, **more):
+    masks = np.array(masks, dtype=bool)
+    iscrowd = np.zeros(len(labels), dtype=bool)
+    image = Image.new("RGB", masks.shape[:0:-1])
+    return {"image": image, "masks": masks, "labels": np.array(labels), "iscrowd": iscrowd, "name": name, **more}
+
+
+def collate(samples, **options):
+    processor = MaskFormerImageProcessor(do_resize=False, size_divisor=0, ignore_index=255)
+    return MaskFormerDataCollator(processor, **options)(samples)
+
+
+def test_overlapping_masks_become_lists_padded_like_their_images():
+    small = make_masks("small", [[[1, 1]], [[0, 1]]], [3, 5])
+    large = make_masks("large", np.ones((1, 2, 3)), [0])
+    batch = collate([small, large])
+    assert [masks.dtype for masks in batch["mask_labels"]] == [torch.bool] * 2
+    assert batch["mask_labels"][0].tolist() == [[[1, 1, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]]]
+    assert batch["mask_labels"][1].tolist() == [[[1, 1, 1]] * 2]
+    assert [labels.tolist() for labels in batch["class_labels"]] == [[3, 5], [0]]
+
+
+def test_masks_and_maps_of_the_same_segments_give_the_same_targets():
+    masks = make_masks("a", [[[1, 1, 0]], [[0, 0, 1]]], [4, 2])
+    segmentation_map = {"segmentation_map": np.array([[256, 256, 257]]), "instance_id_to_semantic_id": {256: 4, 257: 2}}
+    from_map = collate([{"image": masks["image"], "name": "a", **segmentation_map}], target_format="masks")
+    from_masks = collate([masks])
+    for name in ("mask_labels", "class_labels"):
+        assert torch.equal(from_map[name][0], from_masks[name][0])
+
+
+def test_masks_are_resized_with_their_image():
+    processor = MaskFormerImageProcessor(size={"height": 4, "width": 8}, size_divisor=0)
+    batch = MaskFormerDataCollator(processor)([make_masks("a", [[[1, 0]], [[0, 1]]], [0, 1])])
+    assert batch["mask_labels"][0].float().mean(dim=1).tolist() == [[1] * 4 + [0] * 4, [0] * 4 + [1] * 4]
+
+
+def test_masks_without_a_pixel_and_crowds_are_left_out_with_their_labels():
+    sample = make_masks("a", [[[1, 0]], [[0, 0]], [[0, 1]], [[1, 1]]], [1, 2, 3, 4])
+    sample["iscrowd"] = np.array([False, False, False, True])
+    batch = collate([sample])
+    assert batch["mask_labels"][0].tolist() == [[[1, 0]], [[0, 1]]]
+    assert batch["class_labels"][0].tolist() == [1, 3]
+
+
+def test_an_image_without_objects_has_empty_targets():
+    batch = collate([make_masks("a", np.zeros((0, 2, 2)), [])])
+    assert (batch["mask_labels"][0].shape, batch["class_labels"][0].shape) == ((0, 2, 2), (0,))
+
+
+def test_crowds_of_a_map_and_segments_that_vanished_are_left_out():
+    table = {256: 4, 257: 5, 258: 6}
+    segmentation_map = np.array([[256, 257]], dtype=np.int32)
+    sample = make_sample("a", instance_id_to_semantic_id=table, crowd_ids=(257,))
+    batch = collate([sample | {"segmentation_map": segmentation_map}])
+    assert batch["mask_labels"].tolist() == [[[0, -1]]]
+    assert batch["class_labels"].tolist() == [[4]]
+    assert segmentation_map.tolist() == [[256, 257]]
+
+
+def test_crowds_need_a_value_to_be_ignored_by():
+    sample = make_sample("a", instance_id_to_semantic_id={0: 1, 1: 1}, crowd_ids=(1,))
+    with pytest.raises(ValueError, match=r"The batch of a cannot be built: there are crowds, but .* no ignore_index"):
+        MaskFormerDataCollator(MaskFormerImageProcessor())([sample])
+
+
+@pytest.mark.parametrize("masks_come_first", [False, True])
+def test_masks_and_maps_do_not_mix(masks_come_first):
+    samples = [make_sample("map"), make_masks("masks", [[[1, 0]]], [0])]
+    with pytest.raises(ValueError, match=r"cannot share a batch: .* is missing in (map|masks)\."):
+        collate(samples[::-1] if masks_come_first else samples)
+
+
+def test_masks_make_no_label_map():
+    with pytest.raises(ValueError, match=r"masks may overlap, so they make no label_map"):
+        collate([make_masks("a", [[[1, 0]]], [0])], target_format="label_map")
+
+
+def test_masks_of_another_size_than_their_image_are_named():
+    sample = make_masks("a", [[[1, 0]]], [0], image=Image.new("RGB", (5, 5)))
+    with pytest.raises(ValueError, match=r"the masks of a have shape \(1, 1, 2\), but its image is 5 x 5"):
+        collate([sample])
+
+
+def test_a_mask_whose_label_is_outside_the_classes_is_named():
+    processor = MaskFormerImageProcessor(do_resize=False, num_labels=2)
+    with pytest.raises(ValueError, match=r"street has the labels \[2\], but num_labels is 2"):
+        MaskFormerDataCollator(processor)([make_masks("street", [[[1, 0]]], [2])])

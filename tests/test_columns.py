@@ -7,11 +7,14 @@ import pickle
 import datasets
 import numpy as np
 import pytest
+from coco_files import encode_ids
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from hf_maskformer.data.check import check_samples
-from hf_maskformer.data.columns import SegmentationColumns, load_columns
+from hf_maskformer.data.check import check_samples, inspect_samples
+from hf_maskformer.data.columns import SegmentationColumns, StreamedColumns, load_columns
 from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.data.rle import encode_rle
 
 ID2LABEL = {0: "sky", 1: "road"}
 LABELS = np.array([[0, 1, 255], [1, 0, 0]], dtype=np.uint8)
@@ -128,3 +131,180 @@ def test_a_folder_of_parquet_files_is_loaded(tmp_path, classes_path, monkeypatch
     make_dataset().to_parquet(tmp_path / "parquet/train-00000-of-00001.parquet")
     columns = load_columns(str(tmp_path / "parquet"), "train", classes_path=classes_path)
     assert columns[0]["segmentation_map"].tolist() == LABELS.tolist()
+
+
+def make_panoptic(ids, segments_info, encode=None):
+    """One row with a map of ids and the list of its segments."""
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.Image(),
+        segments_info=[{name: datasets.Value("int64") for name in ("id", "category_id", "iscrowd")}],
+    )
+    label = Image.fromarray(np.array(ids, dtype=np.uint16)) if encode is None else encode(ids)
+    row = {"image": Image.new("RGB", label.size), "label": label, "segments_info": segments_info}
+    return datasets.Dataset.from_list([row], features=features)
+
+
+SEGMENTS = [{"id": 300, "category_id": 1, "iscrowd": 0}, {"id": 2, "category_id": 0, "iscrowd": 1}]
+
+
+@pytest.mark.parametrize("encode", [None, encode_ids])
+def test_a_map_of_ids_is_read_with_its_segments(encode):
+    columns = SegmentationColumns(make_panoptic([[300, 2, 0]], SEGMENTS, encode), labels=LabelSet(ID2LABEL))
+    sample = columns[0]
+    assert sample["segmentation_map"].tolist() == [[256, 257, 255]]
+    assert (sample["instance_id_to_semantic_id"], sample["crowd_ids"]) == ({256: 1, 257: 0}, (257,))
+    check_samples(columns)
+
+
+def test_categories_are_renumbered_by_the_classes():
+    segments = [{"id": 300, "category_id": 90, "iscrowd": 0}]
+    labels = LabelSet(ID2LABEL, category_ids=(90, 7))
+    columns = SegmentationColumns(make_panoptic([[300]], segments), labels=labels)
+    assert columns[0]["instance_id_to_semantic_id"] == {256: 0}
+
+
+def test_an_unknown_category_is_named():
+    columns = SegmentationColumns(make_panoptic([[300, 2]], SEGMENTS), labels=LabelSet({0: "sky"}))
+    with pytest.raises(
+        ValueError, match=r"row 0, column 'label': segment 300 has the category_id 1, but the 1 classes have 0"
+    ):
+        columns[0]
+
+
+def test_an_id_without_segment_is_named():
+    columns = SegmentationColumns(make_panoptic([[300, 2, 5]], SEGMENTS), labels=LabelSet(ID2LABEL))
+    with pytest.raises(ValueError, match="row 0, column 'label' contains the ids 5, which its segments_info does not"):
+        columns[0]
+
+
+def class_and_instance(classes, instances):
+    channels = [classes, instances, np.zeros_like(classes)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def make_instance_maps(label):
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image())
+    return datasets.Dataset.from_list([{"image": Image.new("RGB", label.size), "label": label}], features=features)
+
+
+def test_red_is_the_class_and_green_the_instance():
+    label = class_and_instance(np.array([[0, 1, 1], [1, 255, 0]]), np.array([[0, 1, 2], [1, 0, 0]]))
+    columns = SegmentationColumns(make_instance_maps(label), labels=LabelSet(ID2LABEL), instance_maps=True)
+    sample = columns[0]
+    assert sample["segmentation_map"].tolist() == [[256, 257, 258], [257, 255, 256]]
+    assert sample["instance_id_to_semantic_id"] == {256: 0, 257: 1, 258: 1}
+    check_samples(columns)
+
+
+def test_a_map_of_one_channel_has_no_instances():
+    columns = SegmentationColumns(make_dataset(), labels=LabelSet(ID2LABEL), instance_maps=True)
+    with pytest.raises(ValueError, match="row 0, column 'label' has mode L; red must be the class"):
+        columns[0]
+
+
+def make_objects(objects, size=(2, 3)):
+    features = datasets.Features(
+        image=datasets.Image(),
+        objects=[
+            {
+                "label": datasets.Value("int64"),
+                "iscrowd": datasets.Value("bool"),
+                "size": [datasets.Value("int64")],
+                "counts": datasets.Value("string"),
+            }
+        ],
+    )
+    row = {"image": Image.new("RGB", size[::-1]), "objects": objects}
+    return datasets.Dataset.from_list([row], features=features)
+
+
+def test_objects_are_masks_that_may_overlap():
+    mask = np.array([[0, 1, 1], [0, 1, 0]], dtype=bool)
+    entry = {"label": 1, "iscrowd": False, "size": [2, 3], "counts": encode_rle(mask)}
+    columns = SegmentationColumns(make_objects([entry, entry | {"iscrowd": True}]), labels=LabelSet(ID2LABEL))
+    sample = columns[0]
+    assert (sample["masks"] == mask).all()
+    assert (sample["labels"].tolist(), sample["iscrowd"].tolist()) == ([1, 1], [False, True])
+    check_samples(columns)
+
+
+def test_an_object_that_overruns_its_image_is_named():
+    entry = {"label": 1, "iscrowd": False, "size": [2, 3], "counts": "9"}
+    with pytest.raises(ValueError, match="row 0, column 'objects': object 0 has a run of 9 pixels"):
+        SegmentationColumns(make_objects([entry]), labels=LabelSet(ID2LABEL))[0]
+
+
+def test_objects_that_are_boxes_are_refused():
+    features = datasets.Features(image=datasets.Image(), objects=[{"label": datasets.Value("int64")}])
+    row = {"image": Image.new("RGB", (3, 2)), "objects": [{"label": 1}]}
+    dataset = datasets.Dataset.from_list([row], features=features)
+    with pytest.raises(ValueError, match="row 0, column 'objects': objects have no counts, size"):
+        SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
+
+
+def test_objects_of_another_size_than_their_image_are_named():
+    entry = {"label": 1, "iscrowd": False, "size": [20000, 30000], "counts": "0"}
+    with pytest.raises(ValueError, match="row 0, column 'objects' is 20000 x 30000"):
+        SegmentationColumns(make_objects([entry]), labels=LabelSet(ID2LABEL))[0]
+
+
+def test_a_label_that_no_class_has_is_found_among_objects():
+    entry = {"label": 2, "iscrowd": False, "size": [2, 3], "counts": encode_rle(np.ones((2, 3), bool))}
+    with pytest.raises(ValueError, match=r"column 'objects' contains label 2, but id2label has 2\."):
+        check_samples(SegmentationColumns(make_objects([entry]), labels=LabelSet(ID2LABEL)))
+
+
+def test_a_column_of_names_names_the_samples():
+    dataset = make_dataset().add_column("name", ["street"])
+    assert SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]["name"] == "street"
+
+
+def make_stream(num_rows=6, num_shards=2):
+    rows = [
+        {"image": Image.new("RGB", (3, 2)), "label": Image.fromarray(LABELS), "name": f"{n}"} for n in range(num_rows)
+    ]
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image(), name=datasets.Value("string"))
+    return datasets.Dataset.from_list(rows, features=features).to_iterable_dataset(num_shards=num_shards)
+
+
+def test_a_stream_gives_the_samples_in_turn():
+    stream = StreamedColumns(make_stream(), labels=LabelSet(ID2LABEL))
+    assert [sample["name"] for sample in stream] == list("012345")
+    assert [sample["segmentation_map"].tolist() for sample in stream] == [LABELS.tolist()] * 6
+    report = inspect_samples(stream)
+    assert (report.num_samples, report.problems) == (6, [])
+
+
+def test_workers_share_the_shards_of_a_stream():
+    stream = StreamedColumns(make_stream(), labels=LabelSet(ID2LABEL))
+    names = [sample["name"] for sample in DataLoader(stream, batch_size=None, num_workers=2)]
+    assert sorted(names) == list("012345")
+
+
+def test_a_shuffled_stream_comes_in_another_order_in_each_epoch():
+    stream = StreamedColumns(make_stream(20).shuffle(seed=0, buffer_size=20), labels=LabelSet(ID2LABEL))
+    orders = []
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        orders.append([sample["name"] for sample in stream])
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_stream_that_breaks_off_says_after_how_many_rows():
+    def rows():
+        yield {"image": Image.new("RGB", (3, 2)), "label": Image.fromarray(LABELS)}
+        raise OSError("the shard ends early")
+
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image())
+    stream = StreamedColumns(
+        datasets.IterableDataset.from_generator(rows, features=features), labels=LabelSet(ID2LABEL)
+    )
+    with pytest.raises(ValueError, match=r"cannot be read on after 1 rows \(the shard ends early\)"):
+        list(stream)
+    assert "after 1 rows" in inspect_samples(stream).problems[0]
+
+
+def test_a_stream_without_the_column_names_those_there_are():
+    with pytest.raises(ValueError, match=r"no column 'mask'\. Its columns are: image, label, name"):
+        StreamedColumns(make_stream(), label_column="mask", labels=LabelSet(ID2LABEL))

@@ -195,6 +195,14 @@ def test_a_missing_classes_json_is_named(root):
         ('{"id2label": {"0": "sky"}, "thing_ids": [1]}', "thing_ids names 1, which"),
         ('{"id2label": {"0": "sky"}, "thing_ids": 0}', "thing_ids is 0"),
         ('{"id2label": {"0": "sky"}, "thing_ids": ["0"]}', r"thing_ids is \['0'\]"),
+        ('{"id2label": {"0": "sky"}, "category_ids": ["7"]}', r"category_ids is \['7'\]"),
+        ('{"id2label": {"0": "sky"}, "category_ids": 7}', "category_ids is 7"),
+        ('{"id2label": {"0": "sky"}, "category_ids": [7, 8]}', "category_ids has 2 different ids, but there are 1"),
+        ('{"id2label": {"0": "sky", "1": "road"}, "category_ids": [7, 7]}', "category_ids has 1 different ids"),
+        (
+            '{"id2label": {"0": "sky"}, "category_ids": [7], "do_reduce_labels": true}',
+            "category_ids say which class is meant",
+        ),
         ('{"id2label": {"0": "sky"}, "reduce_labels": true}', "unknown field reduce_labels; the fields are id2label"),
     ],
 )
@@ -202,6 +210,13 @@ def test_a_malformed_classes_json_is_explained_with_its_path(tmp_path, content, 
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=rf"classes.json: .*{message}"):
         LabelSet.from_json(tmp_path / "classes.json")
+
+
+def test_classes_are_written_as_they_are_read(tmp_path):
+    label_set = LabelSet({0: "sky", 1: "größe"}, ignore_index=7, thing_ids=(1,), category_ids=(184, 3))
+    label_set.to_json(tmp_path / "classes.json")
+    assert LabelSet.from_json(tmp_path / "classes.json") == label_set
+    assert (label_set.label_of(3, "x"), label_set.label_of(184, "x")) == (1, 0)
 
 
 def test_a_byte_order_mark_in_classes_json_does_no_harm(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,57 @@ def test_train_reads_columns_of_a_datasets_data_set(data, config, tmp_path):
         output_dir=tmp_path / "run",
     )
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def prepare(*command_line):
+    script = load("prepare_dataset")
+    return script.main(script.parse_arguments([str(argument) for argument in command_line]))
+
+
+def test_the_check_reports_how_often_each_class_occurs(data, capsys):
+    assert prepare("check", data) == 0
+    output = capsys.readouterr().out
+    assert "4 samples, 0 problems, 0 samples with empty segments" in output
+    assert "2 samples, 0 problems" in output
+    assert len(re.findall(r"(?m)^ +3 +\d+\.\d{3}% +\d  disc$", output)) == 2
+
+
+def test_the_check_lists_problems_and_fails(data, tmp_path, capsys):
+    write_two_classes(tmp_path, data)
+    (tmp_path / "images" / "val" / "scene_00001.png").unlink()
+    path = tmp_path / "annotations" / "train" / "scene_00002.png"
+    Image.fromarray(np.full((64, 64), 7, np.uint8)).save(path)
+    assert prepare("check", tmp_path) == 1
+    output = capsys.readouterr().out
+    assert "4 samples, 1 problems" in output
+    assert f"{path} contains label 7, but" in output
+    assert "1 of 2 label files" in output
+    assert "scene_00001.png" in output
+
+
+def test_the_check_names_a_data_set_that_is_not_there(tmp_path, capsys):
+    assert prepare("check", tmp_path / "nowhere", "--split", "train") == 1
+    assert "nowhere is no folder" in capsys.readouterr().out
+
+
+def test_train_and_evaluate_read_the_parquet_version_streamed_too(data, config, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parquet, output = tmp_path / "parquet", tmp_path / "run"
+    assert prepare("parquet", data, parquet) == 0
+    options = {"config": config, "data": parquet, "image_size": 64, "max_steps": 2, "output_dir": output}
+    call("train", streaming=True, **options)
+    call("evaluate", checkpoint=output, data=parquet, output=tmp_path / "metrics.json")
+    trained = json.loads((output / "eval_results.json").read_text())["eval_mean_iou"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["mean_iou"] == pytest.approx(trained, abs=1e-6)
+
+
+def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path):
+    options = {"config": config, "data": data, "max_steps": 1, "output_dir": tmp_path / "run"}
+    with pytest.raises(ValueError, match="augmentation is 'imagenet'; known are ade20k"):
+        call("train", augmentation="imagenet", **options)
+    call("train", augmentation="coco-panoptic", image_size=64, per_device_train_batch_size=1, **options)
 
 
 @pytest.mark.parametrize("subcommand", ["forward", "step", "criterion"])

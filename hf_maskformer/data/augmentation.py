@@ -1,41 +1,54 @@
-"""Random changes of an image and its segmentation map together, for training."""
+"""Random changes of an image and its labels together, for training: those of the paper's recipes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
 
-from ..image_processing_maskformer_images import resize_nearest
-from ..image_processing_maskformer_settings import ImageProcessorSettings
+from .color import color_jitter
+from .geometry import Size, Window, mirror, resize, resized_size, tidy
 from .sample import Sample
+
+MAX_CROPS = 10
+
+
+class Augmentation(Protocol):
+    """Takes a sample and returns a changed one, with numbers of the generator or, without it, torch's global one."""
+
+    def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample: ...
 
 
 @dataclass(frozen=True)
 class RandomScaleCropFlip:
-    """Resizes to a random scale, takes a random crop and mirrors at random, as in the paper's training.
+    """Resizes to a random scale, crops, changes colours and mirrors, as in the paper's semantic training.
 
-    Takes a sample and returns a new one, whose image is interpolated bilinearly and whose map keeps its values. Ids
-    that the crop left out stay in `instance_id_to_semantic_id`. Random numbers come from torch's global generator,
-    which a `DataLoader` seeds in each worker and epoch and `torch.manual_seed` sets.
+    Takes a sample and returns a new one, whose image is interpolated bilinearly and whose labels keep their values.
+    Masks that the crop left out are dropped with their labels; ids of a map stay in `instance_id_to_semantic_id`.
+    Random numbers come from the generator that is passed, by default torch's global one.
 
     Args:
         short_edges: lengths of the shorter side in pixels; one is drawn with equal chance.
         max_size: no side gets longer than this; it outranks `short_edges`.
         crop_size: (height, width) of the crop, or None for none. A side that is shorter stays whole.
         flip_probability: chance of mirroring left and right.
+        change_colors: whether to change brightness, contrast, saturation and hue (see `color_jitter`).
+        single_category_max_area: a crop in which one class has a larger share of the labelled pixels is drawn again, up
+            to ten times. 1 accepts every crop, as all of the paper's recipes do.
+        ignored_values: pixels of a map that have no class, for that share.
 
     Raises:
-        ValueError: no or non-positive sizes, or a chance outside 0 to 1.
+        ValueError: no or non-positive sizes, or a chance or share outside 0 to 1.
     """
 
     short_edges: Sequence[int]
     max_size: int
     crop_size: tuple[int, int] | None = None
     flip_probability: float = 0.5
+    change_colors: bool = False
+    single_category_max_area: float = 1.0
+    ignored_values: tuple[int, ...] = (255,)
 
     def __post_init__(self) -> None:
         sizes = (*self.short_edges, self.max_size, *(self.crop_size or ()))
@@ -44,65 +57,125 @@ class RandomScaleCropFlip:
                 f"short_edges {list(self.short_edges)}, max_size {self.max_size} and crop_size {self.crop_size} must "
                 "be at least one pixel each, and short_edges must hold at least one length."
             )
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"flip_probability is {self.flip_probability}; it must lie between 0 and 1.")
+        for name in ("flip_probability", "single_category_max_area"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
 
     @classmethod
-    def from_scales(cls, image_size: int, min_scale: float, max_scale: float) -> Self:
+    def from_scales(cls, image_size: int, min_scale: float, max_scale: float, change_colors: bool = True) -> Self:
         """The paper's augmentation around a size: scales in steps of 0.1, square crops of `image_size`.
 
         Scales of 0.5 to 2 around 512 are its recipe for ADE20K. No side gets longer than four times `image_size`.
         """
-        tenths = range(round(10 * min_scale), round(10 * max_scale) + 1)
-        if not tenths or tenths[0] < 1:
-            raise ValueError(f"min_scale {min_scale} and max_scale {max_scale} must be 0.1 or more and in this order.")
-        short_edges = [int(tenth * 0.1 * image_size) for tenth in tenths]
-        return cls(short_edges, max_size=4 * image_size, crop_size=(image_size, image_size))
+        crop_size = (image_size, image_size)
+        return cls(scales(image_size, min_scale, max_scale), 4 * image_size, crop_size, change_colors=change_colors)
 
-    def __call__(self, sample: Sample) -> Sample:
-        image, segmentation_map = self._scale(sample["image"], sample["segmentation_map"])
-        image, segmentation_map = self._crop(image, segmentation_map)
-        if torch.rand(()).item() < self.flip_probability:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            segmentation_map = segmentation_map[:, ::-1]
-        # torch takes no mirrored view, and a crop that is a view would keep the whole map alive.
-        return {**sample, "image": image, "segmentation_map": np.ascontiguousarray(segmentation_map)}
+    def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
+        short_edge = self.short_edges[_draw(len(self.short_edges), generator)]
+        size = resized_size(sample["image"], short_edge, self.max_size)
+        sample = resize(sample, size) if self.crop_size is None else self._crop(sample, size, self.crop_size, generator)
+        if self.change_colors:
+            sample = {**sample, "image": color_jitter(sample["image"], generator)}
+        if torch.rand((), generator=generator).item() < self.flip_probability:
+            sample = mirror(sample)
+        return tidy(sample)
 
-    def _scale(self, image: Image.Image, segmentation_map: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-        short_edge = self.short_edges[_draw(len(self.short_edges))]
-        # The image processor's own rule, so that images are rounded alike in training and afterwards.
-        rule = ImageProcessorSettings(size={"shortest_edge": short_edge, "longest_edge": self.max_size})
-        height, width = rule.resized_size((image.height, image.width))
-        scaled = image.resize((width, height), Image.Resampling.BILINEAR)
-        return scaled, resize_nearest(torch.from_numpy(segmentation_map), (height, width)).numpy()
+    def _crop(self, sample: Sample, size: Size, crop_size: Size, generator: torch.Generator | None) -> Sample:
+        for _ in range(MAX_CROPS):
+            cropped = resize(sample, size, random_window(size, crop_size, generator))
+            if self.single_category_max_area == 1 or self._is_varied(cropped):
+                break
+        return cropped
 
-    def _crop(self, image: Image.Image, segmentation_map: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-        if self.crop_size is None:
-            return image, segmentation_map
-        height, width = min(self.crop_size[0], image.height), min(self.crop_size[1], image.width)
-        top, left = _draw(image.height - height + 1), _draw(image.width - width + 1)
-        cropped = image.crop((left, top, left + width, top + height))
-        return cropped, segmentation_map[top : top + height, left : left + width]
+    def _is_varied(self, sample: Sample) -> bool:
+        areas = class_areas(sample, self.ignored_values)
+        return len(areas) > 1 and areas.max() < self.single_category_max_area * areas.sum()
 
 
-class AugmentedDataset(Dataset[Sample]):
-    """A data set whose samples go through an augmentation each time they are read.
+@dataclass(frozen=True)
+class RandomFlipCropScale:
+    """Mirrors, in every other sample resizes and crops, and resizes: the paper's panoptic training on COCO, as in DETR.
+
+    Takes and returns samples as `RandomScaleCropFlip` does. The defaults are the paper's.
 
     Args:
-        dataset: a map-style data set of samples.
-        augmentation: takes a sample and returns the changed one, for instance `RandomScaleCropFlip`.
+        short_edges, max_size: of the last resizing, as in `RandomScaleCropFlip`.
+        early_short_edges: lengths of the shorter side before a crop, of which one is drawn.
+        crop_range: least and greatest height and width of a crop, each drawn on its own; a shorter side stays whole.
+        crop_probability: chance of cropping.
+        flip_probability: chance of mirroring left and right.
     """
 
-    def __init__(self, dataset: Dataset[Sample], augmentation: Callable[[Sample], Sample]) -> None:
-        self.dataset = dataset
-        self.augmentation = augmentation
+    short_edges: Sequence[int] = tuple(range(480, 801, 32))
+    max_size: int = 1333
+    early_short_edges: Sequence[int] = (400, 500, 600)
+    crop_range: tuple[int, int] = (384, 600)
+    crop_probability: float = 0.5
+    flip_probability: float = 0.5
 
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # torch's base class leaves the length out
+    def __post_init__(self) -> None:
+        if not self.short_edges or not self.early_short_edges or not 1 <= self.crop_range[0] <= self.crop_range[1]:
+            raise ValueError(
+                f"short_edges {list(self.short_edges)} and early_short_edges {list(self.early_short_edges)} must hold "
+                f"a length each, and crop_range {self.crop_range} must be ascending and positive."
+            )
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.augmentation(self.dataset[index])
+    def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
+        if torch.rand((), generator=generator).item() < self.flip_probability:
+            sample = mirror(sample)
+        if torch.rand((), generator=generator).item() < self.crop_probability:
+            early = self.early_short_edges[_draw(len(self.early_short_edges), generator)]
+            size = resized_size(sample["image"], early)
+            crop_size = self._draw_edge(size[0], generator), self._draw_edge(size[1], generator)
+            sample = resize(sample, size, random_window(size, crop_size, generator))
+        short_edge = self.short_edges[_draw(len(self.short_edges), generator)]
+        return tidy(resize(sample, resized_size(sample["image"], short_edge, self.max_size)))
+
+    def _draw_edge(self, edge: int, generator: torch.Generator | None) -> int:
+        low, high = (min(edge, limit) for limit in self.crop_range)
+        return low + _draw(high - low + 1, generator)
 
 
-def _draw(count: int) -> int:
-    return int(torch.randint(count, ()))
+def random_window(size: Size, crop_size: Size, generator: torch.Generator | None = None) -> Window:
+    """A window of `crop_size` (height, width) at a random place in an image; a side that is shorter stays whole."""
+    height, width = min(size[0], crop_size[0]), min(size[1], crop_size[1])
+    top, left = _draw(size[0] - height + 1, generator), _draw(size[1] - width + 1, generator)
+    return top, left, height, width
+
+
+def class_areas(sample: Sample, ignored_values: Sequence[int] = ()) -> np.ndarray:
+    """The pixels of each class in a sample, in no particular order; pixels without a class are not counted."""
+    if "masks" in sample:
+        areas = np.bincount(sample["labels"], sample["masks"].sum(axis=(1, 2)))
+        return areas[areas > 0]
+    values, counts = np.unique(sample["segmentation_map"], return_counts=True)
+    id_to_label = sample.get("instance_id_to_semantic_id")
+    classes = [value if id_to_label is None else id_to_label.get(value, -1) for value in values.tolist()]
+    areas_by_class: dict[int, int] = {}
+    for value, label, count in zip(values.tolist(), classes, counts.tolist(), strict=True):
+        if value not in ignored_values and label not in (*ignored_values, -1):
+            areas_by_class[label] = areas_by_class.get(label, 0) + count
+    return np.array(list(areas_by_class.values()))
+
+
+def scales(size: int, min_scale: float, max_scale: float) -> list[int]:
+    """The lengths of the shorter side around `size`, in steps of 0.1 from one scale to the other."""
+    tenths = range(round(10 * min_scale), round(10 * max_scale) + 1)
+    if not tenths or tenths[0] < 1:
+        raise ValueError(f"min_scale {min_scale} and max_scale {max_scale} must be 0.1 or more and in this order.")
+    return [int(tenth * 0.1 * size) for tenth in tenths]
+
+
+# What the paper trains with on each data set; "ade20k-640" is for its larger Swin models and panoptic ADE20K.
+PAPER_AUGMENTATIONS: dict[str, Any] = {
+    "ade20k": RandomScaleCropFlip.from_scales(512, 0.5, 2.0),
+    "ade20k-640": RandomScaleCropFlip.from_scales(640, 0.5, 2.0),
+    "cityscapes": RandomScaleCropFlip(scales(1024, 0.5, 2.0), 4096, (512, 1024), change_colors=True),
+    "coco-panoptic": RandomFlipCropScale(),
+    "coco-stuff-10k": RandomScaleCropFlip.from_scales(640, 0.5, 1.5),
+    "mapillary-vistas": RandomScaleCropFlip(scales(2048, 0.5, 2.0), 8192, (1280, 1280), change_colors=True),
+}
+
+
+def _draw(count: int, generator: torch.Generator | None) -> int:
+    return int(torch.randint(count, (), generator=generator))

@@ -1,6 +1,8 @@
 """Walks a data set before training and reports everything that would stop it later."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,6 +10,9 @@ from tqdm.auto import tqdm
 
 from .labels import LabelSet, shorten
 from .sample import Sample, check_sizes
+
+# Samples that are handed to the threads at a time, so that a long data set makes no long queue.
+BLOCK = 1024
 
 
 class LabelledDataset(Protocol):
@@ -20,12 +25,32 @@ class LabelledDataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+@dataclass
+class DataReport:
+    """What `inspect_samples` found.
+
+    Attributes:
+        num_samples: samples read.
+        problems: what training would stop at, one line each.
+        empty_segments: segments that are listed but have no pixel, one line for each sample with such. They are left
+            out of training.
+        pixels: pixels of each class, (K,) int64.
+        occurrences: samples in which each class occurs, (K,) int64.
+    """
+
+    num_samples: int = 0
+    problems: list[str] = field(default_factory=list)
+    empty_segments: list[str] = field(default_factory=list)
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    occurrences: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
 def check_samples(dataset: LabelledDataset, num_workers: int = 8) -> None:
     """Reads every sample and raises one error that lists what is wrong with them.
 
-    Found are damaged files, maps with several channels, maps whose size is not their image's, and labels that are
-    neither a class nor ignored. Shows a progress bar. A data set may name the origin of a map by a method
-    `map_source(index)` and that of its classes by an attribute `label_source`.
+    Found are damaged files, labels whose size is not their image's, maps with several channels, ids without a label,
+    and labels that are neither a class nor ignored. Shows a progress bar. A data set may name the origin of a map by a
+    method `map_source(index)` and that of its classes by an attribute `label_source`.
 
     Args:
         dataset: a data set of this package, or any other of the same sample form.
@@ -34,46 +59,125 @@ def check_samples(dataset: LabelledDataset, num_workers: int = 8) -> None:
     Raises:
         ValueError: the first 10 problems, and how many there are.
     """
-    problems: list[str] = []
-    with ThreadPoolExecutor(num_workers) as pool:
-        found = pool.map(lambda index: _find_problems(dataset, index), range(len(dataset)))
-        for new_problems in tqdm(found, total=len(dataset), desc="Checking samples", unit="sample"):
-            problems.extend(new_problems)
+    problems = inspect_samples(dataset, num_workers).problems
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         shown = f"{count}, of which the first 10" if len(problems) > 10 else count
         raise ValueError(f"The data set of {len(dataset)} samples has {shown}:\n  " + "\n  ".join(problems[:10]))
 
 
-def _find_problems(dataset: Any, index: int) -> list[str]:
-    labels: LabelSet = dataset.labels
-    try:
-        sample = dataset[index]
-        source = dataset.map_source(index) if hasattr(dataset, "map_source") else sample["name"]
-        check_sizes(sample["image"], sample["segmentation_map"], sample["name"], source)
-    except ValueError as error:
-        return [str(error)]
+def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataReport:
+    """Reads every sample as `check_samples` does, and reports instead of raising. Takes streamed data sets too."""
+    num_labels = dataset.labels.num_labels
+    report = DataReport(pixels=np.zeros(num_labels, np.int64), occurrences=np.zeros(num_labels, np.int64))
+    findings = _inspect_all(dataset, num_workers) if hasattr(dataset, "__len__") else _inspect_stream(dataset)
+    total = len(dataset) if hasattr(dataset, "__len__") else None
+    for finding in tqdm(findings, total=total, desc="Checking samples", unit="sample"):
+        report.num_samples += 1
+        report.problems.extend(finding.problems)
+        report.empty_segments.extend(finding.empty_segments)
+        if len(finding.pixels):
+            report.pixels += finding.pixels
+            report.occurrences += finding.pixels > 0
+    return report
 
-    values = np.unique(sample["segmentation_map"])
+
+def report_as_table(report: DataReport, labels: LabelSet) -> str:
+    """One line for each class, the most frequent first: its share of all labelled pixels, and samples that have it."""
+    total = max(int(report.pixels.sum()), 1)
+    lines = [f"{'label':>5}  {'pixels':>8}  {'samples':>8}  name"]
+    for label in np.argsort(-report.pixels, kind="stable").tolist():
+        share, samples = report.pixels[label] / total, report.occurrences[label]
+        lines.append(f"{label:>5}  {share:>8.3%}  {samples:>8}  {labels.id2label[label]}")
+    return "\n".join(lines)
+
+
+def _inspect_all(dataset: LabelledDataset, num_workers: int) -> Iterator[DataReport]:
+    def inspect(index: int) -> DataReport:
+        try:
+            sample = dataset[index]
+        except ValueError as error:
+            return DataReport(problems=[str(error)])
+        source = dataset.map_source(index) if hasattr(dataset, "map_source") else sample["name"]
+        return _inspect(sample, dataset, source)
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        for start in range(0, len(dataset), BLOCK):
+            yield from pool.map(inspect, range(start, min(start + BLOCK, len(dataset))))
+
+
+def _inspect_stream(dataset: Any) -> Iterator[DataReport]:
+    try:
+        for sample in dataset:
+            yield _inspect(sample, dataset, sample["name"])
+    # What ends a stream ends the check too.
+    except ValueError as error:
+        yield DataReport(problems=[str(error)])
+
+
+def _inspect(sample: Sample, dataset: Any, source: str) -> DataReport:
+    """Looks at one sample. The report's `num_samples` and `occurrences` stay empty."""
+    label_source = getattr(dataset, "label_source", "id2label")
+    try:
+        if "masks" in sample:
+            return _inspect_masks(sample, dataset.labels, source, label_source)
+        return _inspect_map(sample, dataset.labels, source, label_source)
+    except ValueError as error:
+        return DataReport(problems=[str(error)])
+
+
+def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: str) -> DataReport:
+    check_sizes(sample["image"], sample["segmentation_map"].shape, sample["name"], source)
+    values, counts = np.unique(sample["segmentation_map"], return_counts=True)
+    present = values.tolist()
     id_to_label = sample.get("instance_id_to_semantic_id")
+    empty: list[str] = []
     if id_to_label is not None:
         ignored = {labels.ignore_index, 0} if labels.do_reduce_labels else {labels.ignore_index}
-        without_label = sorted(set(values.tolist()) - set(id_to_label) - ignored)
+        without_label = sorted(set(present) - set(id_to_label) - ignored)
         if without_label:
-            return [f"{source} contains the ids {shorten(without_label)}, which instance_id_to_semantic_id lacks."]
-        ids = set(values.tolist()) & set(id_to_label) - {labels.ignore_index}
-        values = np.array([id_to_label[segment_id] for segment_id in sorted(ids)], dtype=np.int64)
-    return _find_label_problems(values, source, labels, getattr(dataset, "label_source", "id2label"))
+            raise ValueError(
+                f"{source} contains the ids {shorten(without_label)}, which instance_id_to_semantic_id lacks."
+            )
+        if set(id_to_label) - set(present):
+            empty.append(f"{source} has no pixel of the segments {shorten(sorted(set(id_to_label) - set(present)))}.")
+        has_label = np.array([value in id_to_label and value != labels.ignore_index for value in present], dtype=bool)
+        values = np.array([id_to_label[value] for value in values[has_label].tolist()], dtype=np.int64)
+        counts = counts[has_label]
+    _check_labels(values, source, labels, label_source)
+    classes = labels.class_map(values)
+    is_class = classes != labels.ignore_index
+    pixels = np.bincount(classes[is_class], counts[is_class], minlength=labels.num_labels)
+    return DataReport(empty_segments=empty, pixels=pixels.astype(np.int64))
 
 
-def _find_label_problems(values: np.ndarray, source: str, labels: LabelSet, label_source: str) -> list[str]:
+def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: str) -> DataReport:
+    masks = sample["masks"]
+    check_sizes(sample["image"], masks.shape[1:], sample["name"], source)
+    if not len(masks) == len(sample["labels"]) == len(sample["iscrowd"]):
+        raise ValueError(
+            f"{source} has {len(masks)} masks, {len(sample['labels'])} labels and {len(sample['iscrowd'])} values of "
+            "iscrowd. Give one of each for every object."
+        )
+    if len(masks) and not 0 <= sample["labels"].min() <= sample["labels"].max() < labels.num_labels:
+        unknown = sorted({label for label in sample["labels"].tolist() if not 0 <= label < labels.num_labels})
+        raise ValueError(f"{source} contains label {shorten(unknown)}, but {label_source} has {labels.num_labels}.")
+    areas = masks.sum(axis=(1, 2))
+    empty = np.flatnonzero(areas == 0).tolist()
+    return DataReport(
+        empty_segments=[f"{source} has no pixel of the objects {shorten(empty)}."] if empty else [],
+        pixels=np.bincount(sample["labels"], areas, minlength=labels.num_labels).astype(np.int64),
+    )
+
+
+def _check_labels(values: np.ndarray, source: str, labels: LabelSet, label_source: str) -> None:
     unknown = labels.unknown_values(values)
     if not unknown:
-        return []
+        return
     first = int(labels.do_reduce_labels)
-    return [
+    raise ValueError(
         f"{source} contains label {shorten(unknown)}, but {label_source} has {labels.num_labels} labels, which are "
         f"{first} to {labels.num_labels - 1 + first} in the files, and ignore_index {labels.ignore_index}. "
         f"Complete id2label, set ignore_index, or set do_reduce_labels (now {labels.do_reduce_labels}) to "
         f"{not labels.do_reduce_labels}, or repair the file."
-    ]
+    )

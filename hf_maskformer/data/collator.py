@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+import torch
+
+from ..image_processing_maskformer_images import resize_nearest
 from .sample import Sample
 
 TargetFormat = Literal["masks", "segment_map", "label_map"]
-REQUIRED = ("image", "segmentation_map", "name")
 
 
 @dataclass
@@ -21,9 +24,15 @@ class MaskFormerDataCollator:
     - `mask_labels` (B, H, W), index of the segment that owns the pixel, -1 = none,
     - `class_labels` (B, N), class of each segment, -100 where an image has fewer;
 
-    with `target_format="label_map"`, for the per-pixel baselines, instead of the last two
+    for samples of masks, which may overlap, instead of the last two
+
+    - `mask_labels`, a list of (N_i, H, W) bool, and `class_labels`, a list of (N_i,) int64;
+
+    with `target_format="label_map"`, for the per-pixel baselines, instead of them
 
     - `labels` (B, H, W), class of each pixel.
+
+    Segments without a pixel and crowds are left out, with their labels. All samples of a batch have the same form.
 
     Works in a `DataLoader`, an own training loop, and `Trainer`; that one needs `remove_unused_columns=False`, or
     it takes the samples' fields away before they arrive here.
@@ -31,7 +40,7 @@ class MaskFormerDataCollator:
     Args:
         image_processor: a `MaskFormerImageProcessor`, whose `do_reduce_labels` and `ignore_index` are the data set's.
         do_resize: False for samples that an augmentation has brought to size; None leaves it to the processor.
-        target_format: as in `MaskFormerImageProcessor.preprocess`.
+        target_format: as in `MaskFormerImageProcessor.preprocess`; samples of masks are always given as masks.
     """
 
     image_processor: Callable[..., Mapping[str, Any]]
@@ -45,25 +54,83 @@ class MaskFormerDataCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""
-        missing = [field for field in REQUIRED if not all(field in sample for sample in samples)]
-        if missing:
-            raise ValueError(
-                f"The samples have no {', '.join(missing)}. With Trainer, set remove_unused_columns=False, so "
-                "that it leaves the fields of the samples alone."
-            )
+        form = _common_form(samples)
         names = ", ".join(sample["name"] for sample in samples)
         try:
-            batch = self.image_processor(
-                images=[sample["image"] for sample in samples],
-                segmentation_maps=[sample["segmentation_map"] for sample in samples],
-                instance_id_to_semantic_id=_id_tables(samples),
-                target_format=self.target_format,
-                do_resize=self.do_resize,
-                return_tensors="pt",
-            )
+            return self._from_masks(samples) if form == "masks" else self._from_maps(samples)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The batch of {names} cannot be built: {error}") from error
+
+    def _from_maps(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        batch = self.image_processor(
+            images=[sample["image"] for sample in samples],
+            segmentation_maps=[self._without_crowds(sample) for sample in samples],
+            instance_id_to_semantic_id=_id_tables(samples),
+            target_format=self.target_format,
+            do_resize=self.do_resize,
+            return_tensors="pt",
+        )
         return dict(batch)
+
+    def _without_crowds(self, sample: Sample) -> np.ndarray:
+        segmentation_map = sample["segmentation_map"]
+        if not sample.get("crowd_ids"):
+            return segmentation_map
+        ignore_index = getattr(self.image_processor, "ignore_index", None)
+        if ignore_index is None:
+            raise ValueError("there are crowds, but the image processor has no ignore_index to mark their pixels with.")
+        return np.where(np.isin(segmentation_map, sample["crowd_ids"]), ignore_index, segmentation_map)
+
+    def _from_masks(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        if self.target_format == "label_map":
+            raise ValueError("masks may overlap, so they make no label_map. Train on data with segmentation maps.")
+        images = [sample["image"] for sample in samples]
+        batch = dict(self.image_processor(images=images, do_resize=self.do_resize, return_tensors="pt"))
+        batch["mask_labels"], batch["class_labels"] = [], []
+        for sample, pixel_mask in zip(samples, batch["pixel_mask"], strict=True):
+            masks, labels = _visible_objects(sample, pixel_mask, getattr(self.image_processor, "num_labels", None))
+            batch["mask_labels"].append(masks)
+            batch["class_labels"].append(labels)
+        return batch
+
+
+def _common_form(samples: Sequence[Sample]) -> str:
+    form = "masks" if "masks" in samples[0] else "segmentation_map"
+    required = ("image", "masks", "labels", "name") if form == "masks" else ("image", "segmentation_map", "name")
+    missing = [field for field in required if not all(field in sample for sample in samples)]
+    if missing and any("masks" in sample for sample in samples):
+        raise ValueError(
+            f"Samples with masks and samples with a segmentation map cannot share a batch: {', '.join(missing)} is "
+            f"missing in {', '.join(sample['name'] for sample in samples if missing[0] not in sample)}."
+        )
+    if missing:
+        raise ValueError(
+            f"The samples have no {', '.join(missing)}. With Trainer, set remove_unused_columns=False, so "
+            "that it leaves the fields of the samples alone."
+        )
+    return form
+
+
+def _visible_objects(
+    sample: Sample, pixel_mask: torch.Tensor, num_labels: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The masks (N_i, H, W) of a sample, fitted into its place in the batch, and their labels (N_i,)."""
+    image = sample["image"]
+    if sample["masks"].shape[1:] != (image.height, image.width):
+        raise ValueError(
+            f"the masks of {sample['name']} have shape {sample['masks'].shape}, but its image is {image.height} x "
+            f"{image.width} (height x width)."
+        )
+    labels = torch.as_tensor(sample["labels"], dtype=torch.int64)
+    if num_labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < num_labels:
+        raise ValueError(f"{sample['name']} has the labels {labels.tolist()}, but num_labels is {num_labels}.")
+    is_trained = ~torch.as_tensor(sample.get("iscrowd", np.zeros(len(labels), bool)))
+    height, width = int(pixel_mask[:, 0].sum()), int(pixel_mask[0].sum())
+    fitted = resize_nearest(torch.as_tensor(sample["masks"])[is_trained], (height, width))
+    is_visible = fitted.flatten(1).any(dim=1)
+    masks = torch.zeros(int(is_visible.sum()), *pixel_mask.shape, dtype=torch.bool)
+    masks[:, :height, :width] = fitted[is_visible]
+    return masks, labels[is_trained][is_visible]
 
 
 def _id_tables(samples: Sequence[Sample]) -> list[dict[int, int]] | None:

@@ -1,22 +1,40 @@
-"""Reads a `datasets` data set with a column of images and a column of label maps."""
+"""Reads data sets of the `datasets` library, held on disk or streamed, whose columns hold images and labels."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Dataset
+import numpy as np
+from PIL import ImageOps
+from torch.utils.data import Dataset, IterableDataset
 
 from .labels import LabelSet
-from .sample import Sample, make_sample
+from .rle import decode_mask
+from .sample import Sample, fit_image, make_sample
+from .segments import number_segments, read_ids, split_class_and_instance
 
 if TYPE_CHECKING:
     import datasets
 
+# Columns that are read where they are there.
+SEGMENTS_COLUMN = "segments_info"
+OBJECTS_COLUMN = "objects"
+NAME_COLUMN = "name"
+
 
 class SegmentationColumns(Dataset[Sample]):
-    """Images and segmentation maps of two columns of a map-style `datasets.Dataset`.
+    """Images and their labels in columns of a map-style `datasets.Dataset`.
 
-    Both columns have the feature `datasets.Image`; the label map's pixels are class indices. A sample of index i is
-    `{"image", "segmentation_map", "name"}`, see `Sample`, decoded when it is asked for.
+    Images and label maps have the feature `datasets.Image`. What a row's labels are, the columns tell:
+
+    - with a column `objects`, masks that may overlap: for each object its `label` (a class, from 0), `iscrowd`
+      and mask, as COCO's RLE: `size` (height, width) and packed `counts`;
+    - with a column `segments_info`, a map of ids (one channel, or red + 256 green + 65536 blue) and for each segment
+      its `id`, `category_id` (see `LabelSet.category_ids`) and optionally `iscrowd`;
+    - with `instance_maps=True`, an RGB map whose red is the class and whose green tells instances apart;
+    - otherwise a map of classes.
+
+    A column `name` names the samples; without it they are called row_0, row_1, ...
 
     Args:
         dataset: one split.
@@ -24,6 +42,7 @@ class SegmentationColumns(Dataset[Sample]):
         label_column: name of the column of label maps.
         labels: the classes; kept as an attribute.
         label_source: where `labels` comes from, for messages.
+        instance_maps: whether label maps hold class and instance.
 
     Raises:
         ValueError: a column is missing or holds no images.
@@ -37,13 +56,11 @@ class SegmentationColumns(Dataset[Sample]):
         *,
         labels: LabelSet,
         label_source: str = "id2label",
+        instance_maps: bool = False,
     ) -> None:
-        for column in (image_column, label_column):
-            _check_column(dataset, column)
+        self._reader = _RowReader(dataset, image_column, label_column, labels, instance_maps)
         # Reading a row decodes all of its columns, so the unused ones go; a format would decode to something else.
-        self._dataset = dataset.select_columns([image_column, label_column]).with_format(None)
-        self._image_column = image_column
-        self._label_column = label_column
+        self._dataset = dataset.select_columns(self._reader.columns).with_format(None)
         self.labels = labels
         self.label_source = label_source
 
@@ -59,57 +76,192 @@ class SegmentationColumns(Dataset[Sample]):
         # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
         except Exception as error:
             raise ValueError(f"row {index} cannot be decoded ({error}). Remove it from the data set.") from error
-        image, label_image = row[self._image_column], row[self._label_column]
-        for column, cell in row.items():
-            if cell is None:
-                raise ValueError(f"row {index} is empty in column '{column}'. Remove it from the data set.")
-        image_source = f"row {index}, column '{self._image_column}'"
-        return make_sample(f"row_{index}", image, label_image, image_source, self.map_source(index))
+        return self._reader.sample(row, index)
 
     def map_source(self, index: int) -> str:
         """Says where the segmentation map of a sample comes from, for messages."""
+        return self._reader.label_source(index)
+
+
+class StreamedColumns(IterableDataset[Sample]):
+    """The same columns of a streamed `datasets.IterableDataset`: samples come one after the other.
+
+    Nothing is downloaded or decoded before its turn. With worker processes, `datasets` gives each its own shards. Rows
+    are numbered in each worker for itself.
+
+    Args, Raises: as in `SegmentationColumns`.
+    """
+
+    def __init__(
+        self,
+        dataset: "datasets.IterableDataset",
+        image_column: str = "image",
+        label_column: str = "label",
+        *,
+        labels: LabelSet,
+        label_source: str = "id2label",
+        instance_maps: bool = False,
+    ) -> None:
+        # The columns of some sources are known only once they are read.
+        dataset = dataset if dataset.features is not None else dataset._resolve_features()
+        self._reader = _RowReader(dataset, image_column, label_column, labels, instance_maps)
+        self._dataset = dataset.select_columns(self._reader.columns)
+        self.labels = labels
+        self.label_source = label_source
+
+    def __iter__(self) -> Iterator[Sample]:
+        rows = iter(self._dataset)
+        index = 0
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise ValueError(f"the stream cannot be read on after {index} rows ({error}).") from error
+            yield self._reader.sample(row, index)
+            index += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lets a shuffled stream come in another order; training loops call this."""
+        self._dataset.set_epoch(epoch)
+
+
+class _RowReader:
+    """Makes samples of rows."""
+
+    def __init__(
+        self, dataset: Any, image_column: str, label_column: str, labels: LabelSet, instance_maps: bool
+    ) -> None:
+        names = dataset.column_names
+        self._image_column, self._label_column = image_column, label_column
+        self._labels, self._instance_maps = labels, instance_maps
+        self._extra_column = None
+        if OBJECTS_COLUMN in names and label_column not in names:
+            self._label_column = self._extra_column = OBJECTS_COLUMN
+        else:
+            _check_column(dataset, label_column)
+            if SEGMENTS_COLUMN in names and not instance_maps:
+                self._extra_column = SEGMENTS_COLUMN
+        _check_column(dataset, image_column)
+        extra = [column for column in (self._extra_column, NAME_COLUMN) if column in names]
+        self.columns = list(dict.fromkeys([image_column, self._label_column, *extra]))
+
+    def label_source(self, index: int) -> str:
         return f"row {index}, column '{self._label_column}'"
+
+    def sample(self, row: dict[str, Any], index: int) -> Sample:
+        for column, cell in row.items():
+            if cell is None:
+                raise ValueError(f"row {index} is empty in column '{column}'. Remove it from the data set.")
+        name, image = str(row.get(NAME_COLUMN, f"row_{index}")), row[self._image_column]
+        image_source, source = f"row {index}, column '{self._image_column}'", self.label_source(index)
+        if self._extra_column == OBJECTS_COLUMN:
+            return self._masks(row, name, image_source, source)
+        label_image = row[self._label_column]
+        if self._extra_column == SEGMENTS_COLUMN:
+            segments_info = _as_rows(row[SEGMENTS_COLUMN])
+            segments = number_segments(read_ids(label_image, source), segments_info, self._labels, source)
+        elif self._instance_maps:
+            segments = split_class_and_instance(label_image, self._labels.ignore_index, source)
+        else:
+            return make_sample(name, image, label_image, image_source, source)
+        segmentation_map, id_to_label, crowd_ids = segments
+        return {
+            "image": fit_image(image, segmentation_map.shape, image_source, source),
+            "name": name,
+            "segmentation_map": segmentation_map,
+            "instance_id_to_semantic_id": id_to_label,
+            "crowd_ids": crowd_ids,
+        }
+
+    def _masks(self, row: dict[str, Any], name: str, image_source: str, source: str) -> Sample:
+        objects, image = _as_rows(row[OBJECTS_COLUMN]), row[self._image_column]
+        missing = sorted({"label", "size", "counts"} - objects[0].keys()) if objects else []
+        if missing:
+            raise ValueError(
+                f"{source}: objects have no {', '.join(missing)}. Store each mask as a packed RLE of COCO."
+            )
+        # Masks say whether they were drawn on the stored picture or on the one turned upright.
+        size = tuple(objects[0]["size"]) if objects else ImageOps.exif_transpose(image).size[::-1]
+        image = fit_image(image, size, image_source, source)
+        masks = np.zeros((len(objects), *size), dtype=bool)
+        for number, (mask, entry) in enumerate(zip(masks, objects, strict=True)):
+            try:
+                mask[:] = decode_mask(entry, size)
+            except ValueError as error:
+                raise ValueError(f"{source}: object {number} {error}.") from error
+        return {
+            "image": image,
+            "name": name,
+            "masks": masks,
+            "labels": np.array([entry["label"] for entry in objects], dtype=np.int64),
+            "iscrowd": np.array([bool(entry.get("iscrowd")) for entry in objects], dtype=bool),
+        }
 
 
 def load_columns(
-    path: str, split: str, image_column: str = "image", label_column: str = "label", *, classes_path: str | Path
-) -> SegmentationColumns:
+    path: str,
+    split: str,
+    image_column: str = "image",
+    label_column: str = "label",
+    *,
+    classes_path: str | Path,
+    instance_maps: bool = False,
+    streaming: bool = False,
+) -> SegmentationColumns | StreamedColumns:
     """Loads one split of a data set from the Hub or from disk.
 
     Args:
         path: a name on the Hub, a folder written by `save_to_disk`, or a folder of Parquet files.
         split: name of the split. For Parquet files `datasets` takes it from the file names ("train-00000.parquet").
-        image_column, label_column: as in `SegmentationColumns`.
+        image_column, label_column, instance_maps: as in `SegmentationColumns`.
         classes_path: a `classes.json` (see `LabelSet.from_json`), for which such data sets have no place of their own.
+        streaming: whether to read rows as they come instead of downloading all first.
 
     Raises:
         ValueError: there is no such split; and what `SegmentationColumns` and `LabelSet.from_json` raise.
     """
-    return SegmentationColumns(
-        _load_split(path, split),
+    reader: Any = StreamedColumns if streaming else SegmentationColumns
+    return reader(
+        _load_split(path, split, streaming),
         image_column,
         label_column,
         labels=LabelSet.from_json(classes_path),
         label_source=str(classes_path),
+        instance_maps=instance_maps,
     )
 
 
-def _load_split(path: str, split: str) -> "datasets.Dataset":
+def _load_split(path: str, split: str, streaming: bool) -> Any:
     import datasets
 
     if (Path(path) / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(path)
         if split not in splits:
             raise ValueError(f"{path} has no split '{split}'. Its splits are: {', '.join(splits)}.")
-        return splits[split]
+        return splits[split].to_iterable_dataset() if streaming else splits[split]
     if (Path(path) / "state.json").is_file():
         raise ValueError(
             f"{path} holds a single data set without splits. Save a DatasetDict with the split '{split}' instead."
         )
-    return datasets.load_dataset(path, split=split)
+    try:
+        return datasets.load_dataset(path, split=split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError):
+        raise
+    # Damaged files meet their readers with many kinds of error, which do not name them.
+    except Exception as error:
+        raise ValueError(f"Split '{split}' of {path} cannot be read ({error}).") from error
 
 
-def _check_column(dataset: "datasets.Dataset", column: str) -> None:
+def _as_rows(cell: Any) -> list[dict[str, Any]]:
+    """A list of dictionaries, also where `datasets` made a dictionary of lists of it."""
+    if isinstance(cell, dict):
+        return [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)]
+    return cell
+
+
+def _check_column(dataset: Any, column: str) -> None:
     import datasets
 
     if column not in dataset.column_names:

@@ -1,80 +1,149 @@
-"""Reads a folder of images and label PNGs."""
+"""Reads folders of images and label maps."""
 
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
 from .labels import LabelSet, shorten
 from .sample import Sample, load_image, make_sample
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-MAP_SUFFIXES = (".png",)
+MAP_SUFFIXES = (".png", ".tif", ".tiff")
 
 
-class SegmentationFolder(Dataset[Sample]):
+class SegmentationFiles(Dataset[Sample]):
+    """Images and the label maps that belong to them.
+
+    A label map has one channel of 8, 16 or 32 bits, or a palette, whose pixels are labels. Files are read when a sample
+    is asked for; their names are held as a few bytes each, which worker processes share.
+
+    Args:
+        image_files, map_files: paths by the name of their sample; the names must be the same.
+        labels: the classes; kept as an attribute.
+        label_source: where `labels` comes from, for messages.
+
+    Attributes:
+        names: names of the samples, sorted; the order of the samples.
+
+    Raises:
+        FileNotFoundError: there is no image.
+        ValueError: an image without a label map or the reverse.
+    """
+
+    def __init__(
+        self, image_files: Mapping[str, Path], map_files: Mapping[str, Path], labels: LabelSet, label_source: str
+    ) -> None:
+        _check_pairs(image_files, map_files)
+        names = sorted(image_files)
+        self._names = PackedStrings(names)
+        self._image_paths = PackedStrings(str(image_files[name]) for name in names)
+        self._map_paths = PackedStrings(str(map_files[name]) for name in names)
+        self.labels = labels
+        self.label_source = label_source
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Reads one sample. Raises a ValueError that names the file if it is damaged or image and map disagree."""
+        image_path, map_path = self.image_path(index), Path(self._map_paths[index])
+        name = self._names[index]
+        return make_sample(name, load_image(image_path), self._load_map(map_path), str(image_path), str(map_path))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def image_path(self, index: int) -> Path:
+        """Where the image of a sample lies."""
+        return Path(self._image_paths[index])
+
+    def map_source(self, index: int) -> str:
+        """Says where the segmentation map of a sample comes from, for messages."""
+        return self._map_paths[index]
+
+    def _load_map(self, path: Path) -> Image.Image:
+        return load_image(path)
+
+
+class SegmentationFolder(SegmentationFiles):
     """Images and segmentation maps of one split of a folder.
 
     The layout is
 
         root/images/SPLIT/NAME.jpg          (or another common image format)
-        root/annotations/SPLIT/NAME.png     (one channel of 8 or 16 bits, or a palette: class indices)
+        root/annotations/SPLIT/NAME.png     (one channel of 8 or 16 bits, or a palette: class indices; also .tif)
         root/classes.json                   (see `LabelSet.from_json`)
 
     Files are read when a sample is asked for. A sample of index i is `{"image", "segmentation_map", "name"}`, see
     `Sample`; an image with an EXIF orientation is turned upright unless its map fits the stored grid only.
 
+    Args:
+        root: the folder.
+        split: name of its part.
+        classes: another file than root/classes.json.
+
     Attributes:
         names: file names without suffix, sorted; the order of the samples.
-        labels: the classes, from `classes.json`.
-        label_source: path of `classes.json`, for messages.
+        labels: the classes.
+        label_source: the file that they come from, for messages.
 
     Raises:
         FileNotFoundError: a folder or `classes.json` is missing, or there is no image.
         ValueError: an image without a label file or the reverse, two files of one name, a malformed `classes.json`.
     """
 
-    def __init__(self, root: str | Path, split: str) -> None:
-        self._image_folder = _split_folder(Path(root), "images", split)
-        self._map_folder = _split_folder(Path(root), "annotations", split)
-        self._image_files = files_by_name(self._image_folder, IMAGE_SUFFIXES)
-        self._map_files = files_by_name(self._map_folder, MAP_SUFFIXES)
-        if not self._image_files:
-            raise FileNotFoundError(f"{self._image_folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-        self._check_pairs()
-        self.names = sorted(self._image_files)
+    def __init__(self, root: str | Path, split: str, classes: str | Path | None = None) -> None:
+        image_folder = _split_folder(Path(root), "images", split)
+        map_folder = _split_folder(Path(root), "annotations", split)
+        image_files = files_by_name(image_folder, IMAGE_SUFFIXES)
+        map_files = files_by_name(map_folder, MAP_SUFFIXES)
+        if not image_files:
+            raise FileNotFoundError(f"{image_folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        label_source = str(classes or Path(root) / "classes.json")
+        super().__init__(image_files, map_files, LabelSet.from_json(label_source), label_source)
 
-        self.label_source = str(Path(root) / "classes.json")
-        self.labels = LabelSet.from_json(self.label_source)
+
+class PackedStrings(Sequence[str]):
+    """Strings in two arrays: a list of them would be copied into each worker process as soon as it is read."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        # File names may hold bytes that are no text.
+        encoded = [os.fsencode(string) for string in strings]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> Sample:
-        """Reads one sample. Raises a ValueError that names the file if it is damaged or image and map disagree."""
-        name = self.names[index]
-        image_path = self._image_folder / self._image_files[name]
-        map_path = self._map_folder / self._map_files[name]
-        return make_sample(name, load_image(image_path), load_image(map_path), str(image_path), str(map_path))
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{index} is none of {len(self)} samples.")
+        index %= len(self)
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
 
-    def map_source(self, index: int) -> str:
-        """Says where the segmentation map of a sample comes from, for messages."""
-        return str(self._map_folder / self._map_files[self.names[index]])
 
-    def _check_pairs(self) -> None:
-        images, maps = self._image_files, self._map_files
-        without_map = [images[name] for name in sorted(set(images) - set(maps))]
-        if without_map:
-            raise ValueError(
-                f"{len(without_map)} of {len(images)} images in {self._image_folder} have no label file NAME.png in "
-                f"{self._map_folder}: {shorten(without_map)}. Add the label files or move these images away."
-            )
-        without_image = [maps[name] for name in sorted(set(maps) - set(images))]
-        if without_image:
-            raise ValueError(
-                f"{len(without_image)} of {len(maps)} label files in {self._map_folder} have no image in "
-                f"{self._image_folder}: {shorten(without_image)}. Add the images ({', '.join(IMAGE_SUFFIXES)}) or move "
-                "these label files away."
-            )
+def _check_pairs(images: Mapping[str, Path], maps: Mapping[str, Path]) -> None:
+    if not images or not maps:
+        raise FileNotFoundError(f"There are {len(images)} images and {len(maps)} label files. Both are needed.")
+    image_folder, map_folder = (next(iter(files.values())).parent for files in (images, maps))
+    without_map = [images[name].name for name in sorted(set(images) - set(maps))]
+    if without_map:
+        raise ValueError(
+            f"{len(without_map)} of {len(images)} images in {image_folder} have no label file NAME.png in "
+            f"{map_folder}: {shorten(without_map)}. Add the label files or move these images away."
+        )
+    without_image = [maps[name].name for name in sorted(set(maps) - set(images))]
+    if without_image:
+        raise ValueError(
+            f"{len(without_image)} of {len(maps)} label files in {map_folder} have no image in {image_folder}: "
+            f"{shorten(without_image)}. Add the images ({', '.join(IMAGE_SUFFIXES)}) or move these label files away."
+        )
 
 
 def _split_folder(root: Path, kind: str, split: str) -> Path:
@@ -92,14 +161,19 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
     )
 
 
-def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """File names by stem, sorted. Raises a ValueError for two files of one stem, which would be one sample."""
-    files: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
+def files_by_name(folder: Path, suffixes: tuple[str, ...], ending: str = "", pattern: str = "*") -> dict[str, Path]:
+    """Paths by stem, without a common `ending` of it, sorted.
+
+    Raises a ValueError for two files of one stem, which would be one sample.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob(pattern)):
         # A leading dot marks what operating systems leave behind, such as "._NAME.png".
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+        is_left_over = path.name.startswith(".")
+        if path.suffix.lower() not in suffixes or not path.stem.endswith(ending) or is_left_over:
             continue
-        if path.stem in files:
-            raise ValueError(f"{folder} holds both {files[path.stem]} and {path.name}. Keep one of them.")
-        files[path.stem] = path.name
+        name = path.stem.removesuffix(ending)
+        if name in files:
+            raise ValueError(f"{folder} holds both {files[name].name} and {path.name}. Keep one of them.")
+        files[name] = path
     return files

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-FIELDS_OF_CLASSES_JSON = ("id2label", "ignore_index", "do_reduce_labels", "thing_ids", "palette")
+FIELDS_OF_CLASSES_JSON = ("id2label", "ignore_index", "do_reduce_labels", "thing_ids", "category_ids", "palette")
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,19 @@ class LabelSet:
         do_reduce_labels: the files number the classes from 1, and 0 is ignored too. The ids here are those after
             the reduction: pixel value 1 is class 0.
         thing_ids: classes with countable instances; the others are stuff. Empty where the data set does not say.
+        category_ids: for each class the `category_id` by which lists of segments call it. Empty where these are the
+            ids of the classes themselves.
 
     Raises:
-        ValueError: ids have gaps, a name is no string, `thing_ids` has an unknown class, or `ignore_index` is also
-            the value of a class.
+        ValueError: ids have gaps, a name is no string, `thing_ids` has an unknown class, `category_ids` is not one id
+            for each class, or `ignore_index` is also the value of a class.
     """
 
     id2label: dict[int, str]
     ignore_index: int = 255
     do_reduce_labels: bool = False
     thing_ids: tuple[int, ...] = ()
+    category_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -47,6 +51,7 @@ class LabelSet:
         unknown = sorted(set(self.thing_ids) - set(self.id2label))
         if unknown:
             raise ValueError(f"thing_ids names {shorten(unknown)}, which id2label does not have. Remove them.")
+        self._check_category_ids()
         if 0 <= self.ignore_index <= self._highest_value:
             raise ValueError(
                 f"ignore_index {self.ignore_index} is also the pixel value of a class (0 to {self._highest_value}"
@@ -59,7 +64,8 @@ class LabelSet:
         """Reads a `classes.json`.
 
         The file holds `{"id2label": {"0": "sky", ...}}` and optionally `ignore_index`, `do_reduce_labels`,
-        `thing_ids` and `palette` (unused here). Raises FileNotFoundError or ValueError, both naming the file.
+        `thing_ids`, `category_ids` and `palette` (unused here). Raises FileNotFoundError or ValueError, both naming
+        the file.
         """
         path = Path(path)
         if not path.is_file():
@@ -80,6 +86,25 @@ class LabelSet:
     @property
     def _highest_value(self) -> int:
         return self.num_labels - 1 + int(self.do_reduce_labels)
+
+    def to_json(self, path: Path) -> None:
+        """Writes a `classes.json` that `from_json` reads back equal."""
+        content = {**asdict(self), "id2label": {str(label): name for label, name in self.id2label.items()}}
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def label_of(self, category_id: int, source: str) -> int:
+        """The label of a category, as in the files. Raises a ValueError that names the source if it is unknown."""
+        label = self._label_of_category.get(category_id)
+        if label is None:
+            known = shorten(sorted(self._label_of_category), limit=10)
+            raise ValueError(
+                f"{source} has the category_id {category_id}, but the {self.num_labels} classes have {known}."
+            )
+        return label
+
+    @cached_property
+    def _label_of_category(self) -> dict[int, int]:
+        return {value: label for label, value in enumerate(self.category_ids or range(self._highest_value + 1))}
 
     def class_map(
         self, segmentation_map: np.ndarray, instance_id_to_semantic_id: Mapping[int, int] | None = None
@@ -104,6 +129,17 @@ class LabelSet:
         is_known = ((values >= 0) & (values <= self._highest_value)) | (values == self.ignore_index)
         return values[~is_known].tolist()
 
+    def _check_category_ids(self) -> None:
+        if not self.category_ids:
+            return
+        if len(set(self.category_ids)) != self.num_labels or len(self.category_ids) != self.num_labels:
+            raise ValueError(
+                f"category_ids has {len(set(self.category_ids))} different ids, but there are {self.num_labels} "
+                "classes. Give each class an id of its own."
+            )
+        if self.do_reduce_labels:
+            raise ValueError("category_ids say which class is meant, so do_reduce_labels must be false beside them.")
+
     def _check_types(self) -> None:
         for label_id, label in self.id2label.items():
             if not _is_integer(label_id) or not isinstance(label, str):
@@ -114,6 +150,8 @@ class LabelSet:
             raise ValueError(f"do_reduce_labels is {self.do_reduce_labels!r}; it must be true or false.")
         if not all(_is_integer(thing_id) for thing_id in self.thing_ids):
             raise ValueError(f"thing_ids is {list(self.thing_ids)!r}; it must be a list of class ids.")
+        if not all(_is_integer(category_id) for category_id in self.category_ids):
+            raise ValueError(f"category_ids is {list(self.category_ids)!r}; it must be a list of integers.")
 
 
 def _fields(content: Any) -> dict[str, Any]:
@@ -125,9 +163,10 @@ def _fields(content: Any) -> dict[str, Any]:
         raise ValueError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(FIELDS_OF_CLASSES_JSON)}.")
     fields = {name: value for name, value in content.items() if name != "palette"}
     fields["id2label"] = {_to_id(key): label for key, label in content["id2label"].items()}
-    if not isinstance(content.get("thing_ids", []), list):
-        raise ValueError(f"thing_ids is {content['thing_ids']!r}; it must be a list of class ids.")
-    fields["thing_ids"] = tuple(content.get("thing_ids", []))
+    for name in ("thing_ids", "category_ids"):
+        if not isinstance(content.get(name, []), list):
+            raise ValueError(f"{name} is {content[name]!r}; it must be a list of ids.")
+        fields[name] = tuple(content.get(name, []))
     return fields
 
 

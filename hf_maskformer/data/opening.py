@@ -1,39 +1,135 @@
 """One way to name a labelled data set on a command line."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .check import LabelledDataset
-from .columns import load_columns
+from .coco import CocoInstances, CocoPanoptic
+from .columns import StreamedColumns, load_columns
 from .folder import SegmentationFolder
+from .labels import LabelSet
+from .layouts import CocoStuff10k, ade20k, cityscapes, mapillary_vistas
+
+COLUMN_FORMATS = ("columns", "instance-columns")
+
+# Where downloads unpack to, and what data sets in COCO's form are called elsewhere; {} is the split.
+PANOPTIC_FILES = ("annotations/panoptic_{}2017.json", "annotations/panoptic_{}.json", "ade20k_panoptic_{}.json")
+INSTANCE_FILES = ("annotations/instances_{}2017.json", "annotations/instances_{}.json", "ade20k_instance_{}.json")
+IMAGE_FOLDERS = ("{}2017", "images/{}2017", "images/{}", "{}")
+LONG_NAMES = {"train": "training", "val": "validation"}
 
 
 def open_dataset(
-    path: str, split: str, image_column: str | None = None, label_column: str = "label", classes: str | None = None
-) -> LabelledDataset:
+    path: str,
+    split: str,
+    image_column: str | None = None,
+    label_column: str = "label",
+    classes: str | None = None,
+    *,
+    format: str | None = None,
+    streaming: bool = False,
+) -> LabelledDataset | StreamedColumns:
     """Opens one split of a data set of samples with their `labels`.
 
     Args:
-        path: a folder with images/, annotations/ and classes.json; or, with `image_column`, a data set of the Hub or
-            on disk that `datasets` reads.
+        path: a folder in one of the layouts that docs/data.md shows, or a data set of the Hub.
         split: "train", "val", or what the data set calls it.
-        image_column, label_column: columns of a `datasets` data set.
-        classes: the `classes.json` of a `datasets` data set.
+        image_column, label_column: columns of a `datasets` data set; naming the first says that it is one.
+        classes: a `classes.json`, in place of the data set's own classes.
+        format: name of the layout (see `FORMATS` and `COLUMN_FORMATS`), where a folder leaves it open.
+        streaming: read a `datasets` data set row by row as it comes.
 
     Raises:
         FileNotFoundError, ValueError: there is no such data set, or it is not well formed.
     """
-    if image_column is None:
-        if classes is not None:
-            raise ValueError(f"classes={classes} is for a data set with columns; a folder has its own classes.json.")
-        if not Path(path).is_dir():
-            raise FileNotFoundError(
-                f"{path} is no folder. Name a folder with images/, annotations/ and classes.json, or give image_column "
-                "to read a data set of the Hub."
-            )
-        return SegmentationFolder(path, split)
-    if classes is None:
-        raise ValueError(
-            f"{path} is read by columns, which do not name the classes. Give the path of a classes.json, such as "
-            '{"id2label": {"0": "sky", "1": "road"}}.'
+    if format is None:
+        format = "columns" if image_column is not None else _detect(Path(path))
+    if format in COLUMN_FORMATS:
+        classes = classes or _own_classes(path)
+        return load_columns(
+            path,
+            split,
+            image_column or "image",
+            label_column,
+            classes_path=classes,
+            instance_maps=format == "instance-columns",
+            streaming=streaming,
         )
-    return load_columns(path, split, image_column, label_column, classes_path=classes)
+    if streaming:
+        raise ValueError(f"Only columns of a `datasets` data set can be streamed; {path} is read as {format}.")
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; known are {', '.join((*FORMATS, *COLUMN_FORMATS))}.")
+    return FORMATS[format](Path(path), split, classes)
+
+
+def _detect(root: Path) -> str:
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root} is no folder. Name a folder in one of the layouts of docs/data.md, such as images/, annotations/ "
+            "and classes.json, or give image_column to read a data set of the Hub."
+        )
+    found = [name for name, marks in MARKS.items() if any(any(root.glob(mark)) for mark in marks)]
+    if "folder" in found or not found:
+        # Anything may have a classes.json beside it, but with it, splits called as ADE20K's are one's own. Where there
+        # is nothing at all, the folder's reader says best what is missing.
+        found = [name for name in found if name not in ("folder", "ade20k")] or ["folder"]
+    if len(found) == 1:
+        return found[0]
+    raise ValueError(f"{root} can be read as {' or '.join(found)}. Say which by format.")
+
+
+def _own_classes(path: str) -> str:
+    own = Path(path) / "classes.json"
+    if own.is_file():
+        return str(own)
+    raise ValueError(
+        f"{path} is read by columns, which do not name the classes. Give the path of a classes.json, such as "
+        '{"id2label": {"0": "sky", "1": "road"}}.'
+    )
+
+
+def _labels(classes: str | None) -> LabelSet | None:
+    return None if classes is None else LabelSet.from_json(classes)
+
+
+def _with_labels(reader: Callable[..., Any]) -> Callable[[Path, str, str | None], Any]:
+    return lambda root, split, classes: reader(root, split, _labels(classes))
+
+
+def _coco(reader: Callable[..., Any], files: tuple[str, ...]) -> Callable[[Path, str, str | None], Any]:
+    def read(root: Path, split: str, classes: str | None) -> Any:
+        json_path, image_folder = _existing(root, files, split), _existing(root, IMAGE_FOLDERS, split)
+        return reader(json_path, image_folder, labels=_labels(classes))
+
+    return read
+
+
+def _existing(root: Path, patterns: tuple[str, ...], split: str) -> Path:
+    names = [pattern.format(name) for name in (split, LONG_NAMES.get(split, split)) for pattern in patterns]
+    for name in names:
+        if (root / name).exists():
+            return root / name
+    raise FileNotFoundError(f"{root} has none of {', '.join(dict.fromkeys(names))}.")
+
+
+FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
+    "folder": SegmentationFolder,
+    "ade20k": _with_labels(ade20k),
+    "cityscapes": _with_labels(cityscapes),
+    "coco-instances": _coco(CocoInstances, INSTANCE_FILES),
+    "coco-panoptic": _coco(CocoPanoptic, PANOPTIC_FILES),
+    "coco-stuff-10k": _with_labels(CocoStuff10k),
+    "mapillary-vistas": _with_labels(mapillary_vistas),
+}
+# Files and folders of which one gives a layout away.
+MARKS = {
+    "folder": ("classes.json",),
+    "ade20k": ("annotations/training", "annotations/validation"),
+    "cityscapes": ("leftImg8bit",),
+    "coco-instances": tuple(pattern.format("*") for pattern in INSTANCE_FILES),
+    "coco-panoptic": tuple(pattern.format("*") for pattern in PANOPTIC_FILES),
+    "coco-stuff-10k": ("imageLists",),
+    "mapillary-vistas": ("training/images",),
+    "columns": ("*.parquet", "data/*.parquet", "dataset_dict.json"),
+}

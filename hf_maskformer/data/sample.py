@@ -1,8 +1,9 @@
 """The sample form that every data reader delivers, and how stored images become one."""
 
 import io
+import os
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,17 +13,25 @@ MODES_OF_SEGMENTATION_MAPS = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")
 
 
 class Sample(TypedDict):
-    """One labelled image.
+    """One labelled image, in one of two forms; H and W are those of `image` (RGB).
 
-    `segmentation_map` is (H, W) integers, with H and W of `image` (RGB). Its pixels are labels as in the files
-    (before `do_reduce_labels`) or, where `instance_id_to_semantic_id` is given, ids which that table maps to labels.
     `name` identifies the sample in messages and in names of written files.
+
+    Segments that do not overlap: `segmentation_map` is (H, W) integers. Its pixels are labels as in the files (before
+    `do_reduce_labels`) or, where `instance_id_to_semantic_id` is given, ids which that table maps to labels. Ids in
+    `crowd_ids` stand for groups of objects: evaluation knows them, training leaves their pixels out.
+
+    Segments that may overlap: `masks` is (N, H, W) bool, `labels` (N,) int64 class ids from 0, and `iscrowd` (N,) bool.
     """
 
     image: Image.Image
-    segmentation_map: np.ndarray
     name: str
+    segmentation_map: NotRequired[np.ndarray]
     instance_id_to_semantic_id: NotRequired[dict[int, int]]
+    crowd_ids: NotRequired[tuple[int, ...]]
+    masks: NotRequired[np.ndarray]
+    labels: NotRequired[np.ndarray]
+    iscrowd: NotRequired[np.ndarray]
 
 
 def load_image(path: Path) -> Image.Image:
@@ -46,21 +55,34 @@ def make_sample(name: str, image: Image.Image, label_image: Image.Image, image_s
     map has several channels, the image more than 8 bits per channel, or if their sizes differ.
     """
     segmentation_map = _to_segmentation_map(label_image, map_source)
-    image = to_rgb(_orient(image, label_image.size), image_source)
-    check_sizes(image, segmentation_map, image_source, map_source)
+    image = fit_image(image, segmentation_map.shape, image_source, map_source)
     return {"image": image, "segmentation_map": segmentation_map, "name": name}
 
 
-def check_sizes(image: Image.Image, segmentation_map: np.ndarray, image_source: str, map_source: str) -> None:
-    """Raises a ValueError unless the map has one pixel for each of the image."""
-    if segmentation_map.shape != (image.height, image.width):
+def fit_image(image: Image.Image, size: tuple[int, ...], image_source: str, map_source: str) -> Image.Image:
+    """Gives a stored image upright and as RGB. Raises a ValueError unless it has the `size` (H, W) of its labels."""
+    image = to_rgb(_orient(image, size[::-1]), image_source)
+    check_sizes(image, size, image_source, map_source)
+    return image
+
+
+def check_sizes(image: Image.Image, size: tuple[int, ...], image_source: str, map_source: str) -> None:
+    """Raises a ValueError unless the labels, of `size` (H, W), have one pixel for each of the image."""
+    if size != (image.height, image.width):
         raise ValueError(
-            f"{map_source} is {' x '.join(map(str, segmentation_map.shape))} (height x width), but its image "
-            f"{image_source} is {image.height} x {image.width}. Export both at the same size."
+            f"{map_source} is {' x '.join(map(str, size))} (height x width), but its image {image_source} is "
+            f"{image.height} x {image.width}. Export both at the same size."
         )
 
 
-def _orient(image: Image.Image, map_size: tuple[int, int]) -> Image.Image:
+def check_file_name(name: Any, folder: Path, source: str) -> None:
+    """Raises a ValueError unless a file name that a data set lists stays inside its folder."""
+    is_inside = isinstance(name, str) and name and "\0" not in name and not os.path.isabs(name)
+    if not is_inside or ".." in name.replace("\\", "/").split("/"):
+        raise ValueError(f"{source} has the file name {name!r}, which is not one inside {folder}.")
+
+
+def _orient(image: Image.Image, map_size: tuple[int, ...]) -> Image.Image:
     # Cameras store a turned picture as an EXIF tag on the sensor's grid. Annotation tools draw on the upright
     # picture, so the tag is applied; but some data sets hold maps on the stored grid, and then the sizes of a
     # quarter turn tell. Where both grids fit (square images, half turns), upright is by far the more common.

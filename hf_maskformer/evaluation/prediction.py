@@ -107,7 +107,7 @@ def read_images(source: str) -> Iterator[tuple[str, Image.Image]]:
         raise FileNotFoundError(f"{source} does not exist. Name an image, a folder of images or an http(s) URL.")
     files = [path]
     if path.is_dir():
-        files = [path / name for name in files_by_name(path, IMAGE_SUFFIXES).values()]
+        files = list(files_by_name(path, IMAGE_SUFFIXES).values())
         if not files:
             raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     for file in files:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from ..evaluation.semantic import evaluate_semantic
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
+from .epochs import EpochCallback
 
 BACKBONE = "pixel_level_module.encoder."
 PYRAMID = "pixel_level_module.encoder.levels."  # new layers on top of a pretrained vision transformer
@@ -93,6 +94,7 @@ class MaskFormerTrainer(Trainer):
             )
         if self.args.metric_for_best_model in ("loss", "eval_loss"):
             raise ValueError("metric_for_best_model is the loss, which evaluation does not compute. Use mean_iou.")
+        self.add_callback(EpochCallback())
         # Statistics of a few images per process are too noisy to train with; CPUs have no synchronised form.
         if self.args.world_size > 1 and self.args.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)

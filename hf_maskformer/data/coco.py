@@ -1,0 +1,142 @@
+"""Reads COCO's panoptic and instance annotations, and those of other data sets in the same files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from .coco_file import CocoFile
+from .labels import LabelSet
+from .rle import decode_mask
+from .sample import Sample, fit_image, load_image
+from .segments import number_segments, read_ids
+
+
+class CocoPanoptic(Dataset[Sample]):
+    """Images with panoptic annotations: a JSON file, and a PNG per image with an id for each segment.
+
+    The id of a pixel is red + 256 green + 65536 blue; 0 is void. A sample has a `segmentation_map` of ids in the order
+    of the JSON file, `instance_id_to_semantic_id` and `crowd_ids` (see `Sample`).
+
+    Args:
+        json_path: for instance annotations/panoptic_train2017.json.
+        image_folder: where the images lie.
+        png_folder: where the PNGs lie; by default the JSON file's path without its ending.
+        labels: classes to which categories are matched by name; by default the file's categories.
+
+    Attributes:
+        labels, label_source: the classes, and the file they come from.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or the JSON file contradicts itself (see `CocoFile`).
+    """
+
+    def __init__(
+        self,
+        json_path: str | Path,
+        image_folder: str | Path,
+        png_folder: str | Path | None = None,
+        labels: LabelSet | None = None,
+    ) -> None:
+        self._png_folder = Path(json_path).with_suffix("") if png_folder is None else Path(png_folder)
+        self._file = CocoFile(json_path, image_folder, self._png_folder, labels)
+        self.labels, self.label_source = self._file.labels, str(json_path)
+        counts = self._file.num_annotations()
+        if (counts != 1).any():
+            index = int((counts != 1).argmax())
+            raise ValueError(
+                f"{json_path}: {(counts != 1).sum()} of {len(counts)} images have not one panoptic annotation; image "
+                f"{self._file.image(index)['id']} has {counts[index]}."
+            )
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Reads one sample. Raises a ValueError that names the file if it is damaged or the files disagree."""
+        image_path = self.image_path(index)
+        annotation = self._file.annotations(index)[0]
+        map_path = self._png_folder / annotation["file_name"]
+        ids = read_ids(load_image(map_path), str(map_path))
+        segmentation_map, id_to_label, crowd_ids = number_segments(
+            ids, annotation["segments_info"], self.labels, str(map_path)
+        )
+        return {
+            "image": fit_image(load_image(image_path), ids.shape, str(image_path), str(map_path)),
+            "name": image_path.stem,
+            "segmentation_map": segmentation_map,
+            "instance_id_to_semantic_id": id_to_label,
+            "crowd_ids": crowd_ids,
+        }
+
+    def image_path(self, index: int) -> Path:
+        """Where the image of a sample lies."""
+        return self._file.image_path(index)
+
+    def map_source(self, index: int) -> str:
+        """Says where the segmentation map of a sample comes from, for messages."""
+        return str(self._png_folder / self._file.annotations(index)[0]["file_name"])
+
+
+class CocoInstances(Dataset[Sample]):
+    """Images with instance annotations: a JSON file with a polygon or an RLE for each object.
+
+    A sample has `masks`, `labels` and `iscrowd` (see `Sample`). Crowds are kept for evaluation; the data collator
+    leaves them out of training. Masks are those that COCO's own tools draw.
+
+    Args:
+        json_path: for instance annotations/instances_train2017.json.
+        image_folder: where the images lie.
+        labels: classes to which categories are matched by name; by default the file's categories.
+
+    Attributes:
+        labels, label_source: the classes, and the file they come from.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or the JSON file contradicts itself (see `CocoFile`).
+    """
+
+    def __init__(self, json_path: str | Path, image_folder: str | Path, labels: LabelSet | None = None) -> None:
+        self._file = CocoFile(json_path, image_folder, labels=labels)
+        self.labels, self.label_source = self._file.labels, str(json_path)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Reads one sample. Raises a ValueError that names file and annotation if something is wrong with it."""
+        entry = self._file.image(index)
+        image_path = self.image_path(index)
+        size = entry.get("height"), entry.get("width")
+        if not all(isinstance(edge, int) and edge > 0 for edge in size):
+            raise ValueError(f"{self.map_source(index)} has height and width {size}; they must be positive integers.")
+        image = fit_image(load_image(image_path), size, str(image_path), self.map_source(index))
+        annotations = self._file.annotations(index)
+        masks = np.zeros((len(annotations), *size), dtype=bool)
+        for mask, annotation in zip(masks, annotations, strict=True):
+            mask[:] = self._mask(annotation, size)
+        labels = [self.labels.label_of(annotation["category_id"], self.label_source) for annotation in annotations]
+        return {
+            "image": image,
+            "name": image_path.stem,
+            "masks": masks,
+            "labels": np.array(labels, dtype=np.int64),
+            "iscrowd": np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool),
+        }
+
+    def image_path(self, index: int) -> Path:
+        """Where the image of a sample lies."""
+        return self._file.image_path(index)
+
+    def map_source(self, index: int) -> str:
+        """Says where the masks of a sample come from, for messages."""
+        return f"{self._file.path}, image {self._file.image(index)['id']}"
+
+    def _mask(self, annotation: Any, size: tuple[int, int]) -> np.ndarray:
+        try:
+            return decode_mask(annotation.get("segmentation"), size)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._file.path}: annotation {annotation.get('id')} of image {annotation['image_id']} {error}."
+            ) from error

@@ -1,0 +1,204 @@
+"""The JSON files of COCO, panoptic and instances: which image has which annotations, and where they lie in the file."""
+
+import os
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .json_file import Span, read_entries, walk_json
+from .labels import LabelSet, shorten
+from .sample import check_file_name
+
+
+class CocoFile:
+    """An annotation file, opened by walking it once and keeping nothing but the places of its entries.
+
+    That is a few dozen bytes per image and annotation, in arrays that worker processes share, instead of the
+    gigabytes that all of COCO takes as Python objects.
+
+    Args:
+        path: the JSON file.
+        image_folder: where the images lie.
+        png_folder: where the PNGs of panoptic annotations lie; None for instances.
+        labels: classes of which each category must have one by name; by default the file's categories, by their ids.
+
+    Attributes:
+        labels: the classes, whose `category_ids` are the file's.
+
+    Raises:
+        FileNotFoundError: the JSON file, images or PNGs are missing.
+        ValueError: the file is damaged, or an entry lacks a field, is there twice or refers to one that is not there.
+    """
+
+    def __init__(
+        self, path: str | Path, image_folder: str | Path, png_folder: Path | None = None, labels: LabelSet | None = None
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} does not exist.")
+        self.image_folder = Path(image_folder)
+        found = _Contents(self.path, self.image_folder, png_folder)
+        for key, value, span in walk_json(self.path, ("images", "annotations")):
+            found.add(key, value, span)
+        owners = found.owners()
+        self.labels = found.labels(labels)
+        order = np.argsort(owners, kind="stable")
+        self._image_spans = np.array(found.image_spans).reshape(-1, 2)
+        self._annotation_spans = np.array(found.annotation_spans).reshape(-1, 2)[order]
+        self._first_annotation = np.searchsorted(owners[order], np.arange(len(self) + 1))
+
+    def __len__(self) -> int:
+        return len(self._image_spans)
+
+    def image(self, index: int) -> Any:
+        """Reads the entry of an image. Raises an IndexError past the last one."""
+        return read_entries(self.path, [self._image_spans[index]])[0]
+
+    def image_path(self, index: int) -> Path:
+        """Where an image lies."""
+        return self.image_folder / self.image(index)["file_name"]
+
+    def annotations(self, index: int) -> list[Any]:
+        """Reads the annotations of an image, in the order of the file."""
+        places = slice(*self._first_annotation[[index, index + 1]])
+        return read_entries(self.path, self._annotation_spans[places])
+
+    def num_annotations(self) -> np.ndarray:
+        """The number of annotations of each image, (len(self),)."""
+        return np.diff(self._first_annotation)
+
+
+class _Contents:
+    """What is kept while the file is walked; `owners` and `labels` check it at the end."""
+
+    def __init__(self, path: Path, image_folder: Path, png_folder: Path | None) -> None:
+        self._path = path
+        self._images = _FileList("images", image_folder, path)
+        self._pngs = None if png_folder is None else _FileList("PNGs", png_folder, path)
+        self._position_of_image: dict[Any, int] = {}
+        self._images_of_annotations: list[Any] = []
+        self._use_of_category: dict[Any, Any] = {}
+        self._categories: Any = None
+        self.image_spans, self.annotation_spans = array("q"), array("q")
+
+    def add(self, key: str, value: Any, span: Span) -> None:
+        if key == "images":
+            image_id = _field(value, "id", self._path, "an image")
+            if image_id in self._position_of_image:
+                raise ValueError(f"{self._path} lists the image {image_id} twice. Remove one of them.")
+            self._position_of_image[image_id] = len(self._position_of_image)
+            self._images.look_up(value.get("file_name"))
+            self.image_spans.extend(span)
+        elif key == "annotations":
+            image_id = _field(value, "image_id", self._path, "an annotation")
+            self._images_of_annotations.append(image_id)
+            if self._pngs is not None:
+                self._pngs.look_up(value.get("file_name"))
+            self.annotation_spans.extend(span)
+            segments = value.get("segments_info", [value])
+            if not isinstance(segments, list):
+                raise ValueError(f"{self._path}: segments_info of image {image_id} is no list.")
+            for segment in segments:
+                self._use_of_category.setdefault(_field(segment, "category_id", self._path, "a segment"), image_id)
+        elif key == "categories":
+            self._categories = value
+
+    def owners(self) -> np.ndarray:
+        """The position of the image of each annotation, after checking that images and files are there."""
+        if not self._position_of_image:
+            raise ValueError(f"{self._path} lists no images.")
+        self._images.require_all()
+        if self._pngs is not None:
+            self._pngs.require_all()
+        ids = self._images_of_annotations
+        owners = np.fromiter((self._position_of_image.get(image_id, -1) for image_id in ids), np.int64)
+        if (owners < 0).any():
+            lost = ids[int((owners < 0).argmax())]
+            raise ValueError(f"{self._path} has annotations of image {lost!r}, which its images do not list.")
+        return owners
+
+    def labels(self, given: LabelSet | None) -> LabelSet:
+        """The classes, after checking that every category in use is listed."""
+        names = _category_names(self._categories, self._path)
+        for category_id, image_id in self._use_of_category.items():
+            if category_id not in names:
+                raise ValueError(
+                    f"{self._path}: a segment of image {image_id} has the category_id {category_id!r}, which its "
+                    "categories do not list."
+                )
+        if given is not None:
+            return _labels_by_name(names, given, self._path)
+        category_ids = tuple(sorted(names))
+        things = {entry["id"] for entry in self._categories if entry.get("isthing", 1)}
+        try:
+            return LabelSet(
+                {label: names[category_id] for label, category_id in enumerate(category_ids)},
+                ignore_index=255 if len(names) <= 255 else 65535,
+                thing_ids=tuple(label for label, category_id in enumerate(category_ids) if category_id in things),
+                category_ids=category_ids,
+            )
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error}") from error
+
+
+class _FileList:
+    """Looks up files that a JSON file lists in a folder, which is read once instead of asking for each file."""
+
+    def __init__(self, kind: str, folder: Path, json_path: Path) -> None:
+        self._kind, self._folder, self._json_path = kind, folder, json_path
+        self._names_in: dict[str, set[str]] = {}
+        self._num_listed = 0
+        self._missing: list[str] = []
+
+    def look_up(self, name: Any) -> None:
+        check_file_name(name, self._folder, str(self._json_path))
+        parent, base = os.path.split(name)
+        if parent not in self._names_in:
+            folder = self._folder / parent
+            self._names_in[parent] = set(os.listdir(folder)) if folder.is_dir() else set()
+        self._num_listed += 1
+        if base not in self._names_in[parent]:
+            self._missing.append(name)
+
+    def require_all(self) -> None:
+        if self._missing:
+            raise FileNotFoundError(
+                f"{len(self._missing)} of {self._num_listed} {self._kind} that {self._json_path} lists are not in "
+                f"{self._folder}: {shorten(self._missing)}. Complete the folder, or name another one."
+            )
+
+
+def _category_names(categories: Any, path: Path) -> dict[int, str]:
+    if not isinstance(categories, list) or not categories:
+        raise ValueError(f"{path} has no list of categories.")
+    names = {_field(entry, "id", path, "a category"): _field(entry, "name", path, "a category") for entry in categories}
+    if not all(isinstance(category_id, int) for category_id in names):
+        raise ValueError(f"{path} has categories whose ids are no integers.")
+    if len(names) < len(categories):
+        raise ValueError(f"{path} lists {len(categories)} categories under {len(names)} ids. Give each its own id.")
+    return names
+
+
+def _labels_by_name(names: dict[int, str], labels: LabelSet, path: Path) -> LabelSet:
+    category_of_name = {name: category_id for category_id, name in names.items()}
+    wanted = set(labels.id2label.values())
+    unknown = sorted(set(category_of_name) - wanted)
+    missing = sorted(wanted - set(category_of_name))
+    if unknown or missing:
+        raise ValueError(
+            f"{path} and the given classes differ in their names: only the file has {shorten(unknown) or 'none'}, only "
+            f"the classes have {shorten(missing) or 'none'}. Rename the classes, or leave them to the file."
+        )
+    category_ids = tuple(category_of_name[labels.id2label[label]] for label in range(labels.num_labels))
+    return LabelSet(labels.id2label, labels.ignore_index, thing_ids=labels.thing_ids, category_ids=category_ids)
+
+
+def _field(entry: Any, name: str, path: Path, kind: str) -> Any:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: {kind} is {str(entry)[:60]}, not an object.")
+    value = entry.get(name)
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        raise ValueError(f"{path}: {kind} has the {name} {value!r}: {str(entry)[:80]}. Give it a number or a name.")
+    return value

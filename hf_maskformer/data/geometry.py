@@ -1,0 +1,76 @@
+"""Moves image, segmentation map and masks of a sample together, so that every pixel keeps its label."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..image_processing_maskformer_images import resize_nearest
+from ..image_processing_maskformer_settings import ImageProcessorSettings
+from .sample import Sample
+
+Size = tuple[int, int]
+Window = tuple[int, int, int, int]
+
+LABEL_FIELDS = ("segmentation_map", "masks")
+
+
+def resize(sample: Sample, size: Size, window: Window | None = None) -> Sample:
+    """Scales to `size` (height, width): the image bilinearly, labels to the value at the centre of each pixel.
+
+    With a `window` (top, left, height, width) of the result, nothing but what it shows is computed.
+    """
+    image = sample["image"]
+    top, left, height, width = window or (0, 0, *size)
+    # Pillow weighs pixels beyond the box too, so this is a part of the whole picture to the last level.
+    x_step, y_step = image.width / size[1], image.height / size[0]
+    box = (left * x_step, top * y_step, (left + width) * x_step, (top + height) * y_step)
+    scaled = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    rows = _sources(image.height, size[0])[top : top + height, None]
+    columns = _sources(image.width, size[1])[left : left + width]
+    return _changed(sample, scaled, lambda labels: labels[..., rows, columns])
+
+
+def resized_size(image: Image.Image, short_edge: int, max_size: int | None = None) -> Size:
+    """The size with a shorter side of this length, unless the longer one would exceed `max_size`."""
+    # The image processor's own rule, so that images are rounded alike in training and afterwards.
+    longest = {} if max_size is None else {"longest_edge": max_size}
+    rule = ImageProcessorSettings(size={"shortest_edge": short_edge, **longest})
+    return rule.resized_size((image.height, image.width))
+
+
+def mirror(sample: Sample) -> Sample:
+    """Mirrors left and right."""
+    image = sample["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return _changed(sample, image, lambda labels: labels[..., ::-1])
+
+
+def tidy(sample: Sample) -> Sample:
+    """Drops masks without a pixel, with their labels, and gives arrays that own their memory.
+
+    torch takes no mirrored view, and a crop that is a view would keep the whole array alive. A map needs no more: a
+    segment without a pixel is none.
+    """
+    if "masks" not in sample:
+        return {**sample, "segmentation_map": np.ascontiguousarray(sample["segmentation_map"])}
+    is_there = sample["masks"].any(axis=(1, 2))
+    return {
+        **sample,
+        "masks": np.ascontiguousarray(sample["masks"][is_there]),
+        "labels": sample["labels"][is_there],
+        "iscrowd": sample["iscrowd"][is_there],
+    }
+
+
+def _sources(length: int, new_length: int) -> np.ndarray:
+    """For each place of a resized axis the place that it comes from."""
+    return resize_nearest(torch.arange(length)[None], (1, new_length))[0].numpy()
+
+
+def _changed(sample: Sample, image: Image.Image, change: Any) -> Sample:
+    changed: Any = {**sample, "image": image}
+    for name in LABEL_FIELDS:
+        if name in sample:
+            changed[name] = change(changed[name])
+    return changed

@@ -1,0 +1,118 @@
+"""Walks a JSON file that is too large to hold, such as COCO's, and reads single entries of it later."""
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+Span = tuple[int, int]  # first byte, and the one after the last
+
+CHUNK = 2**22
+
+
+def walk_json(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any, Span]]:
+    """Gives the members of the object in a file: (key, value, place in the file), as they come.
+
+    The lists named by `arrays` are given one element at a time, so that never more than one is held. Raises a
+    ValueError that names file and byte if the file is no JSON object, ends early, or such a list is none.
+    """
+    with path.open("rb") as file:
+        cursor = _Cursor(path, file)
+        cursor.expect("{")
+        is_first = True
+        while cursor.next_item("}", is_first):
+            is_first = False
+            key, _ = cursor.value()
+            cursor.expect(":")
+            if key not in arrays:
+                yield key, *cursor.value()
+                continue
+            cursor.expect("[")
+            is_first_element = True
+            while cursor.next_item("]", is_first_element):
+                is_first_element = False
+                yield key, *cursor.value()
+
+
+def read_entries(path: Path, spans: Collection[Span]) -> list[Any]:
+    """Reads values at places that `walk_json` gave. Raises a ValueError if the file has changed since."""
+    try:
+        with path.open("rb") as file:
+            return [_read_entry(file, span) for span in spans]
+    except ValueError as error:
+        raise ValueError(f"{path} has changed since it was opened ({error}). Open the data set again.") from error
+
+
+def _read_entry(file: IO[bytes], span: Span) -> Any:
+    file.seek(span[0])
+    return json.loads(file.read(span[1] - span[0]))
+
+
+class _Cursor:
+    """A place in a JSON file, of which a window is in memory: one character per byte, so that places are bytes."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path = path
+        self._file = file
+        self._decoder = json.JSONDecoder()
+        self._window = file.read(max(CHUNK, 3)).decode("latin-1")
+        self._start = 0
+        # Editors on Windows put a byte order mark in front.
+        self._place = 3 if self._window.startswith("\xef\xbb\xbf") else 0
+
+    def value(self) -> tuple[Any, Span]:
+        self._peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._window, self._place)
+                # A number at the very end may go on.
+                if end < len(self._window) or not self._read_on():
+                    break
+            except RecursionError as error:
+                raise self._error("is nested too deeply") from error
+            except ValueError as error:
+                if not self._read_on():
+                    raise self._error("is no complete JSON value") from error
+        text = self._window[self._place : end]
+        if not text.isascii():
+            value = json.loads(text.encode("latin-1"))
+        span = (self._start + self._place, self._start + end)
+        self._place = end
+        return value, span
+
+    def next_item(self, closing: str, is_first: bool) -> bool:
+        """Steps over what separates items; False at the end of the list or object."""
+        if self._peek() == closing:
+            self._place += 1
+            return False
+        if not is_first:
+            self.expect(",")
+        return True
+
+    def expect(self, character: str) -> None:
+        if self._peek() != character:
+            raise self._error(f"should be '{character}'")
+        self._place += 1
+
+    def _peek(self) -> str:
+        while True:
+            while self._place < len(self._window):
+                character = self._window[self._place]
+                if character not in " \t\r\n":
+                    return character
+                self._place += 1
+            if not self._read_on():
+                raise self._error("is the end of the file, in the middle of its content")
+
+    def _read_on(self) -> bool:
+        # A value that does not fit gets twice the room each time, so that it is not parsed over and over.
+        chunk = self._file.read(max(CHUNK, len(self._window) - self._place))
+        if not chunk:
+            return False
+        self._window = self._window[self._place :] + chunk.decode("latin-1")
+        self._start += self._place
+        self._place = 0
+        return True
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(f"{self._path}: byte {self._start + self._place} {problem}. Download or export it again.")

@@ -1,0 +1,132 @@
+"""Opens well-known semantic data sets in the folders that their downloads unpack to.
+
+Each function takes the folder, a split ("train" or "val") and optionally the classes (see `LabelSet`), and raises a
+FileNotFoundError or ValueError that names what is missing or wrong.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .folder import IMAGE_SUFFIXES, MAP_SUFFIXES, SegmentationFiles, files_by_name
+from .labels import LabelSet
+
+LABEL_NAMES = Path(__file__).parent / "label_names"
+
+# Of COCO-Stuff's ids 1 to 182, these are planned objects that were never annotated; the other 171 are the classes.
+COCO_STUFF_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+
+
+def ade20k(root: str | Path, split: str, labels: LabelSet | None = None) -> SegmentationFiles:
+    """ADE20K for scene parsing, 150 classes (ADEChallengeData2016).
+
+    Reads images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, whose labels count from 1.
+    """
+    folder = {"train": "training", "val": "validation"}.get(split, split)
+    labels = labels or replace(_named_labels("ade20k"), do_reduce_labels=True)
+    images = _files(Path(root) / "images" / folder, IMAGE_SUFFIXES)
+    maps = _files(Path(root) / "annotations" / folder, MAP_SUFFIXES)
+    return SegmentationFiles(images, maps, labels, "ADE20K's classes")
+
+
+def cityscapes(root: str | Path, split: str, labels: LabelSet | None = None) -> SegmentationFiles:
+    """Cityscapes, 19 classes: leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and gtFine/..._gtFine_labelTrainIds.png."""
+    labels = labels or _named_labels("cityscapes")
+    images = _files(Path(root) / "leftImg8bit" / split, IMAGE_SUFFIXES, "_leftImg8bit", "*/*")
+    maps = _files(Path(root) / "gtFine" / split, MAP_SUFFIXES, "_gtFine_labelTrainIds", "*/*")
+    if not maps:
+        raise FileNotFoundError(
+            f"{Path(root) / 'gtFine' / split} holds no *_gtFine_labelTrainIds.png. Make them from the polygons by "
+            "createTrainIdLabelImgs.py of cityscapesscripts."
+        )
+    return SegmentationFiles(images, maps, labels, "Cityscapes' classes")
+
+
+def mapillary_vistas(root: str | Path, split: str, labels: LabelSet | None = None) -> SegmentationFiles:
+    """Mapillary Vistas: {training,validation}/images/*.jpg and labels/*.png, 65 classes in version 1.2.
+
+    A download of version 2.0 has a folder for each version: {training,validation}/v1.2/labels and config_v1.2.json.
+    Without `labels`, the classes are those of config.json, and its "Unlabeled" is ignored.
+    """
+    part = Path(root) / {"train": "training", "val": "validation"}.get(split, split)
+    config = Path(root) / "config.json"
+    version = ""
+    if not config.is_file():
+        config, version = Path(root) / "config_v1.2.json", "v1.2"
+    images = _files(part / "images", IMAGE_SUFFIXES)
+    maps = _files(part / version / "labels", MAP_SUFFIXES)
+    return SegmentationFiles(images, maps, labels or _mapillary_labels(config), str(config))
+
+
+class CocoStuff10k(SegmentationFiles):
+    """COCO-Stuff 10k, 171 classes: images/*.jpg, annotations/*.mat and imageLists/{train,test}.txt.
+
+    "val" is its test list. Pixels of a map are classes from 0, and 255 where there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or a map holds an id that is none of COCO-Stuff's.
+    """
+
+    def __init__(self, root: str | Path, split: str, labels: LabelSet | None = None) -> None:
+        list_path = Path(root) / "imageLists" / f"{'test' if split == 'val' else split}.txt"
+        if not list_path.is_file():
+            raise FileNotFoundError(
+                f"{list_path} does not exist. COCO-Stuff 10k has a list for train and one for test."
+            )
+        names = set(list_path.read_text().split())
+        images = _chosen(_files(Path(root) / "images", IMAGE_SUFFIXES), names, list_path)
+        maps = _chosen(_files(Path(root) / "annotations", (".mat",)), names, list_path)
+        super().__init__(images, maps, labels or _named_labels("coco_stuff_10k"), "COCO-Stuff's classes")
+        self._label_of_id = np.full(183, 255, dtype=np.uint8)
+        self._label_of_id[np.setdiff1d(np.arange(1, 183), COCO_STUFF_UNUSED_IDS)] = np.arange(171)
+
+    def _load_map(self, path: Path) -> Image.Image:
+        from scipy.io import loadmat
+
+        try:
+            ids = loadmat(path)["S"]
+        # A damaged file meets scipy's reader with many kinds of error.
+        except Exception as error:
+            raise ValueError(f"{path} is no label file of COCO-Stuff ({error}). Download it again.") from error
+        unknown = np.setdiff1d(ids, np.setdiff1d(np.arange(183), COCO_STUFF_UNUSED_IDS))
+        if unknown.size:
+            raise ValueError(f"{path} contains the id {unknown[0]}, which is none of COCO-Stuff's.")
+        return Image.fromarray(self._label_of_id[ids])
+
+
+def _files(folder: Path, suffixes: tuple[str, ...], ending: str = "", pattern: str = "*") -> dict[str, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist. docs/data.md shows the folders that are read.")
+    return files_by_name(folder, suffixes, ending, pattern)
+
+
+def _chosen(files: dict[str, Path], names: set[str], list_path: Path) -> dict[str, Path]:
+    missing = sorted(names - set(files))
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} files of {list_path} are missing, the first of them {missing[0]}.")
+    return {name: files[name] for name in names}
+
+
+def _named_labels(name: str) -> LabelSet:
+    path = LABEL_NAMES / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Give the classes of the data set in a classes.json.")
+    return LabelSet.from_json(path)
+
+
+def _mapillary_labels(config: Path) -> LabelSet:
+    if not config.is_file():
+        raise FileNotFoundError(f"{config} does not exist. It comes with Mapillary Vistas and names the classes.")
+    try:
+        entries: Sequence[dict[str, str]] = json.loads(config.read_text(encoding="utf-8"))["labels"]
+        names = [entry["readable"] for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{config} has no "labels", each with its "readable" name.') from error
+    # The last entry is what the annotators left unlabelled.
+    if names and names[-1].lower() == "unlabeled":
+        return LabelSet(dict(enumerate(names[:-1])), ignore_index=len(names) - 1)
+    return LabelSet(dict(enumerate(names)))

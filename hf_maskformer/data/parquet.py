@@ -1,0 +1,141 @@
+"""Writes a data set as Parquet files that `SegmentationColumns` and the Hub read."""
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .check import LabelledDataset
+from .labels import LabelSet
+from .rle import encode_rle
+from .sample import Sample
+
+if TYPE_CHECKING:
+    import datasets
+
+# Rows that are held until they are written, and that a stream reads at a time.
+ROWS_AT_ONCE = 64
+
+
+def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samples_per_file: int = 1000) -> list[Path]:
+    """Writes one split to `folder`/data/SPLIT-*.parquet and its classes to `folder`/classes.json.
+
+    Images are stored as the bytes of their files where the data set has them (`image_path`), otherwise as PNG; maps as
+    PNG, masks as packed RLE. Several files let processes and workers share a stream. Each file appears only once it is
+    complete. Shows a progress bar.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: a sample cannot be read, a map holds values that a PNG cannot, samples are of both forms, or the
+            folder has other classes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    _write_classes(dataset.labels, folder / "classes.json")
+    features = _features(dataset[0])
+    num_files = -(-len(dataset) // samples_per_file)
+    paths = [folder / "data" / f"{split}-{number:05}-of-{num_files:05}.parquet" for number in range(num_files)]
+    bar = tqdm(total=len(dataset), desc="Writing samples", unit="sample")
+    for number, path in enumerate(paths):
+        indices = range(number * samples_per_file, min((number + 1) * samples_per_file, len(dataset)))
+        partial = path.with_suffix(".partial")
+        with pq.ParquetWriter(partial, features.arrow_schema) as writer:
+            for start in range(0, len(indices), ROWS_AT_ONCE):
+                rows = [_row(dataset, index) for index in indices[start : start + ROWS_AT_ONCE]]
+                _check_columns(rows, features, path)
+                writer.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema))
+                bar.update(len(rows))
+        os.replace(partial, path)
+    bar.close()
+    return paths
+
+
+def _features(sample: Sample) -> "datasets.Features":
+    import datasets
+
+    integer = datasets.Value("int64")
+    columns: dict[str, Any] = {"image": datasets.Image(), "name": datasets.Value("string")}
+    if "masks" in sample:
+        is_crowd, text = datasets.Value("bool"), datasets.Value("string")
+        columns["objects"] = [{"label": integer, "iscrowd": is_crowd, "size": [integer], "counts": text}]
+    else:
+        columns["label"] = datasets.Image()
+        if "instance_id_to_semantic_id" in sample:
+            columns["segments_info"] = [{"id": integer, "category_id": integer, "iscrowd": datasets.Value("bool")}]
+    return datasets.Features(columns)
+
+
+def _row(dataset: Any, index: int) -> dict[str, Any]:
+    sample: Sample = dataset[index]
+    if hasattr(dataset, "image_path"):
+        path = dataset.image_path(index)
+        image = {"bytes": path.read_bytes(), "path": path.name}
+    else:
+        image = {"bytes": _png(sample["image"]), "path": None}
+    row: dict[str, Any] = {"image": image, "name": sample["name"]}
+    if "masks" in sample:
+        objects = zip(sample["masks"], sample["labels"].tolist(), sample["iscrowd"].tolist(), strict=True)
+        return row | {
+            "objects": [
+                {"label": label, "iscrowd": iscrowd, "size": list(mask.shape), "counts": encode_rle(mask)}
+                for mask, label, iscrowd in objects
+            ]
+        }
+    segmentation_map = sample["segmentation_map"]
+    if "instance_id_to_semantic_id" in sample:
+        segmentation_map, row["segments_info"] = _segments(sample, dataset.labels)
+    return row | {"label": {"bytes": _png(_as_image(segmentation_map, sample["name"])), "path": None}}
+
+
+def _segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Numbers the segments of a map from 1, in the order of their list; 0 is void."""
+    id_to_label = sample["instance_id_to_semantic_id"]
+    known = np.array(sorted({*id_to_label, labels.ignore_index}))
+    positions = np.minimum(np.searchsorted(known, sample["segmentation_map"]), len(known) - 1)
+    if (known[positions] != sample["segmentation_map"]).any():
+        raise ValueError(f"{sample['name']} contains ids that instance_id_to_semantic_id lacks.")
+    numbers = {segment_id: number for number, segment_id in enumerate(id_to_label, start=1)}
+    number_at = np.array([0 if value == labels.ignore_index else numbers[value] for value in known.tolist()])
+    segments_info = [
+        {
+            "id": numbers[segment_id],
+            "category_id": labels.category_ids[label] if labels.category_ids else label,
+            "iscrowd": segment_id in sample.get("crowd_ids", ()),
+        }
+        for segment_id, label in id_to_label.items()
+    ]
+    return number_at[positions], segments_info
+
+
+def _as_image(segmentation_map: np.ndarray, name: str) -> Image.Image:
+    lowest, highest = int(segmentation_map.min()), int(segmentation_map.max())
+    if lowest < 0 or highest >= 2**16:
+        raise ValueError(f"{name} has a map with values from {lowest} to {highest}; a PNG holds 0 to 65535.")
+    return Image.fromarray(segmentation_map.astype(np.uint8 if highest < 256 else np.uint16))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _check_columns(rows: list[dict[str, Any]], features: "datasets.Features", path: Path) -> None:
+    for row in rows:
+        if row.keys() != features.keys():
+            raise ValueError(f"{path}: {row['name']} has {', '.join(row)}, but other samples {', '.join(features)}.")
+
+
+def _write_classes(labels: LabelSet, path: Path) -> None:
+    if path.is_file() and LabelSet.from_json(path) != labels:
+        raise ValueError(f"{path} holds other classes. Write this data set to another folder.")
+    labels.to_json(path)

@@ -1,0 +1,160 @@
+"""Masks as COCO stores them: run lengths (RLE), plain or packed into text, and polygons.
+
+Runs go down the columns of a mask from its upper left corner and begin with a run of background. Counts come from
+files, so they are checked: whatever they hold, no more memory is taken than the mask needs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# COCO draws a polygon on a grid five times as fine, whose cells 2, 7, 12, ... are the centres of pixels.
+FINENESS = 5
+CENTRE = FINENESS // 2
+# More digits of five bits than any image needs; 64-bit sums of such numbers cannot overflow.
+MAX_DIGITS = 8
+
+
+def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """Draws the `segmentation` of a COCO annotation: a list of polygons, or an RLE of plain or packed counts.
+
+    Returns (H, W) bool. Raises a ValueError for anything else, and for what does not fit `size` (height, width).
+    """
+    if isinstance(segmentation, list):
+        return draw_polygons(segmentation, size)
+    if not isinstance(segmentation, dict) or "counts" not in segmentation:
+        raise ValueError("is neither a list of polygons nor an RLE with counts")
+    if segmentation.get("size", list(size)) != list(size):
+        raise ValueError(f"has the size {segmentation['size']}, but its image is {size[0]} x {size[1]}")
+    return decode_rle(segmentation["counts"], size)
+
+
+def decode_rle(counts: str | bytes | Sequence[int], size: tuple[int, int]) -> np.ndarray:
+    """Gives the mask (H, W), bool, of run lengths. Raises a ValueError unless they fill `size` exactly."""
+    runs = (
+        _unpack(counts)
+        if isinstance(counts, str | bytes)
+        else np.array(counts, ndmin=1)
+        if counts
+        else np.zeros(0, np.int64)
+    )
+    if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
+        raise ValueError("has counts that are no list of integers")
+    num_pixels = size[0] * size[1]
+    if runs.size and (runs.min() < 0 or runs.max() > num_pixels):
+        wrong = runs.min() if runs.min() < 0 else runs.max()
+        raise ValueError(f"has a run of {wrong} pixels, but its image has {num_pixels}")
+    if runs.sum() != num_pixels:
+        raise ValueError(f"has runs of {runs.sum()} pixels in all, but its image has {num_pixels}")
+    return _fill(runs.astype(np.int64), size)
+
+
+def encode_rle(mask: np.ndarray) -> str:
+    """Packs a mask (H, W) into the text that `decode_rle` reads."""
+    pixels = np.concatenate([[False], mask.T.ravel()])
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1])
+    runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
+    # From the fourth on, a run is stored as its difference to the run of the same colour before it.
+    numbers = runs.copy()
+    numbers[3:] -= runs[1:-2]
+    return "".join(_pack(number) for number in numbers.tolist())
+
+
+def draw_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
+    """Draws polygons, each [x1, y1, x2, y2, ...] in pixels, as the union of what COCO's own tools draw.
+
+    Returns (H, W) bool. Raises a ValueError for a polygon without area or far outside the image.
+    """
+    mask = np.zeros(size, dtype=bool)
+    if not polygons:
+        raise ValueError("has no polygon")
+    for polygon in polygons:
+        positions = np.sort(_column_crossings(_corners(polygon, size), size))
+        mask |= _fill(np.diff(np.concatenate([[0], positions, [mask.size]])), size)
+    return mask
+
+
+def _corners(polygon: Any, size: tuple[int, int]) -> np.ndarray:
+    """Checks a polygon and gives its corners (N, 2)."""
+    try:
+        values = np.array(polygon, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"has the polygon {str(polygon)[:60]}, which is no list of numbers") from error
+    if values.ndim != 1 or len(values) < 6 or len(values) % 2:
+        raise ValueError(f"has a polygon of shape {values.shape}; it takes x and y of 3 or more corners")
+    # The work grows with the length of the outline, which nothing else bounds.
+    reach = 2 * max(size)
+    if not np.isfinite(values).all() or np.abs(values).max() > reach:
+        raise ValueError(f"has a polygon with the coordinate {values[np.abs(values).argmax()]} beside {size} pixels")
+    return values.reshape(-1, 2)
+
+
+def _column_crossings(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Where the outline crosses the centre of a column: positions (N,) in the order of runs, where colour changes."""
+    x, y = _outline((corners * FINENESS + 0.5).astype(np.int64))
+    crossed = np.maximum(x[1:], x[:-1]) - 1
+    column, is_centre = crossed // FINENESS, crossed % FINENESS == CENTRE
+    is_crossing = (x[1:] != x[:-1]) & is_centre & (column >= 0) & (column < size[1])
+    upper = np.minimum(y[1:], y[:-1])
+    row = np.clip((upper + CENTRE) // FINENESS, 0, size[0])
+    return (column * size[0] + row)[is_crossing]
+
+
+def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The cells of a closed outline between corners (N, 2) of integers, in order: x and y, a step of one cell apart."""
+    begin, end = corners, np.roll(corners, -1, axis=0)
+    lengths = np.abs(end - begin).max(axis=1)
+    long_axis = np.abs(end - begin).argmax(axis=1)
+    edges = np.arange(len(corners))
+    # An edge is drawn from its lower end, so that it has the same cells in both directions.
+    is_reversed = begin[edges, long_axis] > end[edges, long_axis]
+    lower = np.where(is_reversed[:, None], end, begin)
+    slope = np.where(is_reversed[:, None], begin - end, end - begin) / np.maximum(lengths, 1)[:, None]
+
+    edge = np.repeat(edges, lengths + 1)
+    step = np.arange(len(edge)) - np.repeat(np.cumsum(lengths + 1) - lengths - 1, lengths + 1)
+    step = np.where(is_reversed[edge], lengths[edge] - step, step)
+    # Truncated, not rounded down: below zero COCO's tools do so too.
+    cells = np.trunc(lower[edge] + slope[edge] * step[:, None] + 0.5).astype(np.int64)
+    cells[np.arange(len(edge)), long_axis[edge]] = lower[edge, long_axis[edge]] + step
+    return cells[:, 0], cells[:, 1]
+
+
+def _fill(runs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    is_foreground = np.arange(len(runs)) % 2 == 1
+    return np.repeat(is_foreground, runs).reshape(size[1], size[0]).T
+
+
+def _unpack(text: str | bytes) -> np.ndarray:
+    """Reads packed counts: digits of five bits, the lowest first, a sixth bit where another digit follows."""
+    if not isinstance(text, bytes):
+        text = text.encode()
+    if not text:
+        return np.zeros(0, dtype=np.int64)
+    digits = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    if digits.min() < 0 or digits.max() > 63:
+        raise ValueError("has packed counts with a character that they never contain")
+    is_last = digits < 32
+    if not is_last[-1]:
+        raise ValueError("has packed counts that end within a number")
+    starts = np.concatenate([[0], np.flatnonzero(is_last)[:-1] + 1])
+    lengths = np.diff(np.concatenate([starts, [len(digits)]]))
+    if lengths.max() > MAX_DIGITS:
+        raise ValueError(f"has packed counts with a number of {lengths.max()} digits")
+    places = np.arange(len(digits)) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((digits & 31) << (5 * places), starts)
+    is_negative = digits[is_last] & 16 != 0
+    numbers -= np.where(is_negative, 1 << (5 * lengths), 0)
+    # From the fourth on, a number is the difference to the run of the same colour before it.
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers
+
+
+def _pack(number: int) -> str:
+    digits = []
+    while not -16 <= number < 16:
+        digits.append(chr((number & 31) + 32 + 48))
+        number >>= 5
+    return "".join(digits) + chr((number & 31) + 48)

@@ -1,0 +1,90 @@
+"""From the ways in which files tell segments apart to the map of ids that a sample holds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .labels import LabelSet, shorten
+
+# The first id in the map of a sample. It lies above every 8-bit value, so that no segment has the ignored one.
+FIRST_ID = 256
+
+Segments = tuple[np.ndarray, dict[int, int], tuple[int, ...]]
+
+
+def read_ids(image: Image.Image, source: str) -> np.ndarray:
+    """The ids (H, W) in an image of one integer channel, or of three: red + 256 green + 65536 blue, as in COCO."""
+    values = np.asarray(image)
+    if image.mode == "RGB":
+        channels = values.astype(np.int32)
+        return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
+    if values.ndim == 2 and values.dtype.kind in "bui":
+        return values.astype(np.int32)
+    raise ValueError(f"{source} has mode {image.mode}; ids of segments are stored as RGB or in one integer channel.")
+
+
+def number_segments(
+    ids: np.ndarray, segments_info: Sequence[Mapping[str, Any]], labels: LabelSet, source: str
+) -> Segments:
+    """Numbers the segments of an image in the order in which they are listed, from `FIRST_ID`.
+
+    Args:
+        ids: (H, W) integers; 0 is void unless it is listed.
+        segments_info: `id` and `category_id` of each segment, and optionally `iscrowd`.
+        labels: tells the label of a category, and the value of void in the result.
+        source: where the ids come from, for messages.
+
+    Returns:
+        The map (H, W) int32, the label of each of its ids, and the ids of crowds.
+
+    Raises:
+        ValueError: an id is missing in the list or listed twice, or a category is unknown.
+    """
+    number_of_id: dict[int, int] = {}
+    label_of_number: dict[int, int] = {}
+    crowd_ids = []
+    for number, segment in enumerate(segments_info, start=FIRST_ID):
+        segment_id = _integer(segment, "id", source)
+        if segment_id in number_of_id:
+            raise ValueError(f"{source}: segments_info lists the id {segment_id} twice. Give each segment its own id.")
+        number_of_id[segment_id] = number
+        category_id = _integer(segment, "category_id", source)
+        label_of_number[number] = labels.label_of(category_id, f"{source}: segment {segment_id}")
+        if segment.get("iscrowd"):
+            crowd_ids.append(number)
+    number_of_id.setdefault(0, labels.ignore_index)
+
+    known = np.array(sorted(number_of_id))
+    numbers = np.array([number_of_id[segment_id] for segment_id in known.tolist()], dtype=np.int32)
+    positions = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    is_unknown = known[positions] != ids
+    if is_unknown.any():
+        unknown = np.unique(ids[is_unknown]).tolist()
+        raise ValueError(f"{source} contains the ids {shorten(unknown)}, which its segments_info does not list.")
+    return numbers[positions], label_of_number, tuple(crowd_ids)
+
+
+def split_class_and_instance(image: Image.Image, ignore_index: int, source: str) -> Segments:
+    """Reads an image whose red channel is the class of a pixel and whose green one tells instances of it apart.
+
+    Pixels of class `ignore_index` are void. Returns what `number_segments` does; there are no crowds.
+    """
+    if image.mode not in ("RGB", "RGBA"):
+        raise ValueError(f"{source} has mode {image.mode}; red must be the class and green the instance of a pixel.")
+    channels = np.asarray(image)
+    pairs = 256 * channels[..., 0].astype(np.int32) + channels[..., 1]
+    present = np.flatnonzero(np.bincount(pairs.ravel(), minlength=2**16))
+    segments = present[present // 256 != ignore_index]
+    number_of_pair = np.full(2**16, ignore_index, dtype=np.int32)
+    number_of_pair[segments] = np.arange(FIRST_ID, FIRST_ID + len(segments))
+    label_of_number = dict(enumerate((segments // 256).tolist(), start=FIRST_ID))
+    return number_of_pair[pairs], label_of_number, ()
+
+
+def _integer(segment: Mapping[str, Any], field: str, source: str) -> int:
+    value = segment.get(field) if isinstance(segment, Mapping) else None
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise ValueError(f"{source}: segments_info has the entry {str(segment)[:80]}, whose {field} is no integer.")
+    return int(value)

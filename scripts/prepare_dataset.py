@@ -1,0 +1,85 @@
+"""Checks a data set before training, or writes a compact Parquet version of it.
+
+    python scripts/prepare_dataset.py check DATA
+    python scripts/prepare_dataset.py check DATA --split train val --format coco-panoptic
+    python scripts/prepare_dataset.py parquet DATA OUT
+
+`check` reads every sample and reports missing and damaged files, sizes that differ, labels out of range, segments
+without a pixel and how often each class occurs; it ends with status 1 if training would stop at something. `parquet`
+writes OUT/data/*.parquet and OUT/classes.json, which train.py, evaluate.py and the Hub read. DATA is a folder in a
+layout of docs/data.md, or with --image_column a data set of the Hub.
+"""
+
+import argparse
+import sys
+
+from hf_maskformer.data.check import DataReport, inspect_samples, report_as_table
+from hf_maskformer.data.opening import COLUMN_FORMATS, FORMATS, open_dataset
+from hf_maskformer.data.parquet import write_parquet
+
+MAX_LINES = 50
+
+
+def main(arguments: argparse.Namespace) -> int:
+    has_problems = False
+    for split in arguments.split:
+        print(f"{arguments.data}, {split}")
+        try:
+            dataset = open_split(arguments, split)
+            if arguments.command == "parquet":
+                paths = write_parquet(dataset, arguments.output, split)
+                print(f"{len(dataset)} samples in {len(paths)} files of {arguments.output}")
+                continue
+        except (FileNotFoundError, ValueError) as error:
+            print(error)
+            has_problems = True
+            continue
+        report = inspect_samples(dataset, arguments.num_workers)
+        print(report_as_table(report, dataset.labels))
+        has_problems |= bool(report.problems)
+        print_findings(report)
+    return int(has_problems)
+
+
+def open_split(arguments: argparse.Namespace, split: str):
+    return open_dataset(
+        arguments.data,
+        split,
+        arguments.image_column,
+        arguments.label_column,
+        arguments.classes,
+        format=arguments.format,
+        streaming=arguments.streaming,
+    )
+
+
+def print_findings(report: DataReport) -> None:
+    kinds = {"problems": report.problems, "samples with empty segments": report.empty_segments}
+    print(f"{report.num_samples} samples, {', '.join(f'{len(lines)} {kind}' for kind, lines in kinds.items())}")
+    for kind, lines in kinds.items():
+        if lines:
+            print(f"{kind}{f', the first {MAX_LINES}' if len(lines) > MAX_LINES else ''}:")
+            print(*(f"  {line}" for line in lines[:MAX_LINES]), sep="\n")
+
+
+def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("check", "parquet"):
+        command = commands.add_parser(name)
+        command.add_argument("data", help="folder or name of the data set")
+        if name == "parquet":
+            command.add_argument("output", help="folder to write to")
+        command.add_argument("--split", nargs="+", default=["train", "val"], help="splits; default train and val")
+        command.add_argument("--format", choices=(*FORMATS, *COLUMN_FORMATS), help="layout, where it is left open")
+        command.add_argument("--image_column", help="column of images of a `datasets` data set")
+        command.add_argument("--label_column", default="label", help="column of label maps")
+        command.add_argument("--classes", help="classes.json, if the data has none of its own")
+        command.add_argument("--num_workers", type=int, default=8, help="threads that read at the same time")
+        command.set_defaults(streaming=False)
+    commands.choices["check"].add_argument("--streaming", action="store_true", help="read columns as they come")
+    return parser.parse_args(command_line)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_arguments()))

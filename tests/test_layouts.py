@@ -1,0 +1,245 @@
+"""The data sets in the folders of their downloads, and how they are recognised on a command line."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.io
+from coco_files import CATEGORIES, write_image, write_instances, write_panoptic
+from PIL import Image
+from real_data import REAL_DATA, needs_real_data
+
+from hf_maskformer.data import layouts
+from hf_maskformer.data.check import check_samples
+from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
+from hf_maskformer.data.folder import PackedStrings, SegmentationFolder
+from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.data.opening import open_dataset
+
+LABELS = np.array([[0, 1, 255], [1, 0, 0]], dtype=np.uint8)
+
+
+def write_map(path, labels=LABELS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels).save(path)
+
+
+@pytest.fixture
+def label_names(tmp_path, monkeypatch):
+    """Names of two classes for each data set, in place of the real ones."""
+    folder = tmp_path / "label_names"
+    folder.mkdir()
+    for name in ("ade20k", "cityscapes"):
+        (folder / f"{name}.json").write_text(json.dumps({"id2label": {"0": "wall", "1": "road"}}))
+    names = {str(label): f"class {label}" for label in range(171)}
+    (folder / "coco_stuff_10k.json").write_text(json.dumps({"id2label": names}))
+    monkeypatch.setattr(layouts, "LABEL_NAMES", folder)
+
+
+def test_ade20k_counts_its_labels_from_one(tmp_path, label_names):
+    root = tmp_path / "ADEChallengeData2016"
+    write_image(root / "images/training/ADE_train_1.jpg", (2, 3))
+    write_map(root / "annotations/training/ADE_train_1.png", np.array([[0, 1, 2], [2, 2, 2]], dtype=np.uint8))
+    dataset = open_dataset(str(root), "train")
+    assert dataset.labels == LabelSet({0: "wall", 1: "road"}, do_reduce_labels=True)
+    assert dataset[0]["name"] == "ADE_train_1"
+    assert dataset[0]["segmentation_map"].tolist() == [[0, 1, 2], [2, 2, 2]]
+    check_samples(dataset)
+
+
+@pytest.mark.parametrize(("name", "count"), [("ade20k", 150), ("cityscapes", 19), ("coco_stuff_10k", 171)])
+def test_the_names_of_well_known_classes_come_along(name, count):
+    assert layouts._named_labels(name).num_labels == count
+
+
+def test_classes_of_ones_own_take_the_place_of_the_data_sets(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    write_image(root / "images/validation/a.jpg", (2, 3))
+    write_map(root / "annotations/validation/a.png")
+    classes = tmp_path / "mine.json"
+    LabelSet({0: "sky"}, do_reduce_labels=True).to_json(classes)
+    assert open_dataset(str(root), "val", classes=str(classes)).labels == LabelSet.from_json(classes)
+
+
+def test_a_folder_of_ones_own_may_call_its_splits_as_ade20k_does(tmp_path):
+    write_image(tmp_path / "images/training/a.jpg", (2, 3))
+    write_map(tmp_path / "annotations/training/a.png")
+    LabelSet({0: "sky", 1: "road"}).to_json(tmp_path / "classes.json")
+    assert open_dataset(str(tmp_path), "training").labels.id2label == {0: "sky", 1: "road"}
+
+
+def write_cityscapes(root, ending="labelTrainIds"):
+    for city in ("ulm", "jena"):
+        write_image(root / f"leftImg8bit/train/{city}/{city}_0_leftImg8bit.png", (2, 3))
+        write_map(root / f"gtFine/train/{city}/{city}_0_gtFine_{ending}.png")
+        write_map(root / f"gtFine/train/{city}/{city}_0_gtFine_instanceIds.png")
+
+
+def test_cityscapes_pairs_images_and_maps_over_all_cities(tmp_path, label_names):
+    write_cityscapes(tmp_path / "cityscapes")
+    dataset = open_dataset(str(tmp_path / "cityscapes"), "train")
+    assert [sample["name"] for sample in dataset] == ["jena_0", "ulm_0"]
+    assert dataset[1]["segmentation_map"].tolist() == LABELS.tolist()
+    check_samples(dataset)
+
+
+def test_cityscapes_without_train_ids_says_how_to_make_them(tmp_path, label_names):
+    write_cityscapes(tmp_path, ending="labelIds")
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no \*_gtFine_labelTrainIds.png. Make them .* cityscapesscripts"
+    ):
+        layouts.cityscapes(tmp_path, "train")
+
+
+def write_coco_stuff(root, ids):
+    for name, split in (("a", "train"), ("b", "test")):
+        write_image(root / f"images/{name}.jpg", np.shape(ids))
+        (root / "annotations").mkdir(exist_ok=True)
+        scipy.io.savemat(root / f"annotations/{name}.mat", {"S": np.array(ids, dtype=np.uint16), "names": ["x"]})
+        (root / "imageLists").mkdir(exist_ok=True)
+        (root / f"imageLists/{split}.txt").write_text(f"{name}\n")
+
+
+def test_coco_stuff_skips_the_ids_that_were_never_annotated(tmp_path, label_names):
+    write_coco_stuff(tmp_path / "stuff", [[0, 1, 11, 13, 92, 182]])
+    dataset = open_dataset(str(tmp_path / "stuff"), "val")
+    assert [sample["name"] for sample in dataset] == ["b"]
+    # 12 is unused, as are ten more up to 91.
+    assert dataset[0]["segmentation_map"].tolist() == [[255, 0, 10, 11, 80, 170]]
+    check_samples(dataset)
+
+
+@pytest.mark.parametrize("unknown", [12, 183, 60000])
+def test_an_id_that_coco_stuff_does_not_have_is_named(tmp_path, label_names, unknown):
+    write_coco_stuff(tmp_path, [[1, unknown]])
+    with pytest.raises(ValueError, match=rf"a\.mat contains the id {unknown}"):
+        layouts.CocoStuff10k(tmp_path, "train")[0]
+
+
+def test_a_damaged_label_file_of_coco_stuff_is_named(tmp_path, label_names):
+    write_coco_stuff(tmp_path, [[1]])
+    (tmp_path / "annotations/a.mat").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match=r"a\.mat is no label file of COCO-Stuff"):
+        layouts.CocoStuff10k(tmp_path, "train")[0]
+
+
+def test_an_image_of_a_list_that_is_missing_is_named(tmp_path, label_names):
+    write_coco_stuff(tmp_path, [[1]])
+    (tmp_path / "imageLists/train.txt").write_text("a\nz\n")
+    with pytest.raises(FileNotFoundError, match=r"1 files of .*train\.txt are missing, the first of them z"):
+        layouts.CocoStuff10k(tmp_path, "train")
+
+
+@pytest.mark.parametrize(("config", "version"), [("config.json", ""), ("config_v1.2.json", "v1.2/")])
+def test_mapillary_vistas_names_its_classes_itself(tmp_path, config, version):
+    names = [{"readable": name} for name in ("Bird", "Road", "Unlabeled")]
+    (tmp_path / config).write_text(json.dumps({"labels": names}))
+    write_image(tmp_path / "validation/images/a.jpg", (1, 3))
+    write_image(tmp_path / "training/images/b.jpg", (1, 3))
+    write_map(tmp_path / f"validation/{version}labels/a.png", np.array([[0, 1, 2]], dtype=np.uint8))
+    dataset = open_dataset(str(tmp_path), "val")
+    assert dataset.labels == LabelSet({0: "Bird", 1: "Road"}, ignore_index=2)
+    assert dataset[0]["segmentation_map"].tolist() == [[0, 1, 2]]
+    check_samples(dataset)
+
+
+def test_sixteen_bit_tiff_maps_as_of_the_whole_of_ade20k_are_read(tmp_path):
+    write_image(tmp_path / "images/train/a.jpg", (1, 3))
+    write_map(tmp_path / "annotations/train/a.tif", np.array([[0, 846, 65535]], dtype=np.uint16))
+    LabelSet({label: f"class {label}" for label in range(847)}, ignore_index=65535).to_json(tmp_path / "classes.json")
+    dataset = open_dataset(str(tmp_path), "train")
+    assert dataset[0]["segmentation_map"].tolist() == [[0, 846, 65535]]
+    check_samples(dataset)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="leftImg8bit/train does not exist"):
+        layouts.cityscapes(tmp_path, "train", LabelSet({0: "road"}))
+
+
+def test_without_known_names_the_classes_must_be_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(layouts, "LABEL_NAMES", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"ade20k\.json does not exist. Give the classes"):
+        layouts.ade20k(tmp_path, "train")
+
+
+@pytest.mark.parametrize("year", ["", "2017"])
+def test_coco_is_recognised_by_its_annotations(tmp_path, year):
+    split = f"train{year}"
+    segments = [{"id": 4, "category_id": 1}]
+    write_panoptic(tmp_path / "panoptic", {"a": ([[4]], segments)}, split=split)
+    write_instances(tmp_path / "instances", {"a": ((1, 1), [])}, split=split)
+    assert isinstance(open_dataset(str(tmp_path / "panoptic"), "train"), CocoPanoptic)
+    assert isinstance(open_dataset(str(tmp_path / "instances"), "train"), CocoInstances)
+
+
+def test_coco_with_both_kinds_of_annotations_asks_which(tmp_path):
+    write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
+    write_instances(tmp_path, {"a": ((1, 1), [])})
+    with pytest.raises(ValueError, match=r"can be read as coco-instances or coco-panoptic\. Say which by format"):
+        open_dataset(str(tmp_path), "train")
+    assert isinstance(open_dataset(str(tmp_path), "train", format="coco-panoptic"), CocoPanoptic)
+
+
+def test_panoptic_ade20k_is_read_from_its_own_names(tmp_path):
+    json_path = write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])}, split="training")
+    json_path.rename(tmp_path / "ade20k_panoptic_train.json")
+    (tmp_path / "annotations/panoptic_training").rename(tmp_path / "ade20k_panoptic_train")
+    assert open_dataset(str(tmp_path), "train")[0]["instance_id_to_semantic_id"] == {256: 0}
+
+
+def test_classes_given_to_coco_order_its_categories(tmp_path):
+    write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
+    classes = tmp_path / "mine.json"
+    LabelSet({label: entry["name"] for label, entry in enumerate(CATEGORIES)}).to_json(classes)
+    assert open_dataset(str(tmp_path), "train", classes=str(classes)).labels.category_ids == (184, 1, 90)
+
+
+def test_a_split_without_annotations_lists_where_they_were_looked_for(tmp_path):
+    write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
+    with pytest.raises(FileNotFoundError, match=r"has none of annotations/panoptic_val2017\.json"):
+        open_dataset(str(tmp_path), "val")
+
+
+def test_an_unknown_format_names_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"format is 'yolo'; known are folder, .*coco-panoptic.*instance-columns"):
+        open_dataset(str(tmp_path), "train", format="yolo")
+
+
+def test_files_cannot_be_streamed(tmp_path):
+    with pytest.raises(ValueError, match="Only columns of a `datasets` data set can be streamed"):
+        open_dataset(str(tmp_path), "train", format="folder", streaming=True)
+
+
+def test_a_path_that_is_no_folder_is_named():
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        open_dataset("nowhere", "train")
+
+
+def test_file_names_take_a_few_bytes_each(tmp_path):
+    names = [f"ADE_train_{number:08}.jpg" for number in range(1000)]
+    packed = PackedStrings([*names, "größe.png"])
+    assert list(packed) == [*names, "größe.png"]
+    assert packed[-1] == "größe.png"
+    assert packed._bytes.nbytes + packed._ends.nbytes < 35 * len(packed)
+    with pytest.raises(IndexError):
+        packed[1001]
+
+
+@needs_real_data
+@pytest.mark.parametrize(("name", "count"), [("camvid_semantic", 40), ("camvid_full", 367)])
+def test_real_folders_open(name, count):
+    dataset = open_dataset(str(REAL_DATA / name), "train")
+    assert isinstance(dataset, SegmentationFolder)
+    assert (len(dataset), dataset.labels.num_labels, dataset.labels.ignore_index) == (count, 11, 11)
+    assert dataset[0]["segmentation_map"].shape == (360, 480)
+
+
+@needs_real_data
+def test_real_ade20k_maps_hold_its_labels():
+    labels = LabelSet({label: f"class {label}" for label in range(150)}, do_reduce_labels=True)
+    for split in ("train", "val"):
+        folder = REAL_DATA / "ade_semantic"
+        images = {path.stem: path for path in (folder / "images" / split).iterdir()}
+        maps = {path.stem: path for path in (folder / "annotations" / split).iterdir()}
+        check_samples(layouts.SegmentationFiles(images, maps, labels, "classes"))

@@ -1,0 +1,125 @@
+"""Parquet versions of data sets, written and read back."""
+
+import datasets
+import numpy as np
+import pytest
+from coco_files import write_instances, write_panoptic
+from PIL import Image
+
+from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
+from hf_maskformer.data.generated_scenes import GeneratedScenes, write_generated_scenes
+from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.data.opening import open_dataset
+from hf_maskformer.data.parquet import write_parquet
+
+SQUARE = [[1.0, 0.0, 3.0, 0.0, 3.0, 2.0, 1.0, 2.0]]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def assert_equal(found, expected):
+    assert found.labels == expected.labels
+    found = list(found)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            if key == "image":
+                assert np.array_equal(one[key], other[key])
+            elif isinstance(one[key], np.ndarray):
+                assert np.array_equal(one[key], other[key])
+                assert one[key].dtype.kind == other[key].dtype.kind
+            else:
+                assert one[key] == other[key]
+
+
+@pytest.fixture(params=["semantic", "panoptic", "instances"])
+def dataset(request, tmp_path):
+    root = tmp_path / "source"
+    if request.param == "semantic":
+        write_generated_scenes(root, num_train=3, num_val=1, image_size=(64, 80))
+        return open_dataset(str(root), "train")
+    if request.param == "panoptic":
+        segments = [{"id": 70000, "category_id": 184}, {"id": 4, "category_id": 1, "iscrowd": 1}]
+        images = {"b": ([[4, 70000, 0]], segments), "a": ([[0, 0]], []), "c": ([[4]], segments)}
+        return CocoPanoptic(write_panoptic(root, images), root / "images/train")
+    annotations = [
+        {"category_id": 90, "segmentation": SQUARE},
+        {"category_id": 1, "segmentation": SQUARE, "iscrowd": 1},
+    ]
+    images = {"b": ((3, 4), annotations), "a": ((2, 2), []), "c": ((5, 6), annotations[:1])}
+    return CocoInstances(write_instances(root, images), root / "images/train")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_samples_are_read_back_equal(dataset, tmp_path, streaming):
+    paths = write_parquet(dataset, tmp_path / "out", "train", samples_per_file=2)
+    assert [path.name for path in paths] == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert not list((tmp_path / "out/data").glob("*.partial"))
+    assert_equal(open_dataset(str(tmp_path / "out"), "train", streaming=streaming), dataset)
+
+
+def test_both_splits_share_a_folder_and_its_classes(dataset, tmp_path):
+    write_parquet(dataset, tmp_path / "out", "train")
+    write_parquet(dataset, tmp_path / "out", "val")
+    for split in ("train", "val"):
+        assert_equal(open_dataset(str(tmp_path / "out"), split), dataset)
+
+
+def test_other_classes_want_another_folder(dataset, tmp_path):
+    (tmp_path / "out").mkdir()
+    LabelSet({0: "sky"}).to_json(tmp_path / "out/classes.json")
+    with pytest.raises(ValueError, match=r"classes\.json holds other classes"):
+        write_parquet(dataset, tmp_path / "out", "train")
+
+
+def test_a_data_set_without_files_is_stored_without_loss(tmp_path):
+    scenes = GeneratedScenes(2, image_size=(64, 64), task="panoptic")
+    write_parquet(scenes, tmp_path / "out", "val")
+    for found, expected in zip(open_dataset(str(tmp_path / "out"), "val"), scenes, strict=True):
+        assert np.array_equal(found["image"], expected["image"])
+        # Segments are renumbered; their labels stay.
+        for name in ("found", "expected"):
+            sample = {"found": found, "expected": expected}[name]
+            table = sample["instance_id_to_semantic_id"]
+            sample["classes"] = np.vectorize(table.get)(sample["segmentation_map"])
+        assert np.array_equal(found["classes"], expected["classes"])
+
+
+class OneSample:
+    """A data set of one given map."""
+
+    labels = LabelSet({0: "sky"})
+
+    def __init__(self, segmentation_map, **fields):
+        self.sample = {"image": Image.new("RGB", (1, 1)), "name": "a", "segmentation_map": segmentation_map, **fields}
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.sample
+
+
+@pytest.mark.parametrize("value", [-1, 2**16])
+def test_a_value_that_a_png_cannot_hold_is_named(tmp_path, value):
+    with pytest.raises(ValueError, match=rf"a has a map with values from {value} to {value}"):
+        write_parquet(OneSample(np.array([[value]])), tmp_path, "train")
+
+
+def test_an_id_without_label_is_refused(tmp_path):
+    sample = OneSample(np.array([[3]]), instance_id_to_semantic_id={4: 0})
+    with pytest.raises(ValueError, match="a contains ids that instance_id_to_semantic_id lacks"):
+        write_parquet(sample, tmp_path, "train")
+    assert not list(tmp_path.glob("data/*.parquet"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_truncated_file_is_named(dataset, tmp_path, streaming):
+    [path] = write_parquet(dataset, tmp_path / "out", "train")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"Split 'train' of .*out cannot be read \(.*(footer|corrupted)"):
+        open_dataset(str(tmp_path / "out"), "train", streaming=streaming)
