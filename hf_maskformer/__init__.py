@@ -13,10 +13,13 @@ from .modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 
 if TYPE_CHECKING:
     from .data.collator import MaskFormerDataCollator
+    from .evaluation.average_precision import AveragePrecision
     from .evaluation.mean_iou import MeanIoU
+    from .evaluation.panoptic_quality import PanopticQuality
     from .training.trainer import MaskFormerTrainer, MaskFormerTrainingArguments
 
 __all__ = [
+    "AveragePrecision",
     "MaskFormerConfig",
     "MaskFormerDataCollator",
     "MaskFormerForInstanceSegmentation",
@@ -26,6 +29,7 @@ __all__ = [
     "MaskFormerTrainer",
     "MaskFormerTrainingArguments",
     "MeanIoU",
+    "PanopticQuality",
     "PerPixelBaselineConfig",
     "PerPixelBaselineForSemanticSegmentation",
 ]
@@ -36,10 +40,12 @@ AutoModelForSemanticSegmentation.register(PerPixelBaselineConfig, PerPixelBaseli
 
 # Training and evaluation bring Trainer and its libraries along; who only predicts should not wait for them.
 _SIDE_ROOMS = {
+    "AveragePrecision": "evaluation.average_precision",
     "MaskFormerDataCollator": "data.collator",
     "MaskFormerTrainer": "training.trainer",
     "MaskFormerTrainingArguments": "training.trainer",
     "MeanIoU": "evaluation.mean_iou",
+    "PanopticQuality": "evaluation.panoptic_quality",
 }
 
 
