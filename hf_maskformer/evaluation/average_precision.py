@@ -13,7 +13,7 @@ from .segmentation_maps import in_pairs
 
 # A run-length encoding of COCO: "size", (height, width), and "counts", compressed to text or bytes, or a list.
 RunLengths: TypeAlias = Mapping[str, Any]
-Masks: TypeAlias = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | Sequence[RunLengths]
+Masks: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 Size: TypeAlias = tuple[int, int]
 
 
