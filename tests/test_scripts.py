@@ -153,8 +153,8 @@ def test_train_reads_columns_of_a_datasets_data_set(data, config, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("subcommand", ["forward", "step"])
-def test_the_benchmark_compares_both_models(subcommand, tmp_path, monkeypatch):
+@pytest.mark.parametrize("subcommand", ["forward", "step", "metric"])
+def test_the_benchmark_compares_both_peers(subcommand, tmp_path, monkeypatch):
     benchmark = load("benchmark")
     small = {**benchmark.BACKBONES["resnet50"], "hidden_sizes": [8, 16, 32, 64], "embedding_size": 8}
     monkeypatch.setitem(benchmark.BACKBONES, "resnet50", small)
