@@ -48,7 +48,7 @@ def pairs_with_counts(predicted: Tensor, expected: Tensor) -> tuple[Tensor, Tens
     # numpy, since torch is several times slower at comparing and hands such small work to threads.
     values, others = first.numpy(), second.numpy()
     ends_run = np.ones(len(values), dtype=bool)
-    ends_run[:-1] = values[1:] != values[:-1]
+    np.not_equal(values[1:], values[:-1], out=ends_run[:-1])
     ends_run[:-1] |= others[1:] != others[:-1]
     ends = np.flatnonzero(ends_run)
     counts = torch.from_numpy(np.diff(ends, prepend=-1)).double()
