@@ -17,11 +17,14 @@ from .modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 
 if TYPE_CHECKING:
     from .data.collator import MaskFormerDataCollator
+    from .evaluation.average_precision import AveragePrecision
     from .evaluation.mean_iou import MeanIoU
+    from .evaluation.panoptic_quality import PanopticQuality
     from .hub.auto_classes import register_auto_classes, register_remote_code
     from .training.trainer import MaskFormerTrainer, MaskFormerTrainingArguments
 
 __all__ = [
+    "AveragePrecision",
     "MaskFormerConfig",
     "MaskFormerDataCollator",
     "MaskFormerForInstanceSegmentation",
@@ -31,6 +34,7 @@ __all__ = [
     "MaskFormerTrainer",
     "MaskFormerTrainingArguments",
     "MeanIoU",
+    "PanopticQuality",
     "PerPixelBaselineConfig",
     "PerPixelBaselineForSemanticSegmentation",
     "register_auto_classes",
@@ -43,12 +47,14 @@ AutoModelForSemanticSegmentation.register(PerPixelBaselineConfig, PerPixelBaseli
 
 # Training and evaluation bring Trainer and its libraries along; who only predicts should not wait for them.
 _SIDE_ROOMS = {
+    "AveragePrecision": "evaluation.average_precision",
     "MaskFormerDataCollator": "data.collator",
     "MaskFormerTrainer": "training.trainer",
     "MaskFormerTrainingArguments": "training.trainer",
     "MeanIoU": "evaluation.mean_iou",
     "register_auto_classes": "hub.auto_classes",
     "register_remote_code": "hub.auto_classes",
+    "PanopticQuality": "evaluation.panoptic_quality",
 }
 
 

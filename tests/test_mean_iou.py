@@ -140,6 +140,8 @@ def test_metrics_of_different_classes_do_not_merge():
         lambda values: values.astype(np.uint16),
         lambda values: torch.from_numpy(values),
         lambda values: torch.from_numpy(values.astype(np.uint8)),
+        lambda values: values.astype(">u2"),
+        lambda values: values[::-1].copy()[::-1],
         lambda values: Image.fromarray(values.astype(np.uint8)),
         lambda values: values.tolist(),
     ],
@@ -196,6 +198,8 @@ def test_stored_reference_values_are_met():
     assert metric.confusion_matrix.sum() == expected["valid_pixels"]
     result = metric.compute()
     assert 100 * result["mean_iou"] == pytest.approx(expected["mIoU"], abs=1e-6)
+    # Every class occurs in these references, so that averaging over reference and prediction makes no difference.
+    assert 100 * result["mean_iou"] == pytest.approx(expected["alt_mIoU_over_union_gt0"], abs=1e-6)
     assert 100 * result["mean_accuracy"] == pytest.approx(expected["mACC"], abs=1e-6)
     assert 100 * result["overall_accuracy"] == pytest.approx(expected["pACC"], abs=1e-6)
     assert 100 * result["frequency_weighted_iou"] == pytest.approx(expected["fwIoU"], abs=1e-6)

@@ -1,14 +1,13 @@
 """Mean intersection over union of semantic segmentation, from one streaming confusion matrix."""
 
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-SegmentationMap: TypeAlias = Tensor | np.ndarray | Image.Image
+from .segmentation_maps import SegmentationMap, in_pairs, pairs_with_counts, to_tensors
 
 
 class MeanIoU:
@@ -49,22 +48,12 @@ class MeanIoU:
         `ignore_index`. Raises a ValueError if their shapes differ, values are no integers or a reference label is
         no class.
         """
-        predicted = _to_tensor(prediction, "prediction")
-        expected = _to_tensor(reference, "reference").to(predicted.device)
-        if predicted.shape != expected.shape:
-            raise ValueError(
-                f"The prediction has the shape {tuple(predicted.shape)}, its reference {tuple(expected.shape)}. "
-                "Resize the prediction to the reference's size."
-            )
-        counts = self._count(predicted, expected)
+        counts = self._count(*to_tensors(prediction, reference))
         self.confusion_matrix = self.confusion_matrix.to(counts.device) + counts
 
     def add_batch(self, *, predictions: Iterable[SegmentationMap], references: Iterable[SegmentationMap]) -> None:
         """Counts several images, whose sizes may differ. See `add`."""
-        predictions, references = list(predictions), list(references)
-        if len(predictions) != len(references):
-            raise ValueError(f"There are {len(predictions)} predictions for {len(references)} references.")
-        for prediction, reference in zip(predictions, references, strict=True):
+        for prediction, reference in in_pairs(predictions, references):
             self.add(prediction=prediction, reference=reference)
 
     def merge(self, other: "MeanIoU") -> None:
@@ -96,13 +85,14 @@ class MeanIoU:
     def _count(self, predicted: Tensor, expected: Tensor) -> Tensor:
         # Nothing is selected by a mask and the numbers are 32 bits wide: both make this several times faster.
         # -1 and K stand for what lies below and above the classes; K + 1 in the references for what is ignored.
+        predicted, expected, weights = pairs_with_counts(predicted, expected)
         num_labels = self.num_labels
         is_ignored = expected == self.ignore_index
         rows = expected.clamp(-1, num_labels).int().masked_fill_(is_ignored, num_labels + 1) + 1
         columns = predicted.clamp(-1, num_labels).int() + 1
         pairs = rows * (num_labels + 2) + columns
         shape = (num_labels + 3, num_labels + 2)
-        counts = torch.bincount(pairs.flatten(), minlength=shape[0] * shape[1]).view(shape)
+        counts = torch.bincount(pairs, weights, minlength=shape[0] * shape[1]).long().view(shape)
         if counts[0].any() or counts[num_labels + 1].any():
             raise ValueError(self._describe_unknown(expected[~is_ignored]))
         is_class = slice(1, num_labels + 1)
@@ -135,17 +125,3 @@ def summarise(confusion_matrix: np.ndarray) -> dict[str, Any]:
         "per_category_iou": iou,
         "per_category_accuracy": accuracy,
     }
-
-
-def _to_tensor(segmentation_map: SegmentationMap, role: str) -> Tensor:
-    if not isinstance(segmentation_map, Tensor):
-        array = np.asarray(segmentation_map)
-        if array.dtype.kind not in "biu":
-            raise ValueError(f"The {role} holds {array.dtype}, but class ids are integers.")
-        # A copy, since torch warns of arrays that it may not write to, such as those of PIL images.
-        segmentation_map = torch.from_numpy(array.astype(np.int32 if array.itemsize < 4 else np.int64))
-    if segmentation_map.is_floating_point() or segmentation_map.is_complex():
-        raise ValueError(
-            f"The {role} holds {segmentation_map.dtype}, but class ids are integers. Take the argmax first."
-        )
-    return segmentation_map.to(torch.int32 if segmentation_map.element_size() < 4 else torch.int64)
