@@ -118,7 +118,8 @@ class PixelLevelModule(nn.Module):
         self.train(self.training)
 
     def forward(self, pixel_values: Tensor) -> tuple[Sequence[Tensor], PixelDecoderOutput]:
-        features = self.encoder(pixel_values)
+        # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
+        features = self.encoder(pixel_values.contiguous(memory_format=torch.channels_last))
         if isinstance(self.encoder, PreTrainedModel):
             features = features.feature_maps
         return features, self.decoder(features)
