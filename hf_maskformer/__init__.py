@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ._torchvision import hide_broken_torchvision
+
+hide_broken_torchvision()
+
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
 from .configuration_maskformer import MaskFormerConfig
@@ -14,6 +18,7 @@ from .modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 if TYPE_CHECKING:
     from .data.collator import MaskFormerDataCollator
     from .evaluation.mean_iou import MeanIoU
+    from .hub.auto_classes import register_auto_classes, register_remote_code
     from .training.trainer import MaskFormerTrainer, MaskFormerTrainingArguments
 
 __all__ = [
@@ -28,6 +33,8 @@ __all__ = [
     "MeanIoU",
     "PerPixelBaselineConfig",
     "PerPixelBaselineForSemanticSegmentation",
+    "register_auto_classes",
+    "register_remote_code",
 ]
 
 # Only types that are ours alone: "maskformer" stays with transformers.
@@ -40,6 +47,8 @@ _SIDE_ROOMS = {
     "MaskFormerTrainer": "training.trainer",
     "MaskFormerTrainingArguments": "training.trainer",
     "MeanIoU": "evaluation.mean_iou",
+    "register_auto_classes": "hub.auto_classes",
+    "register_remote_code": "hub.auto_classes",
 }
 
 

@@ -12,6 +12,7 @@ from .configuration_maskformer_parts import (
     make_backbone_config,
     nested_config,
 )
+from .configuration_with_code import ConfigWithCode
 
 # Swin-B, window 12, as transformers' own MaskFormer: a file without a backbone means the same model in both.
 DEFAULT_BACKBONE = {
@@ -27,7 +28,7 @@ DETR = {"model_type": "detr"}
 
 
 @strict
-class MaskFormerConfig(PreTrainedConfig):
+class MaskFormerConfig(ConfigWithCode):
     r"""Configuration of MaskFormer (arXiv 2107.06278); reads and writes the JSON of transformers' `maskformer` type.
 
     Nested configurations are copied: the caller's objects are never changed.
@@ -68,6 +69,13 @@ class MaskFormerConfig(PreTrainedConfig):
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "mask_feature_size"}
     # Per-image sizes and loss terms are no predictions: Trainer must not gather them.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
+    files_of_auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_maskformer.MaskFormerConfig",
+        "AutoModel": "modeling_maskformer.MaskFormerModel",
+        "AutoModelForImageSegmentation": "modeling_maskformer.MaskFormerForInstanceSegmentation",
+        "AutoModelForInstanceSegmentation": "modeling_maskformer.MaskFormerForInstanceSegmentation",
+        "AutoModelForUniversalSegmentation": "modeling_maskformer.MaskFormerForInstanceSegmentation",
+    }
 
     backbone_config: Any = None
     decoder_config: Any = None
@@ -122,6 +130,14 @@ class MaskFormerConfig(PreTrainedConfig):
         """
         config = AutoConfig.from_pretrained(backbone) if isinstance(backbone, str) else backbone
         return cls(backbone_config=config, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved; a Swin backbone has the type that transformers gives it in its own files."""
+        fields = super().to_dict()
+        # Under the other name, transformers' MaskFormerModel misses the backbone's tensors in a whole checkpoint.
+        if fields["backbone_config"]["model_type"] == "swin":
+            fields["backbone_config"]["model_type"] = "maskformer-swin"
+        return fields
 
     @property
     def matching_costs(self) -> dict[str, float]:

@@ -87,7 +87,7 @@ class SimpleFeaturePyramidConfig(PreTrainedConfig):
     r"""Configuration of a plain vision transformer whose last feature map is made into a pyramid (arXiv 2203.16527).
 
     Args:
-        backbone_config: Configuration (or its dictionary) of the vision transformer.
+        backbone_config: Configuration (or its dictionary) of the vision transformer. Default: DINOv2-B.
     """
 
     model_type = "maskformer-simple-feature-pyramid"
@@ -95,7 +95,9 @@ class SimpleFeaturePyramidConfig(PreTrainedConfig):
     backbone_config: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.backbone_config = nested_config(self.backbone_config, "backbone_config.backbone_config")
+        # transformers builds a default of every configuration when it saves one.
+        default = {"model_type": PLAIN_BACKBONES[0]}
+        self.backbone_config = nested_config(self.backbone_config, "backbone_config.backbone_config", default)
         if self.backbone_config.model_type not in PLAIN_BACKBONES:
             raise ValueError(
                 f"backbone_config.backbone_config is of type {self.backbone_config.model_type!r}, but a pyramid is "
@@ -109,6 +111,15 @@ OWN_TYPES: dict[str, type[PreTrainedConfig]] = {
     config_class.model_type: config_class
     for config_class in (MaskFormerTransformerConfig, MaskFormerResNetConfig, SimpleFeaturePyramidConfig)
 }
+
+
+def is_of_type(config: PreTrainedConfig | None, config_class: type[PreTrainedConfig]) -> bool:
+    """Whether there is a configuration and it has this type of our own.
+
+    The model asks this way, not by `isinstance`: of code that came with a checkpoint, transformers imports one copy for
+    the configuration and one for the model.
+    """
+    return config is not None and config.model_type == config_class.model_type
 
 
 def nested_config(value: Any, field: str, default: dict[str, Any] | None = None) -> PreTrainedConfig:

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from .configuration_maskformer_parts import (
     MaskFormerTransformerConfig,
@@ -12,12 +12,13 @@ from .configuration_maskformer_parts import (
     make_backbone_config,
     nested_config,
 )
+from .configuration_with_code import ConfigWithCode
 
 LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new labels replace all of them
 
 
 @strict
-class PerPixelBaselineConfig(PreTrainedConfig):
+class PerPixelBaselineConfig(ConfigWithCode):
     r"""Configuration of PerPixelBaseline and PerPixelBaseline+ (arXiv 2107.06278, section 4.2).
 
     Both classify every pixel and have MaskFormer's backbone and pixel decoder. PerPixelBaseline has a linear classifier
@@ -43,6 +44,10 @@ class PerPixelBaselineConfig(PreTrainedConfig):
     model_type = "per-pixel-baseline"
     sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
+    files_of_auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_per_pixel_baseline.PerPixelBaselineConfig",
+        "AutoModelForSemanticSegmentation": "modeling_per_pixel_baseline.PerPixelBaselineForSemanticSegmentation",
+    }
 
     backbone_config: Any = None
     decoder_config: Any = None

@@ -90,6 +90,9 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         base = {name: value for name, value in image_processor_dict.items() if name in _BASE_CLASS_SETTINGS}
         settings = {name: value for name, value in image_processor_dict.items() if name not in base}
+        if cls._auto_class is None:
+            # It names files beside the one that was read, which a processor saved from here will not have.
+            base.pop("auto_map", None)
         # A file of a later transformers may hold more; an argument of the caller must mean something.
         unknown = unknown_settings(settings)
         if unknown:

@@ -15,7 +15,7 @@ from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_maskformer import MaskFormerConfig
-from .configuration_maskformer_parts import MaskFormerTransformerConfig
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
 from .modeling_maskformer_pixel_decoder import PixelDecoder, PixelDecoderOutput
@@ -108,7 +108,7 @@ class PixelLevelModule(nn.Module):
         self.encoder = build_backbone(config.backbone_config)
         self.freeze_batch_norm = config.freeze_batch_norm
         transformer = config.decoder_config
-        has_encoder = isinstance(transformer, MaskFormerTransformerConfig) and transformer.pixel_decoder_layers > 0
+        has_encoder = is_of_type(transformer, MaskFormerTransformerConfig) and transformer.pixel_decoder_layers > 0
         self.decoder = PixelDecoder(
             self.encoder.channels,
             config.fpn_feature_size,
@@ -159,6 +159,14 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["TransformerDecoderLayer", "TransformerEncoderLayer", "SwinBlock", "ResNetLayer"]  # noqa: RUF012 - likewise
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """As everywhere in transformers: "eager" or "sdpa", of the transformers that queries and encoders are."""
+        if isinstance(attn_implementation, str) and self.config.decoder_config is not None:
+            # transformers expects a model behind every nested configuration, and warns where it finds none.
+            checked = self.get_correct_attn_implementation(attn_implementation)
+            self.config.decoder_config._attn_implementation = checked
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_maskformer_parts import MaskFormerResNetConfig
+from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
 
 BOTTLENECK_REDUCTION = 4
 
@@ -151,7 +151,7 @@ class ResNetStem(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         channels, activation = config.embedding_size, config.hidden_act
-        if isinstance(config, MaskFormerResNetConfig) and config.deep_stem:
+        if is_of_type(config, MaskFormerResNetConfig) and config.deep_stem:
             inside = channels // 2
             self.embedder: nn.Module = nn.Sequential(
                 ConvNorm(config.num_channels, inside, 3, stride=2, activation=activation),
@@ -170,7 +170,7 @@ class ResNetEncoder(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         dilations = [[1] * depth for depth in config.depths]
-        if isinstance(config, MaskFormerResNetConfig):
+        if is_of_type(config, MaskFormerResNetConfig):
             dilations[-1] = list(config.last_stage_dilations)
         in_channels = [config.embedding_size, *config.hidden_sizes]
         strides = [2 if config.downsample_in_first_stage else 1] + [2] * (len(config.depths) - 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
-from .configuration_maskformer_parts import MaskFormerTransformerConfig
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 from .modeling_maskformer_pixel_decoder import XavierConv2d
 from .modeling_maskformer_transformer_layers import Attention, TransformerEncoder, TransformerLayer, sine_positions
 
@@ -92,7 +92,7 @@ class TransformerModule(nn.Module):
             XavierConv2d(in_channels, config.d_model, kernel_size=1) if in_channels != config.d_model else None
         )
         # The encoder of type `detr` is DETR's own; in a MaskFormer's file it says nothing.
-        num_encoder_layers = config.encoder_layers if isinstance(config, MaskFormerTransformerConfig) else 0
+        num_encoder_layers = config.encoder_layers if is_of_type(config, MaskFormerTransformerConfig) else 0
         self.encoder = TransformerEncoder(config, config.d_model, num_encoder_layers) if num_encoder_layers else None
         self.decoder = TransformerDecoder(config)
 
@@ -106,7 +106,8 @@ class TransformerModule(nn.Module):
             features = self.encoder(features)
         image = features.flatten(2).transpose(1, 2)  # (B, P, D)
         positions = sine_positions(features.shape[-2:], features.shape[1], features.device).to(features.dtype)
-        query_positions = self.queries_embedder.weight
+        # Through the module, since weights that are offloaded or sharded come back when their module is called.
+        query_positions = self.queries_embedder(torch.arange(self.queries_embedder.num_embeddings, device=image.device))
         queries = query_positions.new_zeros(features.shape[0], *query_positions.shape)
 
         states, attentions = self.decoder(queries, query_positions, image, positions, output_attentions)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_maskformer_parts import MaskFormerTransformerConfig
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 
 
 class AttentionProjection(nn.Linear):
@@ -146,7 +146,7 @@ class TransformerEncoder(nn.Module):
 
 def has_pre_norm(config: PreTrainedConfig) -> bool:
     """Whether the layers normalise their input; those of type `detr` never do."""
-    return isinstance(config, MaskFormerTransformerConfig) and config.pre_norm
+    return is_of_type(config, MaskFormerTransformerConfig) and config.pre_norm
 
 
 def sine_positions(size: Sequence[int], width: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from transformers import DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
+from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
 
 NUM_LABELS = 4
 NUM_QUERIES = 6
@@ -36,6 +37,21 @@ def tiny_model(backbone: PreTrainedConfig | None = None, **fields: object) -> Ma
     return MaskFormerForInstanceSegmentation(tiny_config(backbone, **fields))
 
 
+def model_with_encoders() -> MaskFormerForInstanceSegmentation:
+    backbone = MaskFormerResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 3])
+    transformer = MaskFormerTransformerConfig(
+        d_model=16, num_queries=6, pixel_decoder_layers=1, encoder_layers=1, decoder_layers=2, dropout=0.0
+    )
+    return tiny_model(backbone, decoder_config=transformer)
+
+
+ARCHITECTURES = {
+    "resnet": tiny_model,
+    "swin": lambda: tiny_model(swin_config()),
+    "encoders": model_with_encoders,
+}
+
+
 def tiny_batch(batch_size: int = 2, size: tuple[int, int] = (64, 96)) -> dict[str, torch.Tensor]:
     """Random images, each with a segment on the left, one on the right and void between them; index map form."""
     height, width = size
@@ -59,3 +75,8 @@ def as_mask_list(batch: dict[str, torch.Tensor]) -> dict[str, object]:
         for index_map, image_labels in zip(batch["mask_labels"], labels, strict=True)
     ]
     return {"pixel_values": batch["pixel_values"], "mask_labels": masks, "class_labels": labels}
+
+
+def masks(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(pixel_values).masks_queries_logits

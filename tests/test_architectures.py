@@ -305,15 +305,26 @@ def test_what_no_model_can_have_fails_at_construction(fields, message) -> None:
         MaskFormerConfig(**{"fpn_feature_size": 32, **fields})
 
 
-@pytest.mark.parametrize("which", ["backbone", "decoder"])
-def test_what_transformers_cannot_express_stops_it(which: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(deep_resnet_config()),
+        tiny_config(OTHER_BACKBONES["dinov2"]()),
+        tiny_config(decoder_config={**TRANSFORMER, "pixel_decoder_layers": 1}),
+    ],
+    ids=["deep stem", "pyramid", "encoder"],
+)
+def test_what_transformers_cannot_express_stops_it(config: MaskFormerConfig, tmp_path) -> None:
     """Also in a process that has imported this package."""
-    if which == "backbone":
-        config = tiny_config(deep_resnet_config())
-    else:
-        config = tiny_config(decoder_config={**TRANSFORMER, "pixel_decoder_layers": 1})
     MaskFormerForInstanceSegmentation(config).save_pretrained(tmp_path)
-    for stock in (transformers.MaskFormerForInstanceSegmentation, transformers.AutoModelForUniversalSegmentation):
+    for stock in (
+        transformers.MaskFormerForInstanceSegmentation,
+        transformers.MaskFormerModel,
+        transformers.AutoConfig,
+        transformers.AutoModel,
+        transformers.AutoModelForInstanceSegmentation,
+        transformers.AutoModelForUniversalSegmentation,
+    ):
         with pytest.raises((ValueError, KeyError), match="maskformer-"):
             stock.from_pretrained(tmp_path)
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -397,3 +398,17 @@ def test_importing_the_package_loads_none_of_the_heavy_libraries():
     )
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert loaded.strip() == "[]"
+
+
+@pytest.mark.parametrize("transformers_first", [False, True])
+def test_a_torchvision_that_does_not_import_counts_as_absent(tmp_path, transformers_first):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    code = "import transformers; transformers.utils.is_torchvision_available();" if transformers_first else ""
+    code += "import hf_maskformer, transformers; print(transformers.utils.is_torchvision_available())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "False"
+    assert "treated as absent" in done.stderr

@@ -233,6 +233,17 @@ def test_other_classes_need_a_word(decoder_config, tmp_path) -> None:
     assert new_model(str(tmp_path), labels)(torch.randn(1, 3, 64, 64)).logits.shape[1] == 2
 
 
+@pytest.mark.parametrize("decoder_config", KINDS)
+def test_attention_can_be_switched(decoder_config) -> None:
+    model, pixel_values = tiny_baseline(decoder_config).eval(), torch.randn(1, 3, 64, 96)
+    outputs = []
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            outputs.append(model(pixel_values).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_checkpointing_and_swin() -> None:
     config = PerPixelBaselineConfig(
         backbone_config=swin_config(), decoder_config=TRANSFORMER, fpn_feature_size=32, mask_feature_size=16

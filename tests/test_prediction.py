@@ -53,6 +53,12 @@ def test_two_cars_are_one_class_or_two_segments(image, image_processor):
     assert panoptic.segmentation[25, [5, 65]].tolist() == [1, 2]
 
 
+def test_thresholds_in_the_configuration_outweigh_the_defaults(image, image_processor):
+    model = TwoCars()
+    model.config = SimpleNamespace(id2label=ID2LABEL, panoptic_thresholds={"threshold": 1.0})
+    assert predict(model, image_processor, image, "panoptic").segments == []
+
+
 @pytest.mark.parametrize("task", ["semantic", "panoptic"])
 def test_the_segments_describe_the_map(image, image_processor, task):
     prediction = predict(TwoCars(), image_processor, image, task)

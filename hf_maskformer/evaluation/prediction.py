@@ -56,7 +56,9 @@ def predict(
     )
     target_sizes = [(image.height, image.width)]
     if task == "panoptic":
-        (result,) = image_processor.post_process_panoptic_segmentation(outputs, target_sizes=target_sizes)
+        # The paper's panoptic models carry its thresholds; others take transformers' defaults.
+        thresholds = getattr(model.config, "panoptic_thresholds", {})
+        (result,) = image_processor.post_process_panoptic_segmentation(outputs, **thresholds, target_sizes=target_sizes)
         segmentation, segments = result["segmentation"].cpu().numpy(), result["segments_info"]
     else:
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)

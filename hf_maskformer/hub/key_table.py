@@ -145,7 +145,7 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     rows = _rows_from_original(deep_stem="backbone.stem.conv2.weight" in tensors)
     for name, tensor in tensors.items():
-        targets = _translate(_training_spelling(name), rows)
+        targets = _translate(training_spelling(name), rows)
         pieces = tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,)
         renamed.update(zip(targets, pieces, strict=True))
     for name in [name for name in renamed if name.endswith(".normalization.running_mean")]:
@@ -181,7 +181,8 @@ def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _training_spelling(name: str) -> str:
+def training_spelling(name: str) -> str:
+    """Gives a name of a training checkpoint or of the model zoo as in the former, with `pixel_decoder.`."""
     head, _, rest = name.partition("sem_seg_head.")
     if head or not rest or rest.startswith(("predictor.", "pixel_decoder.")):
         return name

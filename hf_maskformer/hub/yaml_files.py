@@ -1,0 +1,67 @@
+"""Reads detectron2's yaml files, complete ones and those that change the values of another."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and the tuples that detectron2 writes."""
+
+
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a file and those it builds on: `_BASE_` names one, relative to the file, whose values it changes.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is no mapping of plain data, or the chain of bases leads back to it.
+    """
+    return _read(Path(path), ())
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Gives `{"MODEL": {"MASK_ON": x}}` as `{"MODEL.MASK_ON": x}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in readers:
+        chain = " -> ".join(str(reader) for reader in (*readers, path))
+        raise ValueError(f"The files build on each other in a circle: {chain}. Change a _BASE_.")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist" + (f", but is the _BASE_ of {readers[-1]}." if readers else ".")
+        )
+    try:
+        # Only plain data and tuples are constructed: the loader is SafeLoader with one tag more.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no yaml file of plain data: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} holds a {type(values).__name__}, but a configuration is a mapping of names to values."
+        )
+    base = values.pop("_BASE_", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or "://" in base:
+        raise ValueError(f"{path} has _BASE_ {base!r}; give the name of a file.")
+    return _merge(_read(path.parent / Path(base).expanduser(), (*readers, path)), values)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both_nested = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both_nested else value
+    return merged

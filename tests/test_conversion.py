@@ -1,0 +1,366 @@
+"""Checkpoints of the paper's code become folders that give the paper's own stored numbers."""
+
+import importlib.util
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from golden import CONFIGS, FIXTURES
+from models import tiny_config
+from safetensors.torch import load_file
+from transformers import AutoConfig, ResNetConfig, SwinConfig
+
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig
+from hf_maskformer.configuration_per_pixel_baseline import PerPixelBaselineConfig
+from hf_maskformer.hub.conversion import convert_checkpoint, original_shapes, whole_folder
+from hf_maskformer.hub.key_table import from_original, to_original
+from hf_maskformer.hub.original_config import OriginalConfig
+from hf_maskformer.modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
+from hf_maskformer.training.presets import PRESETS
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
+# The whole of the stored numbers lies beside the repository on some machines.
+STORED = Path(__file__).parents[2] / "shared" / "golden"
+TOLERANCE = 1e-4  # of the largest value; float32 itself is 1e-5 off float64 here
+
+
+def run_script(*command_line):
+    specification = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    script.main(script.parse_arguments([str(argument) for argument in command_line]))
+
+
+def zoo_spelling(name):
+    return name.replace("sem_seg_head.pixel_decoder.", "sem_seg_head.")
+
+
+def write_pkl(path, tensors):
+    """As the model zoo distributes checkpoints."""
+    arrays = {zoo_spelling(name): tensor.numpy() for name, tensor in tensors.items()}
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
+    return path
+
+
+def write_pth(path, tensors):
+    """As training leaves them."""
+    torch.save({"model": dict(tensors), "optimizer": {"state": {}}, "iteration": 9}, path)
+    return path
+
+
+def check_logits(folder, arrays):
+    """The model in a folder gives the stored logits."""
+    is_baseline = json.loads((folder / "config.json").read_text())["model_type"] == "per-pixel-baseline"
+    model_class = PerPixelBaselineForSemanticSegmentation if is_baseline else MaskFormerForInstanceSegmentation
+    model, loading = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values())
+    with torch.no_grad():
+        outputs = model(arrays["pixel_values"])
+    if is_baseline:
+        pairs = [(outputs.logits, "logits" if model.config.decoder_config is None else "pred_masks")]
+    else:
+        pairs = [(outputs.class_queries_logits, "pred_logits"), (outputs.masks_queries_logits, "pred_masks")]
+    for ours, name in pairs:
+        original = arrays[f"eval.{name}"]
+        assert ours.shape == original.shape
+        assert (ours - original).abs().max() <= TOLERANCE * original.abs().max()
+
+
+@pytest.mark.parametrize("write", [write_pkl, write_pth])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_formats_give_the_stored_logits(name, write, tmp_path):
+    tensors = load_file(FIXTURES / name / "original_model.safetensors")
+    source = write(tmp_path / f"model_final.{write.__name__[-3:]}", tensors)
+    run_script(source, tmp_path / "model", "--config", FIXTURES / name / "config.yaml")
+    check_logits(tmp_path / "model", load_file(FIXTURES / name / "arrays.safetensors"))
+
+
+@pytest.mark.skipif(not STORED.is_dir(), reason="the files that the original wrote are not on this machine")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_files_that_the_original_wrote_give_the_stored_logits(name, tmp_path):
+    run_script(STORED / name / "model_final.pkl", tmp_path / "model", "--config", STORED / name / "config.yaml")
+    check_logits(tmp_path / "model", load_file(STORED / name / "arrays.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["resnet_semantic", "swin_semantic"])
+def test_transformers_own_class_gives_the_same_from_the_folder(name, convert):
+    folder = convert(load_file(FIXTURES / name / "original_model.safetensors"), name)
+    stock, loading = transformers.MaskFormerForInstanceSegmentation.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values())
+    arrays = load_file(FIXTURES / name / "arrays.safetensors")
+    with torch.no_grad():
+        logits = stock.eval()(arrays["pixel_values"]).masks_queries_logits
+    original = arrays["eval.pred_masks"]
+    assert (logits - original).abs().max() <= TOLERANCE * original.abs().max()
+
+
+def test_transformers_own_class_refuses_what_it_cannot_express(convert):
+    name = "resnet_panoptic_enc"
+    folder = convert(load_file(FIXTURES / name / "original_model.safetensors"), name)
+    with pytest.raises((KeyError, ValueError), match="maskformer-transformer"):
+        transformers.MaskFormerForInstanceSegmentation.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(FIXTURES / "resnet_semantic" / "original_model.safetensors")
+
+
+@pytest.fixture
+def convert(tmp_path):
+    """Converts tensors with the configuration of a stored variant; gives the folder."""
+
+    def convert(tensors, name="resnet_semantic", write=write_pth, labels=None):
+        original = OriginalConfig(FIXTURES / name / "config.yaml")
+        source = write(tmp_path / f"source.{write.__name__[-3:]}", tensors)
+        convert_checkpoint(source, tmp_path / "model", original.config(labels), original.image_processor(labels))
+        return tmp_path / "model"
+
+    return convert
+
+
+def test_the_folder_has_processor_and_card(convert, tensors):
+    folder = convert(tensors, write=write_pkl)
+    processor = MaskFormerImageProcessor.from_pretrained(folder)
+    assert (processor.size_divisor, processor.num_labels) == (32, 13)
+    card = (folder / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card
+    assert 'MaskFormerForInstanceSegmentation.from_pretrained("model")' in card
+    assert AutoConfig.from_pretrained(folder).model_type == "maskformer"
+
+
+def test_a_card_reports_figures_only_of_the_authors_own_file(tmp_path, tensors):
+    original = OriginalConfig(FIXTURES / "resnet_semantic" / "config.yaml")
+    for name in ("model_final_d8dbeb", "mine"):
+        source = write_pkl(tmp_path / f"{name}.pkl", tensors)
+        convert_checkpoint(source, tmp_path / name, original.config(), original.image_processor())
+    reported = "Reported by the paper's authors for these weights, not measured again here: 44.5 mIoU on ADE20K"
+    assert reported in (tmp_path / "model_final_d8dbeb" / "README.md").read_text()
+    assert "Reported" not in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_the_classes_file_names_the_labels(tmp_path, tensors):
+    classes = tmp_path / "classes.json"
+    classes.write_text(json.dumps({"id2label": {str(label): f"class {label}" for label in range(13)}}))
+    source = write_pkl(tmp_path / "source.pkl", tensors)
+    config = FIXTURES / "resnet_semantic" / "config.yaml"
+    run_script(source, tmp_path / "model", "--config", config, "--classes", classes)
+    assert AutoConfig.from_pretrained(tmp_path / "model").id2label[12] == "class 12"
+
+
+def test_the_script_wants_one_description_of_the_model(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_script("a.pkl", tmp_path / "model")
+    assert "one of the arguments --config --preset is required" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"no preset 'ade20k-r5O'\. Close to it are ade20k-r50"):
+        run_script("a.pkl", tmp_path / "model", "--preset", "ade20k-r5O")
+
+
+def test_leftovers_are_left_out_and_named(convert, tensors, monkeypatch):
+    notes = []
+    monkeypatch.setattr("hf_maskformer.hub.conversion.logger.info", notes.append)
+    leftovers = {
+        "pixel_mean": torch.zeros(3, 1, 1),
+        "pixel_std": torch.ones(3, 1, 1),
+        "backbone.stem.conv1.norm.num_batches_tracked": torch.tensor(7),
+    }
+    assert (convert({**tensors, **leftovers}) / "model.safetensors").is_file()
+    assert all(name in notes[0] for name in leftovers)
+
+
+def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_written(convert, tensors, tmp_path):
+    changed = {name: tensor for name, tensor in tensors.items() if name != "backbone.stem.conv1.weight"}
+    changed["sem_seg_head.pixel_decoder.mask_features.bias"] = torch.zeros(5)
+    changed["sem_seg_head.predictor.query_embed.weight"] = torch.zeros(20, 48, dtype=torch.int64)
+    changed["surprise.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"does not fit the configuration") as error:
+        convert(changed, write=write_pkl)
+    for part in (
+        "unknown to the model: surprise.weight",
+        "missing in the file: backbone.stem.conv1.weight",
+        "sem_seg_head.mask_features.bias ([5] there, [32] in the model)",  # the name that the file has
+        "query_embed.weight ([20, 48] whole numbers there, [20, 48] in the model)",
+    ):
+        assert part in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"source.pkl"}
+
+
+def test_a_wrong_shape_is_found_before_a_model_is_built(tmp_path, monkeypatch):
+    def build(*arguments):
+        raise AssertionError("a model of this size was built")
+
+    preset = PRESETS["ade20k-swin-large"]
+    config, processor = preset.config(), preset.image_processor()
+    small = {"sem_seg_head.predictor.query_embed.weight": torch.zeros(1)}
+    monkeypatch.setattr("hf_maskformer.hub.conversion.from_original", build)
+    with pytest.raises(ValueError, match=r"of another shape: .*query_embed\.weight \(\[1\] there, \[100, 256\]"):
+        convert_checkpoint(write_pkl(tmp_path / "small.pkl", small), tmp_path / "model", config, processor)
+
+
+def test_a_tensor_in_both_spellings_is_refused(convert, tensors):
+    name = "sem_seg_head.pixel_decoder.mask_features.bias"
+    with pytest.raises(ValueError, match=r"two spellings of the same tensor"):
+        convert({**tensors, zoo_spelling(name): tensors[name]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {}}, "holds no tensors"),
+        ([1], "holds no tensors"),
+        ({"model": {"sem_seg_head.a": "text"}}, r"'sem_seg_head\.a', which is no named tensor"),
+        ({1: np.zeros(1)}, "holds 1, which is no named tensor"),
+        ({"a": np.zeros(1)}, "no checkpoint of MaskFormer"),
+        ({"blobs": {"conv1_w": np.zeros(1)}}, "'blobs', which is no named tensor"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, message):
+    source = tmp_path / "a.pkl"
+    source.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        run_script(source, tmp_path / "model", "--preset", "ade20k-r50")
+    assert not (tmp_path / "model").exists()
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    for name, error, message in (
+        ("none.pkl", FileNotFoundError, "none.pkl does not exist"),
+        ("a.bin", ValueError, "neither a .pkl"),
+        ("a.pth", ValueError, "a.pth is no file of tensors"),
+    ):
+        if name != "none.pkl":
+            (tmp_path / name).write_bytes(b"text")
+        with pytest.raises(error, match=re.escape(message)):
+            run_script(tmp_path / name, tmp_path / "model", "--preset", "ade20k-r50")
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise AssertionError('it ran')",)
+
+
+def test_a_pth_that_asks_for_more_is_refused_and_not_run(tmp_path):
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"asks for more than torch\.load allows"):
+        run_script(tmp_path / "evil.pth", tmp_path / "model", "--preset", "ade20k-r50")
+
+
+def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not an empty folder"), whole_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model" / "mine.txt").read_text() == "mine"
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path):
+    def write_half():
+        with whole_folder(tmp_path / "model") as folder:
+            (folder / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert not list(tmp_path.iterdir())
+
+
+def backbone_files(config):
+    """A model and its backbone as ImageNet files have it: by kind, names and tensors."""
+    model = MaskFormerForInstanceSegmentation(config)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.normal_()
+    original = to_original(model.state_dict())
+    backbone = {name.removeprefix("backbone."): t for name, t in original.items() if name.startswith("backbone.")}
+    return original, {name: tensor for name, tensor in backbone.items() if not re.match(r"norm\d\.", name)}
+
+
+def to_torchvision(name):
+    name = re.sub(r"^stem\.conv1\.norm\.", "bn1.", re.sub(r"^stem\.conv1\.weight", "conv1.weight", name))
+    name = re.sub(r"^res(\d)", lambda match: f"layer{int(match[1]) - 1}", name)
+    name = re.sub(r"shortcut\.norm\.", "downsample.1.", name.replace("shortcut.weight", "downsample.0.weight"))
+    return re.sub(r"conv(\d)\.norm\.", r"bn\1.", name)
+
+
+IMAGENET = {
+    "torchvision": (to_torchvision, {"fc.weight": (10, 8), "fc.bias": (10,), "bn1.num_batches_tracked": ()}),
+    "detectron2": (str, {"stem.fc.weight": (10, 8), "stem.fc.bias": (10,)}),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGENET)
+@pytest.mark.parametrize("write", [write_pkl, write_pth])
+def test_a_resnet_trained_on_imagenet_fills_the_backbone(kind, write, tmp_path):
+    spelling, others = IMAGENET[kind]
+    config = tiny_config(ResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128]))
+    original, backbone = backbone_files(config)
+    tensors = {spelling(name): tensor for name, tensor in backbone.items()}
+    tensors |= {name: torch.zeros(shape) for name, shape in others.items()}
+    source = write(tmp_path / f"resnet.{write.__name__[-3:]}", tensors)
+    check_backbone(source, config, original, tmp_path)
+
+
+def test_a_deep_stem_is_filled_too(tmp_path):
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
+    config = tiny_config(MaskFormerResNetConfig(**sizes, last_stage_dilations=[2]))
+    original, tensors = backbone_files(config)
+    assert "stem.conv3.norm.running_var" in tensors
+    check_backbone(write_pkl(tmp_path / "resnet.pkl", tensors), config, original, tmp_path)
+
+
+def test_a_swin_trained_on_imagenet_fills_the_backbone(tmp_path):
+    config = tiny_config(SwinConfig(embed_dim=8, depths=[2, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4))
+    original, tensors = backbone_files(config)
+    tensors["layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
+    tensors |= {"norm.weight": torch.ones(64), "norm.bias": torch.ones(64), "head.weight": torch.ones(10, 64)}
+    check_backbone(write_pth(tmp_path / "swin.pth", tensors), config, original, tmp_path)
+
+
+def check_backbone(source, config, original, tmp_path):
+    convert_checkpoint(source, tmp_path / "model", config, MaskFormerImageProcessor())
+    model = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "model")
+    found = to_original(model.state_dict())
+    for name, tensor in original.items():
+        is_given = name.startswith("backbone.") and not re.match(r"backbone\.norm\d\.", name)
+        if tensor.is_floating_point() and name != "criterion.empty_weight":
+            assert torch.equal(found[name], tensor) == is_given, name
+    assert "**everything else is random**" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_random_weights_beside_a_backbone_are_said_aloud(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_maskformer.hub.conversion.logger.warning", warnings.append)
+    config = tiny_config(ResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128]))
+    source = write_pth(tmp_path / "resnet.pth", backbone_files(config)[1])
+    convert_checkpoint(source, tmp_path / "model", config, MaskFormerImageProcessor())
+    assert "holds a backbone only" in warnings[0]
+    assert "Train the model before using it" in warnings[0]
+
+
+def test_an_incomplete_backbone_is_refused(tmp_path):
+    config = tiny_config(ResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128]))
+    _, backbone = backbone_files(config)
+    backbone.pop("res5.2.conv3.weight")
+    with pytest.raises(ValueError, match=r"missing in the file: backbone\.res5\.2\.conv3\.weight"):
+        convert_checkpoint(
+            write_pth(tmp_path / "resnet.pth", backbone), tmp_path / "model", config, MaskFormerImageProcessor()
+        )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_names_and_shapes_of_every_full_size_model_go_both_ways(name):
+    config = PRESETS[name].config()
+    theirs = original_shapes(config)
+    ours = from_original({zoo_spelling(name): tensor for name, tensor in theirs.items()})
+    with torch.device("meta"):
+        is_baseline = isinstance(config, PerPixelBaselineConfig)
+        model_class = PerPixelBaselineForSemanticSegmentation if is_baseline else MaskFormerForInstanceSegmentation
+        expected = model_class(config).state_dict()
+    assert {name: tensor.shape for name, tensor in ours.items()} == {n: tensor.shape for n, tensor in expected.items()}
+    assert to_original(ours).keys() == theirs.keys()

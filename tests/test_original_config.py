@@ -1,0 +1,244 @@
+"""Configuration files of the paper's code: what they say is read, and what nobody here can build is refused."""
+
+import pytest
+import yaml
+from golden import CONFIGS, FIXTURES
+from transformers import DetrConfig, ResNetConfig
+
+from hf_maskformer import MaskFormerConfig
+from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
+from hf_maskformer.configuration_per_pixel_baseline import PerPixelBaselineConfig
+from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.hub.original_config import OriginalConfig
+from hf_maskformer.hub.yaml_files import read_yaml
+
+# What a file has to say, because detectron2's own defaults are for other models.
+SMALLEST = {
+    "INPUT": {"FORMAT": "RGB", "MIN_SIZE_TEST": 512, "MAX_SIZE_TEST": 2048},
+    "MODEL": {
+        "META_ARCHITECTURE": "MaskFormer",
+        "PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "PIXEL_STD": [58.395, 57.12, 57.375],
+        "RESNETS": {"OUT_FEATURES": ["res2", "res3", "res4", "res5"], "STRIDE_IN_1X1": False},
+        "SEM_SEG_HEAD": {
+            "NAME": "MaskFormerHead",
+            "IN_FEATURES": ["res2", "res3", "res4", "res5"],
+            "NUM_CLASSES": 150,
+            "CONVS_DIM": 256,
+        },
+    },
+}
+
+
+def changed(**values):
+    """The smallest file with some fields changed, written as MODEL__RESNETS__DEPTH."""
+    content = yaml.safe_load(yaml.safe_dump(SMALLEST))
+    for key, value in values.items():
+        *sections, field = key.split("__")
+        target = content
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[field] = value
+    return content
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(**values):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(changed(**values)))
+        return OriginalConfig(path)
+
+    return read
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_complete_files_give_the_model_of_the_stored_numbers(name):
+    is_baseline = name.startswith("per_pixel")
+    sizes = {"fpn_feature_size": 32 if is_baseline else 64, "mask_feature_size": 32, "num_labels": 13}
+    config_class = PerPixelBaselineConfig if is_baseline else MaskFormerConfig
+    expected = config_class(**CONFIGS[name], **sizes).to_dict()
+    found = OriginalConfig(FIXTURES / name / "config.yaml").config().to_dict()
+    found.pop("panoptic_thresholds", None)
+    assert found == expected
+
+
+def test_the_smallest_file_is_the_paper_s_resnet_50(read):
+    config = read().config()
+    assert isinstance(config.backbone_config, ResNetConfig)
+    assert config.backbone_config.hidden_sizes == [256, 512, 1024, 2048]
+    assert isinstance(config.decoder_config, DetrConfig)
+    decoder = config.decoder_config
+    assert (decoder.num_queries, decoder.decoder_layers, decoder.d_model, decoder.dropout) == (100, 6, 256, 0.1)
+    assert (decoder.attention_dropout, decoder.activation_dropout) == (0.1, 0.1)
+    assert (config.num_labels, config.mask_weight, config.no_object_weight) == (150, 20.0, 0.1)
+
+
+def test_the_image_processor_gets_sizes_padding_and_normalisation(read):
+    processor = read().image_processor()
+    assert processor.size == {"shortest_edge": 512, "longest_edge": 2048}
+    assert processor.image_mean == pytest.approx([0.485, 0.456, 0.406])
+    assert processor.image_std == pytest.approx([0.229, 0.224, 0.225])
+    assert (processor.size_divisor, processor.ignore_index, processor.num_labels) == (32, 255, 150)
+    assert read(INPUT__MIN_SIZE_TEST=0).image_processor().do_resize is False
+
+
+@pytest.mark.parametrize(("backbone", "divisor"), [("build_resnet_backbone", 0), ("D2SwinTransformer", 32)])
+def test_a_negative_divisor_is_that_of_the_backbone(read, backbone, divisor):
+    original = read(MODEL__MASK_FORMER__SIZE_DIVISIBILITY=-1, MODEL__BACKBONE__NAME=backbone)
+    assert original.image_processor().size_divisor == divisor
+
+
+def test_resnet_101c_has_a_deep_stem_and_dilations(read):
+    deeplab = {
+        "MODEL__BACKBONE__NAME": "build_resnet_deeplab_backbone",
+        "MODEL__RESNETS__DEPTH": 101,
+        "MODEL__RESNETS__STEM_TYPE": "deeplab",
+        "MODEL__RESNETS__STEM_OUT_CHANNELS": 128,
+    }
+    backbone = read(**deeplab, MODEL__RESNETS__RES5_MULTI_GRID=[1, 2, 4]).config().backbone_config
+    assert isinstance(backbone, MaskFormerResNetConfig)
+    assert (backbone.depths, backbone.embedding_size) == ([3, 4, 23, 3], 128)
+    assert (backbone.deep_stem, backbone.last_stage_dilations) == (True, [1, 2, 4])
+    # The plain builder reads neither field.
+    deeplab["MODEL__BACKBONE__NAME"] = "build_resnet_backbone"
+    assert not isinstance(read(**deeplab).config().backbone_config, MaskFormerResNetConfig)
+
+
+def test_a_panoptic_file_gives_encoder_layers_and_thresholds(read):
+    original = read(
+        MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME="TransformerEncoderPixelDecoder",
+        MODEL__SEM_SEG_HEAD__TRANSFORMER_ENC_LAYERS=6,
+        MODEL__MASK_FORMER__TRANSFORMER_IN_FEATURE="transformer_encoder",
+        MODEL__MASK_FORMER__TEST={"PANOPTIC_ON": True, "OBJECT_MASK_THRESHOLD": 0.7, "OVERLAP_THRESHOLD": 0.8},
+    )
+    config = original.config()
+    assert isinstance(config.decoder_config, MaskFormerTransformerConfig)
+    assert config.decoder_config.pixel_decoder_layers == 6
+    assert config.panoptic_thresholds == {"threshold": 0.7, "overlap_mask_area_threshold": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "ours"), [("PRE_NORM", True, "pre_norm"), ("ENC_LAYERS", 2, "encoder_layers")]
+)
+def test_what_stock_cannot_express_gets_our_own_type(read, field, value, ours):
+    decoder = read(**{f"MODEL__MASK_FORMER__{field}": value}).config().decoder_config
+    assert isinstance(decoder, MaskFormerTransformerConfig)
+    assert getattr(decoder, ours) == value
+
+
+def test_batch_norm_that_was_trained_is_not_frozen(read):
+    assert read(MODEL__RESNETS__NORM="SyncBN").config().freeze_batch_norm is False
+
+
+REFUSED = {
+    "INPUT__FORMAT": "BGR",
+    "MODEL__META_ARCHITECTURE": "PanopticFPN",
+    "MODEL__BACKBONE__NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL__RESNETS__DEPTH": 18,
+    "MODEL__RESNETS__NORM": "GN",
+    "MODEL__RESNETS__NUM_GROUPS": 32,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 512,
+    "MODEL__RESNETS__RES5_DILATION": 2,
+    "MODEL__RESNETS__DEFORM_ON_PER_STAGE": [False, True, True, True],
+    "MODEL__RESNETS__OUT_FEATURES": ["res3", "res4", "res5"],
+    "MODEL__SEM_SEG_HEAD__NAME": "MaskFormerPlusHead",
+    "MODEL__SEM_SEG_HEAD__NORM": "BN",
+    "MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME": "MSDeformAttnPixelDecoder",
+    "MODEL__MASK_FORMER__TRANSFORMER_IN_FEATURE": "pixel_embedding",
+    "MODEL__MASK_FORMER__TEST": {"SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": True},
+    "MODEL__MASK_FORMER__TRAIN_NUM_POINTS": 12544,
+    "MODEL__SWIN__USE_CHECKPOINT": True,
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_no_model_here_has_is_refused_by_name(read, field):
+    with pytest.raises(ValueError, match=field.replace("__", r"\.")):
+        read(**{field: REFUSED[field]})
+
+
+@pytest.mark.parametrize("field", ["APE", "QK_SCALE", "PATCH_NORM", "PATCH_SIZE"])
+def test_swin_s_fields_are_read_only_with_a_swin(read, field):
+    other = {f"MODEL__SWIN__{field}": {"APE": True, "QK_SCALE": 0.5, "PATCH_NORM": False, "PATCH_SIZE": 2}[field]}
+    read(**other)
+    with pytest.raises(ValueError, match=rf"MODEL\.SWIN\.{field}"):
+        read(**other, MODEL__BACKBONE__NAME="D2SwinTransformer")
+
+
+def test_a_forced_projection_is_refused_only_where_it_adds_one(read):
+    read(MODEL__MASK_FORMER__ENFORCE_INPUT_PROJ=True)
+    with pytest.raises(ValueError, match="ENFORCE_INPUT_PROJ"):
+        read(MODEL__MASK_FORMER__ENFORCE_INPUT_PROJ=True, MODEL__MASK_FORMER__HIDDEN_DIM=2048)
+
+
+def test_a_baseline_has_as_many_queries_as_classes(read):
+    baseline = {
+        "MODEL__META_ARCHITECTURE": "SemanticSegmentor",
+        "MODEL__SEM_SEG_HEAD__NAME": "PerPixelBaselinePlusHead",
+    }
+    with pytest.raises(ValueError, match=r"NUM_OBJECT_QUERIES 100, but a model here can only have 150"):
+        read(**baseline)
+    config = read(**baseline, MODEL__MASK_FORMER__NUM_OBJECT_QUERIES=150).config()
+    assert config.decoder_config.num_queries == 150
+
+
+def test_known_data_sets_name_their_classes_if_they_are_as_many(read):
+    original = read(DATASETS__TEST=["ade20k_sem_seg_val"])
+    assert original.config().id2label[2] == "sky"
+    assert original.image_processor().do_reduce_labels is True
+    fewer = read(DATASETS__TEST=["ade20k_sem_seg_val"], MODEL__SEM_SEG_HEAD__NUM_CLASSES=2)
+    assert fewer.config().id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+def test_given_classes_name_the_labels(read):
+    original = read(MODEL__SEM_SEG_HEAD__NUM_CLASSES=2)
+    labels = LabelSet({0: "sky", 1: "bird"}, ignore_index=9, thing_ids=(1,))
+    assert original.config(labels).id2label == labels.id2label
+    assert original.image_processor(labels).label_ids_to_fuse == [0]
+    with pytest.raises(ValueError, match=r"1 classes are given, but MODEL\.SEM_SEG_HEAD\.NUM_CLASSES"):
+        original.config(LabelSet({0: "sky"}))
+
+
+def test_a_file_changes_the_values_of_its_base(tmp_path):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "first.yaml").write_text("MODEL: {A: 1, B: {C: 2, D: 3}}\nSEED: 5\n")
+    (tmp_path / "bases" / "second.yaml").write_text("_BASE_: first.yaml\nMODEL: {B: {C: 20}}\n")
+    (tmp_path / "last.yaml").write_text("_BASE_: bases/second.yaml\nMODEL: {B: {D: 30}}\n")
+    assert read_yaml(tmp_path / "last.yaml") == {"MODEL": {"A": 1, "B": {"C": 20, "D": 30}}, "SEED": 5}
+
+
+def test_a_circle_of_bases_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("_BASE_: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
+    with pytest.raises(ValueError, match=r"in a circle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_missing_base_names_the_file_that_wants_it(tmp_path):
+    (tmp_path / "a.yaml").write_text("_BASE_: b.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"b\.yaml does not exist, but is the _BASE_ of .*a\.yaml"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A: !!python/object/apply:os.system ['id']",
+        "A: !!python/name:os.system",
+        "A: [1",
+        "- 1",
+        "",
+        "_BASE_: https://somewhere/base.yaml",
+        "_BASE_: [a.yaml]",
+    ],
+)
+def test_yaml_that_is_no_plain_data_is_refused(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.yaml"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_tuples_of_detectron2_are_lists_too(read, tmp_path):
+    (tmp_path / "a.yaml").write_text("A: !!python/tuple [1, [2, 3]]")
+    assert read_yaml(tmp_path / "a.yaml") == {"A": (1, [2, 3])}

@@ -1,0 +1,176 @@
+"""What users of any `PreTrainedModel` do with theirs."""
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from models import ARCHITECTURES, masks, resnet_config, swin_config, tiny_batch, tiny_config, tiny_model
+from transformers import Trainer, TrainingArguments
+
+from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request) -> MaskFormerForInstanceSegmentation:
+    return ARCHITECTURES[request.param]().eval()
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    return torch.randn(1, 3, 64, 96)
+
+
+@pytest.fixture
+def transformers_log(caplog):
+    """What transformers logs; it keeps that from the root logger."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_attention_can_be_switched_and_stays_the_same(model, pixel_values, transformers_log):
+    outputs = {}
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == model.config.decoder_config._attn_implementation == name
+        with torch.no_grad():
+            outputs[name] = model(pixel_values, output_attentions=True)
+    assert transformers_log.text == ""
+    for left, right in zip(*(output.attentions for output in outputs.values()), strict=True):
+        torch.testing.assert_close(left, right)
+    left, right = (output.masks_queries_logits for output in outputs.values())
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_attention_that_the_model_does_not_have_is_refused(name, tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="does not support"):
+        model.set_attn_implementation(name)
+    assert model.config.decoder_config._attn_implementation != name
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not support"):
+        MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, attn_implementation=name)
+
+
+def test_the_trainer_can_turn_on_gradient_checkpointing(model, tmp_path):
+    """Layers of backbone and decoder then run once more for the backward pass, and the step is the same."""
+    images = [{name: tensor[0] for name, tensor in tiny_batch(1).items()} for _ in range(2)]
+    steps, runs = [], []
+    for enable in (False, True):
+        trained = copy.deepcopy(model)
+        count = []
+        for layer in (first_backbone_layer(trained), trained.model.transformer_module.decoder.layers[0]):
+            leaf = next(module for module in layer.modules() if not list(module.children()))
+            leaf.register_forward_hook(lambda *_, count=count: count.append(1))
+        arguments = TrainingArguments(
+            tmp_path, max_steps=1, gradient_checkpointing=enable, report_to=[], save_strategy="no", use_cpu=True
+        )
+        Trainer(trained, arguments, train_dataset=images).train()
+        steps.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
+        runs.append(len(count))
+    assert runs == [2, 4]
+    torch.testing.assert_close(*steps)
+
+
+def first_backbone_layer(model):
+    modules = model.model.pixel_level_module.encoder.modules()
+    return next(module for module in modules if type(module).__name__ in ("SwinBlock", "ResNetLayer"))
+
+
+def test_a_model_that_lies_partly_on_disk_predicts_the_same_and_can_be_saved(model, pixel_values, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    offloaded = MaskFormerForInstanceSegmentation.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": int(0.4 * model.get_memory_footprint())},
+        offload_folder=tmp_path / "offload",
+    )
+    assert set(offloaded.hf_device_map.values()) == {"cpu", "disk"}
+    expected = masks(model, pixel_values)
+    assert torch.equal(masks(offloaded, pixel_values), expected)
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        offloaded.save_pretrained(tmp_path / "again")
+    again = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "again", device_map="auto")
+    assert torch.equal(masks(again, pixel_values), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains(model, dtype, tmp_path):
+    model.save_pretrained(tmp_path)
+    half = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, dtype=dtype).train()
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    batch = tiny_batch()
+    output = half(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)})
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in half.parameters() if p.requires_grad)
+
+
+def test_copies_predict_the_same(model, pixel_values):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(masks(again, pixel_values), masks(model, pixel_values))
+
+
+def test_configurations_survive_copies_and_json(model):
+    config = model.config
+    assert pickle.loads(pickle.dumps(config)).to_dict() == copy.deepcopy(config).to_dict() == config.to_dict()
+    assert MaskFormerConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert "MaskFormerConfig" in repr(config)
+    assert config.to_json_string(use_diff=False) != config.to_json_string(use_diff=True)
+
+
+def test_return_dict_may_come_from_the_configuration(pixel_values, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, return_dict=False)
+    assert isinstance(model(pixel_values), tuple)
+    assert len(model(pixel_values, return_dict=True).keys()) == len(model(pixel_values))
+
+
+def test_parameters_are_counted_and_ties_are_none(model):
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.num_parameters() == total
+    assert model.num_parameters(only_trainable=True) == trainable
+    model.tie_weights()
+    assert model.num_parameters() == total
+
+
+def test_the_log_names_the_tensors_that_are_new_for_other_classes(tmp_path, transformers_log):
+    tiny_model().save_pretrained(tmp_path)
+    MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    for name in ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight"):
+        assert name in transformers_log.text
+    assert transformers_log.text.count("MISMATCH") >= 3
+    assert "mask_embedder" not in transformers_log.text
+
+
+@pytest.mark.parametrize("size", [(31, 45), (641, 333)])
+def test_any_size_is_taken(model, size):
+    assert masks(model, torch.randn(1, 3, *size)).shape[-2:] == (-(-size[0] // 4), -(-size[1] // 4))
+
+
+def test_initialisation_of_the_backbones_is_that_of_the_paper():
+    """ResNet: normal, by the number of outputs. Swin: normal with deviation 0.02 for linear layers and bias tables."""
+    resnet = tiny_config(resnet_config()).backbone_config
+    resnet.hidden_sizes, resnet.embedding_size = [64, 64, 64, 64], 64
+    encoder = tiny_model(resnet).model.pixel_level_module.encoder
+    stem = next(m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d))
+    assert stem.weight.std().item() == pytest.approx((2 / (64 * 7 * 7)) ** 0.5, rel=0.05)
+
+    swin = swin_config()
+    swin.embed_dim = 64
+    block = tiny_model(swin).model.pixel_level_module.encoder.model.encoder.layers[0].blocks[0]
+    linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 6
+    for linear in linears:
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert not linear.bias.any()
+    assert block.attention.self.relative_position_bias_table.std().item() == pytest.approx(0.02, rel=0.2)
