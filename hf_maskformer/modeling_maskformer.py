@@ -118,11 +118,14 @@ class PixelLevelModule(nn.Module):
         self.train(self.training)
 
     def forward(self, pixel_values: Tensor) -> tuple[Sequence[Tensor], PixelDecoderOutput]:
+        features = self.features(pixel_values)
+        return features, self.decoder(features)
+
+    def features(self, pixel_values: Tensor) -> Sequence[Tensor]:
+        """The backbone's four feature maps."""
         # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
         features = self.encoder(pixel_values.contiguous(memory_format=torch.channels_last))
-        if isinstance(self.encoder, PreTrainedModel):
-            features = features.feature_maps
-        return features, self.decoder(features)
+        return features.feature_maps if isinstance(self.encoder, PreTrainedModel) else features
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
         super().train(mode)
@@ -312,6 +315,48 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             padded_sizes=padded_sizes,
         )
         return output if first_set(return_dict, self.config.return_dict) else output.to_tuple()
+
+    @torch.no_grad()
+    def predict(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, threshold: float = 0.0
+    ) -> MaskFormerForInstanceSegmentationOutput:
+        """Predicts the masks of the queries that post-processing with this threshold keeps, and of no others.
+
+        Panoptic and instance segmentation look at a few queries of an image only. The others are left out of the
+        outputs, which `post_process_panoptic_segmentation` and `post_process_instance_segmentation` take as they take
+        those of `forward`; with the same threshold their results are the same.
+
+        Args:
+            pixel_values, pixel_mask: As in `forward`.
+            threshold: Queries stay if one of their classes is more probable than this. With 0 all do.
+
+        Returns:
+            `class_queries_logits` (B, Q', K + 1) and `masks_queries_logits` (B, Q', h, w), in the order of the queries,
+            `image_sizes` and `padded_sizes`.
+        """
+        pixel_decoder = self.model.pixel_level_module.decoder
+        memory, levels = pixel_decoder.pyramid(self.model.pixel_level_module.features(pixel_values))
+        queries = self.model.transformer_module(memory).last_hidden_state
+        class_logits = self.class_predictor(queries)
+        kept = likely_queries(class_logits, threshold)[..., None]
+        mask_embeddings = self.mask_embedder(queries.take_along_dim(kept, dim=1))
+        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
+        return MaskFormerForInstanceSegmentationOutput(
+            class_queries_logits=class_logits.take_along_dim(kept, dim=1),
+            masks_queries_logits=pixel_decoder.masks(levels[-1], mask_embeddings),
+            image_sizes=image_sizes,
+            padded_sizes=padded_sizes,
+        )
+
+
+def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:
+    """Indices (B, Q'), ascending, of the queries of each image that some class has with more than this probability.
+
+    Q' is their largest number in an image, at least 1; other images are filled up with their next likely queries.
+    """
+    scores = class_logits.float().softmax(-1)[..., :-1].amax(-1)
+    count = max(int((scores > threshold).sum(1).max()), 1)
+    return scores.topk(count, dim=1).indices.sort(dim=1).values
 
 
 def build_backbone(config: PreTrainedConfig) -> Any:
