@@ -6,6 +6,7 @@ Letters: B images, C channels of the pyramid, h x w = H/4 x W/4 for the H x W pa
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -118,11 +119,31 @@ class PixelDecoder(nn.Module):
         self.mask_projection = XavierConv2d(feature_size, mask_feature_size, kernel_size=3, padding=1)
 
     def forward(self, features: Sequence[Tensor], memory_sizes: Tensor | None = None) -> PixelDecoderOutput:
+        memory, levels = self.pyramid(features, memory_sizes)
+        return PixelDecoderOutput(self.mask_projection(levels[-1]), memory, levels, memory_sizes)
+
+    def pyramid(self, features: Sequence[Tensor], memory_sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """All but the last projection: what the transformer decoder attends to, and the levels."""
         memory = features[-1]
         if self.input_projection is not None and self.encoder is not None:
             memory = self.encoder(self.input_projection(memory), memory_sizes)
-        levels = self.fpn([*features[:-1], memory])
-        return PixelDecoderOutput(self.mask_projection(levels[-1]), memory, levels, memory_sizes)
+        return memory, self.fpn([*features[:-1], memory])
+
+    def masks(self, level: Tensor, mask_embeddings: Tensor) -> Tensor:
+        """The masks (B, Q, h, w) of queries, from the pyramid's last level and their mask embeddings (B, Q, C).
+
+        Nothing but products lies between the two, so each query's embedding and the projection make one convolution:
+        Q channels instead of C and then Q, to float32's precision the same.
+        """
+        projection = self.mask_projection
+        kernels = torch.einsum("bqc,cfyx->bqfyx", mask_embeddings, projection.weight)
+        biases = torch.einsum("bqc,c->bq", mask_embeddings, projection.bias)
+        return torch.cat(
+            [
+                F.conv2d(image[None], kernel, bias, padding=projection.padding)
+                for image, kernel, bias in zip(level, kernels, biases, strict=True)
+            ]
+        )
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -8,6 +8,7 @@ positions in a window.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,6 @@ class SwinBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: PreTrainedConfig, dim: int, num_heads: int, shift: int, drop_path: float) -> None:
         super().__init__()
-        self.window_size = config.window_size
         self.shift = shift
         self.drop_path = drop_path
         self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
@@ -134,25 +134,15 @@ class SwinBlock(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.output = Projection(hidden_dim, dim, config.hidden_dropout_prob)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Takes and returns (B, h, w, C)."""
-        states = states + self._drop_path(self._attend(self.layernorm_before(states)))
+    def forward(self, states: Tensor, grids: "tuple[WindowGrid, WindowGrid]") -> Tensor:
+        """Takes (B, h, w, C), and the stage's windows without and with shift; returns (B, h, w, C)."""
+        grid = grids[1 if self.shift else 0]
+        states = states + self._drop_path(self._attend(self.layernorm_before(states), grid))
         hidden = self.activation(self.intermediate(self.layernorm_after(states)))
         return states + self._drop_path(self.output(hidden))
 
-    def _attend(self, states: Tensor) -> Tensor:
-        height, width = states.shape[1:3]
-        states = F.pad(states, (0, 0, 0, -width % self.window_size, 0, -height % self.window_size))
-        size = states.shape[1:3]
-        separation = None
-        if self.shift:
-            states = states.roll((-self.shift, -self.shift), dims=(1, 2))
-            separation = shift_separation(size, self.window_size, self.shift, states.device)
-        windows = self.attention(to_windows(states, self.window_size), separation)
-        states = from_windows(windows, self.window_size, size)
-        if self.shift:
-            states = states.roll((self.shift, self.shift), dims=(1, 2))
-        return states[:, :height, :width]
+    def _attend(self, states: Tensor, grid: "WindowGrid") -> Tensor:
+        return grid.to_map(self.attention(grid.to_windows(states), grid.separation))
 
     def _drop_path(self, update: Tensor) -> Tensor:
         """Stochastic depth: leaves the block out for some images and scales up the rest."""
@@ -181,16 +171,21 @@ class SwinStage(nn.Module):
     def __init__(self, config: PreTrainedConfig, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
         dim = config.embed_dim * 2**stage
+        self.window_size = config.window_size
+        self.shift = config.window_size // 2
         self.blocks = nn.ModuleList(
-            SwinBlock(config, dim, config.num_heads[stage], config.window_size // 2 * (index % 2), drop_path)
+            SwinBlock(config, dim, config.num_heads[stage], self.shift * (index % 2), drop_path)
             for index, drop_path in enumerate(drop_paths)
         )
         self.downsample = PatchMerging(dim) if stage < len(config.depths) - 1 else None
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the stage's output, and the input of the next stage."""
+        size, device = states.shape[1:3], states.device
+        # Once for all blocks: they differ in the shift only.
+        grids = (WindowGrid(size, self.window_size, 0, device), WindowGrid(size, self.window_size, self.shift, device))
         for block in self.blocks:
-            states = block(states)
+            states = block(states, grids)
         return states, states if self.downsample is None else self.downsample(states)
 
 
@@ -259,18 +254,65 @@ class SwinBackbone(nn.Module):
         return feature_maps
 
 
-def to_windows(states: Tensor, window_size: int) -> Tensor:
-    """(B, h, w, C) to (B W, N, C); h and w are multiples of the window."""
-    batch_size, height, width, channels = states.shape
-    grid = states.view(batch_size, height // window_size, window_size, width // window_size, window_size, channels)
-    return grid.transpose(2, 3).reshape(-1, window_size**2, channels)
+class WindowGrid:
+    """The windows of a feature map of one size: which position goes where.
+
+    Padding, cyclic shift and the cut into windows are one rearrangement of positions, and so one copy each way.
+
+    Args:
+        size: (h, w) of the feature map.
+        window_size: Side of a window.
+        shift: By how much the windows are moved down and to the right.
+        device: Of the feature maps.
+
+    Attributes:
+        separation: (W, N, N), see `shift_separation`; None without a shift.
+    """
+
+    def __init__(self, size: Sequence[int], window_size: int, shift: int, device: torch.device) -> None:
+        self.height, self.width = size
+        self.bottom, self.right = -self.height % window_size, -self.width % window_size
+        self.padded_size = (self.height + self.bottom, self.width + self.right)
+        self.num_positions = window_size**2
+        positions = torch.arange(self.padded_size[0] * self.padded_size[1], device=device)
+        shifted = positions.view(self.padded_size).roll((-shift, -shift), dims=(0, 1))
+        self.order = cut_into_windows(shifted, window_size).flatten()
+        self.inverse = torch.empty_like(self.order).scatter_(0, self.order, positions)
+        self.separation = shift_separation(self.padded_size, window_size, shift, device) if shift else None
+
+    def to_windows(self, states: Tensor) -> Tensor:
+        """(B, h, w, C) to (B W, N, C)."""
+        if self.bottom or self.right:
+            states = F.pad(states, (0, 0, 0, self.right, 0, self.bottom))
+        windows = Rearrange.apply(states.flatten(1, 2), self.order, self.inverse)
+        return windows.view(-1, self.num_positions, states.shape[-1])
+
+    def to_map(self, windows: Tensor) -> Tensor:
+        """(B W, N, C) to (B, h, w, C)."""
+        positions = windows.reshape(-1, len(self.order), windows.shape[-1])
+        states = Rearrange.apply(positions, self.inverse, self.order).unflatten(1, self.padded_size)
+        return states[:, : self.height, : self.width]
 
 
-def from_windows(windows: Tensor, window_size: int, size: Sequence[int]) -> Tensor:
-    """The inverse of `to_windows` for a map of the given (height, width)."""
-    height, width = size
-    grid = windows.view(-1, height // window_size, width // window_size, window_size, window_size, windows.shape[-1])
-    return grid.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
+class Rearrange(torch.autograd.Function):
+    """Puts the positions of (B, P, C) into another order. Its gradient is a copy too; that of an index adds up."""
+
+    @staticmethod
+    def forward(context: Any, states: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        context.save_for_backward(order, inverse)
+        return states.index_select(1, order)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = context.saved_tensors
+        return Rearrange.apply(gradient, inverse, order), None, None
+
+
+def cut_into_windows(positions: Tensor, window_size: int) -> Tensor:
+    """(h, w) to (W, N); h and w are multiples of the window."""
+    height, width = positions.shape
+    grid = positions.view(height // window_size, window_size, width // window_size, window_size)
+    return grid.transpose(1, 2).reshape(-1, window_size**2)
 
 
 def relative_position_index(window_size: int) -> Tensor:
@@ -289,6 +331,5 @@ def shift_separation(size: Sequence[int], window_size: int, shift: int, device: 
         positions = torch.arange(length, device=device)
         regions.append((positions >= length - window_size).int() + (positions >= length - shift).int())
     rows, columns = regions
-    region_map = (rows[:, None] * 3 + columns)[None, :, :, None]
-    region = to_windows(region_map, window_size).squeeze(-1)  # (W, N)
+    region = cut_into_windows(rows[:, None] * 3 + columns, window_size)
     return (region[:, :, None] != region[:, None, :]) * SEPARATION
