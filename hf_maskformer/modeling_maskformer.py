@@ -129,8 +129,10 @@ class PixelLevelModule(nn.Module):
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None
     ) -> tuple[Sequence[Tensor], Tensor | None]:
         """The backbone's four feature maps and, with a `pixel_mask`, how much of the last one holds an image (B, 2)."""
-        # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout. On a CPU,
+        # torch 2.13 corrupts memory in the backward pass of such convolutions in bfloat16.
+        if pixel_values.is_cuda or not torch.is_grad_enabled():
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         if isinstance(self.encoder, PreTrainedModel):
             features = foreign_feature_maps(self.encoder, pixel_values)
         else:

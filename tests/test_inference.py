@@ -1,0 +1,110 @@
+"""What makes inference fast leaves its results as they are."""
+
+import pytest
+import torch
+from models import ARCHITECTURES, convnext_config, resnet_config, swin_config, tiny_batch, tiny_model
+
+from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.modeling_maskformer import likely_queries
+from hf_maskformer.modeling_maskformer_resnet import ConvNorm
+from hf_maskformer.modeling_maskformer_swin import WindowGrid
+
+BACKBONES = [resnet_config, swin_config, convnext_config]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request):
+    return ARCHITECTURES[request.param]().eval()
+
+
+def test_all_queries_are_predicted_as_in_forward(model):
+    pixel_values, pixel_mask = torch.randn(2, 3, 64, 96), torch.ones(2, 64, 96)
+    pixel_mask[1, 40:] = 0
+    with torch.no_grad():
+        expected = model(pixel_values, pixel_mask=pixel_mask)
+    found = model.predict(pixel_values, pixel_mask)
+    for name in ("class_queries_logits", "masks_queries_logits"):
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
+    assert found.image_sizes.tolist() == expected.image_sizes.tolist() == [[64, 96], [40, 96]]
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+@pytest.mark.parametrize("threshold", [0.2, 0.3, 0.99])
+def test_post_processing_finds_the_same_segments_among_the_likely_queries(model, task, threshold):
+    processor = MaskFormerImageProcessor()
+    post_process = getattr(processor, f"post_process_{task}_segmentation")
+    pixel_values = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        all_queries = model(pixel_values)
+    likely = model.predict(pixel_values, threshold=threshold)
+    for found, expected in zip(post_process(likely, threshold), post_process(all_queries, threshold), strict=True):
+        assert [s["label_id"] for s in found["segments_info"]] == [s["label_id"] for s in expected["segments_info"]]
+        # Pixels where two queries score alike to float32's precision may go either way.
+        assert (found["segmentation"] != expected["segmentation"]).float().mean() < 0.001
+
+
+def test_padding_is_left_out_of_predict_as_of_forward():
+    model = tiny_model(mask_padding=True).eval()
+    pixel_values, pixel_mask = torch.randn(1, 3, 64, 96), torch.ones(1, 64, 96)
+    pixel_mask[:, :, 40:] = 0
+    with torch.no_grad():
+        expected = model(pixel_values, pixel_mask=pixel_mask).masks_queries_logits
+    torch.testing.assert_close(model.predict(pixel_values, pixel_mask).masks_queries_logits, expected, **CLOSE)
+
+
+def test_the_likely_queries_are_in_their_order_and_as_many_as_the_image_with_most_has():
+    def logits(*probabilities):
+        return torch.tensor([[[p, 0.0, 1 - p] for p in image] for image in probabilities]).log()
+
+    likely = likely_queries(logits([0.9, 0.1, 0.6, 0.2], [0.3, 0.1, 0.2, 0.8]), threshold=0.5)
+    assert likely.tolist() == [[0, 2], [0, 3]]
+    assert likely_queries(logits([0.1, 0.3], [0.2, 0.1]), threshold=0.5).tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_done_to_the_weights_is_the_norm(dtype):
+    layer = ConvNorm(3, 8, 3, stride=2, dilation=2).eval()
+    with torch.no_grad():
+        for tensor in layer.normalization.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 2)
+    layer, states = layer.to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype)
+    expected = layer.normalization(layer.convolution(states)).relu()
+    with torch.no_grad():
+        found = layer(states)
+    torch.testing.assert_close(found, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_logits_with_and_without_gradient_agree(backbone):
+    model, pixel_values = tiny_model(backbone()).eval(), torch.randn(1, 3, 64, 96)
+    with_gradient = model(pixel_values).masks_queries_logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).masks_queries_logits, with_gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", [(8, 12), (7, 10), (3, 2)])
+def test_windows_are_the_map_shifted_and_cut_and_come_back(size, shift):
+    grid = WindowGrid(size, window_size=4, shift=shift, device=torch.device("cpu"))
+    states = torch.randn(2, *size, 3, requires_grad=True)
+    windows = grid.to_windows(states)
+    padded = torch.nn.functional.pad(states, (0, 0, 0, -size[1] % 4, 0, -size[0] % 4)).roll((-shift, -shift), (1, 2))
+    first_window, last_window = padded[0, :4, :4].flatten(0, 1), padded[1, -4:, -4:].flatten(0, 1)
+    assert torch.equal(windows[0], first_window)
+    assert torch.equal(windows[-1], last_window)
+    back = grid.to_map(windows)
+    assert torch.equal(back, states)
+    weight = torch.randn_like(back)
+    (back * weight).sum().backward()
+    assert torch.equal(states.grad, weight)
+
+
+def test_half_precision_trains_on_a_cpu_with_narrow_convolutions():
+    """In the layout of inference, torch's bfloat16 convolutions corrupt memory in their backward pass."""
+    model, batch = tiny_model(freeze_batch_norm=False).train(), tiny_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
