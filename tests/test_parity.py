@@ -11,8 +11,9 @@ from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
 FORWARD_TOLERANCE = 1e-4  # of the largest value; float32 itself is 1e-5 off float64 here
 LOSS_TOLERANCE = 1e-5  # of the term; the weighted terms agree to 2e-6 between float32 and float64
 GRADIENT_TOLERANCE = 1e-4  # relative L2 per tensor
-# One stored gradient of this variant is itself 1.4e-4 off float64, where a ReLU falls on the other side of zero.
-GRADIENT_TOLERANCES = {"resnet_panoptic_enc": 2e-4}
+# One stored gradient of this variant is itself 1.4e-4 off float64, where a ReLU falls on the other side of zero, and
+# ours in float32 is up to as much off to the other side, depending on the number of threads.
+GRADIENT_TOLERANCES = {"resnet_panoptic_enc": 3e-4}
 GRADIENT_FLOOR = 1e-6  # of the total norm: the first layer's self-attention has no true gradient for query and key
 
 
