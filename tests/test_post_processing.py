@@ -46,7 +46,7 @@ def mixed_batch() -> tuple[torch.Tensor, ...]:
     return classes, masks, sizes((32, 48), (20, 40), (31, 17)), sizes((32, 48), (32, 48), (32, 48))
 
 
-def stored(variant: str) -> tuple[dict[str, torch.Tensor], dict]:
+def stored_numbers(variant: str) -> tuple[dict[str, torch.Tensor], dict]:
     folder = FIXTURES / variant
     return load_file(folder / "arrays.safetensors"), json.loads((folder / "meta.json").read_text())
 
@@ -54,7 +54,7 @@ def stored(variant: str) -> tuple[dict[str, torch.Tensor], dict]:
 @pytest.mark.parametrize("variant", ["resnet_semantic", "swin_semantic"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_semantic_scores_equal_the_original(variant, index):
-    arrays, meta = stored(variant)
+    arrays, meta = stored_numbers(variant)
     logits = arrays["eval.pred_logits"][index], arrays["eval.pred_masks"][index]
     scores = semantic_scores(
         *logits, tuple(meta["image_sizes"][index]), tuple(meta["padded_size"]), tuple(meta["out_sizes"][index])
@@ -64,7 +64,7 @@ def test_semantic_scores_equal_the_original(variant, index):
 
 @pytest.mark.parametrize("variant", ["resnet_semantic", "swin_semantic"])
 def test_semantic_maps_equal_the_original(variant):
-    arrays, meta = stored(variant)
+    arrays, meta = stored_numbers(variant)
     maps = semantic_segmentation(
         arrays["eval.pred_logits"],
         arrays["eval.pred_masks"],
@@ -78,7 +78,7 @@ def test_semantic_maps_equal_the_original(variant):
 
 @pytest.mark.parametrize("variant", ["resnet_semantic", "swin_semantic"])
 def test_an_image_whose_sides_divide_by_nothing_equals_the_original(variant):
-    arrays, meta = stored(variant)
+    arrays, meta = stored_numbers(variant)
     maps = semantic_segmentation(
         arrays["odd.pred_logits"],
         arrays["odd.pred_masks"],
@@ -98,7 +98,7 @@ def assert_equal_but_for_ties(label_map: torch.Tensor, stored_scores: torch.Tens
 
 @pytest.mark.parametrize("case", range(8))
 def test_panoptic_maps_equal_the_original(case):
-    arrays, meta = stored("resnet_panoptic_enc")
+    arrays, meta = stored_numbers("resnet_panoptic_enc")
     expected = meta["panoptic"][case]
     index = expected["image"]
     stuff = set(range(13)) - set(meta["things"])
@@ -245,7 +245,7 @@ def test_target_sizes_that_do_not_fit_the_batch_are_refused(function):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_semantic_maps_of_a_panoptic_model_equal_the_original_in_direct_mode(index):
-    arrays, meta = stored("resnet_panoptic_enc")
+    arrays, meta = stored_numbers("resnet_panoptic_enc")
     label_map = semantic_segmentation(
         arrays["eval.pred_logits"],
         arrays["eval.pred_masks"],
