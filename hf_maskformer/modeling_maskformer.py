@@ -18,7 +18,7 @@ from .configuration_maskformer import MaskFormerConfig
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
-from .modeling_maskformer_pixel_decoder import PixelDecoder, PixelDecoderOutput
+from .modeling_maskformer_pixel_decoder import MaskProjection, PixelDecoder, PixelDecoderOutput
 from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
 from .modeling_maskformer_transformer_decoder import TransformerModule
@@ -119,16 +119,9 @@ class PixelLevelModule(nn.Module):
         self.train(self.training)
 
     def forward(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None = None
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, with_embeddings: bool = True
     ) -> tuple[Sequence[Tensor], PixelDecoderOutput]:
         """With a `pixel_mask` (B, H, W), transformer encoder layers leave the padding out."""
-        features, memory_sizes = self.features(pixel_values, pixel_mask)
-        return features, self.decoder(features, memory_sizes)
-
-    def features(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None = None
-    ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """The backbone's four feature maps and, with a `pixel_mask`, how much of the last one holds an image (B, 2)."""
         # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout. On a CPU,
         # torch 2.13 corrupts memory in the backward pass of such convolutions in bfloat16.
         if pixel_values.is_cuda or not torch.is_grad_enabled():
@@ -137,9 +130,10 @@ class PixelLevelModule(nn.Module):
             features = foreign_feature_maps(self.encoder, pixel_values)
         else:
             features = self.encoder(pixel_values)
-        if pixel_mask is None:
-            return features, None
-        return features, covered_part(*sizes_in_batch(pixel_values, pixel_mask), features[-1].shape[-2:])
+        memory_sizes = None
+        if pixel_mask is not None:
+            memory_sizes = covered_part(*sizes_in_batch(pixel_values, pixel_mask), features[-1].shape[-2:])
+        return features, self.decoder(features, memory_sizes, with_embeddings)
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
         super().train(mode)
@@ -371,44 +365,55 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
     def predict(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, threshold: float = 0.0
     ) -> MaskFormerForInstanceSegmentationOutput:
-        """Predicts the masks of the queries that post-processing with this threshold keeps, and of no others.
+        """Predicts the masks of the likely queries of an image, and of no others.
 
         Panoptic and instance segmentation look at a few queries of an image only. The others are left out of the
         outputs, which `post_process_panoptic_segmentation` and `post_process_instance_segmentation` take as they take
-        those of `forward`; with the same threshold their results are the same.
+        those of `forward`, with the same result if their threshold is not lower; instances need the same `top_k` too,
+        which by default is the number of queries in the outputs.
 
         Args:
             pixel_values, pixel_mask: As in `forward`.
-            threshold: Queries stay if one of their classes is more probable than this. With 0 all do.
+            threshold: Queries stay if one of their classes is at least this probable. With 0 all do.
 
         Returns:
             `class_queries_logits` (B, Q', K + 1) and `masks_queries_logits` (B, Q', h, w), in the order of the queries,
             `image_sizes` and `padded_sizes`.
+
+        Raises:
+            RuntimeError: The model is in training mode, in which predictions are random.
         """
-        pixel_decoder = self.model.pixel_level_module.decoder
+        if self.training:
+            raise RuntimeError("The model is in training mode, in which predictions are random. Call eval() first.")
         masked = pixel_mask if self.config.mask_padding else None
-        features, memory_sizes = self.model.pixel_level_module.features(pixel_values, masked)
-        memory, levels = pixel_decoder.pyramid(features, memory_sizes)
+        pixel_level_module = self.model.pixel_level_module
+        _, (_, memory, levels, memory_sizes) = pixel_level_module(pixel_values, masked, with_embeddings=False)
         queries = self.model.transformer_module(memory, image_sizes=memory_sizes).last_hidden_state
         class_logits = self.class_predictor(queries)
         kept = likely_queries(class_logits, threshold)[..., None]
         mask_embeddings = self.mask_embedder(queries.take_along_dim(kept, dim=1))
+        projection = pixel_level_module.decoder.mask_projection
+        if isinstance(projection, MaskProjection):
+            mask_logits = projection(levels[-1], mask_embeddings)
+        else:
+            # An adapter has taken its place.
+            mask_logits = torch.einsum("bqc,bchw->bqhw", mask_embeddings, projection(levels[-1]))
         image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
         return MaskFormerForInstanceSegmentationOutput(
             class_queries_logits=class_logits.take_along_dim(kept, dim=1),
-            masks_queries_logits=pixel_decoder.masks(levels[-1], mask_embeddings),
+            masks_queries_logits=mask_logits,
             image_sizes=image_sizes,
             padded_sizes=padded_sizes,
         )
 
 
 def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:
-    """Indices (B, Q'), ascending, of the queries of each image that some class has with more than this probability.
+    """Indices (B, Q'), ascending, of the queries of each image one of whose classes is at least this probable.
 
     Q' is their largest number in an image, at least 1; other images are filled up with their next likely queries.
     """
     scores = class_logits.float().softmax(-1)[..., :-1].amax(-1)
-    count = max(int((scores > threshold).sum(1).max()), 1)
+    count = max(int((scores >= threshold).sum(1).max()), 1)
     return scores.topk(count, dim=1).indices.sort(dim=1).values
 
 

@@ -23,6 +23,27 @@ class XavierConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
 
+class MaskProjection(XavierConv2d):
+    """The projection to the pixel embeddings, or at once to the masks of given queries.
+
+    Nothing but products lies between its input and the masks. So the mask embedding of each query and the projection
+    make one convolution: with Q output channels instead of C, followed by a product with Q x C numbers per pixel.
+    """
+
+    def forward(self, level: Tensor, mask_embeddings: Tensor | None = None) -> Tensor:
+        """Takes (B, C_pyramid, h, w) and mask embeddings (B, Q, C); gives (B, C, h, w), or masks (B, Q, h, w)."""
+        if mask_embeddings is None:
+            return super().forward(level)
+        kernels = torch.einsum("bqc,cfyx->bqfyx", mask_embeddings, self.weight)
+        biases = torch.einsum("bqc,c->bq", mask_embeddings, self.bias)
+        return torch.cat(
+            [
+                F.conv2d(image[None], kernel, bias, padding=self.padding)
+                for image, kernel, bias in zip(level, kernels, biases, strict=True)
+            ]
+        )
+
+
 class FeaturePyramidLayer(nn.Module):
     """Adds a finer feature map of the backbone to the pyramid.
 
@@ -72,14 +93,14 @@ class PixelDecoderOutput(NamedTuple):
     """What the pixel decoder makes of the backbone's feature maps.
 
     Args:
-        pixel_embeddings: (B, mask_feature_size, h, w).
+        pixel_embeddings: (B, mask_feature_size, h, w); None if not asked for.
         memory: (B, C', H/32, W/32), what the transformer decoder attends to: the backbone's last feature map or, with
             encoder layers, their output.
         levels: The levels of the pyramid at strides 16, 8 and 4.
         memory_sizes: (B, 2), how many rows and columns of the memory hold an image; None if padding counts as image.
     """
 
-    pixel_embeddings: Tensor
+    pixel_embeddings: Tensor | None
     memory: Tensor
     levels: list[Tensor]
     memory_sizes: Tensor | None
@@ -116,34 +137,18 @@ class PixelDecoder(nn.Module):
             self.input_projection = XavierConv2d(channels[-1], feature_size, kernel_size=1)
             self.encoder = TransformerEncoder(config, feature_size, config.pixel_decoder_layers)
         self.fpn = FeaturePyramid([*channels[:-1], self.memory_channels], feature_size)
-        self.mask_projection = XavierConv2d(feature_size, mask_feature_size, kernel_size=3, padding=1)
+        self.mask_projection = MaskProjection(feature_size, mask_feature_size, kernel_size=3, padding=1)
 
-    def forward(self, features: Sequence[Tensor], memory_sizes: Tensor | None = None) -> PixelDecoderOutput:
-        memory, levels = self.pyramid(features, memory_sizes)
-        return PixelDecoderOutput(self.mask_projection(levels[-1]), memory, levels, memory_sizes)
-
-    def pyramid(self, features: Sequence[Tensor], memory_sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """All but the last projection: what the transformer decoder attends to, and the levels."""
+    def forward(
+        self, features: Sequence[Tensor], memory_sizes: Tensor | None = None, with_embeddings: bool = True
+    ) -> PixelDecoderOutput:
+        """Without embeddings the last projection is left to whoever knows the queries (`MaskProjection`)."""
         memory = features[-1]
         if self.input_projection is not None and self.encoder is not None:
             memory = self.encoder(self.input_projection(memory), memory_sizes)
-        return memory, self.fpn([*features[:-1], memory])
-
-    def masks(self, level: Tensor, mask_embeddings: Tensor) -> Tensor:
-        """The masks (B, Q, h, w) of queries, from the pyramid's last level and their mask embeddings (B, Q, C).
-
-        Nothing but products lies between the two, so each query's embedding and the projection make one convolution:
-        Q channels instead of C and then Q, to float32's precision the same.
-        """
-        projection = self.mask_projection
-        kernels = torch.einsum("bqc,cfyx->bqfyx", mask_embeddings, projection.weight)
-        biases = torch.einsum("bqc,c->bq", mask_embeddings, projection.bias)
-        return torch.cat(
-            [
-                F.conv2d(image[None], kernel, bias, padding=projection.padding)
-                for image, kernel, bias in zip(level, kernels, biases, strict=True)
-            ]
-        )
+        levels = self.fpn([*features[:-1], memory])
+        pixel_embeddings = self.mask_projection(levels[-1]) if with_embeddings else None
+        return PixelDecoderOutput(pixel_embeddings, memory, levels, memory_sizes)
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:

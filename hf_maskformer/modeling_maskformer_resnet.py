@@ -215,5 +215,6 @@ def activation_in_place(name: str) -> nn.Module:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a module does what its class does: adapters replace modules, offloading hooks into their call."""
-    return type(module) in (Convolution, BatchNorm, nn.SyncBatchNorm) and not hasattr(module, "_hf_hook")
+    """Whether a module's call does what its class does: adapters replace modules, offloading and others hook in."""
+    is_hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
+    return type(module) in (Convolution, BatchNorm, nn.SyncBatchNorm) and not is_hooked

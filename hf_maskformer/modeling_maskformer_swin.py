@@ -297,10 +297,16 @@ class WindowGrid:
 class Rearrange(torch.autograd.Function):
     """Puts the positions of (B, P, C) into another order. Its gradient is a copy too; that of an index adds up."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(context: Any, states: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        context.save_for_backward(order, inverse)
+    def forward(states: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         return states.index_select(1, order)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, order, inverse = inputs
+        context.save_for_backward(order, inverse)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
