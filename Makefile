@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format benchmark clean
+.PHONY: help demo test slow check format benchmark clean
 
 help: ## Print these verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -14,6 +14,9 @@ demo: $(INSTALLED) ## Train a small model on drawn scenes, evaluate it, draw its
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest
+
+slow: $(INSTALLED) ## Run the tests that take minutes: several processes, thousands of random cases, the demo's score
+	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED) ## Lint, check formatting and types
 	$(BIN)/ruff check .
