@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from benchmarks import criterion, data, images, metric, models
+from benchmarks.inputs import NUM_QUERIES
 from benchmarks.measuring import Figures, environment, measure
 
 MODEL = {"backbone": "resnet50", "size": 512, "bf16": False, "device": "cpu"}
@@ -41,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "batch": {"type": int, "help": "images"},
     "segments": {"type": int, "help": "segments per image, at most 256"},
     "points": {"type": int, "help": "points per mask of the point-sampled criterion"},
-    "kept": {"type": int, "help": "measure `predict` too, with a threshold that keeps this many of the 100 queries"},
+    "kept": {"type": int, "help": "measure `predict` too, with a threshold that keeps this many queries, 1 to 99"},
     "freeze_batch_norm": {"action": "store_true", "help": "freeze the backbone's batch norm in both"},
     "bf16": {"action": "store_true", "help": "run all under bfloat16 autocast"},
     "device": {"help": "cpu or cuda"},
@@ -53,17 +54,18 @@ def main(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    subject, options = SUBJECTS[arguments.subject]
-    device = options.get("device") and arguments.device or "cpu"
+    subject, _ = SUBJECTS[arguments.subject]
+    device = getattr(arguments, "device", "cpu")
     figures: dict[str, Figures] = {}
     for name, peers in subject(arguments):
         figures[name] = measure(peers, arguments.repeats, device)
         for peer, values in figures[name].items():
-            print(f"{name:<22}{peer:<20}", "  ".join(f"{key} {value:.2f}" for key, value in values.items()), flush=True)
+            columns = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
+            print(f"{name:<24}{peer:<20}{columns}", flush=True)
     if arguments.json:
         settings = {**vars(arguments), "threads": torch.get_num_threads(), **environment(device)}
         Path(arguments.json).write_text(json.dumps({"settings": settings, "figures": figures}, indent=1))
-    if options.get("plot", False) is None and arguments.plot:
+    if getattr(arguments, "plot", None):
         criterion.draw_growth(figures, arguments.plot)
 
 
@@ -78,7 +80,10 @@ def parse_arguments() -> argparse.Namespace:
         options.add_argument("--threads", type=int, default=2, help="CPU threads; 0 leaves the choice to torch")
         options.add_argument("--repeats", type=int, default=7, help="rounds that count")
         options.add_argument("--json", help="file to write the figures to")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if getattr(arguments, "kept", None) not in (None, *range(1, NUM_QUERIES)):
+        parser.error(f"--kept is {arguments.kept}, but must be 1 to {NUM_QUERIES - 1}.")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
+from transformers.utils import is_torchvision_available
 
 Peers = dict[str, Callable[[], object]]
 Comparison = tuple[str, Peers]  # a name, and what is compared under it
@@ -90,16 +92,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def environment(device: str) -> dict[str, str | int | None]:
-    """What the figures depend on: versions, processor or GPU, threads."""
-    versions = {name: installed_version(name) for name in ("torch", "torchvision", "transformers")}
+def environment(device: str) -> dict[str, str | None]:
+    """What the figures depend on: versions and the processor or GPU. torchvision counts only if it imports."""
     is_cuda = device.startswith("cuda")
-    device_name = torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine()
-    return {**versions, "python": platform.python_version(), "device_name": device_name}
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": importlib.metadata.version("torchvision") if is_torchvision_available() else None,
+        "transformers": transformers.__version__,
+        "device_name": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine(),
+    }
