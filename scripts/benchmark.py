@@ -16,17 +16,19 @@ comparison, which is transformers ("stock"). Peak memory is what a call holds at
 import argparse
 import inspect
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks import criterion, data, images, metric, models
 from benchmarks.inputs import NUM_QUERIES
-from benchmarks.measuring import Figures, environment, measure
+from benchmarks.measuring import Comparison, Figures, environment, measure
 
-MODEL = {"backbone": "resnet50", "size": 512, "bf16": False, "device": "cpu"}
-LOSS = {"size": 512, "batch": 2, "segments": 15, "bf16": False, "device": "cpu"}
-SUBJECTS: dict[str, tuple[Any, dict[str, Any]]] = {  # each with its options and their defaults
+MODEL: dict[str, Any] = {"backbone": "resnet50", "size": 512, "bf16": False, "device": "cpu"}
+LOSS: dict[str, Any] = {"size": 512, "batch": 2, "segments": 15, "bf16": False, "device": "cpu"}
+Subject = Callable[[argparse.Namespace], Iterator[Comparison]]
+SUBJECTS: dict[str, tuple[Subject, dict[str, Any]]] = {  # each with its options and their defaults
     "forward": (models.forward, {**MODEL, "batch": 1, "kept": None}),
     "step": (models.step, {**MODEL, **LOSS, "freeze_batch_norm": False}),
     "criterion": (criterion.criterion, {**LOSS, "points": 12544, "plot": None}),

@@ -309,6 +309,19 @@ def test_the_benchmark_knows_transformers_fallback_from_its_processor_on_torchvi
     assert list(images.stock_image_processors()) == ["stock, Pillow", "stock, torchvision"]
 
 
+@pytest.mark.parametrize("file", ["docs/benchmarks.md", "Makefile", "scripts/benchmark.py"])
+def test_every_written_command_of_the_benchmark_is_one(file, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = load("benchmark")
+    lines = (SCRIPTS.parent / file).read_text().splitlines()
+    commands = [line.split("scripts/benchmark.py ")[1] for line in lines if "python scripts/benchmark.py " in line]
+    commands = [command for command in commands if not command.startswith("SUBJECT")]
+    assert {command.split()[0] for command in commands} == set(script.SUBJECTS)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *command.split()])
+        assert script.parse_arguments().subject == command.split()[0]
+
+
 def test_the_benchmark_refuses_to_keep_all_queries(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark("forward", "--kept=100")

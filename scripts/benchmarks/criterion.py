@@ -49,7 +49,10 @@ def criteria(arguments: argparse.Namespace, with_stock: bool = True) -> Peers:
 
     ours = MaskFormerLoss(NUM_LABELS).to(arguments.device)
     sampling = MaskFormerLoss(NUM_LABELS, train_num_points=arguments.points).to(arguments.device)
-    losses = {"ours": functools.partial(our_loss, ours), "ours, points": functools.partial(our_loss, sampling)}
+    losses: dict[str, Callable[[], torch.Tensor]] = {
+        "ours": functools.partial(our_loss, ours),
+        "ours, points": functools.partial(our_loss, sampling),
+    }
 
     if with_stock:
         weights = {"loss_cross_entropy": 1.0, "loss_mask": 20.0, "loss_dice": 1.0}

@@ -25,7 +25,7 @@ def stock_image_processors(**settings: Any) -> dict[str, Any]:
 
     Without torchvision `transformers.MaskFormerImageProcessor` is the one on Pillow under another name.
     """
-    processors = {"stock, Pillow": MaskFormerImageProcessorPil(**settings)}
+    processors: dict[str, Any] = {"stock, Pillow": MaskFormerImageProcessorPil(**settings)}
     # hf_maskformer has hidden a torchvision that is installed but does not import.
     if is_torchvision_available() and transformers.MaskFormerImageProcessor is not MaskFormerImageProcessorPil:
         processors["stock, torchvision"] = transformers.MaskFormerImageProcessor(**settings)

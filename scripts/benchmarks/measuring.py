@@ -5,14 +5,14 @@ import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import transformers
 from transformers.utils import is_torchvision_available
 
-Peers = dict[str, Callable[[], object]]
+Peers = Mapping[str, Callable[[], object]]
 Comparison = tuple[str, Peers]  # a name, and what is compared under it
 Figures = dict[str, dict[str, float]]
 

@@ -35,7 +35,7 @@ def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
     with torch.no_grad():  # in float32, where they agree closely
         expected, found = (model(pixel_values).masks_queries_logits for model in (stock, ours))
     check_equal(expected, found, tolerance(arguments))
-    peers = {"stock": lambda: run(stock), "ours": lambda: run(ours)}
+    peers: dict[str, Callable[[], object]] = {"stock": lambda: run(stock), "ours": lambda: run(ours)}
     if arguments.kept:
         peers[f"ours, {arguments.kept} kept"] = late_bound(ours, pixel_values, arguments)
     yield "forward", peers
