@@ -28,11 +28,13 @@ format: $(INSTALLED) ## Format the code and sort imports
 	$(BIN)/ruff format .
 
 benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
-	$(BIN)/python scripts/benchmark.py forward
+	$(BIN)/python scripts/benchmark.py forward --kept 20
 	$(BIN)/python scripts/benchmark.py step
 	$(BIN)/python scripts/benchmark.py criterion
-	$(BIN)/python scripts/benchmark.py postprocess
-	$(BIN)/python scripts/benchmark.py preprocess
+	$(BIN)/python scripts/benchmark.py postprocess --threads 1
+	$(BIN)/python scripts/benchmark.py preprocess --threads 1
+	$(BIN)/python scripts/benchmark.py data --threads 1
+	$(BIN)/python scripts/benchmark.py metric
 
 clean: ## Remove the environment, caches and outputs
 	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

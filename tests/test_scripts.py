@@ -208,22 +208,6 @@ def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path):
     call("train", augmentation="coco-panoptic", image_size=64, per_device_train_batch_size=1, **options)
 
 
-@pytest.mark.parametrize("subcommand", ["forward", "step", "criterion"])
-def test_the_benchmark_compares_both_models(subcommand, tmp_path, monkeypatch):
-    benchmark = load("benchmark")
-    small = {**benchmark.BACKBONES["resnet50"], "hidden_sizes": [8, 16, 32, 64], "embedding_size": 8}
-    monkeypatch.setitem(benchmark.BACKBONES, "resnet50", small)
-    file = tmp_path / "figures.json"
-    options = ["--size=64", "--repeats=1", "--threads=0", f"--json={file}"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", subcommand, *options])
-    benchmark.main(benchmark.parse_arguments())
-    figures = json.loads(file.read_text())
-    ours, stock = figures["ours"], figures["stock"]
-    assert ours["ratio"] == pytest.approx(stock["median_ms"] / ours["median_ms"])
-    if subcommand == "criterion":
-        assert 0 < ours["peak_mib"] < stock["peak_mib"]
-
-
 @pytest.mark.parametrize("script", ["train", "evaluate", "predict"])
 def test_a_wrong_name_ends_a_script_with_a_message_alone(script, data, tmp_path):
     options = {
@@ -238,22 +222,110 @@ def test_a_wrong_name_ends_a_script_with_a_message_alone(script, data, tmp_path)
     assert "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    """Runs a subject of the benchmark once on tiny models, and gives what it wrote with --json."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = load("benchmark")
+    small = {**script.models.BACKBONES["resnet50"], "hidden_sizes": [8, 16, 32, 64], "embedding_size": 8}
+    monkeypatch.setitem(script.models.BACKBONES, "resnet50", small)
+
+    def run(*command_line):
+        file = tmp_path / "figures.json"
+        monkeypatch.setattr(
+            sys, "argv", ["benchmark.py", *command_line, "--repeats=1", "--threads=0", f"--json={file}"]
+        )
+        script.main(script.parse_arguments())
+        return json.loads(file.read_text())
+
+    return run
+
+
 @pytest.mark.parametrize(
-    ("subcommand", "comparisons"),
-    [("postprocess", {"semantic", "panoptic", "instance"}), ("preprocess", {"images 64", "images and maps 64"})],
+    ("command_line", "comparisons"),
+    [
+        ("forward --size=64", {"forward": ["stock", "ours"]}),
+        ("forward --size=64 --batch=2 --kept=20", {"forward": ["stock", "ours", "ours, 20 kept"]}),
+        ("step --size=64", {"step": ["stock", "ours"]}),
+        ("step --size=64 --freeze_batch_norm --bf16", {"step": ["stock", "ours"]}),
+        ("criterion --size=64 --points=64", {"criterion": ["stock", "ours", "ours, points"]}),
+        (
+            "postprocess --size=64",
+            {
+                "semantic": ["stock", "naive", "ours, paper", "ours, direct", "ours, fast"],
+                "panoptic": ["stock", "ours"],
+                "instance": ["stock", "ours"],
+                "instance, masks": ["stock", "ours"],
+                "instance, run lengths": ["stock", "ours"],
+            },
+        ),
+        (
+            "preprocess --batch=1 --edges 48 64",
+            {
+                "images 48": ["stock, Pillow", "ours"],
+                "images and maps 48": ["stock, Pillow", "ours", "ours, masks"],
+                "images 64": ["stock, Pillow", "ours"],
+                "images and maps 64": ["stock, Pillow", "ours", "ours, masks"],
+            },
+        ),
+        ("data --size=64 --batch=2", {"data": ["stock, Pillow", "ours", "reading"]}),
+        ("metric --size=64 --batch=10", {"metric": ["stock", "ours"]}),
+    ],
 )
-def test_the_benchmark_compares_what_lies_around_the_model(subcommand, comparisons, tmp_path, monkeypatch):
-    benchmark = load("benchmark")
-    monkeypatch.setattr(benchmark, "INPUT_SIZE", (64, 64))
-    monkeypatch.setattr(benchmark, "TARGET_SIZE", (60, 90))
-    monkeypatch.setattr(benchmark, "BATCH_SIZES", ((64, 256),))
-    file = tmp_path / "figures.json"
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", subcommand, "--repeats=1", "--threads=0", f"--json={file}"])
-    benchmark.main(benchmark.parse_arguments())
-    figures = json.loads(file.read_text())
-    assert comparisons < figures.keys()
-    for name in comparisons:
-        assert {"ours" if name != "semantic" else "paper", "stock"} <= figures[name].keys()
+def test_every_subject_of_the_benchmark_gives_the_ratio_of_each_peer_to_stock(command_line, comparisons, benchmark):
+    figures = benchmark(*command_line.split())["figures"]
+    assert list(figures) == list(comparisons)
+    for name, peers in comparisons.items():
+        measured = figures[name]
+        assert [peer for peer in measured if peer != "stock, torchvision"] == peers
+        for values in measured.values():
+            assert values["ratio"] == pytest.approx(measured[peers[0]]["median_ms"] / values["median_ms"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process's memory")
+def test_the_benchmark_tells_that_our_criterion_takes_less_memory(benchmark):
+    figures = benchmark("criterion", "--size=128")["figures"]["criterion"]
+    assert 0 < figures["ours"]["peak_mib"] < figures["stock"]["peak_mib"] / 2
+
+
+def test_the_benchmark_draws_how_the_criterion_grows(benchmark, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys.modules["benchmarks.criterion"], "SWEEPS", {"size": (64, 96), "segments": (2, 4)})
+    figures = benchmark("criterion", "--size=64", f"--plot={tmp_path / 'growth.png'}")["figures"]
+    assert list(figures) == ["size 64", "size 96", "segments 2", "segments 4"]
+    assert Image.open(tmp_path / "growth.png").width > 500
+
+
+def test_the_benchmark_knows_transformers_fallback_from_its_processor_on_torchvision(benchmark, monkeypatch, capsys):
+    images = sys.modules["benchmarks.images"]
+    fallback = images.MaskFormerImageProcessorPil
+    monkeypatch.setattr(images.transformers, "MaskFormerImageProcessor", fallback)
+    assert list(images.stock_image_processors()) == ["stock, Pillow"]
+    assert "on torchvision is not measured" in capsys.readouterr().out
+    monkeypatch.setattr(images, "is_torchvision_available", lambda: True)
+    assert list(images.stock_image_processors()) == ["stock, Pillow"]
+    other = type("OnTorchvision", (fallback,), {})
+    monkeypatch.setattr(images.transformers, "MaskFormerImageProcessor", other)
+    assert list(images.stock_image_processors()) == ["stock, Pillow", "stock, torchvision"]
+
+
+@pytest.mark.parametrize("file", ["docs/benchmarks.md", "Makefile", "scripts/benchmark.py"])
+def test_every_written_command_of_the_benchmark_is_one(file, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = load("benchmark")
+    lines = (SCRIPTS.parent / file).read_text().splitlines()
+    commands = [line.split("scripts/benchmark.py ")[1] for line in lines if "python scripts/benchmark.py " in line]
+    commands = [command for command in commands if not command.startswith("SUBJECT")]
+    assert {command.split()[0] for command in commands} == set(script.SUBJECTS)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *command.split()])
+        assert script.parse_arguments().subject == command.split()[0]
+
+
+def test_the_benchmark_refuses_to_keep_all_queries(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("forward", "--kept=100")
+    assert "--kept is 100, but must be 1 to 99" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,124 @@
+"""The whole model: an evaluation pass (`forward`) and a training step (`step`)."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+
+from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
+from hf_maskformer.modeling_maskformer import likely_queries
+
+from .inputs import NUM_LABELS, autocast, check_equal, float_masks, random_segments
+from .measuring import Comparison
+
+STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "resnet50": {"model_type": "resnet", **STAGES},
+    "resnet101": {"model_type": "resnet", "depths": [3, 4, 23, 3], **STAGES},
+    "swin-tiny": {"model_type": "swin", "window_size": 7, "drop_path_rate": 0.0, **STAGES},
+    "swin-base": {"drop_path_rate": 0.0, **transformers.MaskFormerConfig().backbone_config.to_dict()},
+}
+
+
+def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
+    """An evaluation pass of each model; with `kept`, also ours with the masks of that many queries alone."""
+    stock, ours = (model.eval() for model in build_models(arguments, deep_supervision=False, freeze_batch_norm=True))
+    pixel_values = random_images(arguments)
+
+    def run(model: torch.nn.Module) -> Any:
+        with torch.no_grad(), autocast(arguments):
+            return model(pixel_values)
+
+    with torch.no_grad():  # in float32, where they agree closely
+        expected, found = (model(pixel_values).masks_queries_logits for model in (stock, ours))
+    check_equal(expected, found, tolerance(arguments))
+    peers: dict[str, Callable[[], object]] = {"stock": lambda: run(stock), "ours": lambda: run(ours)}
+    if arguments.kept:
+        peers[f"ours, {arguments.kept} kept"] = late_bound(ours, pixel_values, arguments)
+    yield "forward", peers
+
+
+def late_bound(
+    model: MaskFormerForInstanceSegmentation, pixel_values: torch.Tensor, arguments: argparse.Namespace
+) -> Callable[[], object]:
+    """`predict` with a threshold that keeps `kept` queries of one image and no more of any other."""
+    with torch.no_grad(), autocast(arguments):
+        everything = model(pixel_values)
+    scores = everything.class_queries_logits.float().softmax(-1)[..., :-1].amax(-1)
+    # Random weights are sure of nothing, so the threshold lies where the scores say: between the last query to keep and
+    # the next one, of the image whose next one is the most likely.
+    last, following = scores.topk(arguments.kept + 1).values[:, -2:].unbind(1)
+    image = following.argmax()
+    threshold = float(last[image] + following[image]) / 2
+
+    def run() -> Any:
+        with autocast(arguments):
+            return model.predict(pixel_values, threshold=threshold)
+
+    found = run().masks_queries_logits
+    if found.shape[1] != arguments.kept:
+        raise RuntimeError(f"The threshold {threshold} keeps {found.shape[1]} queries, not {arguments.kept}.")
+    kept = likely_queries(everything.class_queries_logits, threshold)[..., None, None]
+    check_equal(everything.masks_queries_logits.take_along_dim(kept, 1), found, tolerance(arguments))
+    return run
+
+
+def step(arguments: argparse.Namespace) -> Iterator[Comparison]:
+    """Forward, loss and backward with deep supervision. Each model gets its own best form of the targets."""
+    frozen = arguments.freeze_batch_norm
+    stock, ours = (model.train() for model in build_models(arguments, deep_supervision=True, freeze_batch_norm=frozen))
+    if frozen:  # transformers has no setting for it
+        for module in stock.model.pixel_level_module.encoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
+    pixel_values = random_images(arguments)
+    index_map, labels = random_segments(arguments)
+    masks = float_masks(index_map, arguments.segments)
+
+    def run(model: torch.nn.Module, **inputs: Any) -> None:
+        with autocast(arguments):
+            loss = model(pixel_values, **inputs).loss
+        loss.backward()
+        model.zero_grad()  # at the end, so that every run begins with the same memory
+
+    # Without hidden states transformers crashes under deep supervision; with them it has one more layer than ours.
+    yield (
+        "step",
+        {
+            "stock": lambda: run(stock, mask_labels=masks, class_labels=list(labels), output_hidden_states=True),
+            "ours": lambda: run(ours, mask_labels=index_map, class_labels=labels),
+        },
+    )
+
+
+def build_models(
+    arguments: argparse.Namespace, deep_supervision: bool, freeze_batch_norm: bool
+) -> tuple[transformers.PreTrainedModel, MaskFormerForInstanceSegmentation]:
+    """transformers' model and ours with the same random weights."""
+    config = MaskFormerConfig(
+        backbone_config=BACKBONES[arguments.backbone],
+        num_labels=NUM_LABELS,
+        deep_supervision=deep_supervision,
+        freeze_batch_norm=freeze_batch_norm,
+    )
+    ours = MaskFormerForInstanceSegmentation(config)
+    with TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        stock = transformers.MaskFormerForInstanceSegmentation.from_pretrained(
+            folder, use_auxiliary_loss=deep_supervision
+        )
+    return stock.to(arguments.device), ours.to(arguments.device)
+
+
+def random_images(arguments: argparse.Namespace) -> torch.Tensor:
+    return torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=arguments.device)
+
+
+def tolerance(arguments: argparse.Namespace) -> float:
+    """How far results may lie apart: GPUs round products to TF32 where they may, and bfloat16 has 8 bits."""
+    if arguments.bf16:
+        return 5e-2
+    return 1e-2 if arguments.device.startswith("cuda") else 1e-4
