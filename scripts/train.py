@@ -9,6 +9,11 @@ Fine-tuning a checkpoint on columns of a `datasets` data set, on all processes o
     accelerate launch scripts/train.py --checkpoint facebook/maskformer-swin-tiny-ade --reinitialize_head true \
         --data USER/NAME --image_column image --label_column label --classes classes.json --output_dir OUTPUT
 
+As the paper trained one of its models (docs/reproducing.md); --dry_run prints what would be done:
+
+    accelerate launch scripts/train.py --preset ade20k-r50 --data DATA --backbone_weights resnet50.pth \
+        --output_dir OUTPUT
+
 A folder in another layout of docs/data.md is recognised; where it can be read in two ways, --format says how.
 
 Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ...
@@ -16,59 +21,25 @@ Every option of transformers' TrainingArguments works too: --max_steps, --eval_s
 
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, HfArgumentParser, set_seed
+from transformers import set_seed
 
 from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
 from hf_maskformer.command_line import errors_as_messages
 from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS, Augmentation, RandomScaleCropFlip
 from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.check import check_samples
-from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.opening import open_dataset
-from hf_maskformer.training.starting_point import (
-    image_processor_for,
-    model_class_of,
-    model_on_backbone,
-    new_model,
-    pretrained_model,
-    target_format,
-)
-
-
-@dataclass
-class ModelArguments:
-    checkpoint: str | None = field(default=None, metadata={"help": "Checkpoint to fine-tune: a folder or a Hub name."})
-    backbone: str | None = field(default=None, metadata={"help": "Pretrained backbone of a new model: as above."})
-    config: str | None = field(default=None, metadata={"help": "Configuration of a model with random weights."})
-    reinitialize_head: bool = field(
-        default=False, metadata={"help": "Replace the class predictor if the checkpoint has other classes."}
-    )
-
-    def __post_init__(self) -> None:
-        if [self.checkpoint, self.backbone, self.config].count(None) != 2:
-            raise ValueError(
-                "Give one of --checkpoint (to fine-tune), --backbone (a new model on a pretrained backbone) and "
-                "--config (to train from scratch)."
-            )
-
-    def check(self) -> None:
-        """Finds a misspelt name before the data are read."""
-        if self.backbone is None:
-            model_class_of(self.checkpoint or self.config)
-        else:
-            AutoConfig.from_pretrained(self.backbone)
-
-    def model(self, labels: LabelSet):
-        if self.config is not None:
-            return new_model(self.config, labels)
-        if self.backbone is not None:
-            return model_on_backbone(self.backbone, labels)
-        return pretrained_model(self.checkpoint, labels, self.reinitialize_head)
+from hf_maskformer.training.dry_run import describe_run
+from hf_maskformer.training.model_arguments import ModelArguments
+from hf_maskformer.training.recipe_options import parse_with_recipe
+from hf_maskformer.training.starting_point import target_format
 
 
 @dataclass
 class DataArguments:
-    data: str = field(metadata={"help": "Folder data set; with --image_column a `datasets` folder or Hub name."})
+    data: str | None = field(
+        default=None, metadata={"help": "Folder data set; with --image_column a `datasets` folder or Hub name."}
+    )
     format: str | None = field(default=None, metadata={"help": "Layout of the data, where a folder leaves it open."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="val", metadata={"help": "Split to evaluate on."})
@@ -86,6 +57,12 @@ class DataArguments:
         default=None,
         metadata={"help": f"In place of the four above, the paper's for {', '.join(PAPER_AUGMENTATIONS)}."},
     )
+
+    dry_run: bool = field(default=False, metadata={"help": "Print settings, optimiser, length and memory; then end."})
+
+    def __post_init__(self) -> None:
+        if self.data is None and not self.dry_run:
+            raise ValueError("Give --data, a folder or name in one of the layouts of docs/data.md.")
 
     def open(self, split: str, streaming: bool = False):
         return open_dataset(
@@ -111,6 +88,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     model_arguments.check()
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
     labels = train_dataset.labels
+    model_arguments.check_data(eval_dataset)
     with training.main_process_first(desc="data check"):
         if data.check_data and training.process_index == 0:
             if not data.streaming:
@@ -119,7 +97,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
 
     set_seed(training.seed)
     model = model_arguments.model(labels)
-    image_processor = image_processor_for(labels, data.image_size, model_arguments.checkpoint, model)
+    image_processor = model_arguments.image_processor(labels, data.image_size, model)
 
     augmented = AugmentedStream if data.streaming else AugmentedDataset
     trainer = MaskFormerTrainer(
@@ -140,10 +118,29 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     trainer.log_metrics("eval", metrics)
 
 
+def dry_run(
+    model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments, sources: dict[str, str]
+) -> None:
+    model_arguments.check(is_training=False)
+    train_dataset = None if data.data is None else data.open(data.train_split, data.streaming)
+    labels = None if train_dataset is None else train_dataset.labels
+    if labels is not None:
+        model_arguments.check_data(data.open(data.eval_split))
+    num_images = None if train_dataset is None or data.streaming else len(train_dataset)
+    config = model_arguments.planned_config(labels)
+    image_processor = model_arguments.image_processor(labels, data.image_size)
+    arguments = (model_arguments, data, training)
+    print(describe_run(model_arguments.title, config, arguments, sources, num_images, image_processor))
+
+
+def parse_arguments(command_line: list[str] | None = None):
+    return parse_with_recipe((ModelArguments, DataArguments, MaskFormerTrainingArguments), command_line)
+
+
 if __name__ == "__main__":
     with errors_as_messages():
-        main(
-            *HfArgumentParser(
-                (ModelArguments, DataArguments, MaskFormerTrainingArguments)
-            ).parse_args_into_dataclasses()
-        )
+        arguments, sources = parse_arguments()
+        if arguments[1].dry_run:
+            dry_run(*arguments, sources)
+        else:
+            main(*arguments)

@@ -166,12 +166,14 @@ def scales(size: int, min_scale: float, max_scale: float) -> list[int]:
     return [int(tenth * 0.1 * size) for tenth in tenths]
 
 
-# What the paper trains with on each data set; "ade20k-640" is for its larger Swin models and panoptic ADE20K.
+# What the paper trains with on each data set; "ade20k-640" is for its larger Swin models and panoptic ADE20K,
+# "coco-panoptic-1000" for Swin-L.
 PAPER_AUGMENTATIONS: dict[str, Any] = {
     "ade20k": RandomScaleCropFlip.from_scales(512, 0.5, 2.0),
     "ade20k-640": RandomScaleCropFlip.from_scales(640, 0.5, 2.0),
     "cityscapes": RandomScaleCropFlip(scales(1024, 0.5, 2.0), 4096, (512, 1024), change_colors=True),
     "coco-panoptic": RandomFlipCropScale(),
+    "coco-panoptic-1000": RandomFlipCropScale(max_size=1000),
     "coco-stuff-10k": RandomScaleCropFlip.from_scales(640, 0.5, 1.5),
     "mapillary-vistas": RandomScaleCropFlip(scales(2048, 0.5, 2.0), 8192, (1280, 1280), change_colors=True),
 }

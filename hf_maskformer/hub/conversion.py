@@ -62,14 +62,10 @@ def convert_checkpoint(
 
 def load_original(checkpoint: OriginalCheckpoint, config: Config) -> Model:
     """Builds the model of a configuration with the weights of an original checkpoint. Raises as convert_checkpoint."""
-    expected = original_shapes(config)
-    if checkpoint.is_backbone:
-        expected = {name: tensor for name, tensor in expected.items() if _is_in_backbone_files(name)}
-    _check(checkpoint, expected)
+    weights = tensors_for(checkpoint, config)
     if checkpoint.left_out:
         logger.info(f"Left out of {checkpoint.path}, as no model needs it: {shorten(checkpoint.left_out, limit=20)}.")
     model = model_class(config)(config)
-    weights = from_original({name: as_tensor(value) for name, value in checkpoint.tensors.items()})
     random, _ = model.load_state_dict(weights, strict=not checkpoint.is_backbone)
     if checkpoint.is_backbone:
         logger.warning(
@@ -77,6 +73,30 @@ def load_original(checkpoint: OriginalCheckpoint, config: Config) -> Model:
             "are as initialised, which is random. Train the model before using it."
         )
     return model.eval()
+
+
+def load_original_backbone(model: Model, path: str | Path) -> None:
+    """Gives a model the weights of a backbone trained on ImageNet, a `.pth` or `.pkl` file (see `read_checkpoint`).
+
+    Raises:
+        ValueError: The file holds a whole model, or tensors of another backbone; they are named.
+    """
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.is_backbone:
+        raise ValueError(
+            f"{path} holds a whole model. To go on from it, convert it by scripts/convert_checkpoint.py and give the "
+            "folder as --checkpoint."
+        )
+    model.load_state_dict(tensors_for(checkpoint, model.config), strict=False)
+
+
+def tensors_for(checkpoint: OriginalCheckpoint, config: Config) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by the names of a configuration's model, all there and of its shapes, or an error."""
+    expected = original_shapes(config)
+    if checkpoint.is_backbone:
+        expected = {name: tensor for name, tensor in expected.items() if _is_in_backbone_files(name)}
+    _check(checkpoint, expected)
+    return from_original({name: as_tensor(value) for name, value in checkpoint.tensors.items()})
 
 
 def model_class(config: Config) -> Any:

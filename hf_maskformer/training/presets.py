@@ -216,15 +216,19 @@ class Preset:
 
     def image_processor(self, labels: LabelSet | None = None) -> MaskFormerImageProcessor:
         """The image processor that goes with the model; `labels` as in `config`."""
+        return MaskFormerImageProcessor(**self.image_processor_settings(self._labels(labels)))
+
+    def image_processor_settings(self, labels: LabelSet | None) -> dict[str, Any]:
+        """The settings of that image processor, for any number of classes."""
         shortest, longest = self.test_size
-        return MaskFormerImageProcessor(
-            size={"shortest_edge": shortest, "longest_edge": longest},
+        return {
+            "size": {"shortest_edge": shortest, "longest_edge": longest},
             # The baselines' batches are padded to a common size only.
-            size_divisor=self.data_set.size_divisor if self.method == MASKFORMER else 0,
-            num_labels=self.data_set.num_labels,
+            "size_divisor": self.data_set.size_divisor if self.method == MASKFORMER else 0,
+            "num_labels": self.data_set.num_labels if labels is None else labels.num_labels,
             **task_settings(self.data_set.panoptic_thresholds),
-            **label_map_settings(self._labels(labels), self.data_set.ignore_index),
-        )
+            **label_map_settings(labels, self.data_set.ignore_index),
+        }
 
     def _labels(self, labels: LabelSet | None) -> LabelSet | None:
         if labels is not None and labels.num_labels != self.data_set.num_labels:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_maskformer_parts import SimpleFeaturePyramidConfig
 from ..data.labels import LabelSet, shorten
+from ..hub.conversion import load_original_backbone
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
@@ -33,6 +34,9 @@ HEADS: dict[Any, tuple[str, ...]] = {
         "model.transformer_module.queries_embedder.weight",
     ),
 }
+
+# Files of weights as they are published, beside those that transformers reads.
+FILE_SUFFIXES = (".pth", ".pt", ".pkl")
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +66,27 @@ def model_on_backbone(backbone: str, labels: LabelSet) -> MaskFormerForInstanceS
     model = MaskFormerForInstanceSegmentation(config)
     load_backbone(model, backbone)
     return model
+
+
+def load_backbone_weights(model: Model, source: str) -> None:
+    """Gives a model the weights of a pretrained backbone.
+
+    Args:
+        model: the model.
+        source: a `.pth` or `.pkl` file of torchvision, detectron2 or Swin's authors, or as for `load_backbone`.
+    """
+    if source.endswith(FILE_SUFFIXES):
+        load_original_backbone(model, source)
+    else:
+        load_backbone(model, source)
+
+
+def check_backbone(source: str) -> None:
+    """Raises an OSError or ValueError if there is no backbone of this name, for `load_backbone_weights`."""
+    if not source.endswith(FILE_SUFFIXES):
+        AutoConfig.from_pretrained(source)
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"{source} does not exist. docs/reproducing.md says which files the paper starts from.")
 
 
 def load_backbone(model: Model, backbone: str) -> None:

@@ -11,6 +11,7 @@ from ..evaluation.semantic import evaluate_semantic
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
 from .epochs import EpochCallback
+from .schedules import check_schedule, learning_rate_schedule
 
 BACKBONE = "pixel_level_module.encoder."
 PYRAMID = "pixel_level_module.encoder.levels."  # new layers on top of a pretrained vision transformer
@@ -49,6 +50,19 @@ class MaskFormerTrainingArguments(TrainingArguments):
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the scheduler; for 'polynomial' default power 0.9, end 0."}
     )
+    paper_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "'poly' or 'steps': the schedule of the paper's code, in place of lr_scheduler_type; warm-up "
+            "(warmup_steps) is multiplied in. 'steps' divides the learning rate by 10 at lr_milestones."
+        },
+    )
+    warmup_factor: float = field(
+        default=1e-6, metadata={"help": "Share of learning_rate at which the warm-up of paper_schedule begins."}
+    )
+    lr_milestones: list[float] = field(
+        default_factory=lambda: [2 / 3], metadata={"help": "Of paper_schedule 'steps', as shares of the run."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be false: the samples' fields are what the collator reads."}
     )
@@ -61,6 +75,8 @@ class MaskFormerTrainingArguments(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be False: Trainer would remove image and segmentation_map from the samples."
             )
+        if self.paper_schedule is not None:
+            check_schedule(self.paper_schedule, self.warmup_factor, self.lr_milestones)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "mean_iou"
         super().__post_init__()
@@ -113,6 +129,24 @@ class MaskFormerTrainer(Trainer):
             )
             self.optimizer = optimizer_class(groups, **optimizer_kwargs)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Builds the schedule of `paper_schedule`, or else the one that `lr_scheduler_type` names."""
+        if self.lr_scheduler is None and self.args.paper_schedule is not None:
+            factor = learning_rate_schedule(
+                self.args.paper_schedule,
+                num_training_steps,
+                self.args.get_warmup_steps(num_training_steps),
+                self.args.warmup_factor,
+                self.args.lr_milestones,
+            )
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None  # Trainer builds it first
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,

@@ -1,0 +1,132 @@
+"""Options of a training that say which model it begins with."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..configuration_maskformer import MaskFormerConfig
+from ..data.labels import LabelSet
+from ..hub.conversion import Config
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from .presets import config_label_fields, find_preset
+from .recipes import check_data, recipe_image_processor
+from .starting_point import (
+    Model,
+    check_backbone,
+    image_processor_for,
+    load_backbone_weights,
+    model_class_of,
+    model_on_backbone,
+    new_model,
+    pretrained_model,
+)
+
+
+@dataclass
+class ModelArguments:
+    """A model of the paper by name, a checkpoint, a backbone or a configuration.
+
+    Raises:
+        ValueError: these do not go together.
+    """
+
+    preset: str | None = field(default=None, metadata={"help": "Model of the paper: its architecture and its recipe."})
+    checkpoint: str | None = field(default=None, metadata={"help": "Checkpoint to fine-tune: a folder or a Hub name."})
+    backbone: str | None = field(default=None, metadata={"help": "Pretrained backbone of a new model: as above."})
+    config: str | None = field(default=None, metadata={"help": "Configuration of a model with random weights."})
+    backbone_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "For --preset or --config, weights of the backbone: a .pth or .pkl file, a folder or a Hub name; "
+            "'random' for none."
+        },
+    )
+    reinitialize_head: bool = field(
+        default=False, metadata={"help": "Replace the class predictor if the checkpoint has other classes."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.preset is None:
+            if [self.checkpoint, self.backbone, self.config].count(None) != 2:
+                raise ValueError(
+                    "Give one of --checkpoint (to fine-tune), --backbone (a new model on a pretrained backbone), "
+                    "--preset (a model and recipe of the paper) and --config (to train from scratch)."
+                )
+            if self.backbone_weights is not None and self.config is None:
+                raise ValueError("--backbone_weights is for the model of --preset or --config. Leave it out.")
+            return
+        find_preset(self.preset)
+        if self.config is not None:
+            raise ValueError("--preset has a configuration of its own. Leave --config out.")
+        if [self.checkpoint, self.backbone, self.backbone_weights].count(None) < 2:
+            raise ValueError("Give only one of --checkpoint, --backbone and --backbone_weights beside --preset.")
+
+    @property
+    def title(self) -> str:
+        """What is trained, in a line."""
+        if self.preset is None:
+            return f"Begins with {self.checkpoint or self.backbone or self.config}."
+        preset = find_preset(self.preset)
+        reported = f"{preset.reported} {preset.data_set.metric} as reported by the paper's authors"
+        begins = self.checkpoint or self.backbone or self.backbone_weights or "weights of a backbone, still to be given"
+        return f"{preset.name}: {preset.data_set.title}, {preset.backbone}, {reported}. Begins with {begins}."
+
+    def check(self, is_training: bool = True) -> None:
+        """Finds a misspelt or missing name before the data are read."""
+        if is_training and self.preset and not (self.checkpoint or self.backbone or self.backbone_weights):
+            raise ValueError(
+                f"{self.preset} begins with a backbone trained on ImageNet. Give --backbone_weights, a file or a name "
+                "on the Hub (docs/reproducing.md says which); --backbone_weights random to do without; or --checkpoint "
+                "to fine-tune a whole model."
+            )
+        for backbone in (self.backbone, self._weights):
+            if backbone is not None:
+                check_backbone(backbone)
+        for checkpoint in (self.checkpoint, self.config):
+            if checkpoint is not None:
+                model_class_of(checkpoint)
+
+    def check_data(self, dataset: Any) -> None:
+        """Finds out whether data fit the preset, if there is one; see `recipes.check_data`."""
+        if self.preset is not None:
+            check_data(find_preset(self.preset), dataset, is_fine_tuning=self.checkpoint is not None)
+
+    def model(self, labels: LabelSet) -> Model:
+        """The model for these classes."""
+        if self.checkpoint is not None:
+            return pretrained_model(self.checkpoint, labels, self.reinitialize_head)
+        if self.preset is not None:
+            model = find_preset(self.preset).model(labels)
+        elif self.config is not None:
+            model = new_model(self.config, labels)
+        else:
+            assert self.backbone is not None
+            return model_on_backbone(self.backbone, labels)
+        weights = self.backbone or self._weights
+        if weights is not None:
+            load_backbone_weights(model, weights)
+        return model
+
+    def planned_config(self, labels: LabelSet | None) -> Config:
+        """The configuration of that model, without reading weights; None are the classes that it has of itself."""
+        names = {} if labels is None else config_label_fields(labels, labels.num_labels)
+        source = self.checkpoint or self.config
+        if source is not None:
+            return model_class_of(source).config_class.from_pretrained(source, **names)
+        if self.preset is not None:
+            return find_preset(self.preset).config(labels)
+        assert self.backbone is not None
+        return MaskFormerConfig.from_backbone(self.backbone, **names)
+
+    def image_processor(
+        self, labels: LabelSet | None, image_size: int, model: Model | None = None
+    ) -> MaskFormerImageProcessor | None:
+        """The image processor that goes with the model; None where it takes classes that are not given."""
+        if self.preset is None:
+            if labels is None:
+                return None
+            return image_processor_for(labels, image_size, self.checkpoint, model)
+        return recipe_image_processor(find_preset(self.preset), labels, image_size, self.checkpoint)
+
+    @property
+    def _weights(self) -> str | None:
+        return None if self.backbone_weights == "random" else self.backbone_weights

@@ -1,0 +1,89 @@
+"""Reads the command line of a training: what is written there outranks the recipe of `--preset`."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from .presets import find_preset
+from .recipes import PACKAGE_OPTIONS, RECIPES, accumulation
+from .trainer import MaskFormerTrainingArguments
+
+PAPER, PACKAGE, COMPUTED, COMMAND_LINE = "paper", "package", "computed", "command line"
+# An option of the recipe gives way not only to itself on the command line, but also to what would not work beside it.
+YIELDS_TO = {
+    "max_steps": ("num_train_epochs",),
+    **dict.fromkeys(("paper_schedule", "warmup_factor", "lr_milestones"), ("lr_scheduler_type",)),
+    "augmentation": ("image_size", "min_scale", "max_scale", "change_colors"),
+}
+
+logger = logging.get_logger(__name__)
+
+
+def parse_with_recipe(
+    dataclasses: Sequence[Any], command_line: Sequence[str] | None = None
+) -> tuple[tuple[Any, ...], dict[str, str]]:
+    """Parses options into dataclasses, one of which is `MaskFormerTrainingArguments`.
+
+    Args:
+        dataclasses: as for `HfArgumentParser`.
+        command_line: the options; None are those of this process. With `--preset`, those that are not there have
+            the values of its recipe, and images are accumulated up to the recipe's number in a step.
+
+    Returns:
+        The dataclasses, and for each option that has not its default, where its value comes from.
+
+    Raises:
+        ValueError: there is no such preset, or its images do not divide among the processes.
+    """
+    given = given_options(dataclasses, command_line)
+    parser = HfArgumentParser(dataclasses)
+    sources: dict[str, str] = {}
+    if given.get("preset") is not None:
+        recipe = RECIPES[find_preset(given["preset"]).name]
+        for options, source in ((recipe.options(), PAPER), (PACKAGE_OPTIONS, PACKAGE)):
+            options = {
+                name: value
+                for name, value in options.items()
+                if not any(other in given for other in (name, *YIELDS_TO.get(name, ())))
+            }
+            parser.set_defaults(**options)
+            sources |= dict.fromkeys(options, source)
+        training = _training_arguments(parser.parse_args_into_dataclasses(command_line))
+        batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        # Without a launcher, Trainer spreads a batch over all GPUs of the machine.
+        devices = training.world_size * max(training.n_gpu, 1)
+        computed = accumulation(recipe.data.batch_size, devices, *(given.get(name) for name in batch))
+        parser.set_defaults(**dict(zip(batch, computed, strict=True)))
+        sources |= dict.fromkeys(batch, COMPUTED)
+    parsed = parser.parse_args_into_dataclasses(command_line)
+    if "preset" in given:
+        _warn_of_departures(_training_arguments(parsed), recipe.data.batch_size, devices)
+    return parsed, sources | dict.fromkeys(given, COMMAND_LINE)
+
+
+def given_options(dataclasses: Sequence[Any], command_line: Sequence[str] | None = None) -> dict[str, Any]:
+    """The options that are written on a command line, and no defaults."""
+    parser = HfArgumentParser(dataclasses)
+    for action in parser._actions:
+        if action.dest != "help":
+            action.default = argparse.SUPPRESS
+            action.required = False
+    return vars(parser.parse_known_args(command_line)[0])
+
+
+def _training_arguments(parsed: Sequence[Any]) -> MaskFormerTrainingArguments:
+    return next(arguments for arguments in parsed if isinstance(arguments, MaskFormerTrainingArguments))
+
+
+def _warn_of_departures(training: MaskFormerTrainingArguments, batch_size: int, devices: int) -> None:
+    images = training.per_device_train_batch_size * training.gradient_accumulation_steps * devices
+    if images != batch_size:
+        logger.warning(f"A step has {images} images, but {batch_size} in the paper, for which the learning rate is.")
+    if 0 < training.max_steps <= training.warmup_steps:
+        logger.warning(
+            f"The training ends after {training.max_steps} steps, within the {training.warmup_steps:g} of the warm-up: "
+            "the learning rate stays very low. Set --warmup_steps for a short run."
+        )

@@ -1,0 +1,214 @@
+"""How the paper trained each model of `presets`, as options of `scripts/train.py`.
+
+Two small tables again: what depends on the data set, and what on the kind of backbone. All of it is the paper's, but
+for `PACKAGE_OPTIONS`, which do not change the result.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.labels import LabelSet
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from .presets import DATA_SETS, PRESETS, Preset
+from .schedules import ScheduleName
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What depends on the data set.
+
+    Attributes:
+        batch_size: images in one step of the optimiser, over all processes.
+        steps: length of the training.
+        augmentation: its name in `PAPER_AUGMENTATIONS`.
+        schedule: course of the learning rate, see `schedules`.
+        milestones: of "steps", where the learning rate falls to a tenth, as shares of the length.
+    """
+
+    batch_size: int
+    steps: int
+    augmentation: str
+    schedule: ScheduleName = "poly"
+    milestones: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class BackboneRecipe:
+    """What depends on the kind of backbone; `warmup_factor` is the share of the learning rate to begin with."""
+
+    learning_rate: float
+    weight_decay: float
+    backbone_learning_rate_factor: float
+    warmup_steps: int
+    warmup_factor: float
+
+
+DATA_RECIPES = {
+    "ade20k": DataRecipe(16, 160_000, "ade20k"),
+    "ade20k-full": DataRecipe(16, 200_000, "ade20k"),
+    "cityscapes": DataRecipe(16, 90_000, "cityscapes"),
+    "coco-stuff-10k": DataRecipe(32, 60_000, "coco-stuff-10k"),
+    "mapillary-vistas": DataRecipe(16, 300_000, "mapillary-vistas"),
+    "coco-panoptic": DataRecipe(64, 554_400, "coco-panoptic", "steps", (369_600 / 554_400,)),
+    "ade20k-panoptic": DataRecipe(16, 720_000, "ade20k-640"),
+}
+RESNET = BackboneRecipe(1e-4, 1e-4, 0.1, warmup_steps=0, warmup_factor=1.0)
+SWIN = BackboneRecipe(6e-5, 0.01, 1.0, warmup_steps=1500, warmup_factor=1e-6)
+# Ten steps of warm-up that begins at the whole learning rate: none, but so it is written there.
+RESNET_COCO_PANOPTIC = BackboneRecipe(1e-4, 1e-4, 0.1, warmup_steps=10, warmup_factor=1.0)
+# Models that the authors trained at another size than the others on the same data.
+AUGMENTATIONS = {
+    "ade20k-swin-base": "ade20k-640",
+    "ade20k-swin-large": "ade20k-640",
+    "coco-panoptic-swin-large": "coco-panoptic-1000",
+}
+MAX_GRAD_NORM = 0.01
+
+# Plan of evaluation and checkpoints, on which the last weights, the ones that are reported, do not depend.
+PACKAGE_OPTIONS: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 5000,
+    "save_strategy": "steps",
+    "save_steps": 5000,
+    "save_total_limit": 3,
+    "logging_steps": 50,
+    "dataloader_num_workers": 4,
+}
+# Images that are computed at once on a device unless --per_device_train_batch_size says otherwise.
+MAX_IMAGES_PER_DEVICE = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The training of one model of the paper."""
+
+    preset: Preset
+    data: DataRecipe
+    backbone: BackboneRecipe
+
+    @property
+    def augmentation(self) -> str:
+        """Name of the augmentation in `PAPER_AUGMENTATIONS`."""
+        return AUGMENTATIONS.get(self.preset.name, self.data.augmentation)
+
+    def options(self) -> dict[str, Any]:
+        """The paper's settings, as options of `scripts/train.py`."""
+        schedule: dict[str, Any] = {"paper_schedule": self.data.schedule}
+        if self.data.milestones:
+            schedule["lr_milestones"] = list(self.data.milestones)
+        return {
+            "image_size": self.preset.test_size[0],
+            "augmentation": self.augmentation,
+            "max_steps": self.data.steps,
+            "learning_rate": self.backbone.learning_rate,
+            "backbone_learning_rate_factor": self.backbone.backbone_learning_rate_factor,
+            "weight_decay": self.backbone.weight_decay,
+            "max_grad_norm": MAX_GRAD_NORM,
+            **schedule,
+            "warmup_steps": self.backbone.warmup_steps,
+            "warmup_factor": self.backbone.warmup_factor,
+            "bf16": False,
+            "fp16": False,
+        }
+
+
+def recipe_of(preset: Preset) -> Recipe:
+    """The recipe of a preset."""
+    name = next(name for name, data_set in DATA_SETS.items() if data_set is preset.data_set)
+    resnet = RESNET_COCO_PANOPTIC if name == "coco-panoptic" else RESNET
+    return Recipe(preset, DATA_RECIPES[name], SWIN if preset.backbone.startswith("swin") else resnet)
+
+
+RECIPES: dict[str, Recipe] = {name: recipe_of(preset) for name, preset in PRESETS.items()}
+
+
+def accumulation(batch_size: int, devices: int, per_device: int | None, steps: int | None) -> tuple[int, int]:
+    """Divides the images of a step of the optimiser: how many at once on a device, and how many times.
+
+    Args:
+        batch_size: the images of a step, over all devices.
+        devices: the number of devices.
+        per_device, steps: what is given already. Both together win over `batch_size`.
+
+    Raises:
+        ValueError: they do not divide; the message says what would.
+    """
+    if per_device is not None and steps is not None:
+        return per_device, steps
+    if batch_size % devices:
+        fitting = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
+        raise ValueError(
+            f"The recipe has {batch_size} images in a step, which do not divide among {devices} processes. Start "
+            f"{_listed(fitting)} of them, or give both --per_device_train_batch_size and "
+            "--gradient_accumulation_steps for another number of images."
+        )
+    share = batch_size // devices
+    option = "per_device_train_batch_size" if steps is None else "gradient_accumulation_steps"
+    given = per_device if steps is None else steps
+    if given is None:
+        per_device = max(count for count in range(1, MAX_IMAGES_PER_DEVICE + 1) if share % count == 0)
+        return per_device, share // per_device
+    if given < 1 or share % given:
+        fitting = [count for count in range(1, share + 1) if share % count == 0]
+        raise ValueError(
+            f"The recipe has {batch_size} images in a step, {share} for each of {devices} process(es), which do not "
+            f"divide by --{option} {given}. Set it to {_listed(fitting)}; or give both "
+            "--per_device_train_batch_size and --gradient_accumulation_steps for another number of images."
+        )
+    return (given, share // given) if steps is None else (share // given, given)
+
+
+def recipe_image_processor(
+    preset: Preset, labels: LabelSet | None, image_size: int, checkpoint: str | None = None
+) -> MaskFormerImageProcessor:
+    """The image processor of a preset for data with these classes.
+
+    Args:
+        preset: the preset.
+        labels: the classes; None are the preset's own.
+        image_size: shorter side at evaluation; the longer one is limited in the preset's proportion to it.
+        checkpoint: the one that is fine-tuned, whose normalisation and padding stay.
+    """
+    settings = preset.image_processor_settings(preset.data_set.labels() if labels is None else labels)
+    shortest, longest = preset.test_size
+    settings["size"] = {"shortest_edge": image_size, "longest_edge": round(longest * image_size / shortest)}
+    if checkpoint is None:
+        return MaskFormerImageProcessor(**settings)
+    del settings["size_divisor"]
+    return MaskFormerImageProcessor.from_pretrained(checkpoint, **settings)
+
+
+def check_data(preset: Preset, dataset: Any, is_fine_tuning: bool = False) -> None:
+    """Finds out before the training whether a data set fits a preset.
+
+    Args:
+        preset: the preset.
+        dataset: map-style, of samples, with `labels`.
+        is_fine_tuning: whether training begins with a whole checkpoint, which may bring classes of its own.
+
+    Raises:
+        ValueError: it has another number of classes, or segments of another kind than the preset learns.
+    """
+    count, expected = dataset.labels.num_labels, preset.data_set.num_labels
+    if count != expected and not is_fine_tuning:
+        raise ValueError(
+            f"The data has {count} classes, but {preset.name} is a model for the {expected} of "
+            f"{preset.data_set.title}. Name that data set as --data; or give --checkpoint, to fine-tune a whole model "
+            "by this recipe on other classes."
+        )
+    sample = dataset[0]
+    has_segments = "instance_id_to_semantic_id" in sample
+    if preset.data_set.panoptic_thresholds and not has_segments:
+        raise ValueError(
+            f"{preset.name} learns panoptic segmentation, but {sample['name']} has no segments with classes, as "
+            "panoptic data do (--format coco-panoptic, or columns with segments_info; see docs/data.md)."
+        )
+    if not preset.data_set.panoptic_thresholds and (has_segments or "masks" in sample):
+        raise ValueError(
+            f"{preset.name} learns semantic segmentation, one mask for each class, but {sample['name']} has a mask for "
+            "each object. Name data with maps of classes (see docs/data.md), or a panoptic preset."
+        )
+
+
+def _listed(numbers: list[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

@@ -1,0 +1,61 @@
+"""How the learning rate goes over a run in the paper's recipes: a factor for each step of the optimiser.
+
+They differ from transformers' schedules of these shapes: warm-up is multiplied in and does not shift the decay, and it
+begins at a share of the learning rate instead of 0.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, get_args
+
+ScheduleName = Literal["poly", "steps"]
+POWER = 0.9
+STEP_FACTOR = 0.1
+
+
+def learning_rate_schedule(
+    name: str, num_steps: int, warmup_steps: int, warmup_factor: float, milestones: Sequence[float]
+) -> Callable[[int], float]:
+    """The function from a step, counted from 0, to the factor of the learning rate.
+
+    Args:
+        name: "poly" or "steps".
+        num_steps: length of the run.
+        warmup_steps, warmup_factor: see `warmup`.
+        milestones: of "steps", as shares of the run.
+    """
+    warmup_of = partial(warmup, warmup_steps=warmup_steps, warmup_factor=warmup_factor)
+    if name == "poly":
+        return partial(_poly, num_steps=num_steps, warmup_of=warmup_of)
+    at = [round(milestone * num_steps) for milestone in milestones]
+    return partial(_steps, milestones=at, warmup_of=warmup_of)
+
+
+def check_schedule(name: str, warmup_factor: float, milestones: Sequence[float]) -> None:
+    """Raises a ValueError if there is no such schedule."""
+    if name not in get_args(ScheduleName):
+        raise ValueError(f"paper_schedule is {name!r}; known are {', '.join(get_args(ScheduleName))}.")
+    if not 0 <= warmup_factor <= 1:
+        raise ValueError(f"warmup_factor is {warmup_factor}, but it is a share of learning_rate: 0 to 1.")
+    if sorted(milestones) != list(milestones) or not all(0 < milestone < 1 for milestone in milestones):
+        raise ValueError(
+            f"lr_milestones is {list(milestones)}, but they are shares of the run, ascending between 0 and 1."
+        )
+
+
+def warmup(step: int, warmup_steps: int, warmup_factor: float) -> float:
+    """Rises in a straight line from `warmup_factor` at step 0 to 1 at step `warmup_steps`."""
+    if step >= warmup_steps:
+        return 1.0
+    share = step / warmup_steps
+    return warmup_factor * (1 - share) + share
+
+
+def _poly(step: int, num_steps: int, warmup_of: Callable[[int], float]) -> float:
+    # The scheduler is asked once more after the last step.
+    return warmup_of(step) * max(1 - step / num_steps, 0.0) ** POWER
+
+
+def _steps(step: int, milestones: list[int], warmup_of: Callable[[int], float]) -> float:
+    return warmup_of(step) * STEP_FACTOR ** bisect_right(milestones, step)
