@@ -130,7 +130,8 @@ def dry_run(
     config = model_arguments.planned_config(labels)
     image_processor = model_arguments.image_processor(labels, data.image_size)
     arguments = (model_arguments, data, training)
-    print(describe_run(model_arguments.title, config, arguments, sources, num_images, image_processor))
+    if training.process_index == 0:
+        print(describe_run(model_arguments.title, config, arguments, sources, num_images, image_processor))
 
 
 def parse_arguments(command_line: list[str] | None = None):

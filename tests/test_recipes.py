@@ -14,7 +14,11 @@ from test_conversion import backbone_files, to_torchvision, write_pkl, write_pth
 from test_scripts import SCRIPTS, load
 from transformers import ResNetConfig
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer import (
+    MaskFormerForInstanceSegmentation,
+    MaskFormerImageProcessor,
+    MaskFormerTrainingArguments,
+)
 from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS
 from hf_maskformer.data.generated_scenes import GeneratedScenes, write_generated_scenes
 from hf_maskformer.data.labels import LabelSet
@@ -141,6 +145,13 @@ def test_an_option_given_as_it_is_by_default_still_wins():
     assert sources["learning_rate"] == sources["warmup_steps"] == "command line"
 
 
+@pytest.mark.parametrize(("processes", "parts"), [(1, 8), (2, 4), (8, 1)])
+def test_gradients_are_accumulated_up_to_the_paper_s_images(processes, parts, monkeypatch):
+    monkeypatch.setattr(MaskFormerTrainingArguments, "world_size", property(lambda self: processes))
+    _, _, training, _ = parse("--preset=ade20k-r50")
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, parts)
+
+
 def test_options_that_mean_the_same_outrank_the_recipe_too():
     _, data, training, _ = parse(
         "--preset=ade20k-r50", "--num_train_epochs=3", "--lr_scheduler_type=cosine", "--image_size=64"
@@ -202,6 +213,16 @@ class Samples(list):
     def __init__(self, samples, num_labels):
         super().__init__(samples)
         self.labels = LabelSet({label: f"class {label}" for label in range(num_labels)})
+
+
+def test_other_names_of_as_many_classes_are_said_aloud(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_maskformer.training.recipes.logger.warning", warnings.append)
+    sample = {"name": "a", "segmentation_map": None}
+    check_data(PRESETS["mapillary-vistas-r50"], Samples([sample], 65))  # whose names are not known here
+    assert not warnings
+    check_data(PRESETS["cityscapes-r101"], Samples([sample], 19))
+    assert "class 0 is 'class 0' in the data and 'road' there" in warnings[0]
 
 
 def test_data_must_fit_a_preset():

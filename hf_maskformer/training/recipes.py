@@ -7,10 +7,14 @@ for `PACKAGE_OPTIONS`, which do not change the result.
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.labels import LabelSet
+from transformers.utils import logging
+
+from ..data.labels import LabelSet, shorten
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from .presets import DATA_SETS, PRESETS, Preset
 from .schedules import ScheduleName
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,7 @@ def check_data(preset: Preset, dataset: Any, is_fine_tuning: bool = False) -> No
             f"{preset.data_set.title}. Name that data set as --data; or give --checkpoint, to fine-tune a whole model "
             "by this recipe on other classes."
         )
+    _warn_of_other_names(preset, dataset.labels)
     sample = dataset[0]
     has_segments = "instance_id_to_semantic_id" in sample
     if preset.data_set.panoptic_thresholds and not has_segments:
@@ -207,6 +212,22 @@ def check_data(preset: Preset, dataset: Any, is_fine_tuning: bool = False) -> No
         raise ValueError(
             f"{preset.name} learns semantic segmentation, one mask for each class, but {sample['name']} has a mask for "
             "each object. Name data with maps of classes (see docs/data.md), or a panoptic preset."
+        )
+
+
+def _warn_of_other_names(preset: Preset, labels: LabelSet) -> None:
+    known = preset.data_set.labels()
+    if known is None or known.num_labels != labels.num_labels:
+        return
+    others = [
+        f"class {label} is {labels.id2label[label]!r} in the data and {name!r} there"
+        for label, name in known.id2label.items()
+        if labels.id2label[label] != name
+    ]
+    if others:
+        logger.warning(
+            f"The data has as many classes as {preset.data_set.title}, but other names ({shorten(others)}). Results "
+            "can be compared with the paper's only if the classes are the same."
         )
 
 
