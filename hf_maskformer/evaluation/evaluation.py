@@ -27,7 +27,7 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
-    image_processor: MaskFormerImageProcessor,
+    image_processor: Any,
     dataset: Any,
     task: Task | None = None,
     *,
@@ -44,7 +44,8 @@ def evaluate(
 
     Args:
         model: a `MaskFormerForInstanceSegmentation`, or for the semantic task a per-pixel baseline, on its device.
-        image_processor: prepares the images and post-processes the outputs, panoptic ones by its thresholds.
+        image_processor: a `MaskFormerImageProcessor`, which prepares images and post-processes outputs, panoptic
+            ones by its thresholds.
         dataset: samples with their `labels`, map-style or iterable; the references have original size.
         task: by default the image processor's `segmentation_task`, and "semantic" where it does not say.
         batch_size: images in a batch, of each process.
@@ -89,7 +90,7 @@ def evaluate(
     return metric.compute()
 
 
-def _averaged(model: torch.nn.Module, image_processor: MaskFormerImageProcessor, image: Image.Image) -> torch.Tensor:
+def _averaged(model: torch.nn.Module, image_processor: Any, image: Image.Image) -> torch.Tensor:
     size = image_processor.size
     shortest, longest = min(size.values()), size.get("longest_edge", 4 * min(size.values()))
     edges = [round(scale * shortest) for scale in SCALES]

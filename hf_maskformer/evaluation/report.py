@@ -11,11 +11,11 @@ PER_CATEGORY = "per_category_"
 
 def as_json(figures: Mapping[str, Any], id2label: Mapping[int, str]) -> dict[str, Any]:
     """Makes the figures of a metric serialisable: classes by their names, and None where there is no figure."""
-    content = {}
+    content: dict[str, Any] = {}
     for name, value in figures.items():
         if name == "per_category":
             content[name] = {
-                id2label[label]: {name: _number(score) for name, score in scores.items()}
+                id2label[label]: {kind: _number(score) for kind, score in scores.items()}
                 for label, scores in value.items()
             }
         elif name.startswith(PER_CATEGORY):
@@ -28,14 +28,16 @@ def as_json(figures: Mapping[str, Any], id2label: Mapping[int, str]) -> dict[str
 def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
     """The figures of all classes together, without those that have no value."""
     return {
-        name: value
-        for name, value in figures.items()
-        if not name.startswith("per_category") and not math.isnan(value)
+        name: value for name, value in figures.items() if not name.startswith("per_category") and not math.isnan(value)
     }
 
 
 def as_table(figures: Mapping[str, Any], id2label: Mapping[int, str]) -> str:
     """Formats the figures of a metric in percent: one line per class that has any, then the means."""
+    columns: tuple[str, ...]
+    scores: dict[int, tuple[float, ...]]
+    means: dict[str, tuple[float, ...]]
+    rest: dict[str, str] = {}
     if "mean_iou" in figures:
         columns = ("IoU", "accuracy")
         scores = dict(enumerate(zip(figures["per_category_iou"], figures["per_category_accuracy"], strict=True)))
@@ -46,7 +48,6 @@ def as_table(figures: Mapping[str, Any], id2label: Mapping[int, str]) -> str:
         scores = {label: (s["pq"], s["sq"], s["rq"]) for label, s in figures["per_category"].items()}
         kinds = (("things", "_things"), ("stuff", "_stuff"), ("mean", ""))
         means = {kind: tuple(figures[name + suffix] for name in ("pq", "sq", "rq")) for kind, suffix in kinds}
-        rest = {}
     else:
         columns = ("AP", "AP50", "AP75")
         scores = {label: (s["ap"], s["ap50"], s["ap75"]) for label, s in figures["per_category"].items()}

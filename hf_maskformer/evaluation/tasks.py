@@ -168,7 +168,7 @@ def as_prediction(result: Any, task: Task) -> Any:
     }
 
 
-def panoptic_threshold(image_processor: MaskFormerImageProcessor) -> float:
+def panoptic_threshold(image_processor: Any) -> float:
     """How probable a class of a query must be for panoptic post-processing to look at the query."""
     return (DEFAULT_PANOPTIC_THRESHOLDS | (image_processor.panoptic_thresholds or {}))["threshold"]
 

@@ -8,11 +8,11 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from ..data.labels import LabelSet
 from ..data.sample import Sample
 from ..evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
 from ..evaluation.prediction import predict
 from ..evaluation.tasks import Task, reference_of
-from ..image_processing_maskformer import MaskFormerImageProcessor
 
 
 class PictureCallback(TrainerCallback):
@@ -20,7 +20,7 @@ class PictureCallback(TrainerCallback):
 
     Args:
         dataset: samples with their `labels`, map-style.
-        image_processor: for the predictions; its `segmentation_task` says what is drawn.
+        image_processor: a `MaskFormerImageProcessor`, for the predictions; its `segmentation_task` says what is drawn.
         tensorboard: transformers' callback, whose event file takes the pictures.
         num_pictures: how many samples.
     """
@@ -28,7 +28,7 @@ class PictureCallback(TrainerCallback):
     def __init__(
         self,
         dataset: Any,
-        image_processor: MaskFormerImageProcessor,
+        image_processor: Any,
         tensorboard: TensorBoardCallback,
         num_pictures: int = 4,
     ) -> None:
@@ -50,19 +50,20 @@ class PictureCallback(TrainerCallback):
 
 
 @torch.no_grad()
-def picture_of(model: Any, image_processor: MaskFormerImageProcessor, sample: Sample, labels: Any) -> Image.Image:
+def picture_of(model: Any, image_processor: Any, sample: Sample, labels: LabelSet) -> Image.Image:
     """Draws the image of a sample, its truth and the prediction of a model side by side, with a legend."""
     task: Task = image_processor.segmentation_task or "semantic"
     truth = reference_of(sample, labels, task)
     if task == "instance":
         truth = _as_id_map(truth, (sample["image"].height, sample["image"].width))
     prediction = predict(model, image_processor, sample["image"], task)
+    pictures: list[tuple[Any, Any]]
     if task == "semantic":
         pictures = [(truth, None), (prediction.segmentation, None)]
         present = np.concatenate([truth.ravel(), prediction.segmentation.ravel()])
     else:
         pictures = [(truth["segmentation"], truth["segments_info"]), (prediction.segmentation, prediction.segments)]
-        present = np.array([info["label_id"] for _, segments in pictures for info in segments or ()], dtype=np.int64)
+        present = np.array([info["label_id"] for _, segments in pictures for info in segments], dtype=np.int64)
     panels = [
         draw_segmentation(
             sample["image"], segmentation, labels.id2label, segments=segments, ignore_index=labels.ignore_index

@@ -171,9 +171,9 @@ class MaskFormerTrainer(Trainer):
         if self._num_nonfinite and self._num_nonfinite == self.args.max_nonfinite_losses:
             terms = ", ".join(f"{name} {term.mean().item():.4g}" for name, term in self._terms_of_batch.items())
             raise ValueError(
-                f"The loss was not finite for {self._num_nonfinite} batches in a row, the last one in step "
-                f"{self.state.global_step + 1}: {terms}. Go on from a checkpoint of before, with a lower learning_rate, "
-                "a smaller max_grad_norm or in higher precision. max_nonfinite_losses says how many are let pass."
+                f"The loss was not finite for {self._num_nonfinite} batches in a row, the last in step "
+                f"{self.state.global_step + 1}: {terms}. Go on from an earlier checkpoint with a lower learning_rate, "
+                "a smaller max_grad_norm or in higher precision; max_nonfinite_losses says how many are let pass."
             )
         return loss
 
