@@ -47,13 +47,13 @@ def scenes_model(**fields):
     return tiny_model(id2label=SCENES.labels.id2label, freeze_batch_norm=False, **fields)
 
 
-def our_trainer(tmp_path, dataset=SCENES, model=None, **options):
-    image_processor = image_processor_for(SCENES.labels, image_size=64)
+def our_trainer(tmp_path, dataset=SCENES, model=None, task="semantic", eval_dataset=SCENES, **options):
+    image_processor = image_processor_for(SCENES.labels, image_size=64, task=task)
     return MaskFormerTrainer(
         model=model or scenes_model(),
         args=MaskFormerTrainingArguments(**arguments(tmp_path, **options)),
         train_dataset=dataset,
-        eval_dataset=SCENES,
+        eval_dataset=eval_dataset,
         data_collator=MaskFormerDataCollator(image_processor),
         processing_class=image_processor,
     )
