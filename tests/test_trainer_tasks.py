@@ -93,6 +93,7 @@ def test_losses_that_stay_nonfinite_end_training_with_step_and_terms(tmp_path):
     assert len(calls) == 6
 
 
+@pytest.mark.filterwarnings("ignore:The .* cost of the matching is not finite")
 def test_weights_that_became_nan_end_training_too(tmp_path):
     trainer = our_trainer(tmp_path, max_steps=9)
     trainer.model.class_predictor.weight.data.fill_(math.nan)
