@@ -68,10 +68,13 @@ def main(arguments: Arguments) -> None:
     if arguments.check_data and state.is_main_process:
         check_samples(dataset)
     task = arguments.task or task_of_data(dataset)
+    image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
+    if image_processor.label_ids_to_fuse is None:  # transformers' files do not hold it
+        image_processor.label_ids_to_fuse = list(dataset.labels.stuff_ids)
     writer = None if arguments.predictions is None else PredictionWriter(arguments.predictions, task, dataset)
     figures = evaluate(
         model,
-        MaskFormerImageProcessor.from_pretrained(arguments.checkpoint),
+        image_processor,
         dataset,
         task,
         batch_size=arguments.batch_size,

@@ -29,14 +29,7 @@ class InstanceScenes:
 
     def __getitem__(self, index):
         sample = PANOPTIC[index]
-        things = reference_of(sample, self.labels, "instance")
-        return {
-            "image": sample["image"],
-            "name": sample["name"],
-            "masks": things["masks"],
-            "labels": np.array(things["labels"]),
-            "iscrowd": np.array(things["iscrowd"]),
-        }
+        return {"image": sample["image"], "name": sample["name"], **reference_of(sample, self.labels, "instance")}
 
 
 DATA = {"semantic": SCENES, "panoptic": PANOPTIC, "instance": InstanceScenes()}

@@ -101,8 +101,8 @@ def reference_of(sample: Sample, labels: LabelSet, task: Task) -> Any:
     things = [info for info in segments_info if not labels.thing_ids or info["label_id"] in labels.thing_ids]
     return {
         "masks": segmentation == np.array([info["id"] for info in things], dtype=np.int64)[:, None, None],
-        "labels": [info["label_id"] for info in things],
-        "iscrowd": [info["iscrowd"] for info in things],
+        "labels": np.array([info["label_id"] for info in things], dtype=np.int64),
+        "iscrowd": np.array([info["iscrowd"] for info in things], dtype=bool),
     }
 
 
