@@ -13,9 +13,11 @@ from hf_maskformer import AveragePrecision, MaskFormerImageProcessor, PanopticQu
 from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.evaluation import evaluation
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.export import PredictionWriter
 from hf_maskformer.evaluation.report import as_json, as_table, scalars
+from hf_maskformer.evaluation.scale_averaging import augmented_semantic_scores
 from hf_maskformer.evaluation.tasks import (
     TASKS,
     metric_for,
@@ -153,10 +155,18 @@ def test_a_stream_is_counted_like_a_list(task, figure, batch_size):
     assert listed[figure] == pytest.approx(streamed[figure], abs=1e-6)
 
 
-def test_averaging_scales_is_for_semantic_segmentation():
+def test_averaging_scales_is_for_semantic_segmentation(monkeypatch):
     model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 128)
+    calls = []
+
+    def averaged(*args, **options):
+        calls.append((options["shortest_edges"], options["longest_edge"]))
+        return augmented_semantic_scores(*args, **options)
+
+    monkeypatch.setattr(evaluation, "augmented_semantic_scores", averaged)
     figures = evaluate(model, processor, SCENES, "semantic", scale_averaging=True)
     assert 0 <= figures["mean_iou"] <= 1
+    assert calls == 3 * [([64, 96, 128, 160, 192, 224], 896)]
     with pytest.raises(ValueError, match="Scales are averaged for semantic"):
         evaluate(model, processor, SCENES, "panoptic", scale_averaging=True)
 
