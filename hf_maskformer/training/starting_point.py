@@ -211,13 +211,15 @@ def image_processor_for(
     """
     if model is not None:
         check_model(task, model)
+    # A semantic model knows no instances, whatever its classes are.
+    all_is_stuff = task == "semantic" and not labels.thing_ids
     settings: dict[str, Any] = {
         "size": {"shortest_edge": image_size, "longest_edge": 4 * image_size},
         "ignore_index": labels.ignore_index,
         "do_reduce_labels": labels.do_reduce_labels,
         "num_labels": labels.num_labels,
         "segmentation_task": task,
-        "label_ids_to_fuse": list(labels.stuff_ids),
+        "label_ids_to_fuse": list(labels.id2label if all_is_stuff else labels.stuff_ids),
     }
     if model is not None and isinstance(model.config.backbone_config, SimpleFeaturePyramidConfig):
         settings["size_divisor"] = model.config.backbone_config.backbone_config.patch_size
