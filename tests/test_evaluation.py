@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 import torch
 from coco_files import CATEGORIES, write_instances, write_panoptic
-from models import tiny_model
+from models import resnet_config, tiny_model
 from PIL import Image
 
-from hf_maskformer import AveragePrecision, MaskFormerImageProcessor, PanopticQuality
+from hf_maskformer import (
+    AveragePrecision,
+    MaskFormerImageProcessor,
+    PanopticQuality,
+    PerPixelBaselineConfig,
+    PerPixelBaselineForSemanticSegmentation,
+)
 from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
@@ -143,6 +149,17 @@ def test_late_masks_give_what_the_forward_pass_gives(task):
             ]
             assert len(one["segments_info"]) > 0
             assert str(one["segmentation"]) == str(other["segmentation"])
+
+
+def test_a_baseline_knows_no_segments():
+    config = PerPixelBaselineConfig(backbone_config=resnet_config(), fpn_feature_size=32, mask_feature_size=16, num_labels=8)
+    model, processor = PerPixelBaselineForSemanticSegmentation(config), image_processor_for(SCENES.labels, 64)
+    assert 0 <= evaluate(model, processor, SCENES)["mean_iou"] <= 1
+    for task in ("panoptic", "instance"):
+        with pytest.raises(ValueError, match=f"knows no segments, so its task is semantic, not {task}"):
+            evaluate(model, processor, SCENES, task)
+    with pytest.raises(ValueError, match="not for semantic by PerPixelBaseline"):
+        evaluate(model, processor, SCENES, scale_averaging=True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..data.labels import LabelSet
 from ..data.sample import Sample
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from ..modeling_maskformer import MaskFormerForInstanceSegmentation
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .processes import merge_over_processes
 from .scale_averaging import augmented_semantic_scores
 from .tasks import Context, Task, as_prediction, check_model, metric_for, predict_batch, reference_of
@@ -62,8 +62,10 @@ def evaluate(
     """
     task = task or image_processor.segmentation_task or "semantic"
     check_model(task, model)
-    if scale_averaging and (task != "semantic" or not isinstance(model, MaskFormerForInstanceSegmentation)):
-        raise ValueError(f"Scales are averaged for semantic segmentation by a MaskFormer, not for {task} by another.")
+    if scale_averaging and (task != "semantic" or isinstance(model, PerPixelBaselineForSemanticSegmentation)):
+        raise ValueError(
+            f"Scales are averaged for semantic segmentation by a MaskFormer, not for {task} by {type(model).__name__}."
+        )
     state = PartialState()
     share = _share(dataset, state.process_index, state.num_processes)
     collate = partial(_collate, image_processor=image_processor, labels=dataset.labels, task=task)

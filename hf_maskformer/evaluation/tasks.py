@@ -14,7 +14,7 @@ from ..data.labels import LabelSet
 from ..data.sample import Sample
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
-from ..modeling_maskformer import MaskFormerForInstanceSegmentation
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 from .average_precision import AveragePrecision
 from .mean_iou import MeanIoU
@@ -49,8 +49,8 @@ def check_model(task: Task, model: torch.nn.Module) -> None:
     """Raises a ValueError if there is no such task, or the model does not do it."""
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}.")
-    if task != "semantic" and not isinstance(model, MaskFormerForInstanceSegmentation):
-        raise ValueError(f"{type(model).__name__} knows no segments, so its task is semantic, not {task}.")
+    if task != "semantic" and isinstance(model, PerPixelBaselineForSemanticSegmentation):
+        raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {task}.")
 
 
 def check_sample(task: Task, sample: Sample) -> None:
@@ -117,7 +117,7 @@ def predict_batch(
     """Segments a batch of images.
 
     Args:
-        model: on its device.
+        model: on its device; ours, or one with outputs like transformers' own.
         image_processor: what prepared the batch.
         batch: `pixel_values` and `pixel_mask`.
         sizes: (height, width) of each result.
@@ -135,7 +135,7 @@ def predict_batch(
         "pixel_mask": batch["pixel_mask"].to(parameter.device),
     }
     with autocast():
-        if task == "semantic":
+        if task == "semantic" or not hasattr(model, "predict"):
             outputs = model(**inputs)
         else:
             # The masks that post-processing would drop at once are not computed.
