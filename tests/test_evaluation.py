@@ -152,7 +152,8 @@ def test_late_masks_give_what_the_forward_pass_gives(task):
 
 
 def test_a_baseline_knows_no_segments():
-    config = PerPixelBaselineConfig(backbone_config=resnet_config(), fpn_feature_size=32, mask_feature_size=16, num_labels=8)
+    sizes = {"fpn_feature_size": 32, "mask_feature_size": 16}
+    config = PerPixelBaselineConfig(backbone_config=resnet_config(), num_labels=8, **sizes)
     model, processor = PerPixelBaselineForSemanticSegmentation(config), image_processor_for(SCENES.labels, 64)
     assert 0 <= evaluate(model, processor, SCENES)["mean_iou"] <= 1
     for task in ("panoptic", "instance"):
