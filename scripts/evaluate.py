@@ -1,6 +1,9 @@
-"""Evaluates a checkpoint by mean IoU at the resolution of the ground truth; prints a table and writes JSON.
+"""Evaluates a checkpoint at the resolution of the ground truth: mean IoU, PQ or AP; prints a table and writes JSON.
 
     python scripts/evaluate.py --checkpoint OUTPUT --data DATA --output OUTPUT/metrics.json
+
+The labels say what the task is, unless --task does. --tta averages over scales and mirror images (semantic). With
+--predictions FOLDER, predictions are written as PNGs of classes, as panopticapi wants them, or as COCO results.
 
 Runs on all processes of `accelerate launch scripts/evaluate.py ...` too.
 """
@@ -18,8 +21,10 @@ from hf_maskformer.command_line import errors_as_messages
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.labels import shorten
 from hf_maskformer.data.opening import open_dataset
+from hf_maskformer.evaluation.evaluation import evaluate
+from hf_maskformer.evaluation.export import PredictionWriter
 from hf_maskformer.evaluation.report import as_json, as_table
-from hf_maskformer.evaluation.semantic import evaluate_semantic
+from hf_maskformer.evaluation.tasks import TASKS, task_of_data
 from hf_maskformer.training.starting_point import model_class_of, renamed_classes
 
 
@@ -32,9 +37,13 @@ class Arguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
     classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
+    task: str | None = field(default=None, metadata={"help": "What to evaluate; the labels tell.", "choices": TASKS})
+    tta: bool = field(default=False, metadata={"help": "Average over scales of 0.5 to 1.75 and mirror images."})
     batch_size: int = field(default=1, metadata={"help": "Images in a batch, of each process."})
     num_workers: int = field(default=0, metadata={"help": "Worker processes that read and prepare images."})
+    check_data: bool = field(default=True, metadata={"help": "Read every sample once before."})
     output: str | None = field(default=None, metadata={"help": "JSON file to write the figures to."})
+    predictions: str | None = field(default=None, metadata={"help": "Folder to write the predictions to."})
 
 
 def main(arguments: Arguments) -> None:
@@ -56,12 +65,25 @@ def main(arguments: Arguments) -> None:
     renamed = renamed_classes(model.config.id2label, dataset.labels)
     if renamed and state.is_main_process:
         print(f"warning: {arguments.checkpoint} names its classes otherwise: {shorten(renamed)}.", file=sys.stderr)
-    if state.is_main_process:
+    if arguments.check_data and state.is_main_process:
         check_samples(dataset)
+    task = arguments.task or task_of_data(dataset)
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
-    figures = evaluate_semantic(
-        model, image_processor, dataset, batch_size=arguments.batch_size, num_workers=arguments.num_workers
+    if image_processor.label_ids_to_fuse is None:  # transformers' files do not hold it
+        image_processor.label_ids_to_fuse = list(dataset.labels.stuff_ids)
+    writer = None if arguments.predictions is None else PredictionWriter(arguments.predictions, task, dataset)
+    figures = evaluate(
+        model,
+        image_processor,
+        dataset,
+        task,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        scale_averaging=arguments.tta,
+        on_result=writer,
     )
+    if writer is not None:
+        writer.finish()
     if state.is_main_process:
         print(as_table(figures, dataset.labels.id2label))
         if arguments.output is not None:

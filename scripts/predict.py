@@ -15,7 +15,8 @@ from transformers import HfArgumentParser
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.command_line import errors_as_messages
-from hf_maskformer.evaluation.prediction import TASKS, predict, read_images, write_prediction
+from hf_maskformer.evaluation.prediction import predict, read_images, write_prediction
+from hf_maskformer.evaluation.tasks import TASKS
 from hf_maskformer.training.starting_point import model_class_of
 
 

@@ -1,4 +1,4 @@
-"""Trains a MaskFormer on images with label maps and evaluates it by mean IoU.
+"""Trains a MaskFormer on labelled images and evaluates it by mean IoU, PQ or AP, as the labels say.
 
 From scratch, on a folder with images/{train,val}, annotations/{train,val} and classes.json:
 
@@ -29,6 +29,7 @@ from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS, Augmentation, R
 from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
+from hf_maskformer.evaluation.tasks import TASKS, check_sample, task_of_data
 from hf_maskformer.training.dry_run import describe_run
 from hf_maskformer.training.model_arguments import ModelArguments
 from hf_maskformer.training.recipe_options import parse_with_recipe
@@ -46,6 +47,10 @@ class DataArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
     classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
+    task: str | None = field(
+        default=None,
+        metadata={"help": "What to evaluate and save as the checkpoint's task; the labels tell.", "choices": TASKS},
+    )
     streaming: bool = field(default=False, metadata={"help": "Train on columns as they come; needs --max_steps."})
     check_data: bool = field(default=True, metadata={"help": "Read every sample once before training."})
     image_size: int = field(default=512, metadata={"help": "Shorter side at evaluation, and side of the crops."})
@@ -87,8 +92,9 @@ class DataArguments:
 def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments) -> None:
     model_arguments.check()
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
-    labels = train_dataset.labels
+    labels, task = train_dataset.labels, data.task or task_of_data(eval_dataset)
     model_arguments.check_data(eval_dataset)
+    check_sample(task, eval_dataset[0])
     with training.main_process_first(desc="data check"):
         if data.check_data and training.process_index == 0:
             if not data.streaming:
@@ -97,7 +103,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
 
     set_seed(training.seed)
     model = model_arguments.model(labels)
-    image_processor = model_arguments.image_processor(labels, data.image_size, model)
+    image_processor = model_arguments.image_processor(labels, data.image_size, model, task)
 
     augmented = AugmentedStream if data.streaming else AugmentedDataset
     trainer = MaskFormerTrainer(

@@ -27,8 +27,8 @@ from hf_maskformer import (
 )
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
-from hf_maskformer.evaluation import semantic
-from hf_maskformer.evaluation.semantic import evaluate_semantic
+from hf_maskformer.evaluation import evaluation
+from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput, sizes_in_batch
 from hf_maskformer.training.starting_point import image_processor_for, model_on_backbone, new_model, pretrained_model
@@ -47,13 +47,13 @@ def scenes_model(**fields):
     return tiny_model(id2label=SCENES.labels.id2label, freeze_batch_norm=False, **fields)
 
 
-def our_trainer(tmp_path, dataset=SCENES, model=None, **options):
-    image_processor = image_processor_for(SCENES.labels, image_size=64)
+def our_trainer(tmp_path, dataset=SCENES, model=None, task="semantic", eval_dataset=SCENES, **options):
+    image_processor = image_processor_for(SCENES.labels, image_size=64, task=task)
     return MaskFormerTrainer(
         model=model or scenes_model(),
         args=MaskFormerTrainingArguments(**arguments(tmp_path, **options)),
         train_dataset=dataset,
-        eval_dataset=SCENES,
+        eval_dataset=eval_dataset,
         data_collator=MaskFormerDataCollator(image_processor),
         processing_class=image_processor,
     )
@@ -222,7 +222,7 @@ class SizedSamples(list):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_evaluation_counts_every_pixel_of_every_sample_once(batch_size):
     processor = image_processor_for(OTHER_LABELS, image_size=16)
-    figures = evaluate_semantic(FixedModel(), processor, SizedSamples(), batch_size=batch_size)
+    figures = evaluate(FixedModel(), processor, SizedSamples(), batch_size=batch_size)
     assert figures["overall_accuracy"] == pytest.approx((16 + 15 + 8) / (64 + 60 + 32))
     assert figures["per_category_iou"].tolist() == pytest.approx([0, 39 / 156])
 
@@ -231,12 +231,12 @@ def test_processes_share_the_samples_and_count_none_twice(monkeypatch):
     """Two processes, one after the other; their counts add up to those of one process."""
     processor = image_processor_for(OTHER_LABELS, image_size=16)
     counts = []
-    monkeypatch.setattr(semantic, "reduce", lambda matrix, reduction: counts.append(matrix) or matrix)
-    evaluate_semantic(FixedModel(), processor, SizedSamples())
+    monkeypatch.setattr(evaluation, "merge_over_processes", lambda metric: counts.append(metric.confusion_matrix))
+    evaluate(FixedModel(), processor, SizedSamples())
     for index in range(2):
         state = SimpleNamespace(process_index=index, num_processes=2, is_local_main_process=False)
-        monkeypatch.setattr(semantic, "PartialState", lambda state=state: state)
-        evaluate_semantic(FixedModel(), processor, SizedSamples())
+        monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)
+        evaluate(FixedModel(), processor, SizedSamples())
     assert torch.equal(counts[0], counts[1] + counts[2])
 
 
@@ -245,13 +245,13 @@ def test_panoptic_samples_are_evaluated_by_the_labels_of_their_segments():
     processor = image_processor_for(SCENES.labels, image_size=64)
     panoptic = GeneratedScenes(2, image_size=(64, 64), task="panoptic")
     semantic_view = GeneratedScenes(2, image_size=(64, 64), task="semantic")
-    figures = [evaluate_semantic(model, processor, scenes)["mean_iou"] for scenes in (panoptic, semantic_view)]
+    figures = [evaluate(model, processor, scenes, "semantic")["mean_iou"] for scenes in (panoptic, semantic_view)]
     assert figures[0] == figures[1] > 0
 
 
 def test_evaluation_restores_the_mode_of_the_model():
     model = scenes_model().train()
-    evaluate_semantic(model, image_processor_for(SCENES.labels, image_size=64), SCENES)
+    evaluate(model, image_processor_for(SCENES.labels, image_size=64), SCENES)
     assert model.training
 
 

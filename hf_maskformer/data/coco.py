@@ -70,6 +70,10 @@ class CocoPanoptic(Dataset[Sample]):
             "crowd_ids": crowd_ids,
         }
 
+    def image_id(self, index: int) -> Any:
+        """The id of the image of a sample in the JSON file."""
+        return self._file.image(index)["id"]
+
     def image_path(self, index: int) -> Path:
         """Where the image of a sample lies."""
         return self._file.image_path(index)
@@ -124,6 +128,10 @@ class CocoInstances(Dataset[Sample]):
             "labels": np.array(labels, dtype=np.int64),
             "iscrowd": np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool),
         }
+
+    def image_id(self, index: int) -> Any:
+        """The id of the image of a sample in the JSON file."""
+        return self._file.image(index)["id"]
 
     def image_path(self, index: int) -> Path:
         """Where the image of a sample lies."""

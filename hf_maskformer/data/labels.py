@@ -84,6 +84,11 @@ class LabelSet:
         return len(self.id2label)
 
     @property
+    def stuff_ids(self) -> tuple[int, ...]:
+        """The classes that are no things; none where the data set does not say which are."""
+        return tuple(label for label in self.id2label if label not in self.thing_ids) if self.thing_ids else ()
+
+    @property
     def _highest_value(self) -> int:
         return self.num_labels - 1 + int(self.do_reduce_labels)
 

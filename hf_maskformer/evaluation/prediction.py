@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -18,9 +18,7 @@ from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
-
-Task = Literal["semantic", "instance", "panoptic"]
-TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+from .tasks import Task, check_model
 
 
 @dataclass
@@ -47,8 +45,7 @@ def predict(
     task: Task,
 ) -> Prediction:
     """Segments one RGB image at its own size. Raises a ValueError for a task that the model has no segments for."""
-    if task != "semantic" and isinstance(model, PerPixelBaselineForSemanticSegmentation):
-        raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {task}.")
+    check_model(task, model)
     inputs = image_processor(images=image, return_tensors="pt")
     parameter = next(model.parameters())
     outputs = model(

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..configuration_maskformer import MaskFormerConfig
 from ..data.labels import LabelSet
+from ..evaluation.tasks import Task
 from ..hub.conversion import Config
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from .presets import config_label_fields, find_preset
@@ -118,13 +119,16 @@ class ModelArguments:
         return MaskFormerConfig.from_backbone(self.backbone, **names)
 
     def image_processor(
-        self, labels: LabelSet | None, image_size: int, model: Model | None = None
+        self, labels: LabelSet | None, image_size: int, model: Model | None = None, task: Task = "semantic"
     ) -> MaskFormerImageProcessor | None:
-        """The image processor that goes with the model; None where it takes classes that are not given."""
+        """The image processor that goes with the model; None where it takes classes that are not given.
+
+        A preset has a task of its own.
+        """
         if self.preset is None:
             if labels is None:
                 return None
-            return image_processor_for(labels, image_size, self.checkpoint, model)
+            return image_processor_for(labels, image_size, self.checkpoint, model, task)
         return recipe_image_processor(find_preset(self.preset), labels, image_size, self.checkpoint)
 
     @property

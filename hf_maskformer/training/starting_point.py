@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_maskformer_parts import SimpleFeaturePyramidConfig
 from ..data.labels import LabelSet, shorten
+from ..evaluation.tasks import Task, check_model
 from ..hub.conversion import load_original_backbone
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
@@ -216,7 +217,11 @@ def target_format(model: Model) -> Literal["segment_map", "label_map"]:
 
 
 def image_processor_for(
-    labels: LabelSet, image_size: int, checkpoint: str | None = None, model: Model | None = None
+    labels: LabelSet,
+    image_size: int,
+    checkpoint: str | None = None,
+    model: Model | None = None,
+    task: Task = "semantic",
 ) -> MaskFormerImageProcessor:
     """An image processor for data with these labels; from a checkpoint it keeps normalisation and padding.
 
@@ -225,14 +230,21 @@ def image_processor_for(
         image_size: shorter side of images at evaluation, in pixels; the longer one is at most four times that.
         checkpoint: a folder or a name on the Hub.
         model: the model that the images are for. A plain vision transformer wants whole patches.
+        task: what is trained for and evaluated; `hf_maskformer.evaluation.tasks.task_of_data` tells that of a data set.
+            Panoptic segmentation has one segment of each stuff class; where the data do not say which are stuff, none
+            is fused.
     """
+    if model is not None:
+        check_model(task, model)
+    # A semantic model knows no instances, whatever its classes are.
+    all_is_stuff = task == "semantic" and not labels.thing_ids
     settings: dict[str, Any] = {
         "size": {"shortest_edge": image_size, "longest_edge": 4 * image_size},
         "ignore_index": labels.ignore_index,
         "do_reduce_labels": labels.do_reduce_labels,
         "num_labels": labels.num_labels,
-        "segmentation_task": "semantic",
-        "label_ids_to_fuse": [label for label in labels.id2label if label not in labels.thing_ids],
+        "segmentation_task": task,
+        "label_ids_to_fuse": list(labels.id2label if all_is_stuff else labels.stuff_ids),
     }
     if model is not None and isinstance(model.config.backbone_config, SimpleFeaturePyramidConfig):
         settings["size_divisor"] = model.config.backbone_config.backbone_config.patch_size

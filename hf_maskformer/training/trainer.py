@@ -1,4 +1,4 @@
-"""`Trainer` with the paper's parameter groups, its loss terms in the log and evaluation by mean IoU."""
+"""`Trainer` with the paper's parameter groups, its loss terms in the log and evaluation by the task's own metric."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
-from ..evaluation.semantic import evaluate_semantic
+from ..evaluation.evaluation import evaluate
+from ..evaluation.report import scalars
+from ..evaluation.tasks import MAIN_FIGURES, TASKS, Task, check_model
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
 from .epochs import EpochCallback
+from .pictures import PictureCallback
 from .schedules import check_schedule, learning_rate_schedule
 
 BACKBONE = "pixel_level_module.encoder."
@@ -67,7 +71,13 @@ class MaskFormerTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must be false: the samples' fields are what the collator reads."}
     )
     metric_for_best_model: str | None = field(
-        default=None, metadata={"help": "Metric of the best checkpoint; default mean_iou, there is no eval_loss."}
+        default=None, metadata={"help": "Metric of the best checkpoint; default mean_iou, pq or ap, by the task."}
+    )
+    max_nonfinite_losses: int = field(
+        default=3, metadata={"help": "Batches in a row with a loss of NaN or infinity that end training; 0: never."}
+    )
+    num_pictures: int = field(
+        default=4, metadata={"help": "Samples drawn in TensorBoard after each evaluation, if it is among report_to."}
     )
 
     def __post_init__(self) -> None:
@@ -77,8 +87,10 @@ class MaskFormerTrainingArguments(TrainingArguments):
             )
         if self.paper_schedule is not None:
             check_schedule(self.paper_schedule, self.warmup_factor, self.lr_milestones)
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "mean_iou"
+        # Trainer takes the loss by default, which evaluation does not compute. The task is known to the trainer only.
+        self.takes_main_figure = self.metric_for_best_model is None
+        if self.takes_main_figure and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = MAIN_FIGURES["semantic"]
         super().__post_init__()
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
@@ -91,11 +103,12 @@ class MaskFormerTrainer(Trainer):
     """Thin subclass of `Trainer`; the model also trains with `Trainer` itself.
 
     What differs: the optimiser's parameter groups (`parameter_groups`), every loss term by name in the log, batch norm
-    that is synchronised over the processes of several GPUs (unless it is frozen), and `evaluate`, which gives the mean
-    IoU at the resolution of the ground truth without ever gathering masks. Under gradient accumulation the loss is that
-    of the whole batch, whereas `Trainer` takes the mean of the losses of its parts, in which a segment weighs more the
-    fewer there are beside it. Pass the image processor as `processing_class` and data sets of samples (see
-    `hf_maskformer.data.sample.Sample`).
+    that is synchronised over the processes of several GPUs (unless it is frozen), an end when the loss stays NaN or
+    infinite, and `evaluate`, which gives the metric of the image processor's `segmentation_task` at the resolution of
+    the ground truth without ever gathering masks. Under gradient accumulation the loss is that of the whole batch,
+    whereas `Trainer` takes the mean of the losses of its parts, in which a segment weighs more the fewer there are
+    beside it. Pass the image processor as `processing_class` and data sets of samples (see
+    `hf_maskformer.data.sample.Sample`). With "tensorboard" in report_to, it shows pictures of predictions.
     """
 
     args: MaskFormerTrainingArguments
@@ -108,9 +121,12 @@ class MaskFormerTrainer(Trainer):
             raise ValueError(
                 f"processing_class is {self.processing_class!r}, but evaluation needs a MaskFormerImageProcessor."
             )
-        if self.args.metric_for_best_model in ("loss", "eval_loss"):
-            raise ValueError("metric_for_best_model is the loss, which evaluation does not compute. Use mean_iou.")
+        check_model(self.task, self.accelerator.unwrap_model(self.model))
+        if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
+            self.args.metric_for_best_model = MAIN_FIGURES[self.task]
+        self._check_metric_for_best_model()
         self.add_callback(EpochCallback())
+        self._add_pictures()
         # Statistics of a few images per process are too noisy to train with; CPUs have no synchronised form.
         if self.args.world_size > 1 and self.args.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -118,6 +134,13 @@ class MaskFormerTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_terms: dict[str, Tensor] = {}
         self._step_of_first_term = 0
+        self._terms_of_batch: dict[str, Tensor] = {}
+        self._num_nonfinite = 0
+
+    @property
+    def task(self) -> Task:
+        """What is evaluated: the `segmentation_task` of the image processor, "semantic" where it does not say."""
+        return self.processing_class.segmentation_task or "semantic"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimiser that the arguments name, over `parameter_groups`."""
@@ -168,10 +191,25 @@ class MaskFormerTrainer(Trainer):
                 self._step_of_first_term = self.state.global_step
             # As Trainer does with the loss: without the numbers of the whole batch, each part has a loss of its own.
             share = 1 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
+            self._terms_of_batch = outputs.loss_dict
             for name, term in outputs.loss_dict.items():
                 term = share * term.mean()  # one per GPU in DataParallel
                 self._loss_terms[name] = self._loss_terms.get(name, 0.0) + term
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trains on one batch; raises a ValueError if too many losses in a row are NaN or infinite."""
+        loss = super().training_step(*args, **kwargs)
+        # Matching waits for the model in every step and Trainer looks at the loss too: this costs no time.
+        self._num_nonfinite = 0 if loss.isfinite() else self._num_nonfinite + 1
+        if self._num_nonfinite and self._num_nonfinite == self.args.max_nonfinite_losses:
+            terms = ", ".join(f"{name} {term.mean().item():.4g}" for name, term in self._terms_of_batch.items())
+            raise ValueError(
+                f"The loss was not finite for {self._num_nonfinite} batches in a row, the last in step "
+                f"{self.state.global_step + 1}: {terms}. Go on from an earlier checkpoint with a lower learning_rate, "
+                "a smaller max_grad_norm or in higher precision; max_nonfinite_losses says how many are let pass."
+            )
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """The normalisers of one step of the optimiser (`count_items`), over all its batches and all processes."""
@@ -199,7 +237,7 @@ class MaskFormerTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluates semantic segmentation by `evaluate_semantic`.
+        """Evaluates the task of the image processor by `hf_maskformer.evaluation.evaluation.evaluate`.
 
         Args:
             eval_dataset: samples with their `labels`, or a dictionary of such data sets; default that of the trainer.
@@ -207,8 +245,9 @@ class MaskFormerTrainer(Trainer):
             metric_key_prefix: begins the names of the figures; for a dictionary followed by the data set's name.
 
         Returns:
-            `eval_mean_iou`, `eval_mean_accuracy`, `eval_overall_accuracy` and `eval_frequency_weighted_iou`, fractions
-            in 0 to 1, for another `metric_key_prefix` under that.
+            The figures of the task's metric but those of single classes, fractions in 0 to 1: `eval_mean_iou`, ...,
+            `eval_pq`, ... or `eval_ap`, ..., for another `metric_key_prefix` under that. What the data give no figure
+            for is left out.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
@@ -217,18 +256,41 @@ class MaskFormerTrainer(Trainer):
                 for name, dataset in eval_dataset.items()
             ]
             return {name: value for part in parts for name, value in part.items()}
-        figures = evaluate_semantic(
+        figures = evaluate(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             eval_dataset,
+            self.task,
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             autocast=self.accelerator.autocast,
         )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items() if isinstance(value, float)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scalars(figures).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _check_metric_for_best_model(self) -> None:
+        metric = self.args.metric_for_best_model
+        if metric in ("loss", "eval_loss"):
+            raise ValueError(
+                f"metric_for_best_model is the loss, which evaluation does not compute. Use {MAIN_FIGURES[self.task]}."
+            )
+        other = {MAIN_FIGURES[task]: task for task in TASKS if task != self.task}
+        name = (metric or "").removeprefix("eval_")
+        if name in other:
+            raise ValueError(
+                f"metric_for_best_model is {metric}, a figure of {other[name]} segmentation, but segmentation_task of "
+                f"the image processor is {self.task}. Use {MAIN_FIGURES[self.task]}."
+            )
+
+    def _add_pictures(self) -> None:
+        boards = [each for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
+        if boards and self.args.num_pictures > 0 and hasattr(self.eval_dataset, "__len__"):
+            dataset = self.eval_dataset
+            if isinstance(dataset, dict):
+                dataset = next(iter(dataset.values()))
+            self.add_callback(PictureCallback(dataset, self.processing_class, boards[0], self.args.num_pictures))
 
 
 def parameter_groups(

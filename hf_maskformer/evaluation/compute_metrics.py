@@ -1,0 +1,84 @@
+"""A ready-made `compute_metrics` for transformers' own `Trainer`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from ..data.labels import LabelSet
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..modeling_maskformer import MaskFormerForInstanceSegmentationOutput
+from .report import scalars
+from .tasks import Task, as_prediction, metric_for, segments_of
+
+IGNORED = -1
+
+
+class ComputeMetrics:
+    """Counts batch by batch what `Trainer` predicts, at the size of the images in the batch.
+
+        metrics = ComputeMetrics(image_processor, labels, "panoptic")
+        trainer = Trainer(
+            args=TrainingArguments(..., batch_eval_metrics=True, remove_unused_columns=False),
+            compute_metrics=metrics,
+            preprocess_logits_for_metrics=metrics.logits,
+            ...,
+        )
+
+    For figures at the size of the ground truth, and for several processes whose batches differ in size, use
+    `MaskFormerTrainer`: `Trainer` gathers the masks of all processes, which must then have one size. What the collator
+    leaves out of training, crowds and void, counts as void.
+
+    Args:
+        image_processor: post-processes the outputs.
+        labels: the classes of the data.
+        task: by default the image processor's `segmentation_task`, and "semantic" where it does not say.
+    """
+
+    def __init__(self, image_processor: Any, labels: LabelSet, task: Task | None = None) -> None:
+        self._image_processor: MaskFormerImageProcessor = image_processor
+        self._task: Task = task or image_processor.segmentation_task or "semantic"
+        # Targets are classes from 0 already, so that the value of void in the files has no meaning any more.
+        self._metric: Any = metric_for(self._task, LabelSet(labels.id2label, IGNORED, thing_ids=labels.thing_ids))
+
+    @staticmethod
+    def logits(outputs: Any, labels: Any = None) -> tuple[Tensor, Tensor]:
+        """What `Trainer` shall keep of the outputs, as its `preprocess_logits_for_metrics`: the first two."""
+        return outputs[0], outputs[1]
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Counts a batch, and with `compute_result` gives the figures of all of them."""
+        class_logits, mask_logits = (torch.as_tensor(logits) for logits in prediction.predictions[:2])
+        targets: Any = prediction.label_ids
+        mask_labels, class_labels = targets
+        size = torch.tensor([_size(masks) for masks in mask_labels])
+        outputs = MaskFormerForInstanceSegmentationOutput(
+            class_queries_logits=class_logits, masks_queries_logits=mask_logits, image_sizes=size, padded_sizes=size
+        )
+        results = segments_of(outputs, self._image_processor, None, self._task)
+        self._metric.add_batch(
+            predictions=[as_prediction(result, self._task) for result in results],
+            references=[self._reference(*image) for image in zip(mask_labels, class_labels, strict=True)],
+        )
+        return scalars(self._metric.compute()) if compute_result else {}
+
+    def _reference(self, masks: Any, classes: Any) -> Any:
+        """The truth about one image, from the index of a segment at each pixel (H, W), or masks (N, H, W)."""
+        masks, classes = torch.as_tensor(masks), torch.as_tensor(classes).long()
+        classes = classes[classes >= 0]
+        if self._task == "instance":
+            if masks.ndim == 2:
+                masks = masks == torch.arange(len(classes), device=masks.device)[:, None, None]
+            return {"masks": masks.bool(), "labels": classes}
+        if masks.ndim == 3:
+            raise ValueError(f"Masks that may overlap allow no {self._task} metric. Give target_format='segment_map'.")
+        if self._task == "semantic":
+            return torch.cat([classes, classes.new_full((1,), IGNORED)])[masks.long()]
+        segments_info = [{"id": number, "label_id": label} for number, label in enumerate(classes.tolist(), start=1)]
+        return {"segmentation": masks.int() + 1, "segments_info": segments_info}
+
+
+def _size(masks: Any) -> tuple[int, int]:
+    height, width = masks.shape[-2:]
+    return int(height), int(width)

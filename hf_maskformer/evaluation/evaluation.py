@@ -1,0 +1,140 @@
+"""Evaluates a model at the resolution of the ground truth, one batch at a time, over all processes."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from ..data.labels import LabelSet
+from ..data.sample import Sample
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
+from .processes import merge_over_processes
+from .scale_averaging import augmented_semantic_scores
+from .tasks import Context, Task, as_prediction, check_model, metric_for, predict_batch, reference_of
+
+Numbered = tuple[int, Sample]
+# The paper's scales for ADE20K, relative to the size of its images at evaluation.
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    image_processor: Any,
+    dataset: Any,
+    task: Task | None = None,
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    scale_averaging: bool = False,
+    autocast: Context = nullcontext,
+    on_result: Callable[[int, str, Any], None] | None = None,
+) -> dict[str, Any]:
+    """Predicts every sample at the size of its ground truth and counts.
+
+    No mask is gathered: each process counts its share of the samples, and all return the same figures of the whole
+    data set. Shows a progress bar; the model's training mode is restored.
+
+    Args:
+        model: a `MaskFormerForInstanceSegmentation`, or for the semantic task a per-pixel baseline, on its device.
+        image_processor: a `MaskFormerImageProcessor`, which prepares images and post-processes outputs, panoptic
+            ones by its thresholds.
+        dataset: samples with their `labels`, map-style or iterable; the references have original size.
+        task: by default the image processor's `segmentation_task`, and "semantic" where it does not say.
+        batch_size: images in a batch, of each process.
+        num_workers: worker processes that read and prepare.
+        scale_averaging: average predictions over scales of 0.5 to 1.75 and mirror images; semantic only.
+        autocast: makes the context of each forward pass, for mixed precision.
+        on_result: called with index, name and result (see `predict_batch`) of every sample of this process.
+
+    Returns:
+        The figures of `MeanIoU.compute`, `PanopticQuality.compute` or `AveragePrecision.compute`.
+
+    Raises:
+        ValueError: the labels or the model do not allow the task.
+    """
+    task = task or image_processor.segmentation_task or "semantic"
+    check_model(task, model)
+    if scale_averaging and (task != "semantic" or isinstance(model, PerPixelBaselineForSemanticSegmentation)):
+        raise ValueError(
+            f"Scales are averaged for semantic segmentation by a MaskFormer, not for {task} by {type(model).__name__}."
+        )
+    state = PartialState()
+    share = _share(dataset, state.process_index, state.num_processes)
+    collate = partial(_collate, image_processor=image_processor, labels=dataset.labels, task=task)
+    loader: Iterable[Any] = DataLoader(share, batch_size, num_workers=num_workers, collate_fn=collate)
+    metric: Any = metric_for(task, dataset.labels)
+    was_training = model.training
+    model.eval()
+    try:
+        progress = tqdm(loader, desc="Evaluating", unit="batch", disable=not state.is_local_main_process)
+        for samples, batch, references in progress:
+            sizes = [(image.height, image.width) for _, _, image in samples]
+            if scale_averaging:
+                with autocast():
+                    results = [_averaged(model, image_processor, image) for _, _, image in samples]
+            else:
+                results = predict_batch(model, image_processor, batch, sizes, task, autocast)
+            metric.add_batch(predictions=[as_prediction(result, task) for result in results], references=references)
+            if on_result is not None:
+                for (index, name, _), result in zip(samples, results, strict=True):
+                    on_result(index, name, result)
+    finally:
+        model.train(was_training)
+    merge_over_processes(metric)
+    return metric.compute()
+
+
+def _averaged(model: torch.nn.Module, image_processor: Any, image: Image.Image) -> torch.Tensor:
+    size = image_processor.size
+    shortest, longest = min(size.values()), size.get("longest_edge", 4 * min(size.values()))
+    edges = [round(scale * shortest) for scale in SCALES]
+    scores = augmented_semantic_scores(
+        model, image_processor, image, shortest_edges=edges, longest_edge=round(max(SCALES) * longest)
+    )
+    return scores.argmax(0)
+
+
+def _share(dataset: Any, process: int, num_processes: int) -> Dataset[Numbered]:
+    """Every n-th sample, with its index: unlike a distributed sampler, this counts none twice."""
+    kind = _Share if hasattr(dataset, "__len__") else _StreamedShare
+    return kind(dataset, process, num_processes)
+
+
+class _Share(Dataset[Numbered]):
+    def __init__(self, dataset: Any, process: int, num_processes: int) -> None:
+        self._dataset, self._indices = dataset, range(process, len(dataset), num_processes)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> Numbered:
+        index = self._indices[position]
+        return index, self._dataset[index]
+
+
+class _StreamedShare(IterableDataset[Numbered]):
+    """Of a stream, whose worker processes read shards of their own; the index is the place in the worker's stream."""
+
+    def __init__(self, dataset: Any, process: int, num_processes: int) -> None:
+        self._dataset, self._process, self._num_processes = dataset, process, num_processes
+
+    def __iter__(self) -> Iterator[Numbered]:
+        for index, sample in enumerate(self._dataset):
+            if index % self._num_processes == self._process:
+                yield index, sample
+
+
+def _collate(
+    samples: Sequence[Numbered], image_processor: MaskFormerImageProcessor, labels: LabelSet, task: Task
+) -> tuple[list[tuple[int, str, Image.Image]], dict[str, Any], list[Any]]:
+    references = [reference_of(sample, labels, task) for _, sample in samples]
+    batch = image_processor(images=[sample["image"] for _, sample in samples], return_tensors="pt")
+    return [(index, sample["name"], sample["image"]) for index, sample in samples], dict(batch), references

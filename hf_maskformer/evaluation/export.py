@@ -1,0 +1,68 @@
+"""Writes the predictions of an evaluation in the files that other tools read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..data.labels import LabelSet
+from ..data.sample import check_file_name
+from .formats import coco_results, panoptic_annotation, panoptic_image, semantic_image
+from .tasks import Task
+
+
+class PredictionWriter:
+    """Takes the results of `evaluate`, as its `on_result`, and writes them; `finish` completes the files.
+
+    - Semantic: FOLDER/NAME.png, whose pixels number the classes as the files of the data set do.
+    - Panoptic, for panopticapi: FOLDER/panoptic/NAME.png (id = R + 256 G + 65536 B) and FOLDER/panoptic.json.
+    - Instance, for `COCO.loadRes`: FOLDER/instances.json, a list of results with their run lengths.
+
+    Categories have the ids of the data set, `LabelSet.category_ids`, where there are any. Images have those of its JSON
+    file; without one, their index in the data set.
+
+    Args:
+        folder: made if it does not exist; files of these names are replaced.
+        task: of the evaluation.
+        dataset: what is evaluated; if it has a method `image_id(index)`, that names the images.
+    """
+
+    def __init__(self, folder: str | Path, task: Task, dataset: Any) -> None:
+        self._folder, self._task, self._dataset = Path(folder), task, dataset
+        self._labels: LabelSet = dataset.labels
+        self._category_ids = dict(enumerate(self._labels.category_ids)) or None
+        self._entries: list[dict[str, Any]] = []
+        (self._folder / "panoptic" if task == "panoptic" else self._folder).mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, index: int, name: str, result: Any) -> None:
+        """Writes or remembers the result of one sample."""
+        image_id = self._dataset.image_id(index) if hasattr(self._dataset, "image_id") else index
+        if self._task == "semantic":
+            label_map = np.asarray(result.cpu()) + int(self._labels.do_reduce_labels)
+            semantic_image(label_map).save(self._path(self._folder, name))
+        elif self._task == "panoptic":
+            result = {**result, "segmentation": result["segmentation"].cpu()}
+            panoptic_image(result["segmentation"]).save(self._path(self._folder / "panoptic", name))
+            self._entries.append(panoptic_annotation(result, image_id, f"{name}.png", self._category_ids))
+        else:
+            self._entries += coco_results(result, image_id, self._category_ids)
+
+    def finish(self) -> None:
+        """Writes the JSON file of all processes' entries; to be called by all of them once."""
+        if self._task == "semantic":
+            return
+        entries = gather_object(self._entries)
+        if PartialState().is_main_process:
+            content = {"annotations": entries} if self._task == "panoptic" else entries
+            name = "panoptic.json" if self._task == "panoptic" else "instances.json"
+            (self._folder / name).write_text(json.dumps(content))
+
+    def _path(self, folder: Path, name: str) -> Path:
+        # A column of a data set may name its samples in any way.
+        check_file_name(f"{name}.png", folder, "The data set")
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path

@@ -1,0 +1,188 @@
+"""The three tasks: which data they need, what is predicted, and which metric counts it.
+
+N segments of one image; H x W its size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..data.labels import LabelSet
+from ..data.sample import Sample
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
+from ..post_processing_maskformer_inputs import Size
+from .average_precision import AveragePrecision
+from .mean_iou import MeanIoU
+from .panoptic_quality import PanopticQuality
+
+Task = Literal["semantic", "instance", "panoptic"]
+TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+# The figure by which the best checkpoint is chosen.
+MAIN_FIGURES: dict[Task, str] = {"semantic": "mean_iou", "instance": "ap", "panoptic": "pq"}
+
+Metric = MeanIoU | PanopticQuality | AveragePrecision
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+def task_of(sample: Sample) -> Task:
+    """The task that labels of this form are made for: masks, a map of ids of segments, or a map of classes."""
+    if "masks" in sample:
+        return "instance"
+    return "semantic" if sample.get("instance_id_to_semantic_id") is None else "panoptic"
+
+
+def task_of_data(dataset: Any) -> Task:
+    """The task of a data set's first sample. Raises a ValueError if there is none."""
+    # torch's base class of map-style data sets does not know when to stop.
+    first = next(iter(dataset), None) if not hasattr(dataset, "__len__") else dataset[0] if len(dataset) else None
+    if first is None:
+        raise ValueError("The data set is empty, so there is nothing to tell its task by.")
+    return task_of(first)
+
+
+def check_model(task: Task, model: torch.nn.Module) -> None:
+    """Raises a ValueError if there is no such task, or the model does not do it."""
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}.")
+    if task != "semantic" and isinstance(model, PerPixelBaselineForSemanticSegmentation):
+        raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {task}.")
+
+
+def check_sample(task: Task, sample: Sample) -> None:
+    """Raises a ValueError if the labels of a sample do not allow the task."""
+    form = task_of(sample)
+    if task == "semantic" and form == "instance":
+        raise ValueError(
+            f"{sample['name']} has masks, which may overlap and leave pixels without a class, so it cannot be "
+            'evaluated as semantic segmentation. Choose the task "instance", or data with a map of classes.'
+        )
+    if task == "panoptic" and form == "instance":
+        raise ValueError(
+            f"{sample['name']} has masks, which may overlap, but panoptic segmentation gives each pixel to one "
+            'segment. Choose the task "instance", or data with a map of segments.'
+        )
+    if task != "semantic" and form == "semantic":
+        raise ValueError(
+            f"{sample['name']} has a map of classes, which does not tell {task} segments apart. Choose the task "
+            '"semantic", or data with a map of segments and the class of each.'
+        )
+
+
+def metric_for(task: Task, labels: LabelSet) -> Metric:
+    """The metric of a task, for these classes."""
+    if task == "semantic":
+        return MeanIoU(labels.num_labels, labels.ignore_index)
+    if task == "panoptic":
+        return PanopticQuality(labels.num_labels, labels.thing_ids)
+    return AveragePrecision(labels.num_labels)
+
+
+def reference_of(sample: Sample, labels: LabelSet, task: Task) -> Any:
+    """What the metric of a task takes as the truth about a sample, at its own size.
+
+    Semantic: a map of classes (H, W). Panoptic: a map (H, W) of ids from 1, where 0 is void, and `segments_info`.
+    Instance: `masks` (N, H, W), `labels` and `iscrowd`; of a map of segments, those that are things.
+    Raises a ValueError if the sample does not allow the task.
+    """
+    check_sample(task, sample)
+    if task == "semantic":
+        return labels.class_map(sample["segmentation_map"], sample.get("instance_id_to_semantic_id"))
+    if task == "instance" and "masks" in sample:
+        is_crowd = sample.get("iscrowd", np.zeros(len(sample["labels"]), dtype=bool))
+        return {"masks": sample["masks"], "labels": sample["labels"], "iscrowd": is_crowd}
+    segmentation, segments_info = _numbered_segments(sample, labels)
+    if task == "panoptic":
+        return {"segmentation": segmentation, "segments_info": segments_info}
+    things = [info for info in segments_info if not labels.thing_ids or info["label_id"] in labels.thing_ids]
+    return {
+        "masks": segmentation == np.array([info["id"] for info in things], dtype=np.int64)[:, None, None],
+        "labels": np.array([info["label_id"] for info in things], dtype=np.int64),
+        "iscrowd": np.array([info["iscrowd"] for info in things], dtype=bool),
+    }
+
+
+def predict_batch(
+    model: torch.nn.Module,
+    image_processor: MaskFormerImageProcessor,
+    batch: Mapping[str, Any],
+    sizes: Sequence[Size],
+    task: Task,
+    autocast: Context = nullcontext,
+) -> list[Any]:
+    """Segments a batch of images.
+
+    Args:
+        model: on its device; ours, or one with outputs like transformers' own.
+        image_processor: what prepared the batch.
+        batch: `pixel_values` and `pixel_mask`.
+        sizes: (height, width) of each result.
+        task: what to predict.
+        autocast: makes the context of the forward pass, for mixed precision.
+
+    Returns:
+        One result per image: semantic, a map of classes; panoptic, as of `post_process_panoptic_segmentation`;
+        instance, as of `post_process_instance_segmentation` with `return_coco_annotation` and without a threshold,
+        since average precision counts all of them.
+    """
+    parameter = next(model.parameters())
+    inputs = {
+        "pixel_values": batch["pixel_values"].to(parameter.device, parameter.dtype),
+        "pixel_mask": batch["pixel_mask"].to(parameter.device),
+    }
+    with autocast():
+        if task == "semantic" or not hasattr(model, "predict"):
+            outputs = model(**inputs)
+        else:
+            # The masks that post-processing would drop at once are not computed.
+            threshold = panoptic_threshold(image_processor) if task == "panoptic" else 0.0
+            outputs = model.predict(**inputs, threshold=threshold)  # type: ignore[operator]
+    return segments_of(outputs, image_processor, sizes, task)
+
+
+def segments_of(
+    outputs: Any, image_processor: MaskFormerImageProcessor, sizes: Sequence[Size] | None, task: Task
+) -> list[Any]:
+    """Post-processes outputs of the model as `predict_batch` does."""
+    if task == "semantic":
+        return image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+    if task == "panoptic":
+        return image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)
+    return image_processor.post_process_instance_segmentation(
+        outputs, threshold=0.0, target_sizes=sizes, return_coco_annotation=True
+    )
+
+
+def as_prediction(result: Any, task: Task) -> Any:
+    """A result of `predict_batch` as the metric of the task takes it."""
+    if task != "instance":
+        return result
+    return {
+        "masks": result["segmentation"],
+        "scores": [info["score"] for info in result["segments_info"]],
+        "labels": [info["label_id"] for info in result["segments_info"]],
+    }
+
+
+def panoptic_threshold(image_processor: Any) -> float:
+    """How probable a class of a query must be for panoptic post-processing to look at the query."""
+    return (DEFAULT_PANOPTIC_THRESHOLDS | (image_processor.panoptic_thresholds or {}))["threshold"]
+
+
+def _numbered_segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The map of ids of a sample with ids from 1, and 0 where there is no class; and its segments with a pixel."""
+    ids, positions = np.unique(sample["segmentation_map"], return_inverse=True)
+    table, crowd_ids = sample["instance_id_to_semantic_id"], sample.get("crowd_ids", ())
+    classes = labels.class_map(ids, table)
+    has_class = classes != labels.ignore_index
+    numbers = np.cumsum(has_class) * has_class
+    segments_info = [
+        {"id": number, "label_id": label, "iscrowd": segment_id in crowd_ids}
+        for number, label, segment_id in zip(numbers.tolist(), classes.tolist(), ids.tolist(), strict=True)
+        if number > 0
+    ]
+    return numbers.astype(np.int32)[positions].reshape(sample["segmentation_map"].shape), segments_info

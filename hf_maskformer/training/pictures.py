@@ -1,0 +1,84 @@
+"""Pictures of predictions in TensorBoard, after every evaluation."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from ..data.labels import LabelSet
+from ..data.sample import Sample
+from ..evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
+from ..evaluation.prediction import predict
+from ..evaluation.tasks import Task, reference_of
+
+
+class PictureCallback(TrainerCallback):
+    """Shows the first samples of a data set as image, truth and prediction; writes nothing but TensorBoard's events.
+
+    Args:
+        dataset: samples with their `labels`, map-style.
+        image_processor: a `MaskFormerImageProcessor`, for the predictions; its `segmentation_task` says what is drawn.
+        tensorboard: transformers' callback, whose event file takes the pictures.
+        num_pictures: how many samples.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_processor: Any,
+        tensorboard: TensorBoardCallback,
+        num_pictures: int = 4,
+    ) -> None:
+        self._dataset, self._image_processor, self._tensorboard = dataset, image_processor, tensorboard
+        self._num_pictures = num_pictures
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        writer: Any = self._tensorboard.tb_writer
+        if writer is None or not state.is_world_process_zero:
+            return
+        model: Any = kwargs["model"]
+        was_training = model.training
+        model.eval()
+        for index in range(min(self._num_pictures, len(self._dataset))):
+            sample = self._dataset[index]
+            picture = picture_of(model, self._image_processor, sample, self._dataset.labels)
+            writer.add_image(f"eval/{sample['name']}", np.asarray(picture), state.global_step, dataformats="HWC")
+        model.train(was_training)
+
+
+@torch.no_grad()
+def picture_of(model: Any, image_processor: Any, sample: Sample, labels: LabelSet) -> Image.Image:
+    """Draws the image of a sample, its truth and the prediction of a model side by side, with a legend."""
+    task: Task = image_processor.segmentation_task or "semantic"
+    truth = reference_of(sample, labels, task)
+    if task == "instance":
+        truth = _as_id_map(truth, (sample["image"].height, sample["image"].width))
+    prediction = predict(model, image_processor, sample["image"], task)
+    pictures: list[tuple[Any, Any]]
+    if task == "semantic":
+        pictures = [(truth, None), (prediction.segmentation, None)]
+        present = np.concatenate([truth.ravel(), prediction.segmentation.ravel()])
+    else:
+        pictures = [(truth["segmentation"], truth["segments_info"]), (prediction.segmentation, prediction.segments)]
+        present = np.array([info["label_id"] for _, segments in pictures for info in segments], dtype=np.int64)
+    panels = [
+        draw_segmentation(
+            sample["image"], segmentation, labels.id2label, segments=segments, ignore_index=labels.ignore_index
+        )
+        for segmentation, segments in pictures
+    ]
+    titled = list(zip(("truth", "prediction"), panels, strict=True))
+    return draw_comparison(sample["image"], titled, legend_labels(present, labels.id2label))
+
+
+def _as_id_map(objects: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Draws masks over one another, the smallest on top."""
+    masks = np.asarray(objects["masks"])
+    segmentation = np.zeros(size, dtype=np.int32)
+    for number in np.argsort(-masks.sum(axis=(1, 2))):
+        segmentation[masks[number]] = number + 1
+    segments_info = [{"id": number, "label_id": int(label)} for number, label in enumerate(objects["labels"], start=1)]
+    return {"segmentation": segmentation, "segments_info": segments_info}

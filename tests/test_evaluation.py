@@ -1,0 +1,278 @@
+"""What the three tasks need of samples and models, what is counted, and what is written."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from coco_files import CATEGORIES, write_instances, write_panoptic
+from models import resnet_config, tiny_model
+from PIL import Image
+
+from hf_maskformer import (
+    AveragePrecision,
+    MaskFormerImageProcessor,
+    PanopticQuality,
+    PerPixelBaselineConfig,
+    PerPixelBaselineForSemanticSegmentation,
+)
+from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
+from hf_maskformer.data.generated_scenes import GeneratedScenes
+from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.evaluation import evaluation
+from hf_maskformer.evaluation.evaluation import evaluate
+from hf_maskformer.evaluation.export import PredictionWriter
+from hf_maskformer.evaluation.report import as_json, as_table, scalars
+from hf_maskformer.evaluation.scale_averaging import augmented_semantic_scores
+from hf_maskformer.evaluation.tasks import (
+    TASKS,
+    metric_for,
+    predict_batch,
+    reference_of,
+    segments_of,
+    task_of_data,
+)
+from hf_maskformer.training.starting_point import image_processor_for
+
+LABELS = LabelSet({0: "person", 1: "car", 2: "sky"}, thing_ids=(0, 1))
+SCENES = GeneratedScenes(3, image_size=(64, 64), task="panoptic")
+
+
+def sample(**fields):
+    height, width = fields.get("segmentation_map", fields.get("masks", np.zeros((1, 2, 2)))).shape[-2:]
+    return {"image": Image.new("RGB", (width, height)), "name": "a", **fields}
+
+
+IDS = np.array([[7, 7, 9, 255], [8, 8, 9, 9]])
+OF_CLASSES = sample(segmentation_map=np.array([[0, 1], [2, 255]]))
+OF_SEGMENTS = sample(segmentation_map=IDS, instance_id_to_semantic_id={7: 0, 8: 0, 9: 2, 11: 1}, crowd_ids=(8,))
+OF_MASKS = sample(masks=np.ones((2, 2, 2), bool), labels=np.array([1, 0]), iscrowd=np.array([False, True]))
+
+
+class Samples(list):
+    labels = LABELS
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, dataset):
+        self.dataset, self.labels = dataset, dataset.labels
+
+    def __iter__(self):
+        return (self.dataset[index] for index in range(len(self.dataset)))
+
+
+def model_for(labels, **fields):
+    return tiny_model(id2label=labels.id2label, **fields).eval()
+
+
+@pytest.mark.parametrize(("of", "task"), [(OF_CLASSES, "semantic"), (OF_SEGMENTS, "panoptic"), (OF_MASKS, "instance")])
+def test_the_form_of_the_labels_tells_the_task(of, task):
+    assert task_of_data(Samples([of])) == task_of_data(Stream(Samples([of]))) == task
+
+
+def test_an_empty_data_set_has_no_task():
+    with pytest.raises(ValueError, match="data set is empty"):
+        task_of_data(Samples())
+
+
+def test_the_reference_of_segments_has_void_as_0_and_lists_what_has_pixels():
+    reference = reference_of(OF_SEGMENTS, LABELS, "panoptic")
+    assert reference["segmentation"].tolist() == [[1, 1, 3, 0], [2, 2, 3, 3]]
+    assert reference["segments_info"] == [
+        {"id": 1, "label_id": 0, "iscrowd": False},
+        {"id": 2, "label_id": 0, "iscrowd": True},
+        {"id": 3, "label_id": 2, "iscrowd": False},
+    ]
+
+
+def test_the_instances_of_a_map_of_segments_are_its_things():
+    reference = reference_of(OF_SEGMENTS, LABELS, "instance")
+    assert (reference["labels"].tolist(), reference["iscrowd"].tolist()) == ([0, 0], [False, True])
+    assert reference["masks"].tolist() == [(IDS == 7).tolist(), (IDS == 8).tolist()]
+    everything = LabelSet(LABELS.id2label)
+    assert reference_of(OF_SEGMENTS, everything, "instance")["labels"].tolist() == [0, 0, 2]
+
+
+def test_labels_that_count_from_1_are_reduced_in_maps_of_segments_too():
+    reduced = LabelSet({0: "person", 1: "car"}, do_reduce_labels=True)
+    of = sample(segmentation_map=np.array([[5, 6, 7]]), instance_id_to_semantic_id={5: 0, 6: 1, 7: 2})
+    reference = reference_of(of, reduced, "panoptic")
+    assert reference["segmentation"].tolist() == [[0, 1, 2]]
+    assert [info["label_id"] for info in reference["segments_info"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("of", "task", "message"),
+    [
+        (OF_MASKS, "semantic", "a has masks, which may overlap and leave pixels without a class"),
+        (OF_MASKS, "panoptic", "a has masks, which may overlap, but panoptic"),
+        (OF_CLASSES, "panoptic", "a has a map of classes, which does not tell panoptic segments apart"),
+        (OF_CLASSES, "instance", "a has a map of classes, which does not tell instance segments apart"),
+    ],
+)
+def test_labels_that_do_not_allow_a_task_are_refused(of, task, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model_for(LABELS), image_processor_for(LABELS, 64), Samples([of]), task)
+
+
+def perfect(reference, task):
+    """The prediction that equals a reference."""
+    if task == "instance":
+        return {"masks": reference["masks"], "labels": reference["labels"], "scores": np.ones(len(reference["labels"]))}
+    return reference
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_references_agree_with_themselves(task):
+    metric = metric_for(task, SCENES.labels)
+    for index in range(len(SCENES)):
+        reference = reference_of(SCENES[index], SCENES.labels, task)
+        metric.add(prediction=perfect(reference, task), reference=reference)
+    assert metric.compute()[{"semantic": "mean_iou", "panoptic": "pq", "instance": "ap"}[task]] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_late_masks_give_what_the_forward_pass_gives(task):
+    model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 64)
+    processor.panoptic_thresholds = {"threshold": 0.12}
+    batch = processor([SCENES[0]["image"], SCENES[1]["image"]], return_tensors="pt")
+    sizes = [(64, 64), (64, 64)]
+    with torch.no_grad():
+        expected = segments_of(model(**batch), processor, sizes, task)
+        found = predict_batch(model, processor, batch, sizes, task)
+    for one, other in zip(expected, found, strict=True):
+        if task == "semantic":
+            assert torch.equal(one, other)
+        else:
+            assert [info["label_id"] for info in one["segments_info"]] == [
+                info["label_id"] for info in other["segments_info"]
+            ]
+            assert len(one["segments_info"]) > 0
+            assert str(one["segmentation"]) == str(other["segmentation"])
+
+
+def test_a_baseline_knows_no_segments():
+    sizes = {"fpn_feature_size": 32, "mask_feature_size": 16}
+    config = PerPixelBaselineConfig(backbone_config=resnet_config(), num_labels=8, **sizes)
+    model, processor = PerPixelBaselineForSemanticSegmentation(config), image_processor_for(SCENES.labels, 64)
+    assert 0 <= evaluate(model, processor, SCENES)["mean_iou"] <= 1
+    for task in ("panoptic", "instance"):
+        with pytest.raises(ValueError, match=f"knows no segments, so its task is semantic, not {task}"):
+            evaluate(model, processor, SCENES, task)
+    with pytest.raises(ValueError, match="not for semantic by PerPixelBaseline"):
+        evaluate(model, processor, SCENES, scale_averaging=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("task", "figure"), [("panoptic", "pq"), ("instance", "ap"), ("semantic", "mean_iou")])
+def test_a_stream_is_counted_like_a_list(task, figure, batch_size):
+    model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 64, task=task)
+    processor.panoptic_thresholds = {"threshold": 0.1, "overlap_mask_area_threshold": 0.0}
+    listed = evaluate(model, processor, SCENES, batch_size=batch_size)
+    streamed = evaluate(model, processor, Stream(SCENES), batch_size=1)
+    assert listed[figure] == pytest.approx(streamed[figure], abs=1e-6)
+
+
+def test_averaging_scales_is_for_semantic_segmentation(monkeypatch):
+    model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 128)
+    calls = []
+
+    def averaged(*args, **options):
+        calls.append((options["shortest_edges"], options["longest_edge"]))
+        return augmented_semantic_scores(*args, **options)
+
+    monkeypatch.setattr(evaluation, "augmented_semantic_scores", averaged)
+    figures = evaluate(model, processor, SCENES, "semantic", scale_averaging=True)
+    assert 0 <= figures["mean_iou"] <= 1
+    assert calls == 3 * [([64, 96, 128, 160, 192, 224], 896)]
+    with pytest.raises(ValueError, match="Scales are averaged for semantic"):
+        evaluate(model, processor, SCENES, "panoptic", scale_averaging=True)
+
+
+def instance_data(root, category_id=90):
+    square = [[1, 1, 9, 1, 9, 9, 1, 9]]
+    annotations = [{"category_id": category_id, "segmentation": square, "iscrowd": 0, "area": 64, "bbox": [1, 1, 8, 8]}]
+    return CocoInstances(write_instances(root, {"a": ((64, 64), annotations)}), root / "images/train")
+
+
+def panoptic_data(root):
+    ids = np.full((64, 64), 3)
+    ids[:20] = 700
+    segments = [{"id": 3, "category_id": 184, "iscrowd": 0}, {"id": 700, "category_id": 1, "iscrowd": 0}]
+    return CocoPanoptic(write_panoptic(root, {"a": (ids, segments)}), root / "images/train")
+
+
+def test_panoptic_predictions_are_written_for_panopticapi(tmp_path):
+    dataset = panoptic_data(tmp_path / "data")
+    writer = PredictionWriter(tmp_path / "out", "panoptic", dataset)
+    segmentation = torch.zeros(64, 64, dtype=torch.int32)
+    segmentation[:5] = 300
+    writer(0, "a", {"segmentation": segmentation, "segments_info": [{"id": 300, "label_id": 2, "score": 0.9}]})
+    writer.finish()
+    (annotation,) = json.loads((tmp_path / "out/panoptic.json").read_text())["annotations"]
+    assert (annotation["image_id"], annotation["file_name"]) == (7, "a.png")
+    assert annotation["segments_info"][0]["category_id"] == 184  # the highest of the ids
+    assert np.asarray(Image.open(tmp_path / "out/panoptic/a.png"))[0, 0].tolist() == [300 - 256, 1, 0]
+
+
+def test_instances_are_written_as_coco_results(tmp_path):
+    from pycocotools.coco import COCO
+
+    dataset = instance_data(tmp_path / "data")
+    model, processor = model_for(dataset.labels), image_processor_for(dataset.labels, 64, task="instance")
+    writer = PredictionWriter(tmp_path / "out", "instance", dataset)
+    evaluate(model, processor, dataset, on_result=writer)
+    writer.finish()
+    entries = json.loads((tmp_path / "out/instances.json").read_text())
+    assert entries
+    assert {entry["category_id"] for entry in entries} <= {category["id"] for category in CATEGORIES}
+    assert COCO(str(tmp_path / "data/annotations/instances_train.json")).loadRes(str(tmp_path / "out/instances.json"))
+
+
+def test_semantic_predictions_number_classes_as_the_files_do(tmp_path):
+    dataset = Samples()
+    dataset.labels = LabelSet({0: "sky", 1: "road"}, do_reduce_labels=True)
+    writer = PredictionWriter(tmp_path, "semantic", dataset)
+    writer(0, "city/a", torch.tensor([[0, 1]]))
+    writer.finish()
+    assert np.asarray(Image.open(tmp_path / "city/a.png")).tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match="which is not one inside"):
+        writer(0, "../a", torch.tensor([[0, 1]]))
+
+
+def figures_of(metric):
+    mask = np.eye(4, dtype=bool)[None]
+    if isinstance(metric, AveragePrecision):
+        prediction = {"masks": mask, "labels": [1], "scores": [1.0]}
+    else:
+        prediction = {"segmentation": mask[0].astype(int), "segments_info": [{"id": 1, "label_id": 1}]}
+    metric.add(prediction=prediction, reference=prediction)
+    return metric.compute()
+
+
+@pytest.mark.parametrize(
+    ("metric", "columns"), [(PanopticQuality(3, [0, 1]), "PQ"), (AveragePrecision(3), "AP50"), (None, "IoU")]
+)
+def test_figures_of_every_task_become_json_and_a_table(metric, columns):
+    if metric is None:
+        metric = metric_for("semantic", LABELS)
+        metric.add(prediction=np.array([[1]]), reference=np.array([[1]]))
+        figures = metric.compute()
+    else:
+        figures = figures_of(metric)
+    content = json.loads(json.dumps(as_json(figures, LABELS.id2label), allow_nan=False))
+    per_class = content.get("per_category") or content["per_category_iou"]
+    assert list(per_class) == ["person", "car", "sky"]
+    assert per_class["car"] == 1.0 or 1.0 in per_class["car"].values()
+    table = as_table(figures, LABELS.id2label).splitlines()
+    assert columns in table[0]
+    assert table[1].split()[:2] == ["car", "100.00"]
+    assert "2 classes that do not occur are left out" in table[-1]
+    assert all(np.isfinite(value) for value in scalars(figures).values())
+
+
+def test_the_processor_knows_the_task_and_fuses_stuff_only_where_it_is_known():
+    processor = image_processor_for(LABELS, 64, task="panoptic")
+    assert (processor.segmentation_task, processor.label_ids_to_fuse) == ("panoptic", [2])
+    assert image_processor_for(LabelSet(LABELS.id2label), 64, task="panoptic").label_ids_to_fuse == []
+    assert isinstance(processor, MaskFormerImageProcessor)

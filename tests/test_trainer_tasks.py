@@ -1,0 +1,151 @@
+"""The trainer on every task: its metric, its best checkpoint, its end when the loss diverges, its pictures."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_training import SCENES, arguments, our_trainer, scenes_model
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from hf_maskformer import MaskFormerDataCollator
+from hf_maskformer.data.generated_scenes import GeneratedScenes
+from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
+from hf_maskformer.evaluation.tasks import MAIN_FIGURES, TASKS, metric_for, reference_of
+from hf_maskformer.training.pictures import PictureCallback
+from hf_maskformer.training.starting_point import image_processor_for
+
+PANOPTIC = GeneratedScenes(4, image_size=(64, 64), task="panoptic")
+
+
+class InstanceScenes:
+    """The things of drawn scenes as masks."""
+
+    labels = SCENES.labels
+
+    def __len__(self):
+        return len(PANOPTIC)
+
+    def __getitem__(self, index):
+        sample = PANOPTIC[index]
+        return {"image": sample["image"], "name": sample["name"], **reference_of(sample, self.labels, "instance")}
+
+
+DATA = {"semantic": SCENES, "panoptic": PANOPTIC, "instance": InstanceScenes()}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation_by_the_task_decides_for_the_best_checkpoint(tmp_path, task):
+    trainer = our_trainer(
+        tmp_path,
+        DATA[task],
+        task=task,
+        eval_dataset=DATA[task],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    name = f"eval_{MAIN_FIGURES[task]}"
+    scores = [line[name] for line in trainer.state.log_history if name in line]
+    assert len(scores) == 2
+    assert trainer.state.best_metric == max(scores)
+    assert trainer.state.best_model_checkpoint is not None
+
+
+def test_a_metric_of_another_task_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"is mean_iou, a figure of semantic .* is panoptic\. Use pq"):
+        our_trainer(tmp_path, PANOPTIC, task="panoptic", metric_for_best_model="mean_iou")
+
+
+def test_labels_that_do_not_allow_the_task_are_named(tmp_path):
+    trainer = our_trainer(tmp_path, eval_dataset=DATA["instance"])
+    with pytest.raises(ValueError, match="has masks, which may overlap"):
+        trainer.evaluate()
+
+
+def test_losses_that_stay_nonfinite_end_training_with_step_and_terms(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=9)
+    forward, calls = trainer.model.forward, []
+
+    def diverging(**batch):
+        calls.append(1)
+        outputs = forward(**batch)
+        # The second is not the first of three in a row.
+        if len(calls) not in (1, 3):
+            outputs.loss = outputs.loss + math.nan  # the gradient stays finite
+            outputs.loss_dict["loss_dice"] = outputs.loss_dict["loss_dice"] * math.inf
+        return outputs
+
+    trainer.model.forward = diverging
+    with pytest.raises(ValueError, match=r"3 batches in a row, the last in step 6: .*loss_dice inf.*learning_rate"):
+        trainer.train()
+    assert len(calls) == 6
+
+
+@pytest.mark.filterwarnings("ignore:The .* cost of the matching is not finite")
+def test_weights_that_became_nan_end_training_too(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=9)
+    trainer.model.class_predictor.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"the last in step 3: .*loss_cross_entropy nan"):
+        trainer.train()
+
+
+class Writer:
+    def __init__(self):
+        self.images = {}
+
+    def add_image(self, tag, picture, step, dataformats):
+        self.images[tag, step] = picture
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_pictures_go_to_tensorboard_and_nowhere_else(tmp_path, task):
+    board = TensorBoardCallback.__new__(TensorBoardCallback)
+    board.tb_writer = Writer()
+    processor = image_processor_for(SCENES.labels, image_size=64, task=task)
+    callback = PictureCallback(DATA[task], processor, board, num_pictures=2)
+    model = scenes_model().train()
+    state = SimpleNamespace(is_world_process_zero=True, global_step=5)
+    callback.on_evaluate(None, state, None, model=model)
+    assert set(board.tb_writer.images) == {("eval/scene_00000", 5), ("eval/scene_00001", 5)}
+    assert all(picture.ndim == 3 and picture.std() > 0 for picture in board.tb_writer.images.values())
+    assert model.training
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_plain_trainer_takes_ready_made_metrics(tmp_path, task):
+    processor = image_processor_for(SCENES.labels, image_size=64, task=task)
+    metrics = ComputeMetrics(processor, SCENES.labels)
+    options = {"batch_eval_metrics": True, "remove_unused_columns": False, "per_device_eval_batch_size": 3}
+    trainer = Trainer(
+        model=scenes_model(),
+        args=TrainingArguments(**arguments(tmp_path, **options)),
+        eval_dataset=DATA[task],
+        data_collator=MaskFormerDataCollator(processor),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=metrics.logits,
+    )
+    theirs = trainer.evaluate()
+    ours = our_trainer(tmp_path, task=task, model=trainer.model, eval_dataset=DATA[task]).evaluate()
+    # Scenes need no resizing, so that both count the same pixels.
+    for name, value in ours.items():
+        assert theirs[name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_ready_made_metrics_read_the_collators_targets(task):
+    """A prediction that is its own reference is perfect, so that targets, ids and labels agree."""
+    metrics = ComputeMetrics(image_processor_for(SCENES.labels, 64), SCENES.labels, task)
+    batch = MaskFormerDataCollator(metrics._image_processor)([DATA[task][0], DATA[task][1]])
+    metric = metric_for(task, SCENES.labels)
+    for index, (masks, classes) in enumerate(zip(batch["mask_labels"], batch["class_labels"], strict=True)):
+        reference = metrics._reference(masks, classes)
+        truth = reference_of(DATA[task][index], SCENES.labels, task)
+        prediction = truth if task != "instance" else {**truth, "scores": np.ones(len(truth["labels"]))}
+        metric.add(prediction=prediction, reference=reference)
+    assert metric.compute()[MAIN_FIGURES[task]] == pytest.approx(1.0)
