@@ -4,7 +4,7 @@ Letters: B images, L decoder layers, Q queries, K classes, N segments in one ima
 C pixel feature width; H x W is the padded image, h x w = H/4 x W/4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -19,10 +19,13 @@ from .loss_maskformer_targets import (
     Targets,
     are_owned_at,
     checked_labels,
+    copy_to_host,
     masks_at,
     pixels_at_stride,
-    pixels_of_segments,
+    pixels_of_segment,
     prepare_targets,
+    void_pixels,
+    what_the_host_checks,
 )
 
 
@@ -35,7 +38,7 @@ class MaskFormerLoss(nn.Module):
 
     The mask terms are divided by the number of masks, the class term by the sum of the class weights of its queries.
     Over processes whose gradients are averaged both are those of the whole batch, so that it does not matter how
-    images are spread over processes.
+    images are spread over processes. Without gradient each process divides by its own numbers and waits for no other.
 
     transformers' loss of the same name takes a matcher and divides the number of masks by the number of processes
     twice.
@@ -43,12 +46,15 @@ class MaskFormerLoss(nn.Module):
     Args:
         num_labels: K, without "no object".
         cross_entropy_weight, mask_weight, dice_weight: Weights of the loss terms.
-        no_object_weight: Weight of "no object" in the cross-entropy.
+        no_object_weight: Weight of "no object" in the cross-entropy, above 0.
         class_cost, mask_cost, dice_cost: Weights of the matching cost.
         void_in_loss: What pixels of no segment are: "background" of every mask, or left out ("ignore").
         matching: "bipartite", or "fixed": query i answers for class i.
         train_num_points, oversample_ratio, importance_sample_ratio: Compare masks on sampled points (`PointSampling`)
             instead of all pixels.
+
+    Raises:
+        ValueError: `void_in_loss`, `matching` or `no_object_weight` is none of these.
     """
 
     empty_weight: Tensor
@@ -71,6 +77,15 @@ class MaskFormerLoss(nn.Module):
         importance_sample_ratio: float = 0.75,
     ) -> None:
         super().__init__()
+        if void_in_loss not in ("background", "ignore"):
+            raise ValueError(f"void_in_loss is {void_in_loss!r}, but must be 'background' or 'ignore'.")
+        if matching not in ("bipartite", "fixed"):
+            raise ValueError(f"matching is {matching!r}, but must be 'bipartite' or 'fixed'.")
+        # At 0 a batch without segments would divide 0 by 0 in the weighted mean of the cross-entropy.
+        if not 0 < no_object_weight < float("inf"):
+            raise ValueError(
+                f"no_object_weight is {no_object_weight}, but must be a finite number above 0 (the paper's is 0.1)."
+            )
         self.num_labels = num_labels
         self.cross_entropy_weight = cross_entropy_weight
         self.mask_weight = mask_weight
@@ -114,7 +129,8 @@ class MaskFormerLoss(nn.Module):
         Args:
             class_queries_logits: (L, B, Q, K + 1).
             masks_queries_logits: (L, B, Q, h, w).
-            mask_labels: List of B tensors (N_i, H_i, W_i), or an index map (B, H, W), -1 = no segment.
+            mask_labels: List of B tensors (N_i, H_i, W_i), or an index map (B, H, W), -1 = no segment. Masks of
+                integers are inside where they are not 0; those of floating type are 1 inside, 0 outside, or 255.
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
             size: (H, W) of the padded images, if known: masks of another size are then refused.
             embeddings: Mask embeddings (L, B, Q, C) and pixel embeddings (B, C, h, w), whose products the mask logits
@@ -130,14 +146,21 @@ class MaskFormerLoss(nn.Module):
             ValueError: The labels do not fit each other, the batch or the number of classes.
         """
         num_layers, batch_size, num_queries = class_queries_logits.shape[:3]
-        targets = prepare_targets(mask_labels, class_labels, batch_size, size)
-        if num_items_in_batch is None:
-            num_items_in_batch = sum_over_processes(count_items(targets.labels, num_queries, self.no_object_weight))
+        targets = prepare_targets(
+            mask_labels, class_labels, batch_size, size, class_queries_logits.device, self.point_sampling is None
+        )
         # Gradients are averaged over processes, so the normalisers are averages too.
-        num_masks = num_items_in_batch[0].clamp(min=1) / num_processes()
-        class_weight = num_items_in_batch[1] / num_processes()
+        num_averaged = num_processes()
+        if num_items_in_batch is None:
+            num_items_in_batch = count_items(targets.labels, num_queries, self.no_object_weight)
+            if torch.is_grad_enabled():
+                num_items_in_batch = sum_over_processes(num_items_in_batch)
+            else:  # a validation loss may be computed by one process alone, which must not wait for the others
+                num_averaged = 1
+        num_masks = num_items_in_batch[0].clamp(min=1) / num_averaged
+        class_weight = num_items_in_batch[1] / num_averaged
 
-        matches = self.match(class_queries_logits, masks_queries_logits, targets)
+        matches, starts = self.match(class_queries_logits, masks_queries_logits, targets)
         # Rows of one segment stand together: they share its pixels.
         pairs = sorted(
             (image, segment, layer, query)
@@ -163,7 +186,7 @@ class MaskFormerLoss(nn.Module):
             weights = self.mask_weight, self.dice_weight
             if self.point_sampling is None:
                 mask_loss, focal, dice = DenseMaskLosses.apply(
-                    mask_logits, self.groups(pairs, targets), targets.size, *weights
+                    mask_logits, self.groups(pairs, targets, starts), targets.size, *weights
                 )
             else:
                 mask_loss, focal, dice = SampledMaskLosses.apply(
@@ -183,7 +206,9 @@ class MaskFormerLoss(nn.Module):
         }
 
     @torch.no_grad()
-    def match(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets) -> list[list[Match]]:
+    def match(
+        self, class_logits: Tensor, mask_logits: Tensor, targets: Targets
+    ) -> tuple[list[list[Match]], list[list[int]]]:
         """Assigns segments to queries, one to one, after every layer and in every image.
 
         Args:
@@ -192,19 +217,27 @@ class MaskFormerLoss(nn.Module):
             targets: The segments.
 
         Returns:
-            For each layer and image the matched queries, and their segments; min(Q, N_i) each.
+            For each layer and image the matched queries, and their segments; min(Q, N_i) each. And the targets'
+            `starts`, which came along.
         """
+        facts = targets.starts, *what_the_host_checks(targets)
         if self.is_matching_fixed:
-            labels = checked_labels(targets, self.num_labels)
-            return [[_fixed_match(image, image_labels) for image, image_labels in enumerate(labels)]] * len(mask_logits)
+            starts, *checks = copy_to_host(*facts)
+            labels = checked_labels(targets, self.num_labels, *checks)
+            matches = [_fixed_match(image, image_labels) for image, image_labels in enumerate(labels)]
+            return [matches] * len(mask_logits), starts.tolist()
         with torch.autocast(class_logits.device.type, enabled=False):
             costs = self.matching_costs(class_logits, mask_logits, targets)
+        total = torch.stack(list(costs.values())).sum(0)
         is_finite = torch.stack([cost.isfinite().all() for cost in costs.values()])
-        # Here, once in a step, the host waits for the device; whatever could be queued on it has been.
-        total = torch.stack(list(costs.values())).sum(0).cpu()
-        num_segments = [len(labels) for labels in checked_labels(targets, self.num_labels)]
-        are_finite = dict(zip(costs, is_finite.tolist(), strict=True))
-        return assign(finite_costs(total, are_finite, self.reported_terms), num_segments)
+        # Here, once in a step, the host waits for the device; whatever could be queued on it has been. Only masks in
+        # list form make it wait again, for the pixels of each.
+        starts, *checks, host_costs, are_finite = copy_to_host(*facts, total, is_finite)
+        num_segments = [len(labels) for labels in checked_labels(targets, self.num_labels, *checks)]
+        terms = dict(zip(costs, are_finite.tolist(), strict=True))
+        return assign(
+            finite_costs(torch.from_numpy(host_costs), terms, self.reported_terms), num_segments
+        ), starts.tolist()
 
     def matching_costs(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Each weighted term of the cost of every query with every segment, (L, B, Q, N) float32."""
@@ -247,21 +280,22 @@ class MaskFormerLoss(nn.Module):
         classes = torch.full(class_logits.shape[:3], self.num_labels, device=class_logits.device)
         classes[layers, images, queries] = labels[images, segments]
         # From the configuration, not from the buffer: a checkpoint brings its own, and half precision rounds it.
-        weights = torch.ones(self.num_labels + 1, device=class_logits.device)
+        weights = class_logits.new_ones(self.num_labels + 1)
         weights[-1] = self.no_object_weight
         entropies = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), weights, reduction="none")
         return entropies.view(len(class_logits), -1).sum(1)
 
-    def groups(self, pairs: list[tuple[int, int, int, int]], targets: Targets) -> list[MatchedMasks]:
-        """The matched rows, sorted by image and segment, with the pixels of each segment."""
-        pixels = [pixels_of_segments(masks, targets.labels.shape[1]) for masks in targets.masks]
-        groups, start = [], 0
-        for (image, segment), rows in groupby(pairs, key=lambda pair: pair[:2]):
-            void, segments = pixels[image]
-            stop = start + sum(1 for _ in rows)
-            groups.append(MatchedMasks(slice(start, stop), segments[segment], void if self.ignores_void else None))
-            start = stop
-        return groups
+    def groups(
+        self, pairs: list[tuple[int, int, int, int]], targets: Targets, starts: list[list[int]]
+    ) -> Iterator[MatchedMasks]:
+        """The matched rows, sorted by image and segment, with the pixels of each segment, made when it is due."""
+        stop = 0
+        for image, pairs_of_image in groupby(pairs, key=lambda pair: pair[0]):
+            void = void_pixels(targets, image, starts[image]) if self.ignores_void else None
+            for segment, rows in groupby(pairs_of_image, key=lambda pair: pair[1]):
+                start, stop = stop, stop + sum(1 for _ in rows)
+                inside = pixels_of_segment(targets, image, segment, starts[image])
+                yield MatchedMasks(slice(start, stop), inside, void)
 
 
 def matched_mask_logits(mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int]) -> Tensor:
@@ -288,7 +322,7 @@ def count_items(class_labels: Tensor | Sequence[Tensor], num_queries: int, no_ob
     num_segments = torch.stack([labels.ne(NO_LABEL).sum() for labels in class_labels])
     matched = num_segments.clamp(max=num_queries)
     class_weight = matched + no_object_weight * (num_queries - matched)
-    return torch.stack((num_segments.sum().float(), class_weight.sum()))
+    return torch.stack((num_segments.sum().float(), class_weight.sum().float()))
 
 
 def sum_over_processes(numbers: Tensor) -> Tensor:

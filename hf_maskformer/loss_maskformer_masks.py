@@ -5,7 +5,7 @@ Letters: M masks, P pixels or points; h x w is the size of the logits, H x W tha
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class DenseMaskLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        groups: list[MatchedMasks],
+        groups: Iterable[MatchedMasks],
         size: tuple[int, int],
         focal_weight: float,
         dice_weight: float,
@@ -153,29 +153,32 @@ class Enlargement:
 class Interpolation:
     """Linear interpolation of the rows of (m, n, P) to (m, N, P).
 
-    A row depends on two, so the matrix is cut into blocks of 32 rows with the few columns each of them needs.
+    A row depends on two, so the matrix is cut into blocks of 32 rows with the few columns each of them needs. The last
+    block is filled up with rows of 0, which are cut from the result.
     """
 
     def __init__(self, low_length: int, length: int, device: torch.device) -> None:
-        # The library's own weights: (N, n).
-        identity = torch.eye(low_length, device=device)[None]
+        # The library's own weights: (N, n). On the host, where the window can be read without waiting for the device.
+        identity = torch.eye(low_length, dtype=torch.float32, device="cpu")[None]
         matrix = F.interpolate(identity, length, mode="linear", align_corners=False)[0].T
-        block_size = BLOCK_SIZE if length % BLOCK_SIZE == 0 else length
-        blocks = matrix.view(-1, block_size, low_length)
+        self.low_length, self.length, self.num_missing = low_length, length, -length % BLOCK_SIZE
+        blocks = F.pad(matrix, (0, 0, 0, self.num_missing)).view(-1, BLOCK_SIZE, low_length)
         is_needed = blocks.ne(0).any(1).int()  # (blocks, n)
         first = is_needed.argmax(1)
         window = int((low_length - is_needed.flip(1).argmax(1) - first).max())
         starts = first.clamp(max=low_length - window)
-        self.low_length, self.block_size = low_length, block_size
-        self.sources = starts[:, None] + torch.arange(window, device=device)  # (blocks, window)
-        self.weights = blocks.gather(2, self.sources[:, None].expand(-1, block_size, -1))
+        sources = starts[:, None] + torch.arange(window, device="cpu")  # (blocks, window)
+        self.weights = blocks.gather(2, sources[:, None].expand(-1, BLOCK_SIZE, -1)).to(device)
+        self.sources = sources.to(device)
 
     def __call__(self, maps: Tensor) -> Tensor:
         windows = maps.index_select(1, self.sources.flatten()).unflatten(1, self.sources.shape)
-        return (self.weights @ windows).flatten(1, 2)
+        return (self.weights @ windows).flatten(1, 2)[:, : self.length]
 
     def transposed(self, maps: Tensor) -> Tensor:
-        windows = (self.weights.mT @ maps.unflatten(1, (-1, self.block_size))).flatten(1, 2)
+        if self.num_missing:
+            maps = F.pad(maps, (0, 0, 0, self.num_missing))
+        windows = (self.weights.mT @ maps.unflatten(1, (-1, BLOCK_SIZE))).flatten(1, 2)
         sums = windows.new_zeros(len(maps), self.low_length, maps.shape[2])
         return sums.index_add_(1, self.sources.flatten(), windows)
 
@@ -235,10 +238,10 @@ class PointSampling:
             ignores_void: Points of no segment do not count.
         """
         num_uncertain = int(self.importance_sample_ratio * self.num_points)
-        candidates = torch.rand(int(self.oversample_ratio * self.num_points), 2, device=logits.device)
+        candidates = logits.new_empty(int(self.oversample_ratio * self.num_points), 2).uniform_()
         certainty = self.sample(logits.detach(), candidates).abs_()
         chosen = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
-        uniform = torch.rand(self.num_points - num_uncertain, 2, device=logits.device)
+        uniform = logits.new_empty(self.num_points - num_uncertain, 2).uniform_()
 
         def all_points(at_candidates: Tensor, at_uniform: Tensor) -> Tensor:
             return torch.cat((at_candidates.expand(len(chosen), -1).gather(1, chosen), at_uniform), dim=1)

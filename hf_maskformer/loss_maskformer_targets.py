@@ -6,12 +6,14 @@ Letters: B images, N segments in one image, P pixels or points; H x W is the pad
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NO_SEGMENT = -1  # in an index map: the pixel belongs to no segment
 NO_LABEL = -100  # in a padded tensor of labels: there is no such segment
+FLOAT_PADDING = 255  # in masks of floating type: padding by transformers' image processor, part of no segment
 
 
 @dataclass
@@ -22,11 +24,18 @@ class Targets:
         labels: (B, N) int64, -100 where an image has fewer segments.
         masks: One tensor per image: an index map (H, W) int16 (-1 = no segment) or masks (N_i, H, W) bool.
         size: (H, W).
+        values: (B,) float32, a value of each image's masks that is none of a mask, if there is one.
+        pixels: For each image the positions of its pixels in the flattened image, sorted by the segment that owns
+            them, those of no segment first, (H * W,); None if it has masks, or if nobody asked for them.
+        starts: (B, N + 1) int64, where in `pixels` those of each segment start, and where those of the last end.
     """
 
     labels: Tensor
     masks: list[Tensor]
     size: tuple[int, int]
+    values: Tensor
+    pixels: list[Tensor | None]
+    starts: Tensor
 
 
 def prepare_targets(
@@ -34,17 +43,21 @@ def prepare_targets(
     class_labels: Tensor | Sequence[Tensor],
     batch_size: int,
     size: Sequence[int] | None = None,
+    device: torch.device | None = None,
+    sort_pixels: bool = False,
 ) -> Targets:
     """Brings every form of labels to one, without waiting for the device.
 
-    Masks in list form may end where their image does: they are then padded on the right and below to the size of the
-    batch, which the largest of them must fill.
+    In a list masks and index maps may end where their image does: they are then padded on the right and below to the
+    size of the batch, which the largest of them must fill.
 
     Args:
-        mask_labels: B tensors (N_i, H_i, W_i), 1 inside, or an index map (B, H, W).
+        mask_labels: B tensors (N_i, H_i, W_i), 1 inside (integers: not 0), or index maps (B, H, W) or (H_i, W_i) each.
         class_labels: B tensors (N_i,), or (B, N) padded with -100.
         batch_size: B.
         size: (H, W); None takes that of the largest masks.
+        device: Where the targets shall be; None leaves them where they are.
+        sort_pixels: Make `pixels` and `starts` for index maps.
 
     Raises:
         ValueError: Labels of another number of images, or masks of another size than the padded images.
@@ -66,33 +79,80 @@ def prepare_targets(
             f"mask_labels are {largest[0]} x {largest[1]} pixels, but the padded images have {height} x {width}. Masks "
             "must be resized and padded (with 0, or -1 in an index map) together with their images."
         )
-    masks = [
+    labels = labels.to(device or labels.device)
+    masks, values, pixels, starts = [], [], [], []
+    for image_masks in mask_labels:
+        prepared, value = _prepared_masks(image_masks, (height, width))
+        masks.append(prepared.to(labels.device))
+        values.append(value.to(labels.device))
+        pixels_of_image, starts_of_image = None, labels.new_zeros(labels.shape[1] + 1)
+        if sort_pixels and image_masks.dim() == 2:
+            owners, pixels_of_image = masks[-1].flatten().sort(stable=True)
+            segments = torch.arange(labels.shape[1] + 1, device=labels.device, dtype=owners.dtype)
+            starts_of_image = torch.searchsorted(owners, segments)
+        pixels.append(pixels_of_image)
+        starts.append(starts_of_image)
+    return Targets(labels, masks, (int(height), int(width)), torch.stack(values), pixels, torch.stack(starts))
+
+
+def _prepared_masks(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The masks of one image as in `Targets`, and their entry in `values`."""
+    value = masks.new_zeros((), dtype=torch.float32)
+    padding = (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2])
+    if masks.dim() == 2:
         # Two bytes suffice for all indices that have a label; one that has none is refused later.
-        image_masks.long().clamp(NO_SEGMENT, torch.iinfo(torch.int16).max).to(torch.int16)
-        if image_masks.dim() == 2
-        # transformers' image processor pads its float masks with 255, which is no part of a segment.
-        else F.pad(image_masks == 1, (0, width - image_masks.shape[2], 0, height - image_masks.shape[1]))
-        for image_masks in mask_labels
+        prepared = masks.long().clamp(NO_SEGMENT, torch.iinfo(torch.int16).max).to(torch.int16)
+    elif masks.is_floating_point():
+        prepared = masks == 1
+        if masks.numel() > 0:
+            is_other = (masks != 0).logical_xor_(prepared).logical_and_(masks != FLOAT_PADDING)
+            value = masks.flatten().take(is_other.view(torch.uint8).argmax()).float()
+    else:
+        prepared = masks != 0
+    if any(padding):
+        prepared = F.pad(prepared, padding, value=NO_SEGMENT if masks.dim() == 2 else False)
+    return prepared, value
+
+
+def copy_to_host(*tensors: Tensor) -> list[np.ndarray]:
+    """Copies tensors from their device to the host, all at once, since it is the waiting that takes time."""
+    parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    copies = torch.cat(parts).cpu().split([len(part) for part in parts])
+    return [
+        # A copy begins where a number of its type may begin; a slice need not.
+        copied.clone().view(tensor.dtype).view(tensor.shape).numpy()
+        for copied, tensor in zip(copies, tensors, strict=True)
     ]
-    return Targets(labels, masks, (int(height), int(width)))
 
 
-def checked_labels(targets: Targets, num_labels: int) -> list[list[int]]:
-    """The labels of every image as numbers. Waits for the device.
+def what_the_host_checks(targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, the highest index of each index map, and `values`: what `checked_labels` asks for, on the device."""
+    highest = [
+        masks.max().long() if masks.dim() == 2 else targets.labels.new_tensor(NO_SEGMENT) for masks in targets.masks
+    ]
+    return targets.labels, torch.stack(highest), targets.values
+
+
+def checked_labels(
+    targets: Targets, num_labels: int, labels: np.ndarray, highest: np.ndarray, values: np.ndarray
+) -> list[list[int]]:
+    """The labels of every image as numbers.
+
+    Args:
+        targets: The segments.
+        num_labels: K.
+        labels, highest, values: `what_the_host_checks`, on the host.
 
     Raises:
-        ValueError: A label outside 0 to K - 1, an index map that points past the labels, or numbers of masks and
-            labels that differ.
+        ValueError: A label outside 0 to K - 1, an index map that points past the labels, numbers of masks and labels
+            that differ, or masks with values that mean nothing.
     """
-    highest = torch.stack(
-        [m.max().long() if m.dim() == 2 else m.new_tensor(-1, dtype=torch.long) for m in targets.masks]
-    )
-    rows = targets.labels.tolist()
-    labels = [[label for label in row if label != NO_LABEL] for row in rows]
-    for image, (image_labels, image_masks, index) in enumerate(
-        zip(labels, targets.masks, highest.tolist(), strict=True)
+    rows = labels.tolist()
+    labels_of_images = [[label for label in row if label != NO_LABEL] for row in rows]
+    for image, (row, image_labels, masks, index, value) in enumerate(
+        zip(rows, labels_of_images, targets.masks, highest.tolist(), values.tolist(), strict=True)
     ):
-        if rows[image][: len(image_labels)] != image_labels:
+        if row[: len(image_labels)] != image_labels:
             raise ValueError(
                 f"class_labels of image {image} have {NO_LABEL} before their end, but it only pads on the right: the "
                 "index of a segment is the place of its label."
@@ -101,14 +161,19 @@ def checked_labels(targets: Targets, num_labels: int) -> list[list[int]]:
             raise ValueError(
                 f"mask_labels of image {image} point to segment {index}, but it has {len(image_labels)} class_labels."
             )
-        if image_masks.dim() == 3 and len(image_masks) != len(image_labels):
-            raise ValueError(f"Image {image} has {len(image_masks)} masks, but {len(image_labels)} labels.")
+        if masks.dim() == 3 and len(masks) != len(image_labels):
+            raise ValueError(f"Image {image} has {len(masks)} masks, but {len(image_labels)} labels.")
         if image_labels and not 0 <= min(image_labels) <= max(image_labels) < num_labels:
             raise ValueError(
                 f"Image {image} has the class labels {sorted(set(image_labels))}, but the model has {num_labels} "
                 f"classes (0 to {num_labels - 1}). Check id2label of the configuration against the data."
             )
-    return labels
+        if value not in (0, 1, FLOAT_PADDING):
+            raise ValueError(
+                f"mask_labels of image {image} contain {value:g}, but masks of floating type are 1 inside, 0 outside "
+                f"and {FLOAT_PADDING} in padding. Make them bool, for example by a threshold."
+            )
+    return labels_of_images
 
 
 def masks_at(masks: Tensor, segments: Tensor, pixels: Tensor) -> Tensor:
@@ -140,13 +205,26 @@ def pixels_at_stride(size: Sequence[int], low_size: Sequence[int], device: torch
     return (rows[:, None] * size[1] + columns).flatten()
 
 
-def pixels_of_segments(masks: Tensor, num_segments: int) -> tuple[Tensor, list[Tensor]]:
-    """Positions in the flattened image of the pixels of no segment, and of those of each of the N segments."""
-    if masks.dim() == 3:
-        void = (~masks.any(0)).flatten().nonzero()[:, 0]
-        pixels = masks.flatten(1).nonzero()[:, 1]
-        return void, list(pixels.split(masks.sum((1, 2)).tolist()))
-    owners, pixels = masks.flatten().sort(stable=True)
-    starts = torch.searchsorted(owners, torch.arange(num_segments, device=masks.device, dtype=owners.dtype))
-    void, *segments = pixels.tensor_split(starts.cpu())
-    return void, segments
+def pixels_of_segment(targets: Targets, image: int, segment: int, starts: Sequence[int]) -> Tensor:
+    """Positions in the flattened image of the pixels of a segment.
+
+    Of masks they are looked for here, one at a time and waiting for the device: those of all would take eight times the
+    memory of the masks.
+
+    Args:
+        targets: The segments, with sorted pixels.
+        image, segment: Which one.
+        starts: Those of the image, see `Targets`, on the host.
+    """
+    pixels = targets.pixels[image]
+    if pixels is None:
+        return targets.masks[image][segment].flatten().nonzero()[:, 0]
+    return pixels[starts[segment] : starts[segment + 1]]
+
+
+def void_pixels(targets: Targets, image: int, starts: Sequence[int]) -> Tensor:
+    """Positions of the pixels of no segment, likewise."""
+    pixels = targets.pixels[image]
+    if pixels is None:
+        return (~targets.masks[image].any(0)).flatten().nonzero()[:, 0]
+    return pixels[: starts[0]]

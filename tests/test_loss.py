@@ -4,8 +4,9 @@ import warnings
 import pytest
 import torch
 from models import NUM_LABELS, as_mask_list, tiny_batch
+from torch.overrides import TorchFunctionMode
 
-from hf_maskformer import MaskFormerLoss
+from hf_maskformer import MaskFormerLoss, loss_maskformer
 from hf_maskformer.loss_maskformer_masks import plain_mask_losses
 from hf_maskformer.loss_maskformer_matching import assign, finite_costs, pairwise_mask_costs
 from hf_maskformer.loss_maskformer_targets import prepare_targets
@@ -65,7 +66,7 @@ def test_the_assignment_is_the_cheapest_of_all(copies):
 def test_identical_segments_go_to_different_queries():
     targets = prepare_targets([torch.ones(2, 4, 4)], [torch.tensor([1, 1])], batch_size=1)
     logits = torch.randn(1, 1, 5, NUM_LABELS + 1), torch.randn(1, 1, 5, 4, 4)
-    (((queries, segments),),) = MaskFormerLoss(NUM_LABELS).match(*logits, targets)
+    (((queries, segments),),), _ = MaskFormerLoss(NUM_LABELS).match(*logits, targets)
     assert len(set(queries)) == 2
     assert sorted(segments) == [0, 1]
 
@@ -227,3 +228,137 @@ def test_masks_may_end_where_their_image_does():
     expected = loss(*logits, *labels_of(batch), size=(16, 24))[0].item()
     batch["mask_labels"][1] = batch["mask_labels"][1][:, :, :16]
     assert loss(*logits, *labels_of(batch), size=(16, 24))[0].item() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_masks_of_integers_are_inside_where_they_are_not_0(dtype):
+    batch, logits, loss = as_mask_list(tiny_batch(size=(16, 24))), random_logits(), MaskFormerLoss(NUM_LABELS)
+    expected = loss(*logits, *labels_of(batch))[0].item()
+    batch["mask_labels"] = [(255 * masks).to(dtype) for masks in batch["mask_labels"]]
+    assert loss(*logits, *labels_of(batch))[0].item() == expected
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 128.0, float("nan")])
+@pytest.mark.parametrize("options", [{}, {"matching": "fixed"}, {"train_num_points": 8}])
+def test_masks_of_floating_type_with_other_values_are_refused(value, options):
+    batch = as_mask_list(tiny_batch(size=(16, 24)))
+    batch["mask_labels"][1][1, 15, 3] = value
+    with pytest.raises(ValueError, match=f"mask_labels of image 1 contain {value:g}, but masks of floating type"):
+        MaskFormerLoss(NUM_LABELS, **options)(*random_logits(), *labels_of(batch))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"void_in_loss": "ignored"}, "void_in_loss is 'ignored', but must be 'background' or 'ignore'"),
+        ({"matching": "hungarian"}, "matching is 'hungarian', but must be 'bipartite' or 'fixed'"),
+        ({"no_object_weight": 0.0}, "no_object_weight is 0.0, but must be a finite number above 0"),
+    ],
+)
+def test_a_loss_without_meaning_is_not_built(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MaskFormerLoss(NUM_LABELS, **arguments)
+
+
+@pytest.mark.parametrize("form", [dict, as_mask_list])
+@pytest.mark.parametrize("points", [None, 64])
+def test_the_default_type_of_numbers_does_not_matter(form, points):
+    batch, logits = form(tiny_batch(size=(24, 40))), random_logits(size=(6, 10))
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            losses.append(MaskFormerLoss(NUM_LABELS, train_num_points=points)(*logits, *labels_of(batch))[0])
+        finally:
+            torch.set_default_dtype(default)
+    assert losses[0].dtype == losses[1].dtype == torch.float32
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+
+
+def test_index_maps_of_a_list_may_end_where_their_image_does():
+    batch, logits, loss = tiny_batch(size=(16, 24)), random_logits(), MaskFormerLoss(NUM_LABELS)
+    batch["mask_labels"][1, :, 16:] = -1
+    expected = loss(*logits, *labels_of(batch))[0].item()
+    index_maps = [batch["mask_labels"][0], batch["mask_labels"][1, :, :16]]
+    assert loss(*logits, index_maps, batch["class_labels"])[0].item() == expected
+
+
+@pytest.mark.parametrize("form", [dict, as_mask_list])
+def test_targets_come_to_the_device_of_the_logits(form):
+    """The meta device stands for another one: it has no numbers, but types and places."""
+    targets = prepare_targets(*labels_of(form(tiny_batch())), 2, device=torch.device("meta"), sort_pixels=True)
+    tensors = [targets.labels, *targets.masks, targets.values, targets.starts]
+    assert {tensor.device.type for tensor in [*tensors, *(p for p in targets.pixels if p is not None)]} == {"meta"}
+
+
+class Waits(TorchFunctionMode):
+    """Notes what would make the host wait for a device."""
+
+    NAMES = ("cpu", "tolist", "item", "nonzero", "unique", "bincount", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.NAMES:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("matching", ["bipartite", "fixed"])
+@pytest.mark.parametrize("points", [None, 64])
+@pytest.mark.parametrize("void_in_loss", ["background", "ignore"])
+def test_the_host_waits_once_in_a_step_with_index_maps(matching, points, void_in_loss):
+    batch, logits = tiny_batch(size=(32, 48)), random_logits(num_queries=NUM_LABELS, size=(8, 12))
+    loss = MaskFormerLoss(NUM_LABELS, matching=matching, train_num_points=points, void_in_loss=void_in_loss)
+    loss(*logits, *labels_of(batch))  # the matrices that enlarge masks of this size are made once
+    with Waits() as waits:
+        loss(*logits, *labels_of(batch))[0].backward()
+    assert waits.found == ["cpu"]
+
+
+def test_the_host_waits_once_more_for_each_mask_of_a_list():
+    batch, logits = as_mask_list(tiny_batch(size=(32, 48))), random_logits(size=(8, 12))
+    loss = MaskFormerLoss(NUM_LABELS)
+    loss(*logits, *labels_of(batch))
+    with Waits() as waits:
+        loss(*logits, *labels_of(batch))
+    assert waits.found == ["cpu"] + ["nonzero"] * 4
+
+
+def peak_memory(run) -> int:
+    """The most bytes that were allocated during a run, beyond what was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+@pytest.mark.parametrize("void_in_loss", ["background", "ignore"])
+def test_full_masks_in_list_form_take_little_more_memory_than_they_do_themselves(void_in_loss):
+    num_segments, side = 40, 128
+    masks = [torch.ones(num_segments, side, side, dtype=torch.uint8)] * 2
+    labels = [torch.zeros(num_segments, dtype=torch.int64)] * 2
+    logits = random_logits(num_layers=1, num_queries=num_segments, size=(side // 8, side // 8))
+    loss = MaskFormerLoss(NUM_LABELS, void_in_loss=void_in_loss)
+    loss(*logits, masks, labels)  # loads what is loaded once
+    assert peak_memory(lambda: loss(*logits, masks, labels)) < 2 * (2 * num_segments * side * side)
+
+
+def test_without_gradient_a_process_waits_for_no_other(monkeypatch):
+    """A validation loss is that of the process's own batch, even if no other process computes one."""
+    batch, logits, loss = tiny_batch(size=(16, 24)), random_logits(), MaskFormerLoss(NUM_LABELS)
+    expected = loss(*logits, *labels_of(batch))[0].item()
+    reduced = []
+    monkeypatch.setattr(loss_maskformer, "num_processes", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced.append)
+    with torch.no_grad():
+        assert loss(*logits, *labels_of(batch))[0].item() == expected
+    assert not reduced
+    loss(*logits, *labels_of(batch))
+    assert len(reduced) == 1

@@ -14,6 +14,7 @@ from models import (
     tiny_model,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_maskformer import MaskFormerLoss
 from hf_maskformer.loss_maskformer_masks import DenseMaskLosses, Enlargement, MatchedMasks, plain_mask_losses
@@ -26,7 +27,7 @@ FLOOR = 1e-6  # of the total norm: some true gradients are zero
 def plain_loss(criterion, class_logits, mask_logits, mask_labels, class_labels, void_counts=True) -> Tensor:
     """The loss by its definition: all masks with gradient, enlarged by the library, one layer and image at a time."""
     targets = prepare_targets(mask_labels, class_labels, class_logits.shape[1])
-    matches = criterion.match(class_logits.detach(), mask_logits.detach(), targets)
+    matches, _ = criterion.match(class_logits.detach(), mask_logits.detach(), targets)
     num_masks = max(sum(int((labels != -100).sum()) for labels in class_labels), 1)
     weights = torch.tensor([1.0] * criterion.num_labels + [criterion.no_object_weight])
     total = torch.zeros(())
@@ -82,7 +83,9 @@ def test_every_parameter_has_the_gradient_of_the_plain_formulation(backbone, for
     assert_same_gradients({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected)
 
 
-@pytest.mark.parametrize(("low_size", "size"), [((8, 16), (32, 64)), ((7, 5), (27, 18)), ((6, 6), (6, 6))])
+@pytest.mark.parametrize(
+    ("low_size", "size"), [((8, 16), (32, 64)), ((7, 5), (27, 18)), ((25, 42), (99, 167)), ((6, 6), (6, 6))]
+)
 def test_enlargement_is_the_librarys_bilinear_one_and_has_its_transpose(low_size, size):
     maps = torch.randn(3, *low_size, requires_grad=True)
     expected = F.interpolate(maps[None], size=size, mode="bilinear")[0]
@@ -90,6 +93,16 @@ def test_enlargement_is_the_librarys_bilinear_one_and_has_its_transpose(low_size
     assert torch.allclose(enlargement(maps), expected, atol=1e-5)
     expected.backward(upstream)
     assert torch.allclose(enlargement.transposed(upstream), maps.grad, atol=1e-5)
+
+
+def test_an_odd_size_costs_what_an_even_one_does():
+    work = []
+    for low_size, size in [((100, 167), (399, 667)), ((104, 168), (416, 672))]:
+        with FlopCounterMode(display=False) as counter:
+            enlargement = Enlargement(low_size, size, torch.device("cpu"))
+            enlargement.transposed(enlargement(torch.randn(1, *low_size)))
+        work.append(counter.get_total_flops())
+    assert work[0] <= work[1]
 
 
 @pytest.mark.parametrize("scale", [0.1, 10.0, 100.0])  # probabilities near 1/2, confident ones, saturated ones
@@ -182,7 +195,7 @@ def test_fixed_matching_gives_query_i_to_class_i():
     loss, batch = MaskFormerLoss(NUM_LABELS, matching="fixed"), tiny_batch(size=(16, 24))
     targets = prepare_targets(batch["mask_labels"], batch["class_labels"], 2)
     logits = torch.randn(2, 2, NUM_LABELS, NUM_LABELS + 1), torch.randn(2, 2, NUM_LABELS, 4, 6)
-    assert loss.match(*logits, targets) == [[([0, 2], [0, 1]), ([3, 1], [0, 1])]] * 2
+    assert loss.match(*logits, targets)[0] == [[([0, 2], [0, 1]), ([3, 1], [0, 1])]] * 2
     assert loss(*logits, batch["mask_labels"], batch["class_labels"])[0].isfinite()
     with pytest.raises(ValueError, match=r"Image 1 has several segments of the classes \[3\]"):
         loss(*logits, batch["mask_labels"], torch.tensor([[0, 2], [3, 3]]))
