@@ -348,7 +348,8 @@ def _batch_feature(data: dict[str, Any], return_tensors: Any) -> BatchFeature:
         raise ValueError(f'return_tensors is {return_tensors!r}; give "pt" or "np".')
     if kind == "np":
         for name, value in data.items():
-            data[name] = [each.numpy() for each in value] if isinstance(value, list) else value.numpy()
+            is_list = isinstance(value, list)
+            data[name] = [each.numpy(force=True) for each in value] if is_list else value.numpy(force=True)
     return BatchFeature(data)
 
 

@@ -18,6 +18,7 @@ from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
+from .segmentation_maps import to_numpy
 
 Task = Literal["semantic", "instance", "panoptic"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
@@ -59,10 +60,10 @@ def predict(
     if task != "semantic":
         post_process = getattr(image_processor, f"post_process_{task}_segmentation")
         (result,) = post_process(outputs, target_sizes=target_sizes)
-        segmentation, segments = result["segmentation"].cpu().numpy(), result["segments_info"]
+        segmentation, segments = to_numpy(result["segmentation"]), result["segments_info"]
     else:
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
-        segmentation = label_map.cpu().numpy()
+        segmentation = to_numpy(label_map)
         segments = [{"id": label, "label_id": label} for label in np.unique(segmentation).tolist()]
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # the configuration makes ids integers
     areas = dict(zip(*(values.tolist() for values in np.unique(segmentation, return_counts=True)), strict=True))
