@@ -220,6 +220,11 @@ def test_the_area_test_does_not_weigh_the_mask_by_the_label_score():
     assert panoptic(classes, masks, mask_threshold=0.75)["segmentation"].tolist() == [[0, 0]]
 
 
+def test_scores_keep_no_graph():
+    classes, masks, *_ = mixed_batch()
+    assert not semantic_scores(classes[0].requires_grad_(), masks[0].requires_grad_(), (4, 4), (32, 48)).requires_grad
+
+
 def test_half_precision_logits_are_computed_in_float32():
     classes, masks, *image_and_padded = mixed_batch()
     halves = classes.bfloat16(), masks.bfloat16()
