@@ -286,6 +286,11 @@ def test_fast_mode_equals_transformers_where_nothing_is_padded():
     assert torch.equal(semantic_segmentation(classes, masks, full, full, [(45, 61)], mode="fast")[0], stock)
 
 
+def test_large_logits_are_finite_even_if_their_sum_is_not():
+    classes, masks = class_logits(PERSON), torch.tensor([[[[3e38, 3e38]]]])
+    assert panoptic(classes, masks)["segmentation"].tolist() == [[1, 1]]
+
+
 @pytest.mark.parametrize("function", [semantic_segmentation, panoptic_segmentation, instance_segmentation])
 def test_logits_that_are_not_finite_are_refused(function):
     classes, masks, *rest = mixed_batch()
