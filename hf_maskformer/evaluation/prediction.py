@@ -1,6 +1,7 @@
 """Segments photographs with a checkpoint and writes what was found."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 from transformers.image_utils import load_image as load_image_from_url
 
 from ..data.folder import IMAGE_SUFFIXES, files_by_name
@@ -92,13 +94,15 @@ def write_prediction(
     return paths
 
 
-def read_images(source: str) -> Iterator[tuple[str, Image.Image]]:
+def read_images(source: str, failed: list[Path] | None = None) -> Iterator[tuple[str, Image.Image]]:
     """Gives the name and the upright RGB image of a file, of every image in a folder, or of an http(s) URL.
+
+    An image of a folder that cannot be read is left out, with a message on stderr, and its path is added to `failed`.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no image.
-        ValueError: a file is damaged, has more than 8 bits per channel, shares its name with another of the folder, or
-            a URL leads to no image.
+        ValueError: a single file is damaged or has mode I or F, two of a folder share their name, or a URL leads to no
+            image.
     """
     if source.startswith(("http://", "https://")):
         yield Path(unquote(urlparse(source).path)).stem or "image", _download(source)
@@ -112,7 +116,16 @@ def read_images(source: str) -> Iterator[tuple[str, Image.Image]]:
         if not files:
             raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     for file in files:
-        yield file.stem, to_rgb(ImageOps.exif_transpose(load_image(file)), str(file))
+        try:
+            image = to_rgb(ImageOps.exif_transpose(load_image(file)), str(file))
+        except ValueError as error:
+            if not path.is_dir():
+                raise
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            if failed is not None:
+                failed.append(file)
+            continue
+        yield file.stem, image
 
 
 def _download(url: str) -> Image.Image:
