@@ -40,7 +40,9 @@ def main(arguments: Arguments) -> None:
         prediction = predict(model, image_processor, image, task)
         write_prediction(prediction, image, model.config.id2label, task, Path(arguments.output), name)
     if failed:
-        raise ValueError(f"{len(failed)} images could not be read, see above; the others are in {arguments.output}.")
+        raise ValueError(
+            f"Images that could not be read: {len(failed)}, see above. The others are in {arguments.output}."
+        )
     print(f"The results are in {arguments.output}.")
 
 

@@ -96,7 +96,7 @@ def test_predict_tells_how_many_images_it_could_not_read(checkpoint, tmp_path):
     assert done.returncode == 1
     assert (tmp_path / "out" / "b_labels.png").exists()
     assert f"skipped: {tmp_path / 'photos' / 'a.png'} cannot be read as an image" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: 1 images could not be read")
+    assert done.stderr.splitlines()[-1].startswith("error: Images that could not be read: 1, see above.")
 
 
 def test_fine_tuning_other_classes_needs_a_word(checkpoint, data, tmp_path):

@@ -57,7 +57,8 @@ def augmented_semantic_scores(
     if not shortest_edges:
         raise ValueError("shortest_edges is empty; give the shortest edge of at least one scale.")
     if mode is None:
-        mode = "direct" if image_processor.segmentation_task == "panoptic" else "paper"
+        task = image_processor.segmentation_task  # type: ignore[attr-defined]  # a setting
+        mode = "direct" if task == "panoptic" else "paper"
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
     is_baseline = isinstance(model, PerPixelBaselineForSemanticSegmentation)
