@@ -148,7 +148,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         Args:
             images: a PIL image, an array or tensor ((height, width, 3), (3, height, width) or (height, width), uint8 or
                 float), a path or URL; a list of these or a stacked array. Files are turned upright as their EXIF tag
-                says, PIL images are taken as they are. Grey images of 16 bits are scaled to 8.
+                says, PIL images are taken as they are. Grey images of 16 bits and uint16 are scaled to 8 bits.
             segmentation_maps: for each image a PIL image, array or tensor of integers (height, width), of its size; or
                 a PNG of COCO panoptic in colour, (height, width, 3) uint8, whose ids are R + 256 G + 65536 B.
             instance_id_to_semantic_id: says that maps hold ids of segments, and which label each has; one dictionary
@@ -188,7 +188,8 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         # Maps first: what is wrong with them shows before the work on the images.
         if segmentation_maps is not None:
             numbered = enumerate_items("segmentation_maps", segmentation_maps, 2 + is_coloured(segmentation_maps))
-            maps = [read_segmentation_map(segmentation_map, index) for index, segmentation_map in numbered]
+            has_ids = instance_id_to_semantic_id is not None
+            maps = [read_segmentation_map(segmentation_map, index, has_ids) for index, segmentation_map in numbered]
             check_map_sizes(maps, sizes)
             instance_labels = instance_labels_of_images(instance_id_to_semantic_id, len(maps))
             segments = [
@@ -348,7 +349,8 @@ def _batch_feature(data: dict[str, Any], return_tensors: Any) -> BatchFeature:
         raise ValueError(f'return_tensors is {return_tensors!r}; give "pt" or "np".')
     if kind == "np":
         for name, value in data.items():
-            data[name] = [each.numpy() for each in value] if isinstance(value, list) else value.numpy()
+            is_list = isinstance(value, list)
+            data[name] = [each.numpy(force=True) for each in value] if is_list else value.numpy(force=True)
     return BatchFeature(data)
 
 

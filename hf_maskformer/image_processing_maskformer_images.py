@@ -37,7 +37,8 @@ def read_image(image: Any, index: int, input_data_format: str | None = None) -> 
     Files are turned upright as their EXIF tag says; PIL images are taken as they are, since maps may come with them.
 
     Raises:
-        ValueError: it is damaged, too large for Pillow's limit, no image, or has a wrong shape.
+        ValueError: it is damaged, too large for Pillow's limit, no image, has a wrong shape, or its values are wide
+            integers other than uint16 or not finite.
     """
     if isinstance(image, str | Path | Image.Image):
         source = "" if isinstance(image, Image.Image) else f" ({image})"
@@ -50,7 +51,7 @@ def read_image(image: Any, index: int, input_data_format: str | None = None) -> 
     if not isinstance(image, np.ndarray | Tensor):
         kind = type(image).__name__
         raise ValueError(f"Image {index} is a {kind}; give a PIL image, an array, a tensor, a path or a URL.")
-    pixels = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image, order="C"))
+    pixels = image.detach() if isinstance(image, Tensor) else _as_tensor(image, f"Image {index}")
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim == 3 and _channels_are_last(tuple(pixels.shape), input_data_format):
@@ -61,7 +62,41 @@ def read_image(image: Any, index: int, input_data_format: str | None = None) -> 
             "channels, which may come first or last."
         )
     pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
-    return pixels if pixels.dtype == torch.uint8 else pixels.float()
+    if pixels.dtype == torch.uint16:
+        return to_eight_bits(pixels)
+    if pixels.dtype == torch.uint8:
+        return pixels
+    if pixels.dtype != torch.bool and not pixels.is_floating_point():
+        raise ValueError(
+            f"Image {index} holds {image.dtype}, which does not say which value is white; give uint8 (0 to 255), "
+            "uint16 (0 to 65535) or floats."
+        )
+    pixels = pixels.float()
+    if not pixels.isfinite().all():
+        raise ValueError(f"Image {index} contains NaN or infinity; replace these pixels.")
+    return pixels
+
+
+def _as_tensor(array: np.ndarray, name: str) -> Tensor:
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{name} holds {array.dtype}; give uint8, uint16 or floats.")
+    # torch knows the machine's byte order only.
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def to_eight_bits(pixels: Tensor) -> Tensor:
+    """Scales uint16 to uint8: 65535, which is white, becomes 255."""
+    return (pixels.float() / 257 + 0.5).to(torch.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts a PIL image of any mode of 8 bits, or of 16 bits of grey. Raises ValueError for modes I and F."""
+    if image.mode.startswith("I;16"):
+        # Pillow would cut these off at 255, which leaves an almost white picture.
+        image = Image.fromarray(to_eight_bits(_as_tensor(np.asarray(image), "The image")).numpy())
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} does not say which values are black and white; convert it to RGB.")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _decode(image: str | Path | Image.Image) -> np.ndarray:
@@ -69,13 +104,7 @@ def _decode(image: str | Path | Image.Image) -> np.ndarray:
     if isinstance(image, str | Path):
         is_url = str(image).startswith(("http://", "https://"))
         image = load_image(str(image)) if is_url else ImageOps.exif_transpose(Image.open(image))
-    if image.mode.startswith("I;16"):
-        # Pillow would cut these off at 255, which leaves an almost white picture.
-        grey = (np.asarray(image) / 257 + 0.5).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} does not say which values are black and white; convert it to RGB.")
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return np.array(to_rgb(image))
 
 
 def _channels_are_last(shape: tuple[int, ...], input_data_format: str | None) -> bool:
@@ -143,7 +172,7 @@ def make_batch(
         # Moved before they are resized and turned to float: bytes are a quarter of that.
         stacked = torch.stack([images[index] for index in indices]) if len(indices) > 1 else images[indices[0]][None]
         height, width = sizes[indices[0]]
-        resized = resize_image(stacked.to(device), (height, width), settings.resample)
+        resized = resize_image(stacked.to(device or "cpu"), (height, width), settings.resample)
         for index, image in zip(indices, resized, strict=True):
             place = data["pixel_values"][index, :, :height, :width]
             place.copy_(image).mul_(scale).sub_(shift[:, None, None])
@@ -167,7 +196,7 @@ def _alike(images: Sequence[Tensor], sizes: Sequence[Size], device: str | torch.
         return [[index] for index in range(len(images))]
     groups: dict[tuple, list[int]] = {}
     for index, image in enumerate(images):
-        groups.setdefault((image.shape, image.dtype, sizes[index]), []).append(index)
+        groups.setdefault((image.shape, image.dtype, image.device, sizes[index]), []).append(index)
     return list(groups.values())
 
 

@@ -27,13 +27,13 @@ InstanceLabels = Mapping[int, int] | None
 Device = str | torch.device | None
 
 
-def read_segmentation_map(segmentation_map: Any, index: int) -> Tensor:
+def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> Tensor:
     """Reads the map of image `index`, a PIL image, array or tensor, as (height, width) int32 or, for wide types, int64.
 
-    Three channels of 8 bits are taken for the ids of COCO panoptic.
+    Three channels of 8 bits are taken for the ids of COCO panoptic. `has_ids` says that there are labels of ids.
 
     Raises:
-        ValueError: it is something else, is damaged or does not hold integers.
+        ValueError: it is something else, is damaged or does not hold integers, or is grey and there are no ids.
     """
     if isinstance(segmentation_map, Tensor):
         segmentation_map = segmentation_map.detach().cpu().numpy()
@@ -45,6 +45,12 @@ def read_segmentation_map(segmentation_map: Any, index: int) -> Tensor:
     except Exception as error:  # a damaged file shows when it is decoded
         raise ValueError(f"Segmentation map {index} cannot be read: {error}") from error
     if is_coloured(values):
+        if not has_ids and (values == values[..., :1]).all():
+            raise ValueError(
+                f"Segmentation map {index} is grey, but has three channels, which would be read as ids of COCO "
+                'panoptic. If it holds labels, give one channel: image.convert("L"), or array[..., 0]. If it holds '
+                "ids, pass instance_id_to_semantic_id."
+            )
         values = values.astype(np.int32) @ np.array([1, 256, 256**2], dtype=np.int32)
     elif values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
         values = values[0] if values.shape[0] == 1 else values[..., 0]

@@ -50,6 +50,7 @@ def semantic_segmentation(
         return [_label_map(image, mode) for image in images]
 
 
+@torch.no_grad()
 def semantic_scores(
     class_logits: Tensor,
     mask_logits: Tensor,

@@ -60,10 +60,11 @@ def _check_logits(class_logits: Tensor, mask_logits: Tensor) -> None:
             f"The class logits have shape {tuple(class_logits.shape)} and the mask logits "
             f"{tuple(mask_logits.shape)}; give (batch, queries, labels + 1) and (batch, queries, height, width)."
         )
-    # A sum is finite only if all it adds up is.
+    # A sum is finite only if all it adds up is. It may overflow all the same, so only then each number is looked at.
     sums = torch.stack([class_logits.sum(dtype=torch.float32), mask_logits.sum(dtype=torch.float32)])
-    for name, is_finite in zip(("class", "mask"), sums.isfinite().tolist(), strict=True):
-        if not is_finite:
+    rows = zip(("class", "mask"), (class_logits, mask_logits), sums.isfinite().tolist(), strict=True)
+    for name, logits, has_finite_sum in rows:
+        if not has_finite_sum and not logits.isfinite().all():
             raise ValueError(
                 f"The {name} logits contain NaN or infinity, so they mean no segmentation. Check the weights and the "
                 "inputs of the model; in float16, try bfloat16."

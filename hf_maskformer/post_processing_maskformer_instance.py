@@ -57,8 +57,10 @@ def instance_segmentation(
           `label_id`, `was_fused` (False) and `score`.
 
     Raises:
-        ValueError: see `split_batch`.
+        ValueError: top_k is below 1; see also `split_batch`.
     """
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; give at least 1, or None for as many candidates as queries.")
     images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
     results: list[dict[str, Any]] = []
     for image in images:
@@ -80,32 +82,43 @@ def instance_segmentation(
 
 
 class _Instances(NamedTuple):
-    """The instances of one image, the surest first, and the tiles that their masks touch."""
+    """The instances of one image, the surest first, and the tiles that their masks touch.
+
+    Several labels of one query are several instances of one mask, whose tiles are kept once; M masks in all.
+    """
 
     tiling: TiledMasks
     scores: Tensor  # (N,)
     labels: Tensor  # (N,) int64
     areas: Tensor  # (N,) int64, in pixels
-    numbers: Tensor  # (n,) int64: to which instance a tile belongs
+    masks_of_instances: Tensor  # (N,) int64: which mask an instance has
+    masks_of_tiles: Tensor  # (n,) int64: to which mask a tile belongs
     tiles: Tensor  # (n, 2) int64: its row and column
     pixels: Tensor  # (n, T, T) bool: which of its pixels belong to the mask
 
     def masks(self) -> Tensor:
         """(N, H, W) bool."""
         num_rows, num_columns = self.tiling.areas().shape
-        canvas = self.pixels.new_zeros(len(self.scores), num_rows, TILE, num_columns, TILE)
-        canvas[self.numbers, self.tiles[:, 0], :, self.tiles[:, 1]] = self.pixels
-        return self.tiling.crop(canvas)
+        canvas = self.pixels.new_zeros(self._num_masks(), num_rows, TILE, num_columns, TILE)
+        canvas[self.masks_of_tiles, self.tiles[:, 0], :, self.tiles[:, 1]] = self.pixels
+        return self.tiling.crop(canvas[self.masks_of_instances])
 
     def owners(self) -> Tensor:
         """The number of the surest instance at each pixel, N where there is none, (H, W) int32."""
         num_rows, num_columns = self.tiling.areas().shape
         nobody = len(self.scores)
-        claims = torch.where(self.pixels, self.numbers[:, None, None].int(), nobody).flatten(1)
+        # The other instances of a mask lie below its surest.
+        numbers = torch.arange(nobody, dtype=torch.int32, device=self.scores.device)
+        surest = numbers.new_full((self._num_masks(),), nobody)
+        surest.scatter_reduce_(0, self.masks_of_instances, numbers, "amin")
+        claims = torch.where(self.pixels, surest[self.masks_of_tiles, None, None], nobody).flatten(1)
         canvas = claims.new_full((num_rows * num_columns, TILE**2), nobody)
         places = self.tiles[:, 0] * num_columns + self.tiles[:, 1]
         canvas.scatter_reduce_(0, places[:, None].expand_as(claims), claims, "amin")
         return self.tiling.crop(canvas.view(num_rows, num_columns, TILE, TILE).transpose(1, 2))
+
+    def _num_masks(self) -> int:
+        return int(self.masks_of_instances.max()) + 1 if len(self.scores) else 0
 
 
 def _find_instances(
@@ -134,18 +147,21 @@ def _find_instances(
     scores = scores * (sums / areas.clamp(min=1))[mask_of_candidate]
     is_found = (scores >= threshold) & (areas[mask_of_candidate] >= min_area)
     order = scores.masked_fill(~is_found, -1).argsort(descending=True, stable=True)[: int(is_found.sum())]
-    # Two labels of one query share its mask, so a tile may belong to several instances.
-    is_owner = touched[:, 2, None] == mask_of_candidate[order]
-    places, numbers = is_owner.nonzero().unbind(1)
+    found, masks_of_instances = mask_of_candidate[order].unique(return_inverse=True)
+    number_of_mask = torch.full_like(queries, -1)
+    number_of_mask[found] = torch.arange(len(found), device=found.device)
+    masks_of_tiles = number_of_mask[touched[:, 2]]
+    is_found_tile = masks_of_tiles >= 0
     all_pixels = torch.cat([*pixels, areas.new_zeros(0, TILE, TILE, dtype=torch.bool)])
     return _Instances(
         tiling,
         scores[order],
         (candidates % num_labels)[order],
         areas[mask_of_candidate[order]],
-        numbers,
-        touched[places, :2],
-        all_pixels[places],
+        masks_of_instances,
+        masks_of_tiles[is_found_tile],
+        touched[is_found_tile, :2],
+        all_pixels[is_found_tile],
     )
 
 

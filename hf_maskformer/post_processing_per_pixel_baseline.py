@@ -28,14 +28,19 @@ def per_pixel_segmentation(
     Raises:
         ValueError: see `split_batch`.
     """
-    label_maps = []
-    for image in split_batch(logits.flatten(2), logits, image_sizes, padded_sizes, target_sizes):
-        height, width = image.sizes.image
-        enlarged = enlarge_per_pixel_logits(image.mask_logits[None])[..., :height, :width]
-        if image.sizes.target != image.sizes.image:
-            enlarged = F.interpolate(enlarged, size=image.sizes.target, mode="bilinear", align_corners=False)
-        label_maps.append(enlarged[0].argmax(dim=0))
-    return label_maps
+    images = split_batch(logits.flatten(2), logits, image_sizes, padded_sizes, target_sizes)
+    return [
+        per_pixel_logits(image.mask_logits, image.sizes.image, image.sizes.target).argmax(dim=0) for image in images
+    ]
+
+
+def per_pixel_logits(logits: Tensor, image_size: Size, target_size: Size) -> Tensor:
+    """Brings the logits (K, h, w) of one image to its target, (K, H, W) float32: enlarges, crops, resizes."""
+    height, width = image_size
+    enlarged = enlarge_per_pixel_logits(logits[None])[..., :height, :width]
+    if target_size != image_size:
+        enlarged = F.interpolate(enlarged, size=target_size, mode="bilinear", align_corners=False)
+    return enlarged[0]
 
 
 def enlarge_per_pixel_logits(logits: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
     python scripts/predict.py --checkpoint facebook/maskformer-swin-tiny-ade --input photo.jpg --output segments
 
 For every image NAME the output folder gets NAME_labels.png (the segment of each pixel), NAME_segments.json (what
-the segments are) and NAME_overlay.png (to look at).
+the segments are) and NAME_overlay.png (to look at). Images of a folder that cannot be read are skipped; the exit code
+is then 1.
 """
 
 from dataclasses import dataclass, field
@@ -35,9 +36,14 @@ def main(arguments: Arguments) -> None:
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(device).eval()
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
     task = arguments.task or image_processor.segmentation_task or "semantic"
-    for name, image in tqdm(read_images(arguments.input), desc="Segmenting", unit="image"):
+    failed: list[Path] = []
+    for name, image in tqdm(read_images(arguments.input, failed), desc="Segmenting", unit="image"):
         prediction = predict(model, image_processor, image, task)
         write_prediction(prediction, image, model.config.id2label, task, Path(arguments.output), name)
+    if failed:
+        raise ValueError(
+            f"Images that could not be read: {len(failed)}, see above. The others are in {arguments.output}."
+        )
     print(f"The results are in {arguments.output}.")
 
 

@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.ndimage
 from PIL import Image
 
 from hf_maskformer.evaluation import label_placement
@@ -59,7 +60,8 @@ def test_the_hue_of_a_label_does_not_depend_on_the_image(label_map):
 
 def test_a_border_darkens_both_sides_and_nothing_else(image, label_map):
     drawn = pixels(draw_segmentation(image, label_map, ID2LABEL, palette=PALETTE, alpha=0.5))
-    assert drawn[15][18:22] == [[150, 50, 50], [90, 0, 0], [0, 90, 0], [50, 150, 50]]
+    row = [[150, 50, 50]] * 19 + [[90, 0, 0], [0, 90, 0]] + [[50, 150, 50]] * 19
+    assert drawn == [row] * 30
 
 
 def test_ignored_pixels_show_the_image(image, label_map):
@@ -110,6 +112,22 @@ def test_names_are_written_where_they_fit_and_never_overlap(monkeypatch):
     assert len(boxes) >= 4
     assert all(first[2] <= second[0] for first, second in itertools.pairwise(boxes))
     assert all(0 <= left < right <= 300 and 0 <= top < bottom <= 200 for left, top, right, bottom in boxes)
+
+
+def test_distances_are_taken_in_the_boxes_of_segments_that_may_hold_a_name(monkeypatch):
+    sizes, transform = [], scipy.ndimage.distance_transform_edt
+    monkeypatch.setattr(
+        scipy.ndimage, "distance_transform_edt", lambda mask: sizes.append(mask.shape) or transform(mask)
+    )
+    ids = np.zeros((200, 300), dtype=int)
+    ids[150:190, 200:280] = 70_000
+    ids[10:13, 10:200], ids[20:100:40, 20:100:20] = 2, 3  # too thin; too few pixels, in a large box
+    segments = [{"id": number, "label_id": 0} for number in (2, 3, 70_000)]
+    result = {"segmentation": ids, "segments_info": segments}
+    picture = draw_segmentation(Image.new("RGB", (300, 200)), result, {0: "name"}, labels=True)
+    assert sizes == [(42, 82)]
+    written = np.argwhere((np.asarray(picture) == 255).all(-1))
+    assert ((written >= (150, 200)) & (written < (190, 280))).all()
 
 
 def test_a_name_without_room_in_the_picture_is_left_out():

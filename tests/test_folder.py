@@ -272,9 +272,14 @@ def test_a_map_of_colours_is_named(root):
         check_samples(SegmentationFolder(root, "train"))
 
 
-def test_a_sixteen_bit_image_is_refused_instead_of_clipped(root):
-    Image.fromarray(np.full((2, 3), 4000, np.uint16)).save(root / "images/train/b.png")
-    with pytest.raises(ValueError, match=r"images/train/b.png has more than 8 bits per channel"):
+def test_a_sixteen_bit_image_is_scaled_and_one_of_unknown_range_refused(root):
+    write_sample(root, "b", np.zeros((2, 3), dtype=np.uint8))
+    Image.fromarray(np.full((2, 3), 128 * 257, np.uint16)).save(root / "images/train/b.png")
+    (sample,) = [sample for sample in SegmentationFolder(root, "train") if sample["name"] == "b"]
+    assert np.unique(sample["image"]).tolist() == [128]
+    (root / "images/train/b.png").unlink()
+    Image.fromarray(np.full((2, 3), 4000, np.int32)).save(root / "images/train/b.tif")
+    with pytest.raises(ValueError, match=r"images/train/b.tif cannot be taken as a picture: mode I does not say"):
         check_samples(SegmentationFolder(root, "train"))
 
 

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.evaluation.drawing import draw_segmentation
 from hf_maskformer.evaluation.formats import coco_results, panoptic_image, semantic_image, write_panoptic
+from hf_maskformer.evaluation.segmentation_maps import to_numpy
 from hf_maskformer.post_processing_maskformer_rle import encode_masks
 
 RESULT = {
@@ -80,3 +82,30 @@ def test_semantic_images_hold_labels_and_show_colours(tmp_path):
     assert semantic_image(np.full((2, 2), 255)).getpixel((0, 0)) == 255
     with pytest.raises(ValueError, match="labels from -1 to 0"):
         semantic_image([[-1, 0]])
+
+
+def test_values_with_gradients_become_an_array():
+    assert to_numpy(torch.tensor([1.5], requires_grad=True)).tolist() == [1.5]
+    assert to_numpy([[1, 2]]).tolist() == [[1, 2]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_results_on_a_gpu_are_written_and_drawn_like_those_on_the_cpu(tmp_path):
+    on_gpu = {**RESULT, "segmentation": RESULT["segmentation"].cuda()}
+    for name, result in (("cpu", RESULT), ("gpu", on_gpu)):
+        write_panoptic([(42, "photo", result)], tmp_path / name)
+        semantic_image(result["segmentation"]).save(tmp_path / name / "labels.png")
+        draw_segmentation(Image.new("RGB", (3, 2)), result, {0: "sky", 3: "car"}).save(tmp_path / name / "drawn.png")
+    assert (tmp_path / "cpu.json").read_text() == (tmp_path / "gpu.json").read_text()
+    for name in ("photo.png", "labels.png", "drawn.png"):
+        assert (tmp_path / "cpu" / name).read_bytes() == (tmp_path / "gpu" / name).read_bytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_prepared_on_a_gpu_can_be_arrays():
+    label_map = np.array([[0, 1], [1, 1]])
+    batch = MaskFormerImageProcessor(do_resize=False)(
+        np.zeros((2, 2, 3), np.uint8), label_map, device="cuda", return_tensors="np"
+    )
+    assert batch["pixel_values"].shape == (1, 3, 32, 32)
+    assert batch["class_labels"][0].tolist() == [0, 1]

@@ -13,7 +13,7 @@ from transformers.models.maskformer.image_processing_pil_maskformer import (
 )
 
 from hf_maskformer.image_processing_maskformer import MaskFormerImageProcessor
-from hf_maskformer.image_processing_maskformer_images import resize_image, resize_nearest
+from hf_maskformer.image_processing_maskformer_images import read_image, resize_image, resize_nearest
 from hf_maskformer.image_processing_maskformer_settings import ImageProcessorSettings
 from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_segmentation
 
@@ -270,6 +270,34 @@ def test_sixteen_bits_are_scaled_to_eight():
     assert deep.mode == "I;16"
     pixel_values = unscaled(size_divisor=0)(deep)["pixel_values"]
     assert pixel_values[0, :, 0].tolist() == [[0, 1, 128, 255]] * 3
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, ">u2"])
+def test_arrays_and_tensors_of_sixteen_bits_are_scaled_to_eight(dtype):
+    deep = np.array([[0, 257, 128 * 257, 65535]], dtype=dtype)
+    for form in (deep, np.stack([deep] * 3), torch.from_numpy(deep.astype(np.uint16))):
+        pixel_values = unscaled(size_divisor=0)(form)["pixel_values"]
+        assert pixel_values[0, :, 0].tolist() == [[0, 1, 128, 255]] * 3
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint32"])
+def test_integers_of_unknown_range_are_refused(dtype):
+    pixels = np.zeros((4, 4, 3), dtype=dtype)
+    for form in (pixels, torch.from_numpy(pixels)):
+        with pytest.raises(ValueError, match=f"Image 1 holds .*{dtype}, which does not say which value is white"):
+            MaskFormerImageProcessor()([random_image(4, 4), form])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_images_that_are_not_finite_are_refused(value):
+    pixels = np.full((3, 4, 4), 100.0)
+    pixels[1, 2, 3] = value
+    with pytest.raises(ValueError, match="Image 0 contains NaN or infinity"):
+        MaskFormerImageProcessor()(pixels)
+
+
+def test_a_tensor_stays_on_its_device_until_it_is_resized():
+    assert read_image(torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta"), 0).device.type == "meta"
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "CMYK", "YCbCr", "HSV", "RGBX"])

@@ -119,6 +119,14 @@ def test_pil_maps_of_any_integer_mode_mean_the_same(mode):
     assert masks == [[[1, 0], [0, 1]], [[0, 1], [1, 0]]]
 
 
+def test_a_grey_map_with_three_channels_is_no_map_of_ids_unless_labels_of_ids_are_given():
+    grey = Image.fromarray(np.array([[0, 1], [1, 2]], dtype=np.uint8)).convert("RGB")
+    with pytest.raises(ValueError, match=r'Segmentation map 0 is grey, .*image\.convert\("L"\)'):
+        targets(grey)
+    assert targets(grey.convert("L"))[1] == [0, 1, 2]
+    assert targets(grey, {0: 7, 0x010101: 5, 0x020202: 6})[1] == [7, 5, 6]
+
+
 @pytest.mark.parametrize("kind", ["PIL image", "array", "tensor"])
 def test_the_colours_of_coco_panoptic_are_ids(kind):
     colours = np.array([[[1, 0, 0], [0, 1, 0], [44, 1, 2]]], dtype=np.uint8)

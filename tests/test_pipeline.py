@@ -8,10 +8,13 @@ import pytest
 import torch
 from models import tiny_model
 from PIL import Image
+from test_per_pixel_baseline import tiny_baseline
 from transformers import pipeline
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.evaluation.pipeline import MaskFormerPipeline
+from hf_maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput, sizes_in_batch
+from hf_maskformer.modeling_per_pixel_baseline import PerPixelBaselineOutput
 
 THRESHOLDS = {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
 
@@ -27,10 +30,10 @@ def processor(**settings) -> MaskFormerImageProcessor:
     return MaskFormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 200}, **settings)
 
 
-def segmenter(**settings) -> MaskFormerPipeline:
+def segmenter(model: torch.nn.Module | None = None, **settings) -> MaskFormerPipeline:
     return pipeline(
         "image-segmentation",
-        model=tiny_model().eval(),
+        model=(model or tiny_model()).eval(),
         image_processor=processor(**settings),
         pipeline_class=MaskFormerPipeline,
         device="cpu",
@@ -83,21 +86,87 @@ def test_a_semantic_segment_scores_like_its_label_in_its_pixels():
     with torch.no_grad():
         outputs = segment.model(**inputs)
     (result,) = segment.image_processor.post_process_semantic_segmentation(outputs, [(40, 60)], True, mode="fast")
+    shares = result.segmentation_scores / result.segmentation_scores.sum(0)
     for entry in segment(image):
         label = segment.model.config.label2id[entry["label"]]
-        expected = result.segmentation_scores[label][torch.from_numpy(np.array(entry["mask"])) > 0].mean()
+        expected = shares[label][torch.from_numpy(np.array(entry["mask"])) > 0].mean()
         assert entry["score"] == pytest.approx(expected.item(), abs=0.02)  # nearest point instead of bilinear
+
+
+def with_output(model: torch.nn.Module, kind: type, **logits: torch.Tensor) -> torch.nn.Module:
+    """A model that says the same of every image, of which it sees 32 x 32 pixels."""
+    sizes = torch.tensor([[32, 32]])
+    model.forward = lambda **inputs: kind(image_sizes=sizes, padded_sizes=sizes, **logits)
+    return model
+
+
+def test_scores_of_semantic_segments_are_parts_of_all_scores():
+    classes = torch.tensor([[[0.8, 0.1, 1e-9, 1e-9, 0.1], [0.6, 0.3, 1e-9, 1e-9, 0.1]]]).log()
+    masks = torch.logit(torch.tensor([0.9, 0.5]))[None, :, None, None].expand(1, 2, 8, 8)
+    model = with_output(
+        tiny_model(), MaskFormerForInstanceSegmentationOutput, class_queries_logits=classes, masks_queries_logits=masks
+    )
+    (entry,) = segmenter(model)(images()[0])
+    # 0.8 x 0.9 + 0.6 x 0.5 = 1.02 for label 0 and 0.1 x 0.9 + 0.3 x 0.5 = 0.24 for label 1
+    assert (entry["label"], entry["score"]) == ("LABEL_0", pytest.approx(1.02 / 1.26))
+
+
+def test_a_pixel_in_no_mask_has_a_score():
+    classes, masks = torch.zeros(1, 2, 5), torch.full((1, 2, 8, 8), -1000.0)
+    model = with_output(
+        tiny_model(), MaskFormerForInstanceSegmentationOutput, class_queries_logits=classes, masks_queries_logits=masks
+    )
+    assert [entry["score"] for entry in segmenter(model)(images()[0])] == [0]
+
+
+def test_a_segment_of_a_per_pixel_baseline_scores_the_probability_of_its_label():
+    logits = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1]]).log().T[None, :, None, :]
+    model = with_output(
+        tiny_baseline(), PerPixelBaselineOutput, logits=logits.repeat_interleave(4, 3).expand(1, 4, 8, 8)
+    )
+    entries = segmenter(model)(images()[0])
+    assert [entry["label"] for entry in entries] == ["LABEL_0", "LABEL_1"]
+    # Between the two, the nearest point and the interpolated winner differ for a pixel or so.
+    assert [entry["score"] for entry in entries] == pytest.approx([0.7, 0.6], abs=0.02)
+
+
+def test_a_per_pixel_baseline_segments_images_in_batches_and_knows_no_instances():
+    segment = segmenter(tiny_baseline())
+    for image, entries in zip(images(), segment(images(), batch_size=3), strict=True):
+        assert sum(entry["area"] for entry in entries) == image.width * image.height
+        assert all(0 < entry["score"] <= 1 for entry in entries)
+    with pytest.raises(ValueError, match='set subtask="semantic"'):
+        segment(images()[0], subtask="instance")
+
+
+def that_sees_bright_channels() -> torch.nn.Module:
+    """A model whose masks are the bright parts of the three colour channels, whatever lies beside the image."""
+
+    def forward(pixel_values, pixel_mask):
+        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
+        return MaskFormerForInstanceSegmentationOutput(
+            class_queries_logits=9 * torch.eye(3, 5).expand(len(pixel_values), 3, 5),
+            masks_queries_logits=20 * torch.nn.functional.avg_pool2d(pixel_values, 4),
+            image_sizes=image_sizes,
+            padded_sizes=padded_sizes,
+        )
+
+    model = tiny_model()
+    model.forward = forward
+    return model
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_images_of_any_sizes_go_through_in_batches(task):
-    segment = segmenter(segmentation_task=task)
-    together = segment(images(), batch_size=1, threshold=0.0)
-    in_batches = segment(images(), batch_size=2, threshold=0.0)
-    assert [len(segments) for segments in together[2:]] == [len(segments) for segments in in_batches[2:]]
-    assert [{entry["mask"].size for entry in segments} for segments in in_batches] == [
-        {image.size} for image in images()
-    ]
+    segment = segmenter(that_sees_bright_channels(), segmentation_task=task)
+    one_by_one, together = (segment(images(), batch_size=size, **THRESHOLDS) for size in (1, 3))
+    for image, *both in zip(images(), one_by_one, together, strict=True):
+        alone, beside_others = ({entry["label"]: np.asarray(entry["mask"]) for entry in entries} for entries in both)
+        assert alone.keys() == beside_others.keys() == {"LABEL_0", "LABEL_1", "LABEL_2"}
+        for label, mask in alone.items():
+            assert mask.shape == (image.height, image.width)
+            # The last row and column are interpolated with the padding, where there is any.
+            assert np.mean(mask != beside_others[label]) < 0.03
 
 
 def test_a_generator_is_read_one_batch_ahead_at_most():

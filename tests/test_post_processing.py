@@ -220,6 +220,11 @@ def test_the_area_test_does_not_weigh_the_mask_by_the_label_score():
     assert panoptic(classes, masks, mask_threshold=0.75)["segmentation"].tolist() == [[0, 0]]
 
 
+def test_scores_keep_no_graph():
+    classes, masks, *_ = mixed_batch()
+    assert not semantic_scores(classes[0].requires_grad_(), masks[0].requires_grad_(), (4, 4), (32, 48)).requires_grad
+
+
 def test_half_precision_logits_are_computed_in_float32():
     classes, masks, *image_and_padded = mixed_batch()
     halves = classes.bfloat16(), masks.bfloat16()
@@ -277,6 +282,11 @@ def test_fast_mode_equals_transformers_where_nothing_is_padded():
     (stock,) = StockImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=[(45, 61)])
     full = sizes((32, 48))
     assert torch.equal(semantic_segmentation(classes, masks, full, full, [(45, 61)], mode="fast")[0], stock)
+
+
+def test_large_logits_are_finite_even_if_their_sum_is_not():
+    classes, masks = class_logits(PERSON), torch.tensor([[[[3e38, 3e38]]]])
+    assert panoptic(classes, masks)["segmentation"].tolist() == [[1, 1]]
 
 
 @pytest.mark.parametrize("function", [semantic_segmentation, panoptic_segmentation, instance_segmentation])

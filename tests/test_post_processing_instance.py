@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_maskformer.post_processing_maskformer_instance import instance_segmentation
+from hf_maskformer.post_processing_maskformer_inputs import split_batch
+from hf_maskformer.post_processing_maskformer_instance import _find_instances, instance_segmentation
 
 SKY, PERSON, NO_OBJECT = 0, 1, 2
 
@@ -67,6 +68,25 @@ def test_two_labels_of_one_query_are_two_instances_of_one_mask():
     assert [entry["label_id"] for entry in result["segments_info"]] == [SKY, PERSON]
     assert result["segmentation"].int().tolist() == [[[1, 0]], [[1, 0]]]
     assert len(instances(classes, mask_logits([[1, 0]]), threshold=0.3)["segments_info"]) == 1
+
+
+def test_a_mask_is_kept_once_for_all_labels_of_its_query():
+    classes = torch.randn(1, 2, 51, generator=torch.Generator().manual_seed(0))
+    masks = mask_logits([[1, 0, 0]], [[0, 1, 1]])
+    (image,) = split_batch(classes, masks, torch.tensor([[1, 3]]), torch.tensor([[1, 3]]), None)
+    found = _find_instances(image, threshold=0.0, mask_threshold=0.5, top_k=100, min_area=1)
+    assert len(found.scores) == 100
+    assert len(found.pixels) == 2  # of one tile each
+    best = classes[0].softmax(-1)[:, :-1].amax(1)
+    owners = found.owners()[0]
+    assert torch.allclose(found.scores[owners], best[[0, 1, 1]], atol=1e-4)
+    assert sorted(found.masks()[:, 0].int().tolist()) == [[0, 1, 1]] * 50 + [[1, 0, 0]] * 50
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_no_candidates_are_refused(top_k):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}; give at least 1"):
+        instances(*overlapping_instances(), top_k=top_k)
 
 
 def test_small_instances_are_left_out():

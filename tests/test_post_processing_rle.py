@@ -37,6 +37,13 @@ def coco_string(*numbers: int) -> str:
     return characters
 
 
+def test_all_masks_leave_their_device_at_once(monkeypatch):
+    copies, copy = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or copy(tensor))
+    assert len(encode_masks(torch.ones(5, 2, 3, dtype=torch.bool))) == 5
+    assert copies == [(5, 6)]
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=50, deadline=None)
 def test_pycocotools_decodes_what_is_encoded(seed):

@@ -130,10 +130,13 @@ def test_two_images_of_one_name_would_overwrite_each_other_and_are_refused(tmp_p
         list(read_images(str(tmp_path)))
 
 
-def test_an_image_with_more_than_eight_bits_is_refused(tmp_path):
-    Image.fromarray(np.full((4, 4), 60000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits per channel"):
-        list(read_images(str(tmp_path)))
+def test_sixteen_bits_are_scaled_and_an_image_of_unknown_range_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 128 * 257, dtype=np.uint16)).save(tmp_path / "deep.png")
+    ((_, image),) = read_images(str(tmp_path / "deep.png"))
+    assert image.getpixel((0, 0)) == (128, 128, 128)
+    Image.fromarray(np.full((4, 4), 4000, dtype=np.int32)).save(tmp_path / "wide.tif")
+    with pytest.raises(ValueError, match=r"wide\.tif cannot be taken as a picture: mode I"):
+        list(read_images(str(tmp_path / "wide.tif")))
 
 
 def test_a_url_without_an_image_is_named(monkeypatch):
@@ -142,9 +145,14 @@ def test_a_url_without_an_image_is_named(monkeypatch):
         list(read_images("http://127.0.0.1:9/photo.png"))
 
 
-def test_a_damaged_image_is_named(tmp_path):
+def test_a_damaged_image_is_named_and_does_not_stop_the_others_of_its_folder(tmp_path, capsys):
     Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
     content = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image"):
-        list(read_images(str(tmp_path)))
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image .*Replace the file or remove it\.$"):
+        list(read_images(str(tmp_path / "cut.png")))
+    Image.new("RGB", (4, 3)).save(tmp_path / "whole.png")
+    failed = []
+    assert [name for name, _ in read_images(str(tmp_path), failed)] == ["whole"]
+    assert failed == [tmp_path / "cut.png"]
+    assert f"skipped: {tmp_path / 'cut.png'} cannot be read" in capsys.readouterr().err

@@ -86,6 +86,19 @@ def test_predict_writes_three_files_for_every_image(checkpoint, data, tmp_path, 
     assert names == {f"scene_0000{index}_{ending}" for index in (0, 1) for ending in endings}
 
 
+def test_predict_tells_how_many_images_it_could_not_read(checkpoint, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"no image")
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "b.png")
+    command = [sys.executable, SCRIPTS / "predict.py", f"--checkpoint={checkpoint}"]
+    command += [f"--input={tmp_path / 'photos'}", f"--output={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (tmp_path / "out" / "b_labels.png").exists()
+    assert f"skipped: {tmp_path / 'photos' / 'a.png'} cannot be read as an image" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: Images that could not be read: 1, see above.")
+
+
 def test_fine_tuning_other_classes_needs_a_word(checkpoint, data, tmp_path):
     other = tmp_path / "data"
     write_two_classes(other, data)

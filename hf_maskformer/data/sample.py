@@ -8,6 +8,8 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..image_processing_maskformer_images import to_rgb as convert_to_rgb
+
 # 1 bit, 8 bit, 8 bit with a palette (whose indices are the labels), 16 bit in three byte orders, 32 bit.
 MODES_OF_SEGMENTATION_MAPS = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")
 
@@ -42,9 +44,7 @@ def load_image(path: Path) -> Image.Image:
         image.load()
     # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
     except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as an image ({error}). Replace the file, or remove image and label file."
-        ) from error
+        raise ValueError(f"{path} cannot be read as an image ({error}). Replace the file or remove it.") from error
     return image
 
 
@@ -52,7 +52,7 @@ def make_sample(name: str, image: Image.Image, label_image: Image.Image, image_s
     """Builds a sample from an image and its label map as they are stored.
 
     `image_source` and `map_source` say in error messages where the two come from. Raises a ValueError if the label
-    map has several channels, the image more than 8 bits per channel, or if their sizes differ.
+    map has several channels, the image has mode I or F, or if their sizes differ.
     """
     segmentation_map = _to_segmentation_map(label_image, map_source)
     image = fit_image(image, segmentation_map.shape, image_source, map_source)
@@ -92,14 +92,11 @@ def _orient(image: Image.Image, map_size: tuple[int, ...]) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, source: str) -> Image.Image:
-    """Converts to RGB; raises a ValueError that names the source for more than 8 bits per channel."""
-    # Pillow would clip these to 0..255, which leaves an almost white picture.
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"{source} has more than 8 bits per channel (mode {image.mode}). Scale it to 8 bits, in the way that "
-            "suits its content, and store it as RGB."
-        )
-    return image.convert("RGB")
+    """Converts to RGB as the image processor does; raises a ValueError that names the source for modes I and F."""
+    try:
+        return convert_to_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be taken as a picture: {error}") from error
 
 
 def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from .label_placement import Color, font_for, write_labels
+from .segmentation_maps import to_numpy
 
 MIN_PANEL_SIDE = 320
 MARGIN = 12
@@ -97,7 +98,7 @@ def draw_segmentation(
     """
     if isinstance(result, Mapping):
         result, segments = result["segmentation"], result["segments_info"]
-    ids = np.asarray(result)
+    ids = to_numpy(result)
     if ids.shape != (image.height, image.width):
         raise ValueError(
             f"The segmentation map is {ids.shape}, but the image is {(image.height, image.width)}; resize one."
@@ -134,7 +135,7 @@ def _label_palette(id2label: Mapping[int, str], palette: np.ndarray | None) -> n
         return label_colors(num_labels)
     if len(palette) < num_labels:
         raise ValueError(f"The palette has {len(palette)} colours, but id2label goes up to {num_labels - 1}.")
-    return np.asarray(palette)
+    return to_numpy(palette)
 
 
 def _segment_shades(segments: Sequence[Mapping[str, Any]], colors: np.ndarray) -> dict[int, np.ndarray]:
@@ -186,7 +187,7 @@ def legend_labels(
     Pass `palette` as to `draw_segmentation`; ids without a name, such as the one for unlabelled pixels, are left out.
     """
     colors = _label_palette(id2label, palette)
-    occurring = [int(label) for label in np.unique(np.asarray(label_ids)) if int(label) in id2label]
+    occurring = [int(label) for label in np.unique(to_numpy(label_ids)) if int(label) in id2label]
     return [(id2label[label], _color(colors[label])) for label in occurring]
 
 

@@ -14,13 +14,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from .drawing import label_colors
+from .segmentation_maps import to_numpy
 
 MAX_SEGMENT_ID = 256**3 - 1
 
 
 def panoptic_image(segmentation: npt.ArrayLike) -> Image.Image:
     """Writes ids (H, W) as the colours of COCO panoptic, id = R + 256 G + 65536 B. Raises ValueError beyond 24 bits."""
-    ids = np.asarray(segmentation)
+    ids = to_numpy(segmentation)
     if ids.size and not 0 <= ids.min() <= ids.max() <= MAX_SEGMENT_ID:
         raise ValueError(
             f"The segmentation holds ids from {ids.min()} to {ids.max()}, but three bytes hold 0 to {MAX_SEGMENT_ID}."
@@ -32,7 +33,7 @@ def panoptic_annotation(
     result: Mapping[str, Any], image_id: int | str, file_name: str, category_ids: Mapping[int, int] | None = None
 ) -> dict[str, Any]:
     """Describes a panoptic result as panopticapi wants an entry of "annotations", with area and box of each segment."""
-    ids = np.asarray(result["segmentation"])
+    ids = to_numpy(result["segmentation"])
     segments_info = [
         {
             "id": info["id"],
@@ -98,13 +99,13 @@ def semantic_image(label_map: npt.ArrayLike, palette: np.ndarray | None = None) 
 
     Raises ValueError for labels below 0 or above 65535.
     """
-    labels = np.asarray(label_map)
+    labels = to_numpy(label_map)
     if labels.size and not 0 <= labels.min() <= labels.max() < 2**16:
         raise ValueError(f"The map holds labels from {labels.min()} to {labels.max()}; a PNG holds 0 to 65535.")
     if labels.max(initial=0) > 255:
         return Image.fromarray(labels.astype(np.uint16))
     image = Image.fromarray(labels.astype(np.uint8))
-    colors = label_colors(256) if palette is None else np.asarray(palette)[:256]
+    colors = label_colors(256) if palette is None else to_numpy(palette)[:256]
     image.putpalette(colors.astype(np.uint8).tobytes())
     return image
 

@@ -27,11 +27,13 @@ def write_labels(picture: Image.Image, ids: np.ndarray, names: Mapping[int, str]
     font = font_for(picture.size, smallest=9)
     pen = ImageDraw.Draw(picture)
     taken: list[Box] = []
+    boxes = _boxes(ids)
     areas = dict(zip(*(values.tolist() for values in np.unique(ids, return_counts=True)), strict=True))
-    for number in sorted(names, key=lambda number: -areas.get(number, 0)):
-        row, column, radius = _widest_point(ids == number)
-        if 2 * radius < 0.8 * font.size:
+    for number in sorted(areas.keys() & names.keys(), key=lambda number: (-areas[number], number)):
+        point = _widest_point(ids[boxes[number]] == number, smallest_radius=0.4 * font.size)
+        if point is None:
             continue
+        row, column = (offset + part.start for offset, part in zip(point, boxes[number], strict=True))
         width, height = font.getlength(names[number]) + 0.5 * font.size, 1.25 * font.size
         # Moved inwards from the edge of the picture, if need be.
         left = min(max(column - width / 2, 0), picture.width - width)
@@ -44,14 +46,25 @@ def write_labels(picture: Image.Image, ids: np.ndarray, names: Mapping[int, str]
         pen.text((left + width / 2, top + height / 2), names[number], _INK, font, anchor="mm")
 
 
-def _widest_point(mask: np.ndarray) -> tuple[int, int, float]:
-    """Row and column of the pixel that is furthest from the outside, and how far it is."""
+def _boxes(ids: np.ndarray) -> dict[int, tuple[slice, slice]]:
+    """Rows and columns of the smallest box around each id of a map (H, W)."""
+    from scipy.ndimage import find_objects
+
+    numbers, places = np.unique(ids, return_inverse=True)
+    return dict(zip(numbers.tolist(), find_objects(places.reshape(ids.shape) + 1), strict=True))
+
+
+def _widest_point(mask: np.ndarray, smallest_radius: float) -> tuple[int, int] | None:
+    """Row and column of the pixel that is furthest from the outside; None if that is less than the smallest radius."""
     from scipy.ndimage import distance_transform_edt
 
-    # What lies beyond the picture is outside too.
+    # Distances take far longer than counting, and many segments have no place for such a circle.
+    if min(mask.shape) + 1 < 2 * smallest_radius or mask.sum() < smallest_radius**2:
+        return None
+    # What lies beyond the box of a segment is outside too.
     distances = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(distances.argmax(), mask.shape)
-    return int(row), int(column), float(distances[row, column])
+    return (int(row), int(column)) if distances[row, column] >= smallest_radius else None
 
 
 def _overlap(one: Box, other: Box) -> bool:

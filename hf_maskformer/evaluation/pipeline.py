@@ -34,8 +34,8 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
 
     - `mask`: a PIL image of the photograph's size, 255 inside the segment and 0 outside. Those of instances overlap.
     - `label`: the name of its label.
-    - `score`: 0 to 1. Of a semantic segment: the mean over its pixels of the score that its label has nearby, on the
-      grid of the mask logits.
+    - `score`: 0 to 1. Of a semantic segment: the mean over its pixels of the part that its label has in the scores of
+      all labels nearby, on the grid of the logits.
     - `box`: `xmin`, `ymin`, `xmax`, `ymax`, in pixels; the last two lie just outside.
     - `area`: the pixels of its mask.
     """
@@ -94,8 +94,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         sizes = outputs["target_size"]
         if subtask == "semantic":
             maps = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-            logits = outputs.class_queries_logits, outputs.masks_queries_logits
-            rows = zip(maps, *logits, outputs.image_sizes.tolist(), outputs.padded_sizes.tolist(), strict=True)
+            rows = zip(maps, *_shares_of_labels(outputs), outputs.image_sizes.tolist(), strict=True)
             return [self._semantic_segments(*row) for row in rows]
         if subtask == "instance":
             results = self.image_processor.post_process_instance_segmentation(
@@ -117,17 +116,16 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         ]
 
     def _semantic_segments(
-        self, label_map: Tensor, class_logits: Tensor, mask_logits: Tensor, image_size: Size, padded_size: Size
+        self, label_map: Tensor, shares: Tensor, covered_size: Size, image_size: Size
     ) -> list[dict[str, Any]]:
-        probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
-        scores = torch.einsum("qk,qhw->khw", probabilities, mask_logits.float().sigmoid())
-        lengths = zip(label_map.shape, image_size, mask_logits.shape[1:], padded_size, strict=True)
+        lengths = zip(label_map.shape, image_size, shares.shape[1:], covered_size, strict=True)
         rows, columns = (
-            ((torch.arange(target) + 0.5) * (image * grid / (target * padded))).long()
-            for target, image, grid, padded in lengths
+            ((torch.arange(target) + 0.5) * (image * grid / (target * covered))).long()
+            for target, image, grid, covered in lengths
         )
-        score_map = scores[label_map, rows[:, None], columns]
-        sums = torch.bincount(label_map.flatten(), weights=score_map.flatten())
+        score_map = shares[label_map, rows[:, None], columns]
+        # In float32 the sum over millions of pixels would be off, and a mean of ones could exceed 1.
+        sums = torch.bincount(label_map.flatten(), weights=score_map.flatten().double())
         areas = torch.bincount(label_map.flatten())
         return [
             self._segment(label_map == label, label, (sums[label] / areas[label]).item())
@@ -143,3 +141,17 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             "box": {"xmin": columns[0], "ymin": rows[0], "xmax": columns[-1] + 1, "ymax": rows[-1] + 1},
             "area": int(mask.sum()),
         }
+
+
+def _shares_of_labels(outputs: Any) -> tuple[list[Tensor], list[Size]]:
+    """The part of each label at each grid point, (K, h, w), for each image; and the size that each grid covers."""
+    if hasattr(outputs, "logits"):
+        shares = list(outputs.logits.float().softmax(dim=1))
+        return shares, [(4 * height, 4 * width) for height, width in (each.shape[1:] for each in shares)]
+    shares = []
+    for class_logits, mask_logits in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
+        probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
+        scores = torch.einsum("qk,qhw->khw", probabilities, mask_logits.float().sigmoid())
+        # Scores are sums over queries, so they may exceed 1; and where no query has a mask, all may be 0.
+        shares.append(scores / scores.sum(dim=0).clamp(min=torch.finfo(scores.dtype).tiny))
+    return shares, outputs.padded_sizes.tolist()

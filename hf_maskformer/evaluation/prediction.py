@@ -1,6 +1,7 @@
 """Segments photographs with a checkpoint and writes what was found."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 from transformers.image_utils import load_image as load_image_from_url
 
 from ..data.folder import IMAGE_SUFFIXES, files_by_name
@@ -18,7 +20,8 @@ from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
-from .tasks import Task, check_model
+from .segmentation_maps import to_numpy
+from .tasks import Task, check_model, panoptic_threshold
 
 
 @dataclass
@@ -48,18 +51,21 @@ def predict(
     check_model(task, model)
     inputs = image_processor(images=image, return_tensors="pt")
     parameter = next(model.parameters())
-    outputs = model(
-        pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
-        pixel_mask=inputs["pixel_mask"].to(parameter.device),
-    )
+    pixel_values = inputs["pixel_values"].to(parameter.device, parameter.dtype)
+    pixel_mask = inputs["pixel_mask"].to(parameter.device)
+    if task == "panoptic" and isinstance(model, MaskFormerForInstanceSegmentation):
+        # The masks that post-processing would drop at once are not computed.
+        outputs = model.predict(pixel_values, pixel_mask, threshold=panoptic_threshold(image_processor))
+    else:
+        outputs = model(pixel_values=pixel_values, pixel_mask=pixel_mask)
     target_sizes = [(image.height, image.width)]
     if task != "semantic":
         post_process = getattr(image_processor, f"post_process_{task}_segmentation")
         (result,) = post_process(outputs, target_sizes=target_sizes)
-        segmentation, segments = result["segmentation"].cpu().numpy(), result["segments_info"]
+        segmentation, segments = to_numpy(result["segmentation"]), result["segments_info"]
     else:
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
-        segmentation = label_map.cpu().numpy()
+        segmentation = to_numpy(label_map)
         segments = [{"id": label, "label_id": label} for label in np.unique(segmentation).tolist()]
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # the configuration makes ids integers
     areas = dict(zip(*(values.tolist() for values in np.unique(segmentation, return_counts=True)), strict=True))
@@ -88,13 +94,15 @@ def write_prediction(
     return paths
 
 
-def read_images(source: str) -> Iterator[tuple[str, Image.Image]]:
+def read_images(source: str, failed: list[Path] | None = None) -> Iterator[tuple[str, Image.Image]]:
     """Gives the name and the upright RGB image of a file, of every image in a folder, or of an http(s) URL.
+
+    An image of a folder that cannot be read is left out, with a message on stderr, and its path is added to `failed`.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no image.
-        ValueError: a file is damaged, has more than 8 bits per channel, shares its name with another of the folder, or
-            a URL leads to no image.
+        ValueError: a single file is damaged or has mode I or F, two of a folder share their name, or a URL leads to no
+            image.
     """
     if source.startswith(("http://", "https://")):
         yield Path(unquote(urlparse(source).path)).stem or "image", _download(source)
@@ -108,7 +116,16 @@ def read_images(source: str) -> Iterator[tuple[str, Image.Image]]:
         if not files:
             raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     for file in files:
-        yield file.stem, to_rgb(ImageOps.exif_transpose(load_image(file)), str(file))
+        try:
+            image = to_rgb(ImageOps.exif_transpose(load_image(file)), str(file))
+        except ValueError as error:
+            if not path.is_dir():
+                raise
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            if failed is not None:
+                failed.append(file)
+            continue
+        yield file.stem, image
 
 
 def _download(url: str) -> Image.Image:

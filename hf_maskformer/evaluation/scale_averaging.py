@@ -4,14 +4,17 @@ K labels; H x W the size of the image.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer import semantic_scores
+from ..post_processing_maskformer_tiles import Mode
+from ..post_processing_per_pixel_baseline import per_pixel_logits
 
 ADE20K_EDGES = (256, 384, 512, 640, 768, 896)
 
@@ -25,53 +28,75 @@ def augmented_semantic_scores(
     shortest_edges: Sequence[int] = ADE20K_EDGES,
     longest_edge: int = 3584,
     flip: bool = True,
+    mode: Mode | None = None,
 ) -> Tensor:
     """Averages the scores of an image over scales, and over the image and its mirror image.
+
+    Of a per-pixel baseline logits are averaged, as in the original, and their softmax is returned.
 
     One prediction at a time, each brought to the size of the image and turned back before it is added: a few times
     K x H x W numbers are held, whatever the number of scales.
 
     Args:
-        model: a `MaskFormerForInstanceSegmentation`, on its device.
+        model: a `MaskFormerForInstanceSegmentation` or a `PerPixelBaselineForSemanticSegmentation`, on its device.
         image_processor: normalises the images; its `size` gives way to the scales.
         image: RGB.
         shortest_edges: the shortest edge of each scale, in pixels; by default those of the paper for ADE20K. For
             Cityscapes it has 512 to 1792 in steps of 256, with longest_edge=4096.
         longest_edge: the most that the other edge may have.
         flip: whether to mirror the image at every scale too.
+        mode: what is resized, as in `semantic_scores`; by default `"direct"` where the image processor says that the
+            model is a panoptic one, as in the original, and `"paper"` otherwise. Baselines know `"paper"` only.
 
     Returns:
         (K, H, W) float32; its `argmax(0)` is the segmentation.
 
     Raises:
-        ValueError: there is no scale.
+        ValueError: there is no scale, the mode is unknown or not one of the model, or the model is of another package.
     """
     if not shortest_edges:
         raise ValueError("shortest_edges is empty; give the shortest edge of at least one scale.")
+    if mode is None:
+        task = image_processor.segmentation_task  # type: ignore[attr-defined]  # a setting
+        mode = "direct" if task == "panoptic" else "paper"
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
+    is_baseline = isinstance(model, PerPixelBaselineForSemanticSegmentation)
+    if is_baseline and mode != "paper":
+        raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
-        total = total + _scores(model, image_processor, image, size)
+        total = total + _scores(model, image_processor, image, size, mode)
         if flip:
-            total += _scores(model, image_processor, mirrored, size).flip(-1)
-    return total / (len(shortest_edges) * (2 if flip else 1))
+            total += _scores(model, image_processor, mirrored, size, mode).flip(-1)
+    mean = total / (len(shortest_edges) * (2 if flip else 1))
+    return mean.softmax(dim=0) if is_baseline else mean
 
 
 def _scores(
-    model: torch.nn.Module, image_processor: MaskFormerImageProcessor, image: Image.Image, size: dict[str, int]
+    model: torch.nn.Module,
+    image_processor: MaskFormerImageProcessor,
+    image: Image.Image,
+    size: dict[str, int],
+    mode: Mode,
 ) -> Tensor:
+    """Scores, or logits of a baseline, (K, H, W), of the image brought to a size."""
     parameter = next(model.parameters())
     inputs = image_processor(images=image, size=size, return_tensors="pt")
     outputs = model(
         pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
         pixel_mask=inputs["pixel_mask"].to(parameter.device),
     )
+    if not hasattr(outputs, "image_sizes"):
+        raise ValueError(
+            f"{type(model).__name__} does not say where the image lies in its output; give a "
+            "MaskFormerForInstanceSegmentation or a PerPixelBaselineForSemanticSegmentation of this package."
+        )
     (image_size,), (padded_size,) = outputs.image_sizes.tolist(), outputs.padded_sizes.tolist()
-    return semantic_scores(
-        outputs.class_queries_logits[0],
-        outputs.masks_queries_logits[0],
-        tuple(image_size),
-        tuple(padded_size),
-        (image.height, image.width),
-    )
+    target_size = image.height, image.width
+    if isinstance(model, PerPixelBaselineForSemanticSegmentation):
+        return per_pixel_logits(outputs.logits[0], tuple(image_size), target_size)
+    logits = outputs.class_queries_logits[0], outputs.masks_queries_logits[0]
+    return semantic_scores(*logits, tuple(image_size), tuple(padded_size), target_size, mode)

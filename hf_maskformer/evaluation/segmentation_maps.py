@@ -1,4 +1,4 @@
-"""Segmentation maps as the metrics take them in, and a quick way to count the pairs of values in two of them."""
+"""Segmentation maps as metrics and drawings take them in, and a quick way to count the pairs of values in two."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
@@ -24,6 +24,11 @@ def to_tensors(prediction: SegmentationMap, reference: SegmentationMap) -> tuple
             "Resize the prediction to the reference's size."
         )
     return predicted, expected
+
+
+def to_numpy(values: Any) -> np.ndarray:
+    """Gives what a model or a user hands over, on any device and with or without gradients, as an array."""
+    return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
 
 
 def in_pairs(predictions: Iterable[Any], references: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
