@@ -93,6 +93,15 @@ def test_a_semantic_segment_scores_like_its_label_in_its_pixels():
         assert entry["score"] == pytest.approx(expected.item(), abs=0.02)  # nearest point instead of bilinear
 
 
+def test_a_grey_image_of_sixteen_bits_looks_like_one_of_eight(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png")
+    expected, *others = segmenter()([Image.fromarray(grey), deep, str(tmp_path / "deep.png")])
+    for entries in others:
+        assert [entry["score"] for entry in entries] == [entry["score"] for entry in expected]
+
+
 def with_output(model: torch.nn.Module, kind: type, **logits: torch.Tensor) -> torch.nn.Module:
     """A model that says the same of every image, of which it sees 32 x 32 pixels."""
     sizes = torch.tensor([[32, 32]])
