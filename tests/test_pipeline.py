@@ -139,8 +139,10 @@ def test_a_segment_of_a_per_pixel_baseline_scores_the_probability_of_its_label()
     assert [entry["score"] for entry in entries] == pytest.approx([0.7, 0.6], abs=0.02)
 
 
-def test_a_per_pixel_baseline_segments_images_in_batches_and_knows_no_instances():
+def test_a_per_pixel_baseline_segments_images_in_batches_and_knows_no_instances(caplog):
+    logging.getLogger("transformers").propagate = True
     segment = segmenter(tiny_baseline())
+    assert not caplog.records
     for image, entries in zip(images(), segment(images(), batch_size=3), strict=True):
         assert sum(entry["area"] for entry in entries) == image.width * image.height
         assert all(0 < entry["score"] <= 1 for entry in entries)

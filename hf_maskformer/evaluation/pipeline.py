@@ -15,6 +15,7 @@ from transformers.image_utils import load_image
 
 from ..image_processing_maskformer_images import to_rgb
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 
 
@@ -54,6 +55,11 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         if "progress_bar" in kwargs:
             preprocess["progress_bar"] = kwargs["progress_bar"]
         return preprocess, forward, postprocess
+
+    def check_model_type(self, supported_models: Any) -> None:
+        # transformers' tables of models do not list the baselines, and it would log an error.
+        if not isinstance(self.model, PerPixelBaselineForSemanticSegmentation):
+            super().check_model_type(supported_models)
 
     def preprocess(self, image: Any, *, timeout: float | None = None, **_: Any) -> Any:  # type: ignore[override]
         return self._preprocess_batch([image], timeout)
