@@ -93,6 +93,15 @@ def test_a_semantic_segment_scores_like_its_label_in_its_pixels():
         assert entry["score"] == pytest.approx(expected.item(), abs=0.02)  # nearest point instead of bilinear
 
 
+def test_a_grey_image_of_sixteen_bits_looks_like_one_of_eight(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png")
+    expected, *others = segmenter()([Image.fromarray(grey), deep, str(tmp_path / "deep.png")])
+    for entries in others:
+        assert [entry["score"] for entry in entries] == [entry["score"] for entry in expected]
+
+
 def with_output(model: torch.nn.Module, kind: type, **logits: torch.Tensor) -> torch.nn.Module:
     """A model that says the same of every image, of which it sees 32 x 32 pixels."""
     sizes = torch.tensor([[32, 32]])
@@ -130,8 +139,10 @@ def test_a_segment_of_a_per_pixel_baseline_scores_the_probability_of_its_label()
     assert [entry["score"] for entry in entries] == pytest.approx([0.7, 0.6], abs=0.02)
 
 
-def test_a_per_pixel_baseline_segments_images_in_batches_and_knows_no_instances():
+def test_a_per_pixel_baseline_segments_images_in_batches_and_knows_no_instances(caplog):
+    logging.getLogger("transformers").propagate = True
     segment = segmenter(tiny_baseline())
+    assert not caplog.records
     for image, entries in zip(images(), segment(images(), batch_size=3), strict=True):
         assert sum(entry["area"] for entry in entries) == image.width * image.height
         assert all(0 < entry["score"] <= 1 for entry in entries)

@@ -1,17 +1,21 @@
 """transformers' image segmentation pipeline, thinly adapted to what MaskFormer can tell."""
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ImageSegmentationPipeline
 from transformers.image_utils import load_image
 
+from ..image_processing_maskformer_images import to_rgb
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 
 
@@ -52,6 +56,11 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             preprocess["progress_bar"] = kwargs["progress_bar"]
         return preprocess, forward, postprocess
 
+    def check_model_type(self, supported_models: Any) -> None:
+        # transformers' tables of models do not list the baselines, and it would log an error.
+        if not isinstance(self.model, PerPixelBaselineForSemanticSegmentation):
+            super().check_model_type(supported_models)
+
     def preprocess(self, image: Any, *, timeout: float | None = None, **_: Any) -> Any:  # type: ignore[override]
         return self._preprocess_batch([image], timeout)
 
@@ -82,7 +91,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
                     yield segments
 
     def _preprocess_batch(self, images: list[Any], timeout: float | None) -> Any:
-        loaded = [load_image(image, timeout=timeout) for image in images]
+        loaded = [_as_rgb(image, timeout) for image in images]
         inputs = self.image_processor(images=loaded, return_tensors="pt").to(self.dtype)
         inputs["target_size"] = [(image.height, image.width) for image in loaded]
         return inputs
@@ -141,6 +150,15 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             "box": {"xmin": columns[0], "ymin": rows[0], "xmax": columns[-1] + 1, "ymax": rows[-1] + 1},
             "area": int(mask.sum()),
         }
+
+
+def _as_rgb(image: Any, timeout: float | None) -> Image.Image:
+    # transformers would cut grey images of 16 bits off at 255.
+    if isinstance(image, str | Path) and os.path.isfile(image):
+        image = Image.open(image)
+    if isinstance(image, Image.Image):
+        image = to_rgb(ImageOps.exif_transpose(image))
+    return load_image(image, timeout=timeout)
 
 
 def _shares_of_labels(outputs: Any) -> tuple[list[Tensor], list[Size]]:
