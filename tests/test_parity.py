@@ -106,7 +106,7 @@ def test_assignments_of_every_layer(golden: Golden) -> None:
         golden.model.train()(golden.arrays["pixel_values"], **golden.labels)
     finally:
         del golden.model.criterion.match
-    (layers,) = found
+    ((layers, _),) = found
     for layer, matches in zip(("aux_0", "aux_1", "last"), layers, strict=True):
         for image, (queries, segments) in enumerate(matches):
             assert queries == golden.arrays[f"match.{layer}.{image}.src"].tolist()
