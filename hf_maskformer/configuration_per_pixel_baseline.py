@@ -14,6 +14,9 @@ from .configuration_maskformer_parts import (
 )
 from .configuration_with_code import ConfigWithCode
 
+# In files, in place of None, for which transformers' MaskFormer would put a decoder with random weights.
+NO_DECODER = {"model_type": "maskformer-no-decoder"}
+
 
 @strict
 class PerPixelBaselineConfig(ConfigWithCode):
@@ -57,6 +60,8 @@ class PerPixelBaselineConfig(ConfigWithCode):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = make_backbone_config(self.backbone_config, {"model_type": "resnet"})
+        if self.decoder_config == NO_DECODER:
+            self.decoder_config = None
         if self.decoder_config is not None:
             self.decoder_config = nested_config(self.decoder_config, "decoder_config")
             if not isinstance(self.decoder_config, MaskFormerTransformerConfig):
@@ -75,3 +80,10 @@ class PerPixelBaselineConfig(ConfigWithCode):
                 f"semantic_loss_ignore_index is {self.semantic_loss_ignore_index}, which is also one of the "
                 f"{num_labels} classes. Take a number above, such as 65535, here and in the image processor."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved."""
+        fields = super().to_dict()
+        if fields["decoder_config"] is None:
+            fields["decoder_config"] = dict(NO_DECODER)
+        return fields

@@ -134,6 +134,13 @@ def test_a_round_trip_through_the_auto_classes(decoder_config, tmp_path) -> None
         assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
 
 
+@pytest.mark.parametrize("decoder_config", KINDS)
+def test_transformers_stops_with_an_error_instead_of_predicting_nonsense(decoder_config, tmp_path) -> None:
+    tiny_baseline(decoder_config).save_pretrained(tmp_path)
+    with pytest.raises((ValueError, KeyError), match="maskformer-"):
+        transformers.MaskFormerForInstanceSegmentation.from_pretrained(tmp_path)
+
+
 def test_queries_are_as_many_as_classes() -> None:
     config = PerPixelBaselineConfig(decoder_config=TRANSFORMER, num_labels=9)
     assert config.decoder_config.num_queries == 9
