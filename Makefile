@@ -1,7 +1,11 @@
 # Verbs are the targets with a "##" comment; `make` alone prints them.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+# An environment and what it is pinned to: "make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt" takes the
+# oldest versions that the package allows.
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 
 .PHONY: help demo test slow check format benchmark clean
 
@@ -37,11 +41,11 @@ benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
 	$(BIN)/python scripts/benchmark.py metric
 
 clean: ## Remove the environment, caches and outputs
-	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch goes first and by its exact version, so that no other package chooses a build of it.
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $(INSTALLED)
