@@ -71,8 +71,9 @@ def augmented_semantic_scores(
     target_size = image.height, image.width
     pixels: Any = image
     if from_own_size:
-        options: dict[str, Any] = {"do_rescale": False, "do_normalize": False, "size_divisor": 0, "pad_size": None}
-        pixels = image_processor(images=image, **options)["pixel_values"][0].to(torch.uint8)
+        inputs = image_processor(images=image, do_rescale=False, do_normalize=False)
+        height, width = _size_of_image(inputs["pixel_mask"][0])
+        pixels = inputs["pixel_values"][0, :, :height, :width].to(torch.uint8)
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
@@ -80,11 +81,16 @@ def augmented_semantic_scores(
         total = total + _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode)
         if flip:
             # Padding stays on the right.
-            width = int(inputs["pixel_mask"][0].any(dim=0).sum())
+            _, width = _size_of_image(inputs["pixel_mask"][0])
             inputs["pixel_values"][..., :width] = inputs["pixel_values"][..., :width].flip(-1)
             total += _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode).flip(-1)
     mean = total / (len(shortest_edges) * (2 if flip else 1))
     return mean.softmax(dim=0) if is_baseline else mean
+
+
+def _size_of_image(pixel_mask: Tensor) -> Size:
+    """(height, width) of the part of a mask (H, W) that is not padding."""
+    return int(pixel_mask.any(dim=1).sum()), int(pixel_mask.any(dim=0).sum())
 
 
 def _scores(model: torch.nn.Module, pixel_values: Tensor, pixel_mask: Tensor, target_size: Size, mode: Mode) -> Tensor:
