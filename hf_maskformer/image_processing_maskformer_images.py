@@ -65,9 +65,11 @@ def read_image(image: Any, index: int, input_data_format: str | None = None) -> 
     pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
     if pixels.dtype == torch.uint16:
         return to_eight_bits(pixels)
+    if pixels.dtype == torch.bool:
+        return pixels.to(torch.uint8) * 255
     if pixels.dtype == torch.uint8:
         return pixels
-    if pixels.dtype != torch.bool and not pixels.is_floating_point():
+    if not pixels.is_floating_point():
         raise ValueError(
             f"Image {index} holds {image.dtype}, which does not say which value is white; give uint8 (0 to 255), "
             "uint16 (0 to 65535) or floats."
