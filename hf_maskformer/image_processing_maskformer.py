@@ -44,7 +44,7 @@ from .post_processing_maskformer import panoptic_segmentation, semantic_scores, 
 from .post_processing_maskformer_inputs import Size, split_batch
 from .post_processing_maskformer_instance import Form, instance_segmentation
 from .post_processing_maskformer_tiles import Mode
-from .post_processing_per_pixel_baseline import per_pixel_segmentation
+from .post_processing_per_pixel_baseline import per_pixel_scores, per_pixel_segmentation
 
 logger = logging.get_logger(__name__)
 
@@ -247,24 +247,33 @@ class MaskFormerImageProcessor(BaseImageProcessor):
                 the mask logits.
             target_sizes: the (height, width) of each result, usually that of the original image; without it, results
                 have the size that the image had in the batch.
-            return_segmentation_scores: whether to return the scores too, which takes their memory.
-            mode: what is resized to the target: `"paper"`, `"direct"` or `"fast"` (see `semantic_scores`).
+            return_segmentation_scores: whether to return the scores too, which takes their memory: those of
+                `semantic_scores`, or of a baseline probabilities.
+            mode: what is resized to the target: `"paper"`, `"direct"` or `"fast"` (see `semantic_scores`). Baselines
+                know `"paper"` only.
 
         Returns:
             One (height, width) int64 map of labels per image; or with scores, one `SemanticSegmentation`.
 
         Raises:
-            ValueError: the mode is unknown, logits are not finite, or target_sizes does not fit the batch.
+            ValueError: the mode is unknown or not one of the model, logits are not finite, or target_sizes does not fit
+                the batch.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
         if hasattr(outputs, "logits"):
-            return per_pixel_segmentation(outputs.logits, outputs.image_sizes, outputs.padded_sizes, target_sizes)
-        batch = _logits_and_sizes(outputs)
-        if not return_segmentation_scores:
-            return semantic_segmentation(*batch, target_sizes, mode)
-        images = split_batch(*batch, target_sizes)
-        all_scores = [semantic_scores(*image[:2], *image.sizes, mode) for image in images]
+            if mode != "paper":
+                raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')
+            logits = outputs.logits, outputs.image_sizes, outputs.padded_sizes, target_sizes
+            if not return_segmentation_scores:
+                return per_pixel_segmentation(*logits)
+            all_scores = per_pixel_scores(*logits)
+        else:
+            batch = _logits_and_sizes(outputs)
+            if not return_segmentation_scores:
+                return semantic_segmentation(*batch, target_sizes, mode)
+            images = split_batch(*batch, target_sizes)
+            all_scores = [semantic_scores(*image[:2], *image.sizes, mode) for image in images]
         return [SemanticSegmentation(scores.argmax(dim=0), scores) for scores in all_scores]
 
     def post_process_instance_segmentation(

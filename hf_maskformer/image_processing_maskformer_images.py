@@ -4,15 +4,16 @@ B images of h x w pixels, H x W the padded size of the batch. Pixels stay uint8 
 """
 
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers.image_utils import load_image
 
 from .image_processing_maskformer_settings import RESAMPLING, ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
@@ -64,9 +65,11 @@ def read_image(image: Any, index: int, input_data_format: str | None = None) -> 
     pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
     if pixels.dtype == torch.uint16:
         return to_eight_bits(pixels)
+    if pixels.dtype == torch.bool:
+        return pixels.to(torch.uint8) * 255
     if pixels.dtype == torch.uint8:
         return pixels
-    if pixels.dtype != torch.bool and not pixels.is_floating_point():
+    if not pixels.is_floating_point():
         raise ValueError(
             f"Image {index} holds {image.dtype}, which does not say which value is white; give uint8 (0 to 255), "
             "uint16 (0 to 65535) or floats."
@@ -103,8 +106,18 @@ def _decode(image: str | Path | Image.Image) -> np.ndarray:
     """(h, w, 3) uint8."""
     if isinstance(image, str | Path):
         is_url = str(image).startswith(("http://", "https://"))
-        image = load_image(str(image)) if is_url else ImageOps.exif_transpose(Image.open(image))
+        image = download_image(str(image)) if is_url else ImageOps.exif_transpose(Image.open(image))
     return np.array(to_rgb(image))
+
+
+def download_image(url: str) -> Image.Image:
+    """The upright image behind a URL, in its own mode: transformers' `load_image` would cut 16 bits off at 255.
+
+    Raises errors of the client and of Pillow.
+    """
+    response = get_session().get(url, timeout=30)
+    response.raise_for_status()
+    return ImageOps.exif_transpose(Image.open(BytesIO(response.content)))
 
 
 def _channels_are_last(shape: tuple[int, ...], input_data_format: str | None) -> bool:

@@ -40,7 +40,10 @@ def split_batch(
     """
     _check_logits(class_queries_logits, masks_queries_logits)
     image_size_list, padded_size_list = _as_sizes(image_sizes), _as_sizes(padded_sizes)
-    targets = image_size_list if target_sizes is None else _as_sizes(target_sizes)
+    try:
+        targets = image_size_list if target_sizes is None else _as_sizes(target_sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"target_sizes is {target_sizes}; give a list with one (height, width) per image.") from error
     if len(targets) != len(image_size_list):
         raise ValueError(
             f"target_sizes has {len(targets)} entries, but the batch has {len(image_size_list)} images; "

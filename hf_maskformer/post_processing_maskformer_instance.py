@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .post_processing_maskformer_inputs import ImageLogits, Size, split_batch
-from .post_processing_maskformer_rle import encode_masks
+from .post_processing_maskformer_rle import encode_tiles
 from .post_processing_maskformer_tiles import TILE, TiledMasks
 
 Form = Literal["id_map", "masks", "rle"]
@@ -51,8 +51,8 @@ def instance_segmentation(
         One dictionary per image:
 
         - `segmentation`: as `"id_map"`, (H, W) int32 with the id of the surest instance at each pixel and 0 for void;
-          as `"masks"`, (N, H, W) bool; as `"rle"`, N dictionaries in the run-length encoding of COCO (see
-          `encode_masks`).
+          as `"masks"`, (N, H, W) bool; as `"rle"`, N dictionaries in the run-length encoding of COCO, as
+          pycocotools takes them: `size`, [H, W], and `counts`, a string.
         - `segments_info`: a list with one entry per instance, in descending order of score: `id` (1, 2, ...),
           `label_id`, `was_fused` (False) and `score`.
 
@@ -71,7 +71,7 @@ def instance_segmentation(
             segmentation, is_kept = _id_map(instances, overlap_mask_area_threshold)
         else:
             is_kept = torch.ones_like(instances.scores, dtype=torch.bool)
-            segmentation = encode_masks(instances.masks()) if form == "rle" else instances.masks()
+            segmentation = instances.run_lengths() if form == "rle" else instances.masks()
         labels, scores = instances.labels[is_kept].tolist(), instances.scores[is_kept].tolist()
         segments_info = [
             {"id": number, "label_id": label, "was_fused": False, "score": score}
@@ -84,7 +84,8 @@ def instance_segmentation(
 class _Instances(NamedTuple):
     """The instances of one image, the surest first, and the tiles that their masks touch.
 
-    Several labels of one query are several instances of one mask, whose tiles are kept once; M masks in all.
+    Several labels of one query are several instances of one mask, whose tiles are kept once. There are M masks, in the
+    order of the surest instance of each.
     """
 
     tiling: TiledMasks
@@ -92,33 +93,32 @@ class _Instances(NamedTuple):
     labels: Tensor  # (N,) int64
     areas: Tensor  # (N,) int64, in pixels
     masks_of_instances: Tensor  # (N,) int64: which mask an instance has
+    surest: Tensor  # (M,) int64: the surest instance of a mask
     masks_of_tiles: Tensor  # (n,) int64: to which mask a tile belongs
     tiles: Tensor  # (n, 2) int64: its row and column
     pixels: Tensor  # (n, T, T) bool: which of its pixels belong to the mask
 
     def masks(self) -> Tensor:
         """(N, H, W) bool."""
-        num_rows, num_columns = self.tiling.areas().shape
-        canvas = self.pixels.new_zeros(self._num_masks(), num_rows, TILE, num_columns, TILE)
-        canvas[self.masks_of_tiles, self.tiles[:, 0], :, self.tiles[:, 1]] = self.pixels
-        return self.tiling.crop(canvas[self.masks_of_instances])
+        masks = self.tiling.spread(len(self.surest), self.masks_of_tiles, self.tiles, self.pixels)
+        return masks if len(self.surest) == len(self.scores) else masks[self.masks_of_instances]
+
+    def run_lengths(self) -> list[dict[str, Any]]:
+        """N dictionaries as pycocotools takes them: `size`, [H, W], and `counts`, a string."""
+        size = self.tiling.target_size
+        counts = encode_tiles(len(self.surest), self.masks_of_tiles, self.tiles, self.pixels, size)
+        return [{"size": list(size), "counts": counts[mask]} for mask in self.masks_of_instances.tolist()]
 
     def owners(self) -> Tensor:
         """The number of the surest instance at each pixel, N where there is none, (H, W) int32."""
         num_rows, num_columns = self.tiling.areas().shape
         nobody = len(self.scores)
         # The other instances of a mask lie below its surest.
-        numbers = torch.arange(nobody, dtype=torch.int32, device=self.scores.device)
-        surest = numbers.new_full((self._num_masks(),), nobody)
-        surest.scatter_reduce_(0, self.masks_of_instances, numbers, "amin")
-        claims = torch.where(self.pixels, surest[self.masks_of_tiles, None, None], nobody).flatten(1)
+        claims = torch.where(self.pixels, self.surest.int()[self.masks_of_tiles, None, None], nobody).flatten(1)
         canvas = claims.new_full((num_rows * num_columns, TILE**2), nobody)
         places = self.tiles[:, 0] * num_columns + self.tiles[:, 1]
         canvas.scatter_reduce_(0, places[:, None].expand_as(claims), claims, "amin")
         return self.tiling.crop(canvas.view(num_rows, num_columns, TILE, TILE).transpose(1, 2))
-
-    def _num_masks(self) -> int:
-        return int(self.masks_of_instances.max()) + 1 if len(self.scores) else 0
 
 
 def _find_instances(
@@ -135,33 +135,40 @@ def _find_instances(
 
     _, highest = tiling.bounds()
     touched = (highest.sigmoid() >= mask_threshold).nonzero()
-    pixels, areas, sums = [], queries.new_zeros(len(queries)), scores.new_zeros(len(queries))
+    areas, sums = queries.new_zeros(len(queries)), scores.new_zeros(len(queries))
+    pixels = [areas.new_zeros(0, TILE, TILE, dtype=torch.bool)]
     for chunk in tiling.chunks(touched, 1):
         tiles, owners = chunk[:, :2], chunk[:, 2]
-        mask_probabilities = tiling.resized_logits_of(owners, tiles).sigmoid()
-        is_in_mask = (mask_probabilities >= mask_threshold) & tiling.is_inside(tiles)
+        mask_probabilities = tiling.resized_logits_of(owners, tiles).sigmoid_()
+        border = tiling.at_border(tiles)
+        is_in_mask = mask_probabilities >= mask_threshold
+        is_in_mask[border] &= tiling.is_inside(tiles[border])
         areas.index_add_(0, owners, is_in_mask.sum(dim=(1, 2)))
-        sums.index_add_(0, owners, (mask_probabilities * is_in_mask).sum(dim=(1, 2)))
+        sums.index_add_(0, owners, mask_probabilities.mul_(is_in_mask).sum(dim=(1, 2)))
         pixels.append(is_in_mask)
 
     scores = scores * (sums / areas.clamp(min=1))[mask_of_candidate]
     is_found = (scores >= threshold) & (areas[mask_of_candidate] >= min_area)
     order = scores.masked_fill(~is_found, -1).argsort(descending=True, stable=True)[: int(is_found.sum())]
-    found, masks_of_instances = mask_of_candidate[order].unique(return_inverse=True)
-    number_of_mask = torch.full_like(queries, -1)
-    number_of_mask[found] = torch.arange(len(found), device=found.device)
+    masks_of_instances = mask_of_candidate[order]
+    no_instance = torch.full_like(queries, len(order))
+    numbers = torch.arange(len(order), device=order.device)
+    surest, masks = no_instance.scatter_reduce(0, masks_of_instances, numbers, "amin").sort()
+    surest = surest[surest < len(order)]
+    number_of_mask = masks.argsort()
     masks_of_tiles = number_of_mask[touched[:, 2]]
-    is_found_tile = masks_of_tiles >= 0
-    all_pixels = torch.cat([*pixels, areas.new_zeros(0, TILE, TILE, dtype=torch.bool)])
+    # Masks without an instance come last.
+    found_tiles = (masks_of_tiles < len(surest)).nonzero().flatten()
     return _Instances(
         tiling,
         scores[order],
         (candidates % num_labels)[order],
-        areas[mask_of_candidate[order]],
-        masks_of_instances,
-        masks_of_tiles[is_found_tile],
-        touched[is_found_tile, :2],
-        all_pixels[is_found_tile],
+        areas[masks_of_instances],
+        number_of_mask[masks_of_instances],
+        surest,
+        masks_of_tiles[found_tiles],
+        touched[found_tiles, :2],
+        torch.cat(pixels).index_select(0, found_tiles),
     )
 
 

@@ -8,9 +8,11 @@ Q queries, h x w the grid of the mask logits; R rows and C columns of tiles of T
 by row and column. A tile depends on S x S' grid points and takes the sigmoid at M x M' points.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +73,11 @@ class TiledMasks:
         """Whether each pixel of these tiles (n, 2) belongs to the target, (n, T, T)."""
         return self.rows.is_inside[tiles[:, 0], :, None] & self.columns.is_inside[tiles[:, 1], None, :]
 
+    def at_border(self, tiles: Tensor) -> Tensor:
+        """Which of these tiles (n, 2) may reach beyond the target, as indices: those of the last row and column."""
+        last = tiles.new_tensor([len(self.rows.support) - 1, len(self.columns.support) - 1])
+        return (tiles == last).any(dim=1).nonzero().flatten()
+
     def chunks(self, tiles: Tensor, numbers_per_pixel: int) -> Iterator[Tensor]:
         """Splits tiles so that a chunk with so many numbers per pixel takes little memory."""
         budget = _CHUNK_ON_CPU if tiles.device.type == "cpu" else _CHUNK_ON_GPU
@@ -88,7 +95,12 @@ class TiledMasks:
     def resized_logits_of(self, queries: Tensor, tiles: Tensor) -> Tensor:
         """As `resized_logits` with one query (n,) for each tile, (n, M, M')."""
         points = self._grid_points(tiles) * self.logits.shape[2] + queries[:, None, None]
-        return _apply(self.rows.before, self.columns.before, tiles, self.logits.take(points)[..., None])[..., 0]
+        logits = self.logits.take(points)
+        if self.rows.before is None or self.columns.before is None:
+            return logits
+        rows = self.rows.before.index_select(0, tiles[:, 0])
+        columns = self.columns.before.index_select(0, tiles[:, 1])
+        return rows @ logits @ columns.mT
 
     def at_pixels(self, values: Tensor, tiles: Tensor) -> Tensor:
         """Takes values (n, M, M', any) to the pixels of their tiles, (n, T, T, any)."""
@@ -99,6 +111,24 @@ class TiledMasks:
         canvas = canvas[:, None, :, None].repeat(1, TILE, 1, TILE)
         canvas[tiles[:, 0], :, tiles[:, 1]] = values
         return self.crop(canvas)
+
+    def spread(self, num_maps: int, maps: Tensor, tiles: Tensor, pixels: Tensor) -> Tensor:
+        """Makes bool maps (num_maps, H, W) of pixels (n, T, T) of some tiles, each of the map with this number (n,)."""
+        height, width = self.target_size
+        if pixels.device.type == "cpu":
+            # numpy leaves pages of zeros to the operating system until they are written; most of a map never is.
+            canvas = torch.from_numpy(np.zeros((num_maps, height, width), dtype=bool))
+        else:
+            canvas = pixels.new_zeros(num_maps, height, width)
+        # The last row and column of tiles may be cut off, so they are written apart from the others.
+        for (top, bottom), (left, right) in itertools.product(_whole_and_rest(height), _whole_and_rest(width)):
+            num_rows, num_columns = min(TILE, bottom - top), min(TILE, right - left)
+            block = canvas[:, top:bottom, left:right].unflatten(2, (-1, num_columns)).unflatten(1, (-1, num_rows))
+            rows, columns = tiles[:, 0] - top // TILE, tiles[:, 1] - left // TILE
+            is_here = (rows >= 0) & (rows < block.shape[1]) & (columns >= 0) & (columns < block.shape[3])
+            here = is_here.nonzero().flatten()
+            block[maps[here], rows[here], :, columns[here]] = pixels.index_select(0, here)[:, :num_rows, :num_columns]
+        return canvas
 
     def crop(self, canvas: Tensor) -> Tensor:
         """Makes a map (..., H, W) of the target from one of its tiles (..., R, T, C, T)."""
@@ -150,6 +180,12 @@ def _interpolation(positions: Tensor, scale: float, length: int) -> tuple[Tensor
     weights = torch.zeros(*positions.shape, points.shape[1])
     weights.scatter_add_(2, low_at[..., None], 1 - share).scatter_add_(2, high_at[..., None], share)
     return points, weights
+
+
+def _whole_and_rest(length: int) -> list[tuple[int, int]]:
+    """Where the whole tiles of an axis lie, from and to, and where the last one if it is cut off."""
+    whole = length // TILE * TILE
+    return [(start, stop) for start, stop in ((0, whole), (whole, length)) if start < stop]
 
 
 def _reduce(function: Callable[..., Tensor], values: Tensor, dim: int, points: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 B images, K labels, h x w = H/4 x W/4 for the padded input of H x W. Sizes are (height, width).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,28 @@ def per_pixel_segmentation(
     Raises:
         ValueError: see `split_batch`.
     """
+    return [logits.argmax(dim=0) for logits in _at_targets(logits, image_sizes, padded_sizes, target_sizes)]
+
+
+@torch.no_grad()
+def per_pixel_scores(
+    logits: Tensor, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None = None
+) -> list[Tensor]:
+    """Gives the probability of each label at each pixel: the softmax of what `per_pixel_segmentation` compares.
+
+    Args and errors: as there.
+
+    Returns:
+        One (K, H, W) float32 tensor per image.
+    """
+    return [logits.softmax(dim=0) for logits in _at_targets(logits, image_sizes, padded_sizes, target_sizes)]
+
+
+def _at_targets(
+    logits: Tensor, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None
+) -> Iterator[Tensor]:
     images = split_batch(logits.flatten(2), logits, image_sizes, padded_sizes, target_sizes)
-    return [
-        per_pixel_logits(image.mask_logits, image.sizes.image, image.sizes.target).argmax(dim=0) for image in images
-    ]
+    return (per_pixel_logits(image.mask_logits, image.sizes.image, image.sizes.target) for image in images)
 
 
 def per_pixel_logits(logits: Tensor, image_size: Size, target_size: Size) -> Tensor:

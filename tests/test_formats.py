@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_post_processing_rle import encode_masks
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.evaluation.drawing import draw_segmentation
 from hf_maskformer.evaluation.formats import coco_results, panoptic_image, semantic_image, write_panoptic
 from hf_maskformer.evaluation.segmentation_maps import to_numpy
-from hf_maskformer.post_processing_maskformer_rle import encode_masks
 
 RESULT = {
     "segmentation": torch.tensor([[0, 1, 1], [2, 2, 1]], dtype=torch.int32),

@@ -307,6 +307,13 @@ def test_other_modes_are_read_as_pillow_converts_them(mode):
     assert np.array_equal(pixel_values[0].byte().permute(1, 2, 0).numpy(), np.array(image.convert("RGB")))
 
 
+def test_a_bool_array_is_black_and_white_as_mode_1_is():
+    array = np.arange(30).reshape(5, 6) % 4 == 0
+    processor = MaskFormerImageProcessor(do_resize=False)
+    as_image, as_array = (processor(each)["pixel_values"] for each in (Image.fromarray(array), array))
+    assert torch.equal(as_image, as_array)
+
+
 def test_a_file_is_turned_upright_and_a_pil_image_is_not(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

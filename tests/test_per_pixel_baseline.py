@@ -1,5 +1,7 @@
 """The per-pixel baselines: the paper's stored numbers, and all that a model of this package does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -259,6 +261,22 @@ def test_logits_are_enlarged_four_times_and_cut_whatever_the_size(width: int) ->
     (label_map,) = per_pixel_segmentation(logits, size, size)
     enlarged = torch.nn.functional.interpolate(logits, scale_factor=4, mode="bilinear")[0, :, :64, :width]
     assert torch.equal(label_map, enlarged.argmax(0))
+
+
+def test_scores_are_the_softmax_of_the_logits_at_the_target() -> None:
+    logits = torch.randn(2, NUM_LABELS, 16, 12)
+    sizes = {"image_sizes": torch.tensor([[64, 48], [50, 40]]), "padded_sizes": torch.tensor([[64, 48]] * 2)}
+    outputs, processor = SimpleNamespace(logits=logits, **sizes), MaskFormerImageProcessor()
+    targets = [(64, 48), (70, 31)]
+    maps = processor.post_process_semantic_segmentation(outputs, targets)
+    both = processor.post_process_semantic_segmentation(outputs, targets, return_segmentation_scores=True)
+    enlarged = torch.nn.functional.interpolate(logits, scale_factor=4, mode="bilinear")
+    cropped = torch.nn.functional.interpolate(enlarged[1:, :, :50, :40], (70, 31), mode="bilinear")
+    for label_map, result, expected in zip(maps, both, (enlarged[0], cropped[0]), strict=True):
+        assert torch.equal(result.segmentation, label_map)
+        torch.testing.assert_close(result.segmentation_scores, expected.softmax(0))
+    with pytest.raises(ValueError, match="its mode is \"paper\", not 'fast'"):
+        processor.post_process_semantic_segmentation(outputs, mode="fast")
 
 
 @pytest.mark.parametrize("trainer_class", [transformers.Trainer, MaskFormerTrainer])

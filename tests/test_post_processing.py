@@ -246,6 +246,9 @@ def test_target_sizes_that_do_not_fit_the_batch_are_refused(function):
         function(*mixed_batch(), target_sizes=[(4, 4), (4, 4)])
     with pytest.raises(ValueError, match=r"target_sizes\[1\] is \(0, 4\)"):
         function(*mixed_batch(), target_sizes=[(4, 4), (0, 4), (4, 4)])
+    for sizes in ((4, 4), [None] * 3, [(4, 4, 3)] * 3):
+        with pytest.raises(ValueError, match=r"give a list with one \(height, width\) per image"):
+            function(*mixed_batch(), target_sizes=sizes)
 
 
 @pytest.mark.parametrize("index", [0, 1])

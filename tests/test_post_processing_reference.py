@@ -51,6 +51,13 @@ def check_instances(seed, threshold, mask_threshold, top_k, min_area):
     assert all(map(torch.equal, found["segmentation"], expected.masks))
     assert [entry["label_id"] for entry in found["segments_info"]] == expected.labels
     assert [entry["score"] for entry in found["segments_info"]] == pytest.approx(expected.scores, abs=1e-5)
+    (encoded,) = instance_segmentation(*case.batch(), threshold, mask_threshold, form="rle", **options)
+    assert encoded["segments_info"] == found["segments_info"]
+    assert all(each["size"] == list(case.target_size) for each in encoded["segmentation"])
+    coco = pytest.importorskip("pycocotools.mask")
+    assert all(
+        map(torch.equal, map(torch.from_numpy, map(coco.decode, encoded["segmentation"])), found["segmentation"])
+    )
     (painted,) = instance_segmentation(*case.batch(), threshold, mask_threshold, **options)
     assert torch.equal(painted["segmentation"], expected.id_map(case.target_size))
 

@@ -105,15 +105,36 @@ def test_a_photograph_stored_sideways_is_turned_upright(tmp_path):
     assert image.size == (3, 4)
 
 
-def test_an_image_behind_a_url_is_read(tmp_path, monkeypatch):
-    Image.new("RGB", (4, 3), "red").save(tmp_path / "my photo.png")
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """The address of the folder tmp_path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    ((name, image),) = read_images(f"http://127.0.0.1:{server.server_address[1]}/my%20photo.png?width=4")
+    yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
+
+
+def test_an_image_behind_a_url_is_read(tmp_path, served):
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "my photo.png")
+    ((name, image),) = read_images(f"{served}/my%20photo.png?width=4")
     assert (name, image.getpixel((0, 0))) == ("my photo", (255, 0, 0))
+
+
+def test_what_a_url_holds_is_read_as_a_file_is(tmp_path, served):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.arange(0, 65536, 1366, dtype=np.uint16)[:48].reshape(6, 8))
+    deep.save(tmp_path / "deep.png", exif=exif)
+    ((_, from_url),), ((_, from_file),) = read_images(f"{served}/deep.png"), read_images(str(tmp_path / "deep.png"))
+    assert np.array_equal(from_url, from_file)
+    assert len(np.unique(from_url)) == 48
+    processor = MaskFormerImageProcessor(do_resize=False)
+    batches = [processor(source)["pixel_values"] for source in (f"{served}/deep.png", tmp_path / "deep.png")]
+    assert torch.equal(*batches)
+    with pytest.raises(ValueError, match=r"no\.png cannot be read as an image .*404"):
+        list(read_images(f"{served}/no.png"))
 
 
 def test_a_missing_input_is_named(tmp_path):

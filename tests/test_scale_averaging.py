@@ -16,23 +16,58 @@ def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 
 
-def test_scores_are_the_plain_mean_over_scales_and_mirror_images(image):
-    model, processor = tiny_model().eval(), MaskFormerImageProcessor()
-    expected = torch.zeros(4, 40, 60)
-    for edge in (32, 64):
+def smooth_image(height, width):
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def original_scores(model, image, resizings, target_size):
+    """What the original does at each scale, with nothing of this package but the model.
+
+    The image is resized by Pillow, mirrored after that, normalised and padded on the right and below; the mask logits
+    are brought to the padded size; the sums over queries are cropped, brought to the target and mirrored back.
+    """
+    mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    total = torch.zeros(model.config.num_labels, *target_size)
+    for (height, width), (padded_height, padded_width) in resizings:
+        resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
         for is_mirrored in (False, True):
-            picture = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image
-            inputs = processor(picture, size={"shortest_edge": edge, "longest_edge": 80})
-            height, width = inputs["pixel_mask"][0].any(1).sum(), inputs["pixel_mask"][0].any(0).sum()
+            pixels = np.zeros((padded_height, padded_width, 3))
+            pixels[:height, :width] = ((resized[:, ::-1] if is_mirrored else resized) - mean) / std
             with torch.no_grad():
-                outputs = model(inputs["pixel_values"])
-            masks = F.interpolate(outputs.masks_queries_logits, inputs["pixel_values"].shape[-2:], mode="bilinear")
-            labels = outputs.class_queries_logits[0].softmax(-1)[:, :-1]
-            scores = torch.einsum("qk,qhw->khw", labels, masks[0].sigmoid())[:, :height, :width]
-            scores = F.interpolate(scores[None], (40, 60), mode="bilinear")[0]
-            expected += (scores.flip(2) if is_mirrored else scores) / 4
+                outputs = model(torch.from_numpy(pixels).permute(2, 0, 1)[None].float())
+            logits = F.interpolate(outputs.masks_queries_logits, (padded_height, padded_width), mode="bilinear")[0]
+            scores = torch.zeros(model.config.num_labels, padded_height, padded_width)
+            for mask, labels in zip(logits.sigmoid(), outputs.class_queries_logits[0].softmax(-1), strict=True):
+                scores += labels[:-1, None, None] * mask
+            scores = F.interpolate(scores[None, :, :height, :width], target_size, mode="bilinear")[0]
+            total += torch.from_numpy(scores.numpy()[:, :, ::-1].copy()) if is_mirrored else scores
+    return total / (2 * len(resizings))
+
+
+# A longest edge of 80 bounds the second: 40 x 60 becomes 53.3 x 80 instead of 64 x 96.
+RESIZINGS = [((32, 48), (32, 64)), ((53, 80), (64, 96))]
+
+
+def test_scores_are_those_of_the_original_added_up_over_scales_and_mirror_images():
+    model, processor, image = tiny_model().eval(), MaskFormerImageProcessor(), smooth_image(40, 60)
+    expected = original_scores(model, image, RESIZINGS, (40, 60))
     found = augmented_semantic_scores(model, processor, image, shortest_edges=[32, 64], longest_edge=80)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # Pillow rounds pixels otherwise, by one level at most.
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-3)
+    one_scale = original_scores(model, image, RESIZINGS[:1], (40, 60))
+    assert (one_scale - expected).abs().max() > 2e-2
+
+
+def test_scales_can_be_made_from_the_image_at_its_own_size_as_in_the_original():
+    model, image = tiny_model().eval(), smooth_image(80, 120)
+    processor = MaskFormerImageProcessor(size={"shortest_edge": 10, "longest_edge": 100})
+    options = {"shortest_edges": [32, 64], "longest_edge": 80}
+    found = augmented_semantic_scores(model, processor, image, from_own_size=True, **options)
+    small = image.resize((15, 10), Image.Resampling.BILINEAR)
+    expected = original_scores(model, small, RESIZINGS, (80, 120))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert (augmented_semantic_scores(model, processor, image, **options) - expected).abs().max() > 5e-3
 
 
 def test_a_mirrored_image_gets_the_mirrored_scores(image):

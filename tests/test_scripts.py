@@ -377,3 +377,18 @@ def test_the_demo_reaches_its_score(tmp_path):
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert metrics["mean_iou"] >= 0.75
     assert len(list((tmp_path / "demo" / "pictures").glob("*.png"))) >= 4
+
+
+def test_padding_has_an_effect_only_where_there_is_padding(checkpoint, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+
+    def moves(name, width):
+        Image.fromarray(pixels[:, :width]).save(tmp_path / name)
+        call("padding_effect", checkpoint=checkpoint, input=tmp_path / name)
+        rows = [line.split("|")[1:] for line in capsys.readouterr().out.splitlines() if "%" in line]
+        return {row[0].strip(): float(row[3]) for row in rows}  # of mask logits
+
+    square, wide = moves("square.png", 64), moves("wide.png", 96)
+    assert list(square) == ["transformers", "this package", "with `mask_padding`"]
+    assert set(square.values()) == {0}
+    assert all(value > 0 for value in wide.values())

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
-from transformers.image_utils import load_image as load_image_from_url
 
 from ..data.folder import IMAGE_SUFFIXES, files_by_name
 from ..data.sample import load_image, to_rgb
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..image_processing_maskformer_images import download_image
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
@@ -130,7 +130,8 @@ def read_images(source: str, failed: list[Path] | None = None) -> Iterator[tuple
 
 def _download(url: str) -> Image.Image:
     try:
-        return load_image_from_url(url, timeout=30)
+        image = download_image(url)
     # The client has a family of errors of its own, and what arrives may be no image.
     except Exception as error:
         raise ValueError(f"{url} cannot be read as an image ({error}). Check the address.") from error
+    return to_rgb(image, url)

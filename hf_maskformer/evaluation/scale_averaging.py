@@ -13,6 +13,7 @@ from torch import Tensor
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer import semantic_scores
+from ..post_processing_maskformer_inputs import Size
 from ..post_processing_maskformer_tiles import Mode
 from ..post_processing_per_pixel_baseline import per_pixel_logits
 
@@ -29,6 +30,7 @@ def augmented_semantic_scores(
     longest_edge: int = 3584,
     flip: bool = True,
     mode: Mode | None = None,
+    from_own_size: bool = False,
 ) -> Tensor:
     """Averages the scores of an image over scales, and over the image and its mirror image.
 
@@ -47,6 +49,8 @@ def augmented_semantic_scores(
         flip: whether to mirror the image at every scale too.
         mode: what is resized, as in `semantic_scores`; by default `"direct"` where the image processor says that the
             model is a panoptic one, as in the original, and `"paper"` otherwise. Baselines know `"paper"` only.
+        from_own_size: make the scales from the image at the image processor's own `size`, as the original does when it
+            evaluates a data set; without it they are made from the image itself, which keeps more of a large one.
 
     Returns:
         (K, H, W) float32; its `argmax(0)` is the segmentation.
@@ -64,30 +68,36 @@ def augmented_semantic_scores(
     is_baseline = isinstance(model, PerPixelBaselineForSemanticSegmentation)
     if is_baseline and mode != "paper":
         raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')
-    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    target_size = image.height, image.width
+    pixels: Any = image
+    if from_own_size:
+        inputs = image_processor(images=image, do_rescale=False, do_normalize=False)
+        height, width = _size_of_image(inputs["pixel_mask"][0])
+        pixels = inputs["pixel_values"][0, :, :height, :width].to(torch.uint8)
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
-        total = total + _scores(model, image_processor, image, size, mode)
+        inputs = image_processor(images=pixels, size=size, return_tensors="pt")
+        total = total + _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode)
         if flip:
-            total += _scores(model, image_processor, mirrored, size, mode).flip(-1)
+            # Padding stays on the right.
+            _, width = _size_of_image(inputs["pixel_mask"][0])
+            inputs["pixel_values"][..., :width] = inputs["pixel_values"][..., :width].flip(-1)
+            total += _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode).flip(-1)
     mean = total / (len(shortest_edges) * (2 if flip else 1))
     return mean.softmax(dim=0) if is_baseline else mean
 
 
-def _scores(
-    model: torch.nn.Module,
-    image_processor: MaskFormerImageProcessor,
-    image: Image.Image,
-    size: dict[str, int],
-    mode: Mode,
-) -> Tensor:
-    """Scores, or logits of a baseline, (K, H, W), of the image brought to a size."""
+def _size_of_image(pixel_mask: Tensor) -> Size:
+    """(height, width) of the part of a mask (H, W) that is not padding."""
+    return int(pixel_mask.any(dim=1).sum()), int(pixel_mask.any(dim=0).sum())
+
+
+def _scores(model: torch.nn.Module, pixel_values: Tensor, pixel_mask: Tensor, target_size: Size, mode: Mode) -> Tensor:
+    """Scores, or logits of a baseline, (K, H, W), of one image."""
     parameter = next(model.parameters())
-    inputs = image_processor(images=image, size=size, return_tensors="pt")
     outputs = model(
-        pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
-        pixel_mask=inputs["pixel_mask"].to(parameter.device),
+        pixel_values=pixel_values.to(parameter.device, parameter.dtype), pixel_mask=pixel_mask.to(parameter.device)
     )
     if not hasattr(outputs, "image_sizes"):
         raise ValueError(
@@ -95,7 +105,6 @@ def _scores(
             "MaskFormerForInstanceSegmentation or a PerPixelBaselineForSemanticSegmentation of this package."
         )
     (image_size,), (padded_size,) = outputs.image_sizes.tolist(), outputs.padded_sizes.tolist()
-    target_size = image.height, image.width
     if isinstance(model, PerPixelBaselineForSemanticSegmentation):
         return per_pixel_logits(outputs.logits[0], tuple(image_size), target_size)
     logits = outputs.class_queries_logits[0], outputs.masks_queries_logits[0]
