@@ -8,7 +8,7 @@ import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, ResNetConfig
+from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
@@ -91,6 +91,7 @@ class SimpleFeaturePyramidConfig(PreTrainedConfig):
     """
 
     model_type = "maskformer-simple-feature-pyramid"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
 
     backbone_config: Any = None
 
