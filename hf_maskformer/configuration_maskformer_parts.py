@@ -8,7 +8,7 @@ import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
+from transformers import AutoConfig, PreTrainedConfig, ResNetConfig, TimmBackboneConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
@@ -157,6 +157,9 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
     cannot give the pixel decoder its four maps.
     """
     config = nested_config(value, "backbone_config", default)
+    if config.model_type == "timm_wrapper":
+        # What AutoConfig makes of a model of timm is a classifier.
+        config = TimmBackboneConfig(backbone=config.architecture)
     if config.model_type in PLAIN_BACKBONES:
         config = SimpleFeaturePyramidConfig(backbone_config=config)
     if config.model_type == SimpleFeaturePyramidConfig.model_type:
