@@ -1,9 +1,58 @@
-"""How scripts end when something is wrong with what they were given."""
+"""How scripts read their options, and end when something is wrong with what they were given."""
 
+import argparse
+import difflib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+
+class OptionParser(HfArgumentParser):
+    """A parser for dataclasses or plain options that names the option nearest to one that it does not know.
+
+    Args:
+        dataclass_types: As for `HfArgumentParser`.
+        hidden: Options that only `--help_all` shows.
+        kwargs: As for `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, dataclass_types: Any = None, hidden: Collection[str] = (), **kwargs: Any) -> None:
+        super().__init__(dataclass_types, **kwargs)
+        self.hidden = hidden
+        if hidden:
+            self.add_argument("--help_all", action="help", help=f"Show {len(hidden)} more options.")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self._prepare(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
+
+    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        self._prepare(sys.argv[1:] if args is None else args)
+        return super().parse_args_into_dataclasses(args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends without the usage, which would hide the message: it can be longer than a screen."""
+        self.exit(2, f"\nerror: {message}\n{self.prog} --help shows the options.\n")
+
+    def _prepare(self, command_line: Collection[str]) -> None:
+        if "--help_all" not in command_line:
+            for action in self._actions:
+                if action.dest in self.hidden:
+                    action.help = argparse.SUPPRESS
+        known = [*self._option_string_actions]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                known += [option for parser in action.choices.values() for option in parser._option_string_actions]
+        for word in command_line:
+            name = word.partition("=")[0]
+            # Options may be shortened.
+            if word.startswith("--") and not any(option.startswith(name) for option in known):
+                nearest = difflib.get_close_matches(name, known, n=1)
+                self.error(f"there is no option {name}.{f' Did you mean {nearest[0]}?' if nearest else ''}")
 
 
 @contextmanager

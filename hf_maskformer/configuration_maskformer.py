@@ -75,8 +75,7 @@ class MaskFormerConfig(ConfigWithCode):
     """
 
     model_type = "maskformer"
-    # Those that an attention implementation is passed on to: a ResNet refuses to be told one.
-    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "mask_feature_size"}
     # Per-image sizes and loss terms are no predictions: Trainer must not gather them.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]

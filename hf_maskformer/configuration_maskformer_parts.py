@@ -5,16 +5,23 @@ error, instead of loading there with weights missing.
 """
 
 import copy
+import difflib
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, ResNetConfig
+from transformers import AutoConfig, PreTrainedConfig, ResNetConfig, TimmBackboneConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
 GROUP_NORM_GROUPS = 32
 # Plain transformers, whose feature maps all have the stride of their patches: a pyramid is made of the last one.
 PLAIN_BACKBONES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+# Names that every configuration takes beside its fields.
+PASSED_ON = ("num_labels", "torch_dtype", "attn_implementation", "experts_implementation", "output_attentions")
 
 
 @strict
@@ -91,6 +98,7 @@ class SimpleFeaturePyramidConfig(PreTrainedConfig):
     """
 
     model_type = "maskformer-simple-feature-pyramid"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
 
     backbone_config: Any = None
 
@@ -140,13 +148,43 @@ def nested_config(value: Any, field: str, default: dict[str, Any] | None = None)
     fields = copy.deepcopy(default or {} if value is None else value)
     model_type = fields.pop("model_type", None)
     if model_type in OWN_TYPES:
-        return OWN_TYPES[model_type](**fields)
+        config = OWN_TYPES[model_type](**fields)
+        warn_of_misspelt_fields(config, fields, f"{field}.")
+        return config
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{field} has model_type {model_type!r}, which the installed transformers does not know. "
             "Give the model_type of a configuration, such as 'resnet' or 'swin' for backbone_config."
         )
     return CONFIG_MAPPING[model_type](**fields)
+
+
+def warn_of_misspelt_fields(config: PreTrainedConfig, given: Iterable[str], prefix: str = "") -> None:
+    """Warns of given names that are not fields of a configuration but nearly so.
+
+    transformers keeps any name as an attribute, and files may hold names from other versions: none is refused.
+    """
+    known = {*config.__dataclass_fields__, *config.attribute_map, *PASSED_ON}
+    for name in given:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if nearest and nearest != [name]:
+            logger.warning(
+                f"{prefix}{name} is no field of {type(config).__name__} and changes nothing. Did you mean "
+                f"{prefix}{nearest[0]}?"
+            )
+
+
+def warn_of_misplaced_fields(config: PreTrainedConfig, given: dict[str, Any]) -> None:
+    """Warns of names that are fields of `decoder_config` and have another value there."""
+    decoder = config.decoder_config
+    fields = set() if decoder is None else decoder.__dataclass_fields__.keys() - config.__dataclass_fields__.keys()
+    for name in given.keys() & fields - {"model_type", "num_attention_heads", "num_hidden_layers"}:  # written by both
+        value = given[name]
+        if getattr(decoder, name) != value:
+            logger.warning(
+                f"{name}={value} changes nothing here: it is a field of decoder_config, which has "
+                f"{getattr(decoder, name)}. Set it there."
+            )
 
 
 def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfig:
@@ -156,6 +194,9 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
     cannot give the pixel decoder its four maps.
     """
     config = nested_config(value, "backbone_config", default)
+    if config.model_type == "timm_wrapper":
+        # What AutoConfig makes of a model of timm is a classifier.
+        config = TimmBackboneConfig(backbone=config.architecture)
     if config.model_type in PLAIN_BACKBONES:
         config = SimpleFeaturePyramidConfig(backbone_config=config)
     if config.model_type == SimpleFeaturePyramidConfig.model_type:

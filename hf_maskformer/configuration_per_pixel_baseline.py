@@ -43,7 +43,7 @@ class PerPixelBaselineConfig(ConfigWithCode):
     """
 
     model_type = "per-pixel-baseline"
-    sub_configs: ClassVar[dict[str, Any]] = {"decoder_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
     files_of_auto_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_per_pixel_baseline.PerPixelBaselineConfig",

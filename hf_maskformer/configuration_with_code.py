@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from .configuration_maskformer_parts import warn_of_misplaced_fields, warn_of_misspelt_fields
+
 LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new labels replace all of them
 
 
@@ -16,6 +18,11 @@ class ConfigWithCode(PreTrainedConfig):
 
     # "file.Class" for each Auto class.
     files_of_auto_classes: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        warn_of_misspelt_fields(self, kwargs)
+        warn_of_misplaced_fields(self, kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_maskformer import MaskFormerConfig
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 from .loss_maskformer import MaskFormerLoss
-from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
+from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid, build_foreign_backbone, switch_attention
 from .modeling_maskformer_pixel_decoder import MaskProjection, PixelDecoder, PixelDecoderOutput
 from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
@@ -171,22 +171,30 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
     input_modalities = ["image"]  # noqa: RUF012 - the base class declares a list
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _no_split_modules = ["TransformerDecoderLayer", "TransformerEncoderLayer", "SwinBlock", "ResNetLayer"]  # noqa: RUF012 - likewise
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """As everywhere in transformers: "eager" or "sdpa".
+        """As everywhere in transformers; a dictionary may name "decoder_config" and "backbone_config".
 
-        It holds for MaskFormer's transformers, and for a backbone of transformers that has it; Swin has its own.
+        A backbone of transformers that does not have the implementation keeps its own, as our Swin always does.
         """
-        by_part = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
-        checked = self.get_correct_attn_implementation(by_part.get("decoder_config", by_part.get("", "sdpa")))
-        # transformers expects a model behind every nested configuration, and every backbone to have every attention.
-        self.config._attn_implementation = checked
+        if not isinstance(attn_implementation, dict):
+            attn_implementation = dict.fromkeys(("", *self.config.sub_configs), attn_implementation)
+        checked = {
+            part: self._check_and_adjust_attn_implementation(name, allow_all_kernels=allow_all_kernels)
+            for part, name in attn_implementation.items()
+        }
+        # No model stands behind the decoder's configuration; transformers' setter would write to the backbone's too.
+        for part, config in (("", self.config), ("decoder_config", self.config.decoder_config)):
+            if part in checked and config is not None:
+                config._attn_implementation_internal = checked[part]
         for module in self.modules():
-            if not isinstance(module, PreTrainedModel) or isinstance(module, MaskFormerPreTrainedModel):
-                continue
-            if checked == "eager" or module._supports_sdpa:
-                module.set_attn_implementation(checked, allow_all_kernels)
+            is_backbone = isinstance(module, PreTrainedModel) and not isinstance(module, MaskFormerPreTrainedModel)
+            if is_backbone and "backbone_config" in checked:
+                switch_attention(module, checked["backbone_config"])
 
     def post_init(self) -> None:
         # Each model has some of them only, and wrapping policies refuse names that they do not find.
@@ -420,7 +428,7 @@ def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:
 def build_backbone(config: PreTrainedConfig) -> Any:
     """The backbone of a configuration: one of ours, or what `AutoBackbone` builds. All have `channels`."""
     own = OWN_BACKBONES.get(config.model_type)
-    return AutoBackbone.from_config(config) if own is None else own(config)
+    return build_foreign_backbone(config) if own is None else own(config)
 
 
 def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Sequence[Tensor]:

@@ -3,8 +3,11 @@
 Letters: B images, p side of a patch in pixels, C width of the transformer; H x W is the padded image.
 """
 
+import contextlib
+from typing import Any
+
 from torch import Tensor, nn
-from transformers import AutoBackbone
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 
 from .configuration_maskformer_parts import SimpleFeaturePyramidConfig
 
@@ -33,7 +36,7 @@ class SimpleFeaturePyramid(nn.Module):
     def __init__(self, config: SimpleFeaturePyramidConfig) -> None:
         super().__init__()
         self.patch_size: int = config.backbone_config.patch_size
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.backbone = build_foreign_backbone(config.backbone_config)
         # Of its own training on masked images; distributed training would wait for its gradient.
         self.backbone.embeddings.mask_token.requires_grad_(False)
         dim = self.backbone.channels[-1]
@@ -63,3 +66,20 @@ class SimpleFeaturePyramid(nn.Module):
             )
         last_map = self.backbone(pixel_values).feature_maps[-1]
         return [level(last_map) for level in self.levels]
+
+
+def build_foreign_backbone(config: PreTrainedConfig) -> Any:
+    """A backbone of transformers, with the attention of its configuration if it has that."""
+    requested = config._attn_implementation
+    # Asked for one that it does not have, it would refuse to be built.
+    config._attn_implementation = None
+    backbone = AutoBackbone.from_config(config)
+    if requested is not None:
+        switch_attention(backbone, requested)
+    return backbone
+
+
+def switch_attention(backbone: PreTrainedModel, implementation: str) -> None:
+    """Sets the attention of a backbone that has this one; another keeps its own."""
+    with contextlib.suppress(ValueError):
+        backbone.set_attn_implementation(implementation)

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 
@@ -42,7 +45,12 @@ class FeedForwardLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose queries and keys carry positions and whose values do not."""
+    """Multi-head attention whose queries and keys carry positions and whose values do not.
+
+    What computes it is the configuration's `attn_implementation`: any function of transformers' attention interface.
+    """
+
+    is_causal = False  # transformers' functions ask
 
     def __init__(self, config: PreTrainedConfig, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -65,22 +73,65 @@ class Attention(nn.Module):
 
         Returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P).
         """
-        mask = None if is_image is None else is_image[:, None, None, :]
         query, key, value = (
             projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
+        implementation = self.config._attn_implementation or "sdpa"
+        mask = None
+        if output_attentions:
+            implementation = "eager"  # the others do not give the weights
+        if is_image is not None:
+            # Flash attention has masks for text only, whose queries and keys are padded alike.
+            if is_flash_attention_requested(requested_attention_implementation=implementation):
+                implementation = "sdpa"
+            mask = mask_for(implementation, is_image, query)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
-        weights = None
-        if output_attentions or self.config._attn_implementation == "eager":
-            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            weights = scores.softmax(-1)
-            attended = F.dropout(weights, dropout) @ value
-        else:
-            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights if output_attentions else None
+        attended, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=query.shape[-1] ** -0.5)
+        return self.out_proj(attended.flatten(2)), weights if output_attentions else None
+
+
+def mask_for(implementation: str, is_image: Tensor, query: Tensor) -> Tensor | BlockMask:
+    """How an attention function is told which positions (B, P) the queries (B, heads, Q, D/heads) may attend to.
+
+    Returns what is added to the scores, (B, 1, Q, P). On a CPU, torch 2.13 corrupts memory when flex attention adds it;
+    that has a mask of its own.
+    """
+    (num_images, num_positions), num_queries = is_image.shape, query.shape[2]
+    if implementation == "flex_attention":
+        return create_block_mask(
+            lambda image, head, index, position: is_image[image, position],
+            num_images,
+            None,
+            num_queries,
+            num_positions,
+            device=str(query.device),
+        )
+    mask = query.new_zeros(is_image.shape).masked_fill(~is_image, -torch.inf)
+    return mask[:, None, None, :].expand(-1, 1, num_queries, -1)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain operations, with the signature of transformers' attention interface.
+
+    Takes (B, heads, Q, D/heads), (B, heads, P, D/heads) twice and what is added to the scores, (B, 1, Q, P) or None.
+    Returns (B, Q, heads, D/heads) and the weights before dropout, (B, heads, Q, P).
+    """
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1)
+    return (F.dropout(weights, dropout) @ value).transpose(1, 2), weights
 
 
 class TransformerLayer(GradientCheckpointingLayer):

@@ -11,7 +11,7 @@ the model are random then. Nothing that the file asks for is run.
 
 import argparse
 
-from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.hub.conversion import convert_checkpoint
 from hf_maskformer.hub.original_config import OriginalConfig
@@ -19,7 +19,7 @@ from hf_maskformer.training.presets import find_preset
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="Checkpoint: a .pkl or .pth file.")
     parser.add_argument("output", help="Folder for the result, new or empty.")
     model = parser.add_mutually_exclusive_group(required=True)

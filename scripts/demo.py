@@ -12,10 +12,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
-from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.data.folder import SegmentationFolder
 from hf_maskformer.data.generated_scenes import colour_classifier_mean_iou, write_generated_scenes
 from hf_maskformer.evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
@@ -94,4 +92,4 @@ def draw_pictures(checkpoint: Path, data: Path, folder: Path) -> list[Path]:
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*OptionParser(Arguments).parse_args_into_dataclasses())

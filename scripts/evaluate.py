@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import HfArgumentParser
 
 from hf_maskformer import MaskFormerImageProcessor
-from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.labels import shorten
 from hf_maskformer.data.opening import open_dataset
@@ -93,4 +92,4 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*OptionParser(Arguments).parse_args_into_dataclasses())

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from hf_maskformer import MaskFormerImageProcessor
-from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.evaluation.prediction import predict, read_images, write_prediction
 from hf_maskformer.evaluation.tasks import TASKS
 from hf_maskformer.training.starting_point import model_class_of
@@ -49,4 +48,4 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*OptionParser(Arguments).parse_args_into_dataclasses())

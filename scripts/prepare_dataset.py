@@ -13,6 +13,7 @@ layout of docs/data.md, or with --image_column a data set of the Hub.
 import argparse
 import sys
 
+from hf_maskformer.command_line import OptionParser
 from hf_maskformer.data.check import DataReport, inspect_samples, report_as_table
 from hf_maskformer.data.opening import COLUMN_FORMATS, FORMATS, open_dataset
 from hf_maskformer.data.parquet import write_parquet
@@ -63,10 +64,10 @@ def print_findings(report: DataReport) -> None:
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("check", "parquet"):
-        command = commands.add_parser(name)
+        command = commands.add_parser(name, formatter_class=argparse.HelpFormatter)
         command.add_argument("data", help="folder or name of the data set")
         if name == "parquet":
             command.add_argument("output", help="folder to write to")

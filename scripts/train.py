@@ -16,7 +16,8 @@ As the paper trained one of its models (docs/reproducing.md); --dry_run prints w
 
 A folder in another layout of docs/data.md is recognised; where it can be read in two ways, --format says how.
 
-Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ...
+Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ... The
+help of --help_all has them.
 """
 
 from dataclasses import dataclass, field

@@ -1,12 +1,13 @@
 import copy
 import json
+import re
 
 import pytest
 import transformers
 from models import resnet_config, swin_config, tiny_config
 from transformers import DetrConfig, ResNetConfig
 
-from hf_maskformer import MaskFormerConfig
+from hf_maskformer import MaskFormerConfig, PerPixelBaselineConfig
 
 
 def test_the_default_is_the_architecture_of_the_default_in_transformers():
@@ -108,3 +109,50 @@ def test_what_no_model_can_have_fails_at_construction(fields, message):
 def test_a_field_of_the_wrong_type_is_named():
     with pytest.raises(Exception, match="mask_weight"):
         MaskFormerConfig(mask_weight="heavy")
+
+
+TRANSFORMER = {"model_type": "maskformer-transformer"}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "message"),
+    [
+        (MaskFormerConfig, {"mask_weigth": 5.0}, "mask_weigth is no field .* Did you mean mask_weight?"),
+        (MaskFormerConfig, {"num_label": 5}, "num_label is no field .* Did you mean num_labels?"),
+        (
+            MaskFormerConfig,
+            {"num_queries": 50},
+            "num_queries=50 changes nothing here: .* of decoder_config, which has 100",
+        ),
+        (
+            MaskFormerConfig,
+            {"decoder_config": {**TRANSFORMER, "pixel_decoder_layer": 6}},
+            "decoder_config.pixel_decoder_layer .* Did you mean decoder_config.pixel_decoder_layers?",
+        ),
+        (PerPixelBaselineConfig, {"freeze_batchnorm": False}, "Did you mean freeze_batch_norm?"),
+    ],
+)
+def test_a_misspelt_or_misplaced_field_is_answered_by_the_right_one(config_class, fields, message, caplog):
+    config_class(**fields)
+    assert re.search(message, caplog.text)
+
+
+def test_names_of_the_own_are_kept_and_files_of_any_version_loaded_without_a_warning(tmp_path, caplog):
+    config = MaskFormerConfig(
+        experiment="a", num_labels=3, attn_implementation="eager", output_attentions=True, dtype="float32"
+    )
+    assert (config.experiment, config.num_labels) == ("a", 3)
+    transformers.MaskFormerConfig().save_pretrained(tmp_path)
+    file = json.loads((tmp_path / "config.json").read_text())
+    # What files of 2022 hold beside it.
+    common = "add_cross_attention bad_words_ids do_sample finetuning_task is_decoder num_beams output_attentions "
+    common += "output_scores pruned_heads return_dict_in_generate tie_word_embeddings top_k torchscript use_bfloat16"
+    file |= dict.fromkeys(common.split()) | {"torch_dtype": "float32", "num_attention_heads": 8, "num_hidden_layers": 6}
+    file["decoder_config"] |= {"scale_embedding": False, "max_position_embeddings": 1024, "num_queries": 100}
+    MaskFormerConfig.from_dict(file)
+    for own in (tiny_config(swin_config()), tiny_config(decoder_config=TRANSFORMER, experiment="b")):
+        own.save_pretrained(tmp_path)
+        assert MaskFormerConfig.from_pretrained(tmp_path).to_dict() == own.to_dict()
+    PerPixelBaselineConfig(decoder_config=TRANSFORMER, num_labels=5).save_pretrained(tmp_path)
+    PerPixelBaselineConfig.from_pretrained(tmp_path)
+    assert caplog.text == ""

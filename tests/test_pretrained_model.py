@@ -7,8 +7,19 @@ import pickle
 
 import pytest
 import torch
-from models import ARCHITECTURES, masks, resnet_config, swin_config, tiny_batch, tiny_config, tiny_model
-from transformers import Trainer, TrainingArguments
+from models import (
+    ARCHITECTURES,
+    convnext_config,
+    masks,
+    resnet_config,
+    swin_config,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+)
+from transformers import AttentionInterface, Dinov2Config, Trainer, TrainingArguments
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import is_flash_attn_2_available
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
 
@@ -46,15 +57,128 @@ def test_attention_can_be_switched_and_stays_the_same(model, pixel_values, trans
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
-def test_attention_that_the_model_does_not_have_is_refused(name, tmp_path):
+@pytest.fixture
+def counted_attention():
+    """A function of the user's own in transformers' interface, and the names of the modules that called it."""
+    callers = []
+
+    def counted(module, query, key, value, attention_mask, **kwargs):
+        callers.append(type(module).__name__)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("counted", counted)
+    yield callers
+    AttentionInterface._global_mapping.pop("counted")
+
+
+def test_a_registered_attention_function_is_the_one_that_runs(model, pixel_values, counted_attention):
+    expected = masks(model, pixel_values)
+    assert counted_attention == []
+    model.set_attn_implementation("counted")
+    torch.testing.assert_close(masks(model, pixel_values), expected)
+    assert counted_attention == ["Attention"] * sum(type(module).__name__ == "Attention" for module in model.modules())
+
+
+def padded_batch() -> dict[str, torch.Tensor]:
+    pixel_mask = torch.ones(2, 64, 96, dtype=torch.int64)
+    pixel_mask[0, :, 40:] = 0
+    return {"pixel_values": torch.randn(2, 3, 64, 96), "pixel_mask": pixel_mask}
+
+
+@pytest.mark.parametrize("name", ["eager", "counted", "flex_attention"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_every_attention_keeps_padding_out(name, counted_attention):
+    model, batch = tiny_model(mask_padding=True).eval(), padded_batch()
+    expected = model(**batch).class_queries_logits
+    assert not torch.allclose(model(batch["pixel_values"]).class_queries_logits, expected)
+    model.set_attn_implementation(name)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        torch.testing.assert_close(model(**batch).class_queries_logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_compiled_flex_attention_gives_the_same(mask_padding):
+    model, batch = tiny_model(mask_padding=mask_padding).eval(), padded_batch()
+    with torch.no_grad():
+        expected = model(**batch).class_queries_logits
+        model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(model(**batch).class_queries_logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flash_attention_runs_without_a_mask_only(monkeypatch):
+    """Its kernels take none: calls with one go to SDPA. A stand-in tells which calls it gets."""
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
+    model, batch = tiny_model(mask_padding=True).eval(), padded_batch()
+    expected = model(**batch).class_queries_logits
+    model.config.decoder_config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(model(**batch).class_queries_logits, expected)
+    assert seen == [None, None]  # the self-attention of two layers
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="Flash attention is installed.")
+def test_flash_attention_that_is_not_installed_is_refused_by_transformers(tmp_path):
     model = tiny_model()
-    with pytest.raises(ValueError, match="does not support"):
-        model.set_attn_implementation(name)
-    assert model.config.decoder_config._attn_implementation != name
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        model.set_attn_implementation("flash_attention_2")
+    assert model.config.decoder_config._attn_implementation != "flash_attention_2"
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not support"):
-        MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, attn_implementation=name)
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_an_unknown_attention_is_refused(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="nonsense"):
+        model.set_attn_implementation("nonsense")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="nonsense"):
+        MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, attn_implementation="nonsense")
+
+
+def dinov2_model(**arguments) -> MaskFormerForInstanceSegmentation:
+    backbone = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=16)
+    return MaskFormerForInstanceSegmentation._from_config(tiny_config(backbone), **arguments)
+
+
+def attention_of_parts(model) -> tuple[str, str]:
+    backbone = next(module for module in model.model.pixel_level_module.encoder.modules() if hasattr(module, "config"))
+    return model.config.decoder_config._attn_implementation or "sdpa", backbone.config._attn_implementation
+
+
+@pytest.mark.parametrize(
+    ("requested", "expected"),
+    [
+        ("eager", ("eager", "eager")),
+        ("sdpa", ("sdpa", "sdpa")),
+        ("flex_attention", ("flex_attention", "flex_attention")),
+        ({"backbone_config": "eager"}, ("sdpa", "eager")),
+        ({"decoder_config": "eager"}, ("eager", "sdpa")),
+    ],
+)
+def test_a_backbone_of_transformers_follows_however_attention_is_chosen(requested, expected, tmp_path):
+    model = dinov2_model()
+    model.save_pretrained(tmp_path)
+    assert attention_of_parts(model) == ("sdpa", "sdpa")
+    model.set_attn_implementation(requested)
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, attn_implementation=requested)
+    for switched in (model, loaded, dinov2_model(attn_implementation=requested)):
+        assert attention_of_parts(switched) == expected
+
+
+def test_a_backbone_without_the_attention_keeps_its_own(tmp_path):
+    model = tiny_model(convnext_config())
+    model.save_pretrained(tmp_path)
+    before = attention_of_parts(model)[1]
+    model.set_attn_implementation("flex_attention")
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    assert attention_of_parts(model) == attention_of_parts(loaded) == ("flex_attention", before)
 
 
 def test_the_trainer_can_turn_on_gradient_checkpointing(model, tmp_path):

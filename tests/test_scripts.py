@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -392,3 +393,41 @@ def test_padding_has_an_effect_only_where_there_is_padding(checkpoint, tmp_path,
     assert list(square) == ["transformers", "this package", "with `mask_padding`"]
     assert set(square.values()) == {0}
     assert all(value > 0 for value in wide.values())
+
+
+def run_as_program(name, *command_line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *command_line])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("command_line", "message"),
+    [
+        ("train --lerning_rate=1", "there is no option --lerning_rate. Did you mean --learning_rate?"),
+        ("train --preset=ade20k-r50 --dry-runn", "there is no option --dry-runn. Did you mean --dry-run?"),
+        ("evaluate --chekpoint=x --data=y", "there is no option --chekpoint. Did you mean --checkpoint?"),
+        ("predict --checkpoint=x --inptu y", "there is no option --inptu. Did you mean --input?"),
+        ("predict --xyzzy", "there is no option --xyzzy."),
+        ("convert_checkpoint a b --perset x", "there is no option --perset. Did you mean --preset?"),
+        ("prepare_dataset check x --splt val", "there is no option --splt. Did you mean --split?"),
+        ("train --max_steps=many", "argument --max_steps/--max-steps: invalid int value: 'many'"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_answered_by_the_nearest(command_line, message, monkeypatch, capsys):
+    assert run_as_program(*command_line.split(), monkeypatch=monkeypatch) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert shown[0] == f"error: {message}"
+    assert len(shown) == 2
+
+
+def test_the_help_of_training_is_its_own_options_and_all_only_if_asked(monkeypatch, capsys):
+    helps = {}
+    for option in ("--help", "--help_all"):
+        assert run_as_program("train", option, monkeypatch=monkeypatch) == 0
+        helps[option] = capsys.readouterr().out
+    for shown in ("--preset", "--data", "--max_steps", "--learning_rate", "(default: 0.0001)", "--help_all"):
+        assert shown in helps["--help"]
+    assert "--fsdp" not in helps["--help"]
+    assert "--fsdp" in helps["--help_all"]

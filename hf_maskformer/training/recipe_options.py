@@ -2,11 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
-from transformers import HfArgumentParser
+from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..command_line import OptionParser
 from .presets import find_preset
 from .recipes import PACKAGE_OPTIONS, RECIPES, accumulation
 from .trainer import MaskFormerTrainingArguments
@@ -18,6 +20,8 @@ YIELDS_TO = {
     **dict.fromkeys(("paper_schedule", "warmup_factor", "lr_milestones"), ("lr_scheduler_type",)),
     "augmentation": ("image_size", "min_scale", "max_scale", "change_colors"),
 }
+# The other options of transformers, but those with a default of our own, are shown by --help_all.
+EVERYDAY = ("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "warmup_steps", "report_to")
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +43,8 @@ def parse_with_recipe(
         ValueError: there is no such preset, or its images do not divide among the processes.
     """
     given = given_options(dataclasses, command_line)
-    parser = HfArgumentParser(dataclasses)
+    shown = {*EVERYDAY, *MaskFormerTrainingArguments.__annotations__}
+    parser = OptionParser(dataclasses, {field.name for field in fields(TrainingArguments)} - shown)
     sources: dict[str, str] = {}
     if given.get("preset") is not None:
         recipe = RECIPES[find_preset(given["preset"]).name]
@@ -66,11 +71,10 @@ def parse_with_recipe(
 
 def given_options(dataclasses: Sequence[Any], command_line: Sequence[str] | None = None) -> dict[str, Any]:
     """The options that are written on a command line, and no defaults."""
-    parser = HfArgumentParser(dataclasses)
+    parser = OptionParser(dataclasses, add_help=False)
     for action in parser._actions:
-        if action.dest != "help":
-            action.default = argparse.SUPPRESS
-            action.required = False
+        action.default = argparse.SUPPRESS
+        action.required = False
     return vars(parser.parse_known_args(command_line)[0])
 
 

@@ -57,7 +57,8 @@ def model_on_backbone(backbone: str, labels: LabelSet) -> MaskFormerForInstanceS
 
     Args:
         backbone: a folder or a name on the Hub of a model that transformers knows as a backbone, such as
-            "microsoft/resnet-50", "microsoft/swin-tiny-patch4-window7-224" or "facebook/dinov2-base".
+            "microsoft/resnet-50", "microsoft/swin-tiny-patch4-window7-224" or "facebook/dinov2-base"; or of a model of
+            timm, such as "timm/resnet50.a1_in1k".
         labels: the classes of the data.
 
     Raises:
@@ -97,10 +98,18 @@ def load_backbone(model: Model, backbone: str) -> None:
         ValueError: weights that the backbone needs are missing there, or have another shape.
     """
     encoder = model.model.pixel_level_module.encoder
-    # AutoBackbone itself asks the Hub for every name, and so knows no folders.
-    with torch.device("meta"):
-        backbone_class: Any = type(AutoBackbone.from_config(AutoConfig.from_pretrained(backbone)))
-    loaded, loading_info = backbone_class.from_pretrained(backbone, output_loading_info=True)
+    config = AutoConfig.from_pretrained(backbone)
+    if config.model_type == "timm_wrapper":
+        from transformers import TimmBackbone  # here, because it fails where timm does not import
+
+        source = f"{'local-dir' if Path(backbone).is_dir() else 'hf-hub'}:{backbone}"
+        loaded = TimmBackbone.from_pretrained(source, out_indices=model.config.backbone_config.out_indices)
+        loading_info: dict[str, Any] = {"missing_keys": ()}  # timm refuses
+    else:
+        # AutoBackbone itself asks the Hub for every name, and so knows no folders.
+        with torch.device("meta"):
+            backbone_class: Any = type(AutoBackbone.from_config(config))
+        loaded, loading_info = backbone_class.from_pretrained(backbone, output_loading_info=True)
     target = encoder.backbone if isinstance(encoder, SimpleFeaturePyramid) else encoder
     tensors = loaded.state_dict()
     if isinstance(encoder, SwinBackbone):
