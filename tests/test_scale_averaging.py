@@ -50,7 +50,7 @@ RESIZINGS = [((32, 48), (32, 64)), ((53, 80), (64, 96))]
 
 
 def test_scores_are_those_of_the_original_added_up_over_scales_and_mirror_images():
-    model, processor, image = tiny_model().eval(), MaskFormerImageProcessor(), smooth_image(40, 60)
+    model, processor, image = tiny_model().eval(), MaskFormerImageProcessor(size=40), smooth_image(40, 60)
     expected = original_scores(model, image, RESIZINGS, (40, 60))
     found = augmented_semantic_scores(model, processor, image, shortest_edges=[32, 64], longest_edge=80)
     # Pillow rounds pixels otherwise, by one level at most.
@@ -59,15 +59,14 @@ def test_scores_are_those_of_the_original_added_up_over_scales_and_mirror_images
     assert (one_scale - expected).abs().max() > 2e-2
 
 
-def test_scales_can_be_made_from_the_image_at_its_own_size_as_in_the_original():
+def test_scales_are_made_of_the_image_at_the_size_of_the_processor():
     model, image = tiny_model().eval(), smooth_image(80, 120)
     processor = MaskFormerImageProcessor(size={"shortest_edge": 10, "longest_edge": 100})
-    options = {"shortest_edges": [32, 64], "longest_edge": 80}
-    found = augmented_semantic_scores(model, processor, image, from_own_size=True, **options)
+    found = augmented_semantic_scores(model, processor, image, shortest_edges=[32, 64], longest_edge=80)
     small = image.resize((15, 10), Image.Resampling.BILINEAR)
     expected = original_scores(model, small, RESIZINGS, (80, 120))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-    assert (augmented_semantic_scores(model, processor, image, **options) - expected).abs().max() > 5e-3
+    assert (original_scores(model, image, RESIZINGS, (80, 120)) - expected).abs().max() > 5e-3
 
 
 def test_a_mirrored_image_gets_the_mirrored_scores(image):
@@ -97,7 +96,7 @@ def test_the_mode_follows_the_task_of_the_model(image):
 
 
 def test_the_logits_of_a_per_pixel_baseline_are_averaged(image):
-    model, processor = tiny_baseline().eval(), MaskFormerImageProcessor()
+    model, processor = tiny_baseline().eval(), MaskFormerImageProcessor(size=40)
     expected = torch.zeros(4, 40, 60)
     for edge in (32, 64):
         inputs = processor(image, size={"shortest_edge": edge})

@@ -30,7 +30,6 @@ def augmented_semantic_scores(
     longest_edge: int = 3584,
     flip: bool = True,
     mode: Mode | None = None,
-    from_own_size: bool = False,
 ) -> Tensor:
     """Averages the scores of an image over scales, and over the image and its mirror image.
 
@@ -41,7 +40,7 @@ def augmented_semantic_scores(
 
     Args:
         model: a `MaskFormerForInstanceSegmentation` or a `PerPixelBaselineForSemanticSegmentation`, on its device.
-        image_processor: normalises the images; its `size` gives way to the scales.
+        image_processor: normalises the images; brings them to its `size`, of which the scales are made.
         image: RGB.
         shortest_edges: the shortest edge of each scale, in pixels; by default those of the paper for ADE20K. For
             Cityscapes it has 512 to 1792 in steps of 256, with longest_edge=4096.
@@ -49,8 +48,6 @@ def augmented_semantic_scores(
         flip: whether to mirror the image at every scale too.
         mode: what is resized, as in `semantic_scores`; by default `"direct"` where the image processor says that the
             model is a panoptic one, as in the original, and `"paper"` otherwise. Baselines know `"paper"` only.
-        from_own_size: make the scales from the image at the image processor's own `size`, as the original does when it
-            evaluates a data set; without it they are made from the image itself, which keeps more of a large one.
 
     Returns:
         (K, H, W) float32; its `argmax(0)` is the segmentation.
@@ -69,11 +66,10 @@ def augmented_semantic_scores(
     if is_baseline and mode != "paper":
         raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')
     target_size = image.height, image.width
-    pixels: Any = image
-    if from_own_size:
-        inputs = image_processor(images=image, do_rescale=False, do_normalize=False)
-        height, width = _size_of_image(inputs["pixel_mask"][0])
-        pixels = inputs["pixel_values"][0, :, :height, :width].to(torch.uint8)
+    # As in the original, scales are made of the image at the size at which it is evaluated otherwise.
+    inputs = image_processor(images=image, do_rescale=False, do_normalize=False)
+    height, width = _size_of_image(inputs["pixel_mask"][0])
+    pixels = inputs["pixel_values"][0, :, :height, :width].to(torch.uint8)
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
