@@ -17,7 +17,7 @@ from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask
 from .loss_maskformer_targets import (
     NO_LABEL,
     Targets,
-    are_owned_at,
+    are_owned,
     checked_labels,
     copy_to_host,
     masks_at,
@@ -230,8 +230,7 @@ class MaskFormerLoss(nn.Module):
             costs = self.matching_costs(class_logits, mask_logits, targets)
         total = torch.stack(list(costs.values())).sum(0)
         is_finite = torch.stack([cost.isfinite().all() for cost in costs.values()])
-        # Here, once in a step, the host waits for the device; whatever could be queued on it has been. Only masks in
-        # list form make it wait again, for the pixels of each.
+        # Here, once in a step, the host waits for the device; whatever could be queued on it has been.
         starts, *checks, host_costs, are_finite = copy_to_host(*facts, total, is_finite)
         num_segments = [len(labels) for labels in checked_labels(targets, self.num_labels, *checks)]
         terms = dict(zip(costs, are_finite.tolist(), strict=True))
@@ -256,7 +255,7 @@ class MaskFormerLoss(nn.Module):
         for image, image_masks in enumerate(targets.masks):
             count = num_segments if image_masks.dim() == 2 else min(len(image_masks), num_segments)
             masks = masks_at(image_masks, torch.arange(count, device=pixels.device), pixels)
-            left_out = ~are_owned_at(image_masks, pixels) if self.ignores_void else None
+            left_out = ~are_owned(image_masks).flatten()[pixels] if self.ignores_void else None
             for layer, logits in enumerate(mask_logits[:, image].flatten(2)):
                 focal_cost[layer, image, :, :count], dice_cost[layer, image, :, :count] = pairwise_mask_costs(
                     logits if chosen is None else logits.index_select(1, chosen), masks, left_out

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss_maskformer_targets import Targets, are_owned_at, masks_at
+from .loss_maskformer_targets import Targets, are_owned, masks_at
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0  # the closed forms of the gradient below are those of an exponent of 2
@@ -250,7 +250,7 @@ class PointSampling:
         inside = all_points(*(masks_at(masks, segments, at) for at in pixels))
         counted = None
         if ignores_void:
-            counted = all_points(*(are_owned_at(masks, at).expand(len(chosen), -1) for at in pixels))
+            counted = all_points(*(are_owned(masks).flatten()[at].expand(len(chosen), -1) for at in pixels))
         uncertain = candidates.index_select(0, chosen.flatten()).view(*chosen.shape, 2)
         points = torch.cat((uncertain, uniform.expand(len(chosen), -1, -1)), dim=1)
         return self.sample(logits, points), inside, counted
