@@ -6,6 +6,7 @@ C pixel feature width; H x W is the padded image, h x w = H/4 x W/4.
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .loss_maskformer_masks import DenseMaskLosses, MatchedMasks, PointSampling, SampledMaskLosses
-from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask_costs
+from .loss_maskformer_matching import Match, assign, finite_costs, mask_logits_of_image, pairwise_mask_costs
 from .loss_maskformer_targets import (
     NO_LABEL,
     Targets,
-    are_owned_at,
+    are_owned,
     checked_labels,
     copy_to_host,
     masks_at,
@@ -116,7 +117,7 @@ class MaskFormerLoss(nn.Module):
     def forward(
         self,
         class_queries_logits: Tensor,
-        masks_queries_logits: Tensor,
+        masks_queries_logits: Tensor | None,
         mask_labels: Tensor | list[Tensor],
         class_labels: Tensor | list[Tensor],
         size: Sequence[int] | None = None,
@@ -128,13 +129,15 @@ class MaskFormerLoss(nn.Module):
 
         Args:
             class_queries_logits: (L, B, Q, K + 1).
-            masks_queries_logits: (L, B, Q, h, w).
+            masks_queries_logits: (L, B, Q, h, w). None with `embeddings`.
             mask_labels: List of B tensors (N_i, H_i, W_i), or an index map (B, H, W), -1 = no segment. Masks of
                 integers are inside where they are not 0; those of floating type are 1 inside, 0 outside, or 255.
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
             size: (H, W) of the padded images, if known: masks of another size are then refused.
             embeddings: Mask embeddings (L, B, Q, C) and pixel embeddings (B, C, h, w), whose products the mask logits
-                are. The mask logits then need no gradient: those of the matched queries are computed again, with it.
+                are. Those of all queries are then never held at once, or computed for pixels that matching does not
+                look at; those of the matched queries are computed again, with gradient. If logits are given too,
+                matching takes them as they are.
             num_items_in_batch: What `count_items` gives for the whole batch, if this is only a part of it (gradient
                 accumulation), over all processes.
 
@@ -143,8 +146,11 @@ class MaskFormerLoss(nn.Module):
             the last layer, and with `_0`, `_1`, ... those of the layers before it.
 
         Raises:
-            ValueError: The labels do not fit each other, the batch or the number of classes.
+            ValueError: The labels do not fit each other, the batch or the number of classes; or there are neither mask
+                logits nor embeddings.
         """
+        if masks_queries_logits is None and embeddings is None:
+            raise ValueError("Give masks_queries_logits, or embeddings whose products they are.")
         num_layers, batch_size, num_queries = class_queries_logits.shape[:3]
         targets = prepare_targets(
             mask_labels, class_labels, batch_size, size, class_queries_logits.device, self.point_sampling is None
@@ -160,7 +166,7 @@ class MaskFormerLoss(nn.Module):
         num_masks = num_items_in_batch[0].clamp(min=1) / num_averaged
         class_weight = num_items_in_batch[1] / num_averaged
 
-        matches, starts = self.match(class_queries_logits, masks_queries_logits, targets)
+        matches, starts = self.match(class_queries_logits, masks_queries_logits, targets, embeddings)
         # Rows of one segment stand together: they share its pixels.
         pairs = sorted(
             (image, segment, layer, query)
@@ -172,10 +178,10 @@ class MaskFormerLoss(nn.Module):
             torch.tensor(pairs, dtype=torch.long).view(-1, 4).T.to(class_queries_logits.device)
         )
         counts = [sum(len(layer_matches[image][0]) for layer_matches in matches) for image in range(batch_size)]
-        if embeddings is None:
-            mask_logits = masks_queries_logits[layers, images, queries]
-        else:
+        if embeddings is not None:
             mask_logits = matched_mask_logits(embeddings[0][layers, images, queries], embeddings[1], counts)
+        else:
+            mask_logits = cast(Tensor, masks_queries_logits)[layers, images, queries]
 
         # Autocast would take products to half precision, where areas overflow.
         with torch.autocast(class_queries_logits.device.type, enabled=False):
@@ -207,14 +213,19 @@ class MaskFormerLoss(nn.Module):
 
     @torch.no_grad()
     def match(
-        self, class_logits: Tensor, mask_logits: Tensor, targets: Targets
+        self,
+        class_logits: Tensor,
+        mask_logits: Tensor | None,
+        targets: Targets,
+        embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[list[list[Match]], list[list[int]]]:
         """Assigns segments to queries, one to one, after every layer and in every image.
 
         Args:
             class_logits: (L, B, Q, K + 1).
-            mask_logits: (L, B, Q, h, w).
+            mask_logits: (L, B, Q, h, w), or None with `embeddings`, see `forward`.
             targets: The segments.
+            embeddings: Of masks (L, B, Q, C) and pixels (B, C, h, w).
 
         Returns:
             For each layer and image the matched queries, and their segments; min(Q, N_i) each. And the targets'
@@ -225,13 +236,11 @@ class MaskFormerLoss(nn.Module):
             starts, *checks = copy_to_host(*facts)
             labels = checked_labels(targets, self.num_labels, *checks)
             matches = [_fixed_match(image, image_labels) for image, image_labels in enumerate(labels)]
-            return [matches] * len(mask_logits), starts.tolist()
-        with torch.autocast(class_logits.device.type, enabled=False):
-            costs = self.matching_costs(class_logits, mask_logits, targets)
+            return [matches] * len(class_logits), starts.tolist()
+        costs = self.matching_costs(class_logits, mask_logits, targets, embeddings)
         total = torch.stack(list(costs.values())).sum(0)
         is_finite = torch.stack([cost.isfinite().all() for cost in costs.values()])
-        # Here, once in a step, the host waits for the device; whatever could be queued on it has been. Only masks in
-        # list form make it wait again, for the pixels of each.
+        # Here, once in a step, the host waits for the device; whatever could be queued on it has been.
         starts, *checks, host_costs, are_finite = copy_to_host(*facts, total, is_finite)
         num_segments = [len(labels) for labels in checked_labels(targets, self.num_labels, *checks)]
         terms = dict(zip(costs, are_finite.tolist(), strict=True))
@@ -239,7 +248,13 @@ class MaskFormerLoss(nn.Module):
             finite_costs(torch.from_numpy(host_costs), terms, self.reported_terms), num_segments
         ), starts.tolist()
 
-    def matching_costs(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def matching_costs(
+        self,
+        class_logits: Tensor,
+        mask_logits: Tensor | None,
+        targets: Targets,
+        embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Each weighted term of the cost of every query with every segment, (L, B, Q, N) float32."""
         num_queries, num_segments = class_logits.shape[2], targets.labels.shape[1]
         labels = targets.labels.clamp(0, self.num_labels - 1)  # columns past an image's labels are never looked at
@@ -249,18 +264,21 @@ class MaskFormerLoss(nn.Module):
             .gather(3, labels[None, :, None].expand(len(class_logits), -1, num_queries, -1))
         )
         focal_cost, dice_cost = class_cost.new_zeros(2, *class_cost.shape)
-        pixels = pixels_at_stride(targets.size, mask_logits.shape[-2:], mask_logits.device)
+        low_size = cast(Tensor, mask_logits if embeddings is None else embeddings[1]).shape[-2:]
+        pixels = pixels_at_stride(targets.size, low_size, class_logits.device)
         chosen = None if self.point_sampling is None else self.point_sampling.choose_pixels(pixels)
         if chosen is not None:
             pixels = pixels[chosen]
         for image, image_masks in enumerate(targets.masks):
             count = num_segments if image_masks.dim() == 2 else min(len(image_masks), num_segments)
             masks = masks_at(image_masks, torch.arange(count, device=pixels.device), pixels)
-            left_out = ~are_owned_at(image_masks, pixels) if self.ignores_void else None
-            for layer, logits in enumerate(mask_logits[:, image].flatten(2)):
-                focal_cost[layer, image, :, :count], dice_cost[layer, image, :, :count] = pairwise_mask_costs(
-                    logits if chosen is None else logits.index_select(1, chosen), masks, left_out
-                )
+            left_out = ~are_owned(image_masks).flatten()[pixels] if self.ignores_void else None
+            for layer, logits in enumerate(mask_logits_of_image(mask_logits, embeddings, image, chosen)):
+                # Autocast would take the sums to half precision, where areas overflow.
+                with torch.autocast(class_logits.device.type, enabled=False):
+                    focal_cost[layer, image, :, :count], dice_cost[layer, image, :, :count] = pairwise_mask_costs(
+                        logits, masks, left_out
+                    )
         return {
             "class cost": self.class_cost * class_cost,
             "mask cost": self.mask_cost * focal_cost,

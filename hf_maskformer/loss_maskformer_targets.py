@@ -27,7 +27,8 @@ class Targets:
         values: (B,) float32, a value of each image's masks that is none of a mask, if there is one.
         pixels: For each image the positions of its pixels in the flattened image, sorted by the segment that owns
             them, those of no segment first, (H * W,); None if it has masks, or if nobody asked for them.
-        starts: (B, N + 1) int64, where in `pixels` those of each segment start, and where those of the last end.
+        starts: (B, N + 1) int64, where in `pixels` those of each segment start, and where those of the last end. Masks
+            may overlap and have no such list, but as many pixels as one of that length would hold; 0 if nobody asked.
     """
 
     labels: Tensor
@@ -57,7 +58,7 @@ def prepare_targets(
         batch_size: B.
         size: (H, W); None takes that of the largest masks.
         device: Where the targets shall be; None leaves them where they are.
-        sort_pixels: Make `pixels` and `starts` for index maps.
+        sort_pixels: Make `pixels` and `starts`.
 
     Raises:
         ValueError: Labels of another number of images, or masks of another size than the padded images.
@@ -85,11 +86,11 @@ def prepare_targets(
         prepared, value = _prepared_masks(image_masks, (height, width))
         masks.append(prepared.to(labels.device))
         values.append(value.to(labels.device))
-        pixels_of_image, starts_of_image = None, labels.new_zeros(labels.shape[1] + 1)
-        if sort_pixels and image_masks.dim() == 2:
-            owners, pixels_of_image = masks[-1].flatten().sort(stable=True)
-            segments = torch.arange(labels.shape[1] + 1, device=labels.device, dtype=owners.dtype)
-            starts_of_image = torch.searchsorted(owners, segments)
+        pixels_of_image, starts_of_image = (
+            _pixels_and_starts(masks[-1], labels.shape[1])
+            if sort_pixels
+            else (None, labels.new_zeros(labels.shape[1] + 1))
+        )
         pixels.append(pixels_of_image)
         starts.append(starts_of_image)
     return Targets(labels, masks, (int(height), int(width)), torch.stack(values), pixels, torch.stack(starts))
@@ -112,6 +113,19 @@ def _prepared_masks(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     if any(padding):
         prepared = F.pad(prepared, padding, value=NO_SEGMENT if masks.dim() == 2 else False)
     return prepared, value
+
+
+def _pixels_and_starts(masks: Tensor, num_segments: int) -> tuple[Tensor | None, Tensor]:
+    """Entries of one image in `pixels` and `starts`; `num_segments` is N."""
+    if masks.dim() == 2:
+        owners, pixels = masks.flatten().sort(stable=True)
+        segments = torch.arange(num_segments + 1, device=masks.device, dtype=owners.dtype)
+        return pixels, torch.searchsorted(owners, segments)
+    num_void = (~are_owned(masks)).sum()
+    # One by one: the sum of all would convert all. That there are as many as labels is checked later.
+    areas = [mask.sum() for mask in masks[:num_segments]]
+    areas += [torch.zeros_like(num_void)] * (num_segments - len(areas))
+    return None, torch.stack([num_void, *areas]).cumsum(0)
 
 
 def copy_to_host(*tensors: Tensor) -> list[np.ndarray]:
@@ -189,10 +203,13 @@ def masks_at(masks: Tensor, segments: Tensor, pixels: Tensor) -> Tensor:
     return masks.flatten(1)[segments[:, None], pixels]
 
 
-def are_owned_at(masks: Tensor, pixels: Tensor) -> Tensor:
-    """Whether pixels, of any shape, belong to any segment."""
-    is_owned = masks >= 0 if masks.dim() == 2 else masks.any(0)
-    return is_owned.flatten()[pixels]
+def are_owned(masks: Tensor) -> Tensor:
+    """Whether pixels belong to any segment, (H, W) bool; `masks` as in `Targets`."""
+    if masks.dim() == 2:
+        return masks >= 0
+    if len(masks) == 0:
+        return masks.new_zeros(masks.shape[1:])
+    return masks.view(torch.uint8).amax(0).view(torch.bool)  # on a CPU far faster than any(0)
 
 
 def pixels_at_stride(size: Sequence[int], low_size: Sequence[int], device: torch.device) -> Tensor:
@@ -208,23 +225,24 @@ def pixels_at_stride(size: Sequence[int], low_size: Sequence[int], device: torch
 def pixels_of_segment(targets: Targets, image: int, segment: int, starts: Sequence[int]) -> Tensor:
     """Positions in the flattened image of the pixels of a segment.
 
-    Of masks they are looked for here, one at a time and waiting for the device: those of all would take eight times the
-    memory of the masks.
+    Of masks they are looked for here, one at a time: those of all would take eight times the memory of the masks. How
+    many there are is known, so that the host does not wait for the device.
 
     Args:
         targets: The segments, with sorted pixels.
         image, segment: Which one.
         starts: Those of the image, see `Targets`, on the host.
     """
+    start, stop = starts[segment], starts[segment + 1]
     pixels = targets.pixels[image]
     if pixels is None:
-        return targets.masks[image][segment].flatten().nonzero()[:, 0]
-    return pixels[starts[segment] : starts[segment + 1]]
+        return targets.masks[image][segment].flatten().nonzero_static(size=stop - start)[:, 0]
+    return pixels[start:stop]
 
 
 def void_pixels(targets: Targets, image: int, starts: Sequence[int]) -> Tensor:
     """Positions of the pixels of no segment, likewise."""
     pixels = targets.pixels[image]
     if pixels is None:
-        return (~targets.masks[image].any(0)).flatten().nonzero()[:, 0]
+        return (~are_owned(targets.masks[image])).flatten().nonzero_static(size=starts[0])[:, 0]
     return pixels[: starts[0]]

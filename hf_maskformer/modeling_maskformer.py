@@ -333,16 +333,17 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             queries = queries[-1:]
         class_logits = self.class_predictor(queries)  # (L, B, Q, K + 1)
         mask_embeddings = self.mask_embedder(queries)
-        # The loss needs all masks for matching only; those that matched it computes again, with gradient.
+        # The loss computes the masks that it needs by itself: with gradient only those that matched.
+        shown = slice(None) if output_auxiliary_logits else slice(-1, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not has_labels):
-            mask_logits = torch.einsum("lbqc,bchw->lbqhw", mask_embeddings, pixel_embeddings)
+            mask_logits = torch.einsum("lbqc,bchw->lbqhw", mask_embeddings[shown], pixel_embeddings)
 
         loss, loss_dict = None, None
         if has_labels:
             supervised = slice(None) if self.config.deep_supervision else slice(-1, None)
             loss, loss_dict = self.criterion(
                 class_logits[supervised],
-                mask_logits[supervised],
+                None,
                 mask_labels,
                 class_labels,
                 pixel_values.shape[-2:],

@@ -17,8 +17,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_maskformer import MaskFormerLoss
-from hf_maskformer.loss_maskformer_masks import DenseMaskLosses, Enlargement, MatchedMasks, plain_mask_losses
-from hf_maskformer.loss_maskformer_targets import prepare_targets
+from hf_maskformer.loss_maskformer_masks import (
+    DenseMaskLosses,
+    Enlargement,
+    MatchedMasks,
+    Points,
+    PointSampling,
+    SampledMaskLosses,
+    plain_mask_losses,
+)
+from hf_maskformer.loss_maskformer_targets import are_owned, prepare_targets
 
 TOLERANCE = 1e-5  # relative L2 per tensor
 FLOOR = 1e-6  # of the total norm: some true gradients are zero
@@ -144,6 +152,22 @@ def test_embeddings_and_logits_give_the_same_loss_and_gradient(void_in_loss):
     assert_same_gradients(dict(enumerate(found)), dict(enumerate(expected)))
 
 
+def test_without_logits_they_are_made_from_the_embeddings():
+    """Also at the pixels that were drawn: 10 of 24 for matching."""
+    batch, (class_logits, _) = tiny_batch(size=(16, 24)), (torch.randn(2, 2, NUM_QUERIES, NUM_LABELS + 1), None)
+    embeddings = torch.randn(2, 2, NUM_QUERIES, 8), torch.randn(2, 8, 4, 6)
+    logits = torch.einsum("lbqc,bchw->lbqhw", *embeddings)
+    labels = batch["mask_labels"], batch["class_labels"]
+    for points in (None, 10):
+        loss, found = MaskFormerLoss(NUM_LABELS, train_num_points=points), []
+        for given in (logits, None):
+            torch.manual_seed(0)
+            found.append(loss(class_logits, given, *labels, embeddings=embeddings)[0].item())
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+    with pytest.raises(ValueError, match="Give masks_queries_logits, or embeddings"):
+        loss(class_logits, None, *labels)
+
+
 def test_a_compiled_model_has_the_same_loss_and_gradient():
     """Traced by the compiler, but run op by op: what is tested is that the criterion does not stop it."""
     model, batch = tiny_model().train(), tiny_batch()
@@ -228,6 +252,54 @@ def test_what_void_pixels_predict_does_not_matter_if_they_are_ignored(form, poin
             )
             results.append(loss(class_logits, logits, *labels)[0].item())
         assert (results[0] == pytest.approx(results[1], rel=1e-6)) == is_same
+
+
+@pytest.mark.parametrize("low_size", [(8, 16), (7, 5), (1, 3)])
+def test_points_are_interpolated_as_by_the_library_and_have_its_gradient(low_size):
+    maps, positions = torch.randn(3, *low_size, requires_grad=True), torch.rand(2, 200)
+    positions[:, :4] = torch.tensor([[0.0, 0.0, 0.999, 0.999], [0.0, 0.999, 0.0, 0.999]])  # beyond the outer pixels
+    grid = 2 * positions.flip(0).T[None, None] - 1
+    expected = F.grid_sample(maps[None], grid, padding_mode="border", align_corners=False)[0, :, 0]
+    points, upstream = Points(positions, low_size), torch.randn(3, 200)
+    assert torch.allclose(points(maps.detach()), expected, atol=1e-5)
+    expected.backward(upstream)
+    assert torch.allclose(points.transposed(upstream), maps.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0, 100.0])
+@pytest.mark.parametrize("void_in_loss", ["background", "ignore"])
+@pytest.mark.parametrize("form", [dict, overlapping])
+def test_sampled_losses_and_their_gradient_are_the_plain_ones_on_the_same_points(form, void_in_loss, scale):
+    batch, ignores_void = form(tiny_batch(size=(32, 64))), void_in_loss == "ignore"
+    targets = prepare_targets(batch["mask_labels"], batch["class_labels"], 2)
+    counts, segments = [3, 2], torch.tensor([0, 1, 1, 0, 1])
+    logits, sampling = (scale * torch.randn(5, 8, 16)).requires_grad_(), PointSampling(40)
+    torch.manual_seed(0)
+    total, *found = SampledMaskLosses.apply(logits, sampling, counts, segments, targets, ignores_void, 20.0, 1.0)
+    total.backward()
+    gradient, logits.grad = logits.grad, None
+
+    torch.manual_seed(0)
+    expected, start = [], 0
+    for count, masks in zip(counts, targets.masks, strict=True):
+        positions = torch.rand(2, 130)  # 120 to choose 30 from, and 10 more
+        grid = 2 * positions.flip(0).T[None, None] - 1
+        rows = slice(start, start := start + count)
+        at_points = F.grid_sample(logits[rows][None], grid, padding_mode="border", align_corners=False)[0, :, 0]
+        chosen = torch.cat(
+            (at_points[:, :120].abs().sort(1).indices[:, :30], torch.arange(120, 130).repeat(count, 1)), 1
+        )
+        y, x = (positions * torch.tensor([[32.0], [64.0]])).long()
+        if masks.dim() == 2:
+            masks = masks == torch.arange(2)[:, None, None]
+        inside = masks[segments[rows]][:, y, x].gather(1, chosen)
+        counted = are_owned(masks)[y, x][chosen] if ignores_void else None
+        expected.append(plain_mask_losses(at_points.gather(1, chosen).double(), inside, counted))
+    focal, dice = (torch.cat(losses) for losses in zip(*expected, strict=True))
+    (20 * focal.sum() + dice.sum()).backward()
+    assert torch.allclose(found[0].double(), focal, rtol=1e-5)
+    assert torch.allclose(found[1].double(), dice, rtol=1e-5, atol=1e-6)
+    assert_same_gradients({"logits": gradient}, {"logits": logits.grad})
 
 
 def test_sampled_losses_are_those_of_all_pixels_on_average():

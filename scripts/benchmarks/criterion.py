@@ -39,13 +39,8 @@ def criteria(arguments: argparse.Namespace, with_stock: bool = True) -> Peers:
     class_logits = torch.randn(NUM_LAYERS, batch, NUM_QUERIES, NUM_LABELS + 1, device=arguments.device)
     inputs = [tensor.requires_grad_() for tensor in (mask_embeddings, pixel_embeddings, class_logits)]
 
-    def mask_logits() -> torch.Tensor:
-        return torch.einsum("lbqc,bchw->lbqhw", mask_embeddings, pixel_embeddings)
-
     def our_loss(loss: MaskFormerLoss) -> torch.Tensor:
-        with torch.no_grad():
-            logits = mask_logits()
-        return loss(class_logits, logits, index_map, labels, embeddings=(mask_embeddings, pixel_embeddings))[0]
+        return loss(class_logits, None, index_map, labels, embeddings=(mask_embeddings, pixel_embeddings))[0]
 
     ours = MaskFormerLoss(NUM_LABELS).to(arguments.device)
     sampling = MaskFormerLoss(NUM_LABELS, train_num_points=arguments.points).to(arguments.device)
@@ -61,9 +56,10 @@ def criteria(arguments: argparse.Namespace, with_stock: bool = True) -> Peers:
         masks = float_masks(index_map, arguments.segments)
 
         def stock_loss() -> torch.Tensor:
+            mask_logits = torch.einsum("lbqc,bchw->lbqhw", mask_embeddings, pixel_embeddings)
             *auxiliary, last = (
                 {"masks_queries_logits": logits, "class_queries_logits": classes}
-                for logits, classes in zip(mask_logits(), class_logits, strict=True)
+                for logits, classes in zip(mask_logits, class_logits, strict=True)
             )
             terms = stock(**last, mask_labels=masks, class_labels=list(labels), auxiliary_predictions=auxiliary)
             return sum(weights[name.rstrip("_0123456789")] * term for name, term in terms.items())
