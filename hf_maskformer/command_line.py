@@ -30,9 +30,9 @@ class OptionParser(HfArgumentParser):
         self._prepare(sys.argv[1:] if args is None else args)
         return super().parse_args(args, namespace)
 
-    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+    def parse_args_into_dataclasses(self, args: Any = None, *others: Any, **kwargs: Any) -> tuple[Any, ...]:
         self._prepare(sys.argv[1:] if args is None else args)
-        return super().parse_args_into_dataclasses(args, **kwargs)
+        return super().parse_args_into_dataclasses(args, *others, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Ends without the usage, which would hide the message: it can be longer than a screen."""

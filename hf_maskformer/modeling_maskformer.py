@@ -191,10 +191,10 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         for part, config in (("", self.config), ("decoder_config", self.config.decoder_config)):
             if part in checked and config is not None:
                 config._attn_implementation_internal = checked[part]
-        for module in self.modules():
-            is_backbone = isinstance(module, PreTrainedModel) and not isinstance(module, MaskFormerPreTrainedModel)
-            if is_backbone and "backbone_config" in checked:
-                switch_attention(module, checked["backbone_config"])
+        if "backbone_config" in checked:
+            for module in self.modules():
+                if isinstance(module, PreTrainedModel) and not isinstance(module, MaskFormerPreTrainedModel):
+                    switch_attention(module, checked["backbone_config"])
 
     def post_init(self) -> None:
         # Each model has some of them only, and wrapping policies refuse names that they do not find.
