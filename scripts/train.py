@@ -119,9 +119,17 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
-    metrics = trainer.evaluate()
+    metrics = evaluated_in_training(trainer) or trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)
+
+
+def evaluated_in_training(trainer: MaskFormerTrainer) -> dict[str, float]:
+    """The figures of the final model if it was evaluated during training, otherwise none."""
+    state = trainer.state
+    step = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    lines = [line for line in state.log_history if line["step"] == step]
+    return {name: value for line in lines for name, value in line.items() if name.startswith("eval_")}
 
 
 def dry_run(

@@ -14,7 +14,7 @@ from models import tiny_config
 from PIL import Image
 from transformers import HfArgumentParser
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerTrainingArguments
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerTrainer, MaskFormerTrainingArguments
 from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.data.labels import LabelSet
 
@@ -67,6 +67,25 @@ def test_train_leaves_a_checkpoint_and_its_scores(checkpoint):
     assert json.loads((checkpoint / "train_results.json").read_text())["train_loss"] > 0
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
     assert (settings["segmentation_task"], settings["label_ids_to_fuse"]) == ("semantic", [0, 1, 2])
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_strategy": "steps", "eval_steps": 2}])
+def test_train_evaluates_the_final_model_once(config, data, tmp_path, monkeypatch, options):
+    calls = []
+    evaluate = MaskFormerTrainer.evaluate
+    monkeypatch.setattr(MaskFormerTrainer, "evaluate", lambda *args, **kw: calls.append(1) or evaluate(*args, **kw))
+    call("train", config=config, data=data, image_size=64, max_steps=2, output_dir=tmp_path, **options)
+    assert len(calls) == 1
+    assert json.loads((tmp_path / "eval_results.json").read_text()).keys() >= {"eval_mean_iou", "eval_mean_accuracy"}
+
+
+def test_the_best_checkpoint_is_reported_as_it_was_evaluated(config, data, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options = {"load_best_model_at_end": True, "max_steps": 3, "output_dir": tmp_path, **saving}
+    call("train", config=config, data=data, image_size=64, **options)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["eval_mean_iou"] == state["best_metric"]
 
 
 def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp_path, capsys):

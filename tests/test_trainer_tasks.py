@@ -9,7 +9,7 @@ from test_training import SCENES, arguments, our_trainer, scenes_model
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from hf_maskformer import MaskFormerDataCollator
+from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
 from hf_maskformer.evaluation.tasks import MAIN_FIGURES, TASKS, metric_for, reference_of
@@ -65,6 +65,17 @@ def test_labels_that_do_not_allow_the_task_are_named(tmp_path):
     trainer = our_trainer(tmp_path, eval_dataset=DATA["instance"])
     with pytest.raises(ValueError, match="has masks, which may overlap"):
         trainer.evaluate()
+
+
+def test_without_a_collator_the_image_processor_makes_the_batches(tmp_path):
+    trainer = MaskFormerTrainer(
+        model=scenes_model(),
+        args=MaskFormerTrainingArguments(**arguments(tmp_path)),
+        train_dataset=SCENES,
+        processing_class=image_processor_for(SCENES.labels, image_size=64),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
 
 
 def test_losses_that_stay_nonfinite_end_training_with_step_and_terms(tmp_path):

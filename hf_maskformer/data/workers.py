@@ -1,0 +1,25 @@
+"""What is said when a process that reads data dies."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DEAD_WORKER = "DataLoader worker"  # how torch's message begins
+
+
+@contextmanager
+def dead_workers_named(num_workers: int) -> Iterator[None]:
+    """Turns the error of a `DataLoader` whose worker process died into one that says what to do.
+
+    Raises a ChildProcessError; errors that a worker reports itself pass unchanged.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(DEAD_WORKER):
+            raise
+        raise ChildProcessError(
+            f"One of the {num_workers} processes that read data died ({error}). Most often memory was short and the "
+            "system killed it: take fewer of them (--dataloader_num_workers in training, --num_workers in evaluation) "
+            "or smaller batches, or give a container more memory and shared memory. If it dies with 0 of them too, "
+            "the reader of one of the files crashes; scripts/prepare_dataset.py check finds it."
+        ) from error
