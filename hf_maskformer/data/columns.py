@@ -220,7 +220,8 @@ def load_columns(
         streaming: whether to read rows as they come instead of downloading all first.
 
     Raises:
-        ValueError: there is no such split, or a file on disk was cut short; and what `SegmentationColumns` and `LabelSet.from_json` raise.
+        ValueError: there is no such split, or a file on disk was cut short; and what `SegmentationColumns` and
+            `LabelSet.from_json` raise.
     """
     reader: Any = StreamedColumns if streaming else SegmentationColumns
     return reader(
@@ -256,7 +257,7 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises a ValueError that names a file in a folder which was cut short. Otherwise a stream ends there, days later."""
+    """Raises a ValueError that names a file which was cut short; a stream would come to it only in training."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
