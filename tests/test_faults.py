@@ -7,13 +7,17 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from test_training import SCENES, our_trainer
 from transformers import TrainerState
 
 from hf_maskformer import MaskFormerForInstanceSegmentation
+from hf_maskformer.data.folder import SegmentationFolder
+from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.training.starting_point import image_processor_for
 
@@ -136,3 +140,38 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-2"]
     weights = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def damage(root, fault):
+    """Spoils the second sample of four."""
+    image, label_map = root / "images/train/scene_00001.png", root / "annotations/train/scene_00001.png"
+    if fault == "missing":
+        image.unlink()
+    elif fault == "truncated":
+        image.write_bytes(image.read_bytes()[:-2000])
+    elif fault == "truncated map":
+        label_map.write_bytes(label_map.read_bytes()[:-40])
+    elif fault == "size":
+        Image.open(label_map).resize((32, 32), Image.Resampling.NEAREST).save(label_map)
+    elif fault == "label":
+        Image.fromarray(np.full((64, 64), 77, dtype=np.uint8)).save(label_map)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing", r"images/train/scene_00001\.png cannot be read"),
+        ("truncated", r"images/train/scene_00001\.png cannot be read"),
+        ("truncated map", r"annotations/train/scene_00001\.png cannot be read"),
+        ("size", r"annotations/train/scene_00001\.png is 32 x 32 .*scene_00001\.png is 64 x 64"),
+        ("label", r"scene_00001.*77"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_that_nobody_looked_for_is_named_in_training(tmp_path, fault, message, num_workers):
+    write_generated_scenes(tmp_path / "data", num_train=4, num_val=1, image_size=(64, 64))
+    dataset = SegmentationFolder(tmp_path / "data", "train")
+    damage(tmp_path / "data", fault)
+    trainer = our_trainer(tmp_path / "run", dataset, dataloader_num_workers=num_workers)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()

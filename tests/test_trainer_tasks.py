@@ -128,6 +128,16 @@ def test_pictures_go_to_tensorboard_and_nowhere_else(tmp_path, task):
     assert not list(tmp_path.iterdir())
 
 
+def test_tensorboard_reads_the_pictures_back(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 1, "num_pictures": 2}
+    our_trainer(tmp_path, **options).train()
+    [path] = tmp_path.rglob("events.out.*")
+    events = accumulator.EventAccumulator(str(path)).Reload()
+    assert events.Tags()["images"] == ["eval/scene_00000", "eval/scene_00001"]
+    assert [picture.step for picture in events.Images("eval/scene_00000")] == [1, 2]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_plain_trainer_takes_ready_made_metrics(tmp_path, task):
     processor = image_processor_for(SCENES.labels, image_size=64, task=task)
