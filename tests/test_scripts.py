@@ -240,6 +240,21 @@ def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path):
     call("train", augmentation="coco-panoptic", image_size=64, per_device_train_batch_size=1, **options)
 
 
+def test_train_takes_whole_images(config, tmp_path, monkeypatch):
+    write_generated_scenes(tmp_path / "data", num_train=2, num_val=1, image_size=(64, 160))
+    sizes = []
+    compute_loss = MaskFormerTrainer.compute_loss
+
+    def observe(trainer, model, inputs, *args, **kwargs):
+        sizes.append(tuple(inputs["pixel_values"].shape[-2:]))
+        return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(MaskFormerTrainer, "compute_loss", observe)
+    options = {"crop": False, "min_scale": 1, "max_scale": 1, "max_steps": 1, "image_size": 64}
+    call("train", config=config, data=tmp_path / "data", output_dir=tmp_path / "run", **options)
+    assert sizes == [(64, 160)]
+
+
 @pytest.mark.parametrize("script", ["train", "evaluate", "predict"])
 def test_a_wrong_name_ends_a_script_with_a_message_alone(script, data, tmp_path):
     options = {
