@@ -14,8 +14,10 @@ def dead_workers_named(num_workers: int) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith(DEAD_WORKER):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A worker that dies while it hands over a batch is met as a broken connection.
+        is_cut_off = isinstance(error, ConnectionError | EOFError) and not str(error).startswith("Caught")
+        if not num_workers or not (is_cut_off or str(error).startswith(DEAD_WORKER)):
             raise
         raise ChildProcessError(
             f"One of the {num_workers} processes that read data died ({error}). Most often memory was short and the "

@@ -198,7 +198,8 @@ class MaskFormerTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves model and image processor. Raises a ValueError, and writes nothing, if a weight is NaN or infinite."""
-        for name, parameter in self.model.named_parameters():
+        model: Any = self.model
+        for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise ValueError(
                     f"{name} is not finite in step {self.state.global_step}, so the model is not saved. "
@@ -355,12 +356,12 @@ def _is_whole(checkpoint: str | Path) -> bool:
     return True
 
 
-def _last_whole_checkpoint(folder: str) -> str | None:
-    checkpoints = sort_checkpoints(folder) if Path(folder).is_dir() else []
+def _last_whole_checkpoint(folder: str | None) -> str | None:
+    checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
     return next(filter(_is_whole, reversed(checkpoints)), None)
 
 
-def _way_on(folder: str) -> str:
+def _way_on(folder: str | None) -> str:
     checkpoint = _last_whole_checkpoint(folder)
     if checkpoint is None:
         return "There is no earlier checkpoint: start anew"
