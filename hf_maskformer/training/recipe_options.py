@@ -18,7 +18,7 @@ PAPER, PACKAGE, COMPUTED, COMMAND_LINE = "paper", "package", "computed", "comman
 YIELDS_TO = {
     "max_steps": ("num_train_epochs",),
     **dict.fromkeys(("paper_schedule", "warmup_factor", "lr_milestones"), ("lr_scheduler_type",)),
-    "augmentation": ("image_size", "min_scale", "max_scale", "change_colors"),
+    "augmentation": ("image_size", "min_scale", "max_scale", "crop", "change_colors"),
 }
 # The other options of transformers, but those with a default of our own, are shown by --help_all.
 EVERYDAY = ("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "warmup_steps", "report_to")
