@@ -17,9 +17,11 @@ As the paper trained one of its models (docs/reproducing.md); --dry_run prints w
 A folder in another layout of docs/data.md is recognised; where it can be read in two ways, --format says how.
 
 Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ...
+--push_to_hub true --hub_model_id user/name publishes the result (docs/publishing.md).
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import set_seed
 
@@ -80,6 +82,13 @@ class DataArguments:
             streaming=streaming,
         )
 
+    def card(self) -> dict[str, str]:
+        """What the model card says about the data; of a folder on this machine only its own name."""
+        assert self.data is not None  # only a dry run goes without
+        path = Path(self.data)
+        source = {"dataset": path.absolute().name} if path.exists() else {"dataset_tags": self.data}
+        return {**source, "split": self.eval_split}
+
     def build_augmentation(self) -> Augmentation:
         if self.augmentation is None:
             return RandomScaleCropFlip.from_scales(self.image_size, self.min_scale, self.max_scale, self.change_colors)
@@ -122,6 +131,10 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)
+    card = data.card()
+    trainer.create_model_card(**card)
+    if training.push_to_hub:
+        trainer.push_to_hub(**card)
 
 
 def dry_run(

@@ -6,7 +6,8 @@
         hub.repositories["ada/model"].files()
 
 Large files (`hub.lfs_from` bytes or more) go by LFS, in parts of `hub.part_size` bytes, if that is set.
-`hub.expires_at` is a pattern of a request at which all tokens expire; `hub.break_uploads` makes the connection drop in the midst of every LFS upload.
+`hub.expires_at` is a pattern of a request at which all tokens expire; `hub.break_uploads` makes the connection drop in the
+midst of every LFS upload.
 """
 
 import base64
@@ -57,7 +58,9 @@ class Repository:
     def find(self, revision: str) -> Commit | None:
         if revision in self.branches:
             return self.branches[revision][-1]
-        return next((commit for commits in self.branches.values() for commit in commits if commit.oid == revision), None)
+        return next(
+            (commit for commits in self.branches.values() for commit in commits if commit.oid == revision), None
+        )
 
 
 class HubStandIn:
@@ -89,7 +92,7 @@ class HubStandIn:
         self._server.server_close()
 
 
-class _Refused(Exception):
+class RefusalError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code = status, code
@@ -127,8 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
                 match = re.fullmatch(route, f"{method} {path}")
                 if match:
                     return handle(self, body, *map(unquote, match.groups()))
-            raise _Refused(404, f"there is no {method} {path} here")
-        except _Refused as error:
+            raise RefusalError(404, f"there is no {method} {path} here")
+        except RefusalError as error:
             headers = {"X-Error-Message": str(error)} | ({"X-Error-Code": error.code} if error.code else {})
             self._send_json({"error": str(error)}, error.status, headers)
 
@@ -159,28 +162,28 @@ class _Handler(BaseHTTPRequestHandler):
         if not token:
             return None
         if token not in self.hub.users:
-            raise _Refused(401, "Invalid credentials in Authorization header")
+            raise RefusalError(401, "Invalid credentials in Authorization header")
         return self.hub.users[token]
 
     def _writer(self, owner: str | None = None) -> str:
         user = self._user()
         if user is None:
-            raise _Refused(401, "Invalid username or password.")
+            raise RefusalError(401, "Invalid username or password.")
         token = self.headers["Authorization"].removeprefix("Bearer ")
         if token in self.hub.readers or owner not in (None, user):
-            raise _Refused(403, f"you may not write to {owner or user}")
+            raise RefusalError(403, f"you may not write to {owner or user}")
         return user
 
     def _repository(self, repo_id: str) -> Repository:
         repository = self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and self._user() != repo_id.partition("/")[0]):
-            raise _Refused(404, "Repository not found", "RepoNotFound")
+            raise RefusalError(404, "Repository not found", "RepoNotFound")
         return repository
 
     def _commit_of(self, repo_id: str, revision: str) -> Commit:
         commit = self._repository(repo_id).find(revision)
         if commit is None:
-            raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
     def who(self, _: bytes) -> None:
@@ -198,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send_json(answer)
 
     def validate_yaml(self, body: bytes) -> None:
-        errors = _metadata_errors(json.loads(body)["content"])
+        errors = metadata_errors(json.loads(body)["content"])
         self._send_json({"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200)
 
     def info(self, _: bytes, repo_id: str, revision: str | None = None) -> None:
@@ -210,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._writer(repo_id.partition("/")[0])
         repository = self._repository(repo_id)
         if branch in repository.branches:
-            raise _Refused(409, "Reference already exists")
+            raise RefusalError(409, "Reference already exists")
         repository.branches[branch] = list(repository.branches["main"])
         self._send_json({})
 
@@ -252,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _store(self, path: str) -> None:
         match = re.fullmatch(r"/lfs/([^/]+/[^/]+)/([0-9a-f]{64})(?:/(\d+))?", path)
         if not match:
-            raise _Refused(404, f"nothing is stored at {path}")
+            raise RefusalError(404, f"nothing is stored at {path}")
         repository, oid, part = self.hub.repositories[match[1]], match[2], match[3]
         if self.hub.break_uploads:
             self.rfile.read(100)
@@ -273,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _finish(self, repository: Repository, oid: str, data: bytes) -> None:
         if hashlib.sha256(data).hexdigest() != oid:
-            raise _Refused(400, "the content does not have this hash")
+            raise RefusalError(400, "the content does not have this hash")
         repository.large_files[oid] = data
 
     def commit(self, body: bytes, repo_id: str, revision: str) -> None:
@@ -294,7 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "deletedFile" and value["path"] in files:
                 del files[value["path"]]
             else:
-                raise _Refused(400, f"cannot be committed: {key} {value.get('path')}")
+                raise RefusalError(400, f"cannot be committed: {key} {value.get('path')}")
         repository.branches[revision].append(Commit(files, title, is_lfs & files.keys()))
         oid = repository.branches[revision][-1].oid
         self._send_json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}", "commitOid": oid})
@@ -302,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, _: bytes, repo_id: str, revision: str, path: str) -> None:
         commit = self._commit_of(repo_id, revision)
         if path not in commit.files:
-            raise _Refused(404, "Entry not found", "EntryNotFound")
+            raise RefusalError(404, "Entry not found", "EntryNotFound")
         data = commit.files[path]
         etag = hashlib.sha256(data).hexdigest() if path in commit.is_lfs else _git_oid(data)
         self._send(data, headers={"ETag": f'"{etag}"', "X-Repo-Commit": commit.oid})
@@ -328,7 +331,7 @@ def _git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _metadata_errors(content: str) -> list[str]:
+def metadata_errors(content: str) -> list[str]:
     """What is wrong with the metadata of a model card, by the Hub's rules for the fields that cards here have."""
     match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     data = yaml.safe_load(match[1]) if match else None
@@ -337,7 +340,7 @@ def _metadata_errors(content: str) -> list[str]:
     errors = []
     name = r"([\w.-]+/)?[\w.-]{1,96}"
     for key, pattern in (("license", r"[a-z0-9.-]+"), ("pipeline_tag", r"[a-z-]+"), ("library_name", r"[\w-]+")):
-        if not isinstance(data.get(key), str) or not re.fullmatch(pattern, data[key]):
+        if key in data and not (isinstance(data[key], str) and re.fullmatch(pattern, data[key])):
             errors.append(f'"{key}" must be an identifier')
     for key in ("base_model", "datasets", "tags"):
         values = data.get(key, [])

@@ -1,6 +1,5 @@
 """Publishing on the Hub, against a stand-in for it: all of a folder or nothing, and what it says when it fails."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from hub_stand_in import hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from models import swin_config, tiny_model
+from test_auto_classes import load_in_clean_process
+from test_scripts import load
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.hub.model_card import make_card
@@ -67,7 +68,13 @@ def test_all_files_come_in_one_commit_and_the_card_has_the_name(hub, tmp_path):
 
 def test_checkpoints_logs_and_pickles_stay_at_home(hub, tmp_path):
     save(tmp_path)
-    for path in ("checkpoint-2/model.safetensors", "runs/events", "training_args.bin", "trainer_state.json", "mine.txt"):
+    for path in (
+        "checkpoint-2/model.safetensors",
+        "runs/events",
+        "training_args.bin",
+        "trainer_state.json",
+        "mine.txt",
+    ):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("private")
     (tmp_path / "eval_results.json").write_text("{}")
@@ -164,7 +171,7 @@ def test_a_connection_that_drops_in_mid_upload_leaves_the_repository_as_it_was(h
     before = repository.files()
     model = save(tmp_path / "second", "50KB")
     hub.break_uploads = True
-    with pytest.raises(ConnectionError, match="ada/name broke off .* as it was before, .* Run the same again"):
+    with pytest.raises(ConnectionError, match=r"ada/name broke off .* as it was before, .* Run the same again"):
         publish(tmp_path / "second", "ada/name")
     assert repository.files() == before
 
@@ -226,3 +233,58 @@ def test_model_and_processor_push_themselves(hub, tmp_path):
     assert {"README.md", "model.safetensors.index.json", "preprocessor_config.json"} <= files.keys()
     loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_card_whose_metadata_cannot_be_read_is_refused(hub, tmp_path):
+    save(tmp_path)
+    (tmp_path / "README.md").write_text("---\n[broken\n---\n")
+    with pytest.raises(ValueError, match=r"README.md, between the two ---, are no YAML"):
+        publish(tmp_path, "ada/name")
+    assert hub.requests == []
+
+
+def test_the_script_publishes_a_model_whose_code_runs_without_this_package(hub, tmp_path):
+    model = save(tmp_path / "model")
+    options = ["--private", "--with_code", "--max_shard_size", "50KB"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    # In a process of its own, for which the code is registered.
+    finished = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "push_to_hub.py", tmp_path / "model", "ada/name", *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    repository = hub.repositories["ada/name"]
+    commit = repository.branches["main"][-1]
+    assert finished.stdout.strip() == f"{hub.url}/ada/name/commit/{commit.oid}"
+    assert repository.private
+    assert len([path for path in commit.files if path.endswith(".safetensors")]) > 1
+    assert not list((tmp_path / "model").glob("*.py"))
+
+    downloaded = snapshot_download("ada/name", local_dir=tmp_path / "downloaded", cache_dir=tmp_path / "cache")
+    (report,) = load_in_clean_process("code", [downloaded], tmp_path)
+    assert report["classes"]["AutoModel"].startswith("transformers_modules.")
+    torch.testing.assert_close(torch.tensor(report["logits"]), logits(model).flatten(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_script_publishes_without_code_what_belongs_to_the_model(hub, tmp_path):
+    save(tmp_path / "model", "50KB")
+    (tmp_path / "model" / "eval_results.json").write_text("{}")
+    (tmp_path / "model" / "notes.txt").write_text("private")
+    script = load("push_to_hub")
+    script.main(script.parse_arguments([str(tmp_path / "model"), "ada/name"]))
+    assert hub.repositories["ada/name"].files().keys() == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "eval_results.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert not hub.repositories["ada/name"].private

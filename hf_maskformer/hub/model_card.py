@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 
@@ -64,14 +65,21 @@ def starting_point(name_or_path: str) -> StartingPoint:
     if name_or_path.startswith(AUTHORS_WEIGHTS):
         return StartingPoint(name_or_path, base_model, (("license", AUTHORS_LICENCE),))
     try:
-        # Given as text, the name of a file that does not exist would be looked up on the Hub.
-        card = ModelCard.load(path / CARD_FILE if path.is_dir() else name_or_path, ignore_metadata_errors=True)
+        card = read_card(path / CARD_FILE if path.is_dir() else name_or_path)
     except (OSError, ValueError, EntryNotFoundError, HFValidationError, HTTPError):
         return StartingPoint(path.name if base_model is None else name_or_path, base_model)
     fields = tuple((field, card.data.get(field)) for field in LICENCE_FIELDS if card.data.get(field))
     if base_model is None:
         base_model = card.data.get("base_model")
     return StartingPoint(path.name if path.is_dir() else name_or_path, base_model, fields)
+
+
+def read_card(source: str | Path) -> ModelCard:
+    """The card in a file, a `Path`, or of a model on the Hub, a string. Raises a ValueError if it is none."""
+    try:
+        return ModelCard.load(source, ignore_metadata_errors=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata of {source}, between the two ---, are no YAML: {error}. Mend them.") from error
 
 
 def inherited_licence(start: StartingPoint, given: str | None = None) -> tuple[dict[str, str], str]:
@@ -87,8 +95,8 @@ def inherited_licence(start: StartingPoint, given: str | None = None) -> tuple[d
     inherited = dict(start.licence)
     if inherited.get("license") == AUTHORS_LICENCE and given not in (None, AUTHORS_LICENCE):
         raise ValueError(
-            f"license is {given!r}, but the training began with {start.name}, whose weights are {AUTHORS_LICENCE}: what "
-            "is trained from them stays so. Leave the licence out, or begin with other weights."
+            f"license is {given!r}, but the training began with {start.name}, whose weights are {AUTHORS_LICENCE}: "
+            "what is trained from them stays so. Leave the licence out, or begin with other weights."
         )
     if given is not None:
         return {"license": given}, f"`{given}`, as chosen by whoever trained it."
@@ -115,7 +123,6 @@ def make_card(
     results_text: str = "",
     training_text: str = "",
     pictures: Sequence[Picture] = (),
-    has_code: bool = False,
     tags: Iterable[str] = (),
     **metadata: Any,
 ) -> ModelCard:
@@ -131,7 +138,6 @@ def make_card(
         results, results_text: figures for the card's metadata, and in words.
         training_text: how it was trained.
         pictures: files that the card shows.
-        has_code: whether the modelling files are beside it.
         tags: tags of the Hub, beside that of the model type.
         metadata: further fields of `ModelCardData`.
     """
@@ -153,7 +159,6 @@ def make_card(
         origin=origin,
         model_class=f"{'PerPixelBaselineForSemantic' if is_baseline else 'MaskFormerForInstance'}Segmentation",
         runs_in_stock=_runs_in_stock(config),
-        has_code=has_code,
         pictures=pictures,
         results_text=results_text,
         training_text=training_text,

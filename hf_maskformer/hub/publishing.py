@@ -6,10 +6,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RevisionNotFoundError
 
-from .model_card import CARD_FILE, rename_card
+from .model_card import CARD_FILE, read_card, rename_card
 
 WEIGHTS = "*.safetensors"
 # What is published, by patterns of paths in the folder. Checkpoints of a training, its log and pickles stay at home.
@@ -56,13 +56,14 @@ def publish(
 
     Raises:
         FileNotFoundError: the folder has no saved model, image processor or card.
-        ValueError: the repository is public, but `private` is true; or the Hub refuses the card's metadata.
+        ValueError: the repository is public, but `private` is true; or the card's metadata cannot be read, or the Hub
+            refuses them.
         PermissionError: there is no token, it has expired, or it may not write there.
         ConnectionError: the upload broke off.
     """
     folder = Path(folder)
     paths = published_files(folder)
-    card = ModelCard.load(folder / CARD_FILE)
+    card = read_card(folder / CARD_FILE)
     api = HfApi(library_name="hf_maskformer")
     with _explained(repo_id):
         # `create_repo` gives the name with the owner's, which the examples of the card need.
@@ -139,6 +140,6 @@ def _explained(repo_id: str) -> Iterator[None]:
 def _broken_off(repo_id: str, error: Exception) -> ConnectionError:
     reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
     return ConnectionError(
-        f"The upload to {repo_id} broke off ({reason}). All files go there in one commit, so the repository is as it was "
-        "before, unless that commit had just arrived. Run the same again: what has been uploaded is not sent twice."
+        f"The upload to {repo_id} broke off ({reason}). All files go there in one commit, so the repository is as "
+        "it was before, unless that commit had just arrived. Run the same again: what has been uploaded is not sent twice."
     )

@@ -54,9 +54,7 @@ class PictureCallback(TrainerCallback):
         model.train(was_training)
 
 
-def write_pictures(
-    model: Any, image_processor: Any, dataset: Any, num_pictures: int, folder: Path
-) -> list[Picture]:
+def write_pictures(model: Any, image_processor: Any, dataset: Any, num_pictures: int, folder: Path) -> list[Picture]:
     """Draws the first samples of a data set as `picture_of` does, for a model card.
 
     Args:

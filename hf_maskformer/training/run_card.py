@@ -50,8 +50,8 @@ def write_run_card(
     licence: str | None = None,
     tags: Sequence[str] = (),
     begun_with: str | None = None,
-    data_id: str | None = None,
-    data_name: str | None = None,
+    data_ids: Sequence[str] = (),
+    data_names: Sequence[str] = (),
     split: str | None = None,
 ) -> None:
     """Writes README.md into the output folder of a trainer, with the curve of the loss and pictures beside it.
@@ -62,9 +62,9 @@ def write_run_card(
         licence: chosen by the owner; see `inherited_licence`, also for the ValueError.
         tags: further tags of the Hub.
         begun_with: the checkpoint with which the training began; by default what the model was loaded from.
-        data_id: the data set's name on the Hub.
-        data_name: its name for people; by default `data_id`.
-        split: the part of it that was evaluated.
+        data_ids: names on the Hub of the data.
+        data_names: their names for people; by default `data_ids`.
+        split: the part that was evaluated.
     """
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def write_run_card(
     start = starting_point(begun_with or model.name_or_path)
     licence_fields, licence_text = inherited_licence(start, licence)
     task: Task = trainer.task
-    data_name = data_name or data_id or UNNAMED_DATA
+    data_name = ", ".join(data_names or data_ids) or UNNAMED_DATA
     metrics = figures_of_weights(trainer.state, trainer.args.load_best_model_at_end)
     card = make_card(
         model.config,
@@ -81,14 +81,13 @@ def write_run_card(
         origin=f"{describe(model.config, task)}, trained on {data_name}.",
         licence=licence_fields,
         licence_text=licence_text,
-        results=eval_results(metrics, task, data_name, data_id or data_name, split),
+        results=eval_results(metrics, task, data_name, data_ids[0] if data_ids else "other", split),
         results_text=results_text(metrics, data_name, split),
         training_text=training_text(trainer, data_name, start.name, write_loss(trainer.state.log_history, folder)),
         pictures=_pictures(trainer, model, folder),
-        has_code=model._auto_class is not None,
         tags=tags,
         base_model=start.base_model,
-        datasets=[data_id] if data_id else None,
+        datasets=list(data_ids) or None,
     )
     card.save(folder / CARD_FILE)
 
@@ -126,7 +125,9 @@ def _pictures(trainer: Any, model: Any, folder: Path) -> list[Picture]:
     return write_pictures(model, trainer.processing_class, dataset, trainer.args.num_pictures, folder)
 
 
-def eval_results(metrics: Mapping[str, float], task: Task, data_name: str, data_id: str, split: str | None) -> list[Any]:
+def eval_results(
+    metrics: Mapping[str, float], task: Task, data_name: str, data_id: str, split: str | None
+) -> list[Any]:
     """The main figure of each evaluation, as entries of a card's metadata.
 
     Args:
@@ -162,10 +163,10 @@ def results_text(metrics: Mapping[str, float], data_name: str, split: str | None
     if not metrics:
         return "These weights were not evaluated."
     where = data_name + (f", split `{split}`" if split else "")
-    rows = "\n".join(
-        f"| {name.removeprefix('eval_')} | {100 * value:.2f} |" for name, value in sorted(metrics.items())
+    rows = "\n".join(f"| {name.removeprefix('eval_')} | {100 * value:.2f} |" for name, value in sorted(metrics.items()))
+    return (
+        f"Measured at the resolution of the ground truth on {where}, in percent:\n\n| figure | |\n| --- | --- |\n{rows}"
     )
-    return f"Measured at the resolution of the ground truth on {where}, in percent:\n\n| figure | |\n| --- | --- |\n{rows}"
 
 
 def training_text(trainer: Any, data_name: str, start_name: str | None, loss: str) -> str:
@@ -176,7 +177,9 @@ def training_text(trainer: Any, data_name: str, start_name: str | None, loss: st
     length = f"{state.global_step:,} steps of {images} images ({state.epoch or 0:.4g} epochs)"
     hidden = OF_OTHER_SCHEDULES if args.paper_schedule else OF_PAPER_SCHEDULE
     values = args.to_dict()
-    shown = {name: values[name] for name in SHOWN_ARGUMENTS if name not in hidden and values[name] not in (None, False, {})}
+    shown = {
+        name: values[name] for name in SHOWN_ARGUMENTS if name not in hidden and values[name] not in (None, False, {})
+    }
     rows = "\n".join(f"| `{name}` | {value} |" for name, value in shown.items())
     size = getattr(trainer.processing_class, "size", None)
     return "\n\n".join(
@@ -233,4 +236,8 @@ def _duration(history: Sequence[Mapping[str, Any]]) -> str:
     seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
     if not seconds:
         return ""
-    return f" Training took {seconds[-1] / 3600:.1f} hours." if seconds[-1] > 5400 else f" Training took {seconds[-1] / 60:.1f} minutes."
+    return (
+        f" Training took {seconds[-1] / 3600:.1f} hours."
+        if seconds[-1] > 5400
+        else f" Training took {seconds[-1] / 60:.1f} minutes."
+    )

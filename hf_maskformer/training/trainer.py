@@ -103,6 +103,10 @@ class MaskFormerTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles the arguments into training_args.bin, which hub_strategy "every_save" uploads.
+        return self.__dict__ | {"hub_token": None}
+
 
 class MaskFormerTrainer(Trainer):
     """Thin subclass of `Trainer`; the model also trains with `Trainer` itself.
@@ -303,9 +307,9 @@ class MaskFormerTrainer(Trainer):
             tags: further tags of the Hub.
             model_name: what the examples load; by default `hub_model_id` or the name of `output_dir`.
             finetuned_from: what the training began with; by default what the model was loaded from.
-            dataset_tags: the data set's name on the Hub.
-            dataset: its name for people.
-            split: its part that was evaluated.
+            dataset_tags: names on the Hub of the data.
+            dataset: their names for people.
+            split: the part that was evaluated.
             language, tasks, dataset_args: without meaning here.
 
         Raises:
@@ -318,8 +322,8 @@ class MaskFormerTrainer(Trainer):
                 licence=license,
                 tags=[*_as_list(tags), *_as_list(self.accelerator.unwrap_model(self.model).model_tags)],
                 begun_with=finetuned_from,
-                data_id=", ".join(_as_list(dataset_tags)) or None,
-                data_name=", ".join(_as_list(dataset)) or None,
+                data_ids=_as_list(dataset_tags),
+                data_names=_as_list(dataset),
                 split=split,
             )
 
