@@ -6,8 +6,8 @@
         hub.repositories["ada/model"].files()
 
 Large files (`hub.lfs_from` bytes or more) go by LFS, in parts of `hub.part_size` bytes, if that is set.
-`hub.expires_at` is a pattern of a request at which all tokens expire; `hub.break_uploads` makes the connection drop in the
-midst of every LFS upload.
+`hub.expires_at` is a pattern of a request at which all tokens expire; `hub.break_uploads` makes the connection drop in
+the midst of every LFS upload.
 """
 
 import base64

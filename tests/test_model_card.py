@@ -10,17 +10,27 @@ import torch
 from hub_stand_in import hub, metadata_errors
 from huggingface_hub import ModelCard
 from models import tiny_model
+from test_scripts import load
 from test_training import SCENES, our_trainer, scenes_model
 from transformers import ResNetForImageClassification
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.hub.key_table import to_original
-from hf_maskformer.hub.model_card import AUTHORS_LICENCE, StartingPoint, inherited_licence, rename_card, starting_point
+from hf_maskformer.hub.model_card import (
+    AUTHORS_LICENCE,
+    TEMPLATE,
+    StartingPoint,
+    inherited_licence,
+    rename_card,
+    starting_point,
+)
 from hf_maskformer.hub.publishing import publish
+from hf_maskformer.training.presets import PRESETS
 from hf_maskformer.training.run_card import LOSS_CURVE, eval_results, figures_of_weights, write_loss
 from hf_maskformer.training.starting_point import load_backbone_weights
 
 __all__ = ["hub"]  # a fixture
+MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
 ABOUT_DATA = {"dataset": "drawn scenes", "dataset_tags": "ada/scenes", "split": "val"}
 
 
@@ -263,3 +273,30 @@ def test_a_trainer_says_that_the_token_has_expired_and_keeps_the_model(hub, tmp_
         trainer.push_to_hub()
     assert hub.repositories == {}
     MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_card_of_a_model_of_the_paper_is_what_its_script_writes(name):
+    written = (MODEL_CARDS / f"{name}.md").read_text()
+    assert load("model_cards").card(PRESETS[name]).content == written
+    assert metadata_errors(written) == []
+    card = ModelCard(written)
+    assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
+    assert card.data.license == AUTHORS_LICENCE
+    for result in card.data.eval_results:
+        assert result.metric_name.endswith("(reported by the authors, not measured)")
+        assert result.source_url
+    assert card.data.eval_results[0].metric_value == PRESETS[name].reported
+    assert "not measured again here" in card.text
+
+
+def test_every_model_of_the_paper_has_a_card_and_the_template_is_beside_them():
+    assert {path.stem for path in MODEL_CARDS.glob("*.md")} == {*PRESETS, "README", "TEMPLATE"}
+    assert (MODEL_CARDS / "TEMPLATE.md").read_text() == TEMPLATE.read_text()
+
+
+def test_what_the_hub_would_refuse_in_a_card_is_found(card):
+    """The check itself, on which the tests above rely."""
+    for good, bad in (("license: unknown", "license: [a]"), ("ada/scenes", "a/b/c"), ("value: ", "value: about ")):
+        assert good in card.content
+        assert metadata_errors(card.content.replace(good, bad, 1))

@@ -1,16 +1,11 @@
 """Publishing on the Hub, against a stand-in for it: all of a folder or nothing, and what it says when it fails."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hub_stand_in import hub
 from huggingface_hub import ModelCard, snapshot_download
 from models import swin_config, tiny_model
-from test_auto_classes import load_in_clean_process
+from test_auto_classes import TRAVELLING, load_in_clean_process
 from test_scripts import load
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
@@ -18,7 +13,6 @@ from hf_maskformer.hub.model_card import make_card
 from hf_maskformer.hub.publishing import publish
 
 __all__ = ["hub"]  # a fixture
-ROOT = Path(__file__).parents[1]
 EXPIRED = "expired or is wrong. Nothing was published. Log in"
 
 
@@ -243,26 +237,16 @@ def test_a_card_whose_metadata_cannot_be_read_is_refused(hub, tmp_path):
     assert hub.requests == []
 
 
-def test_the_script_publishes_a_model_whose_code_runs_without_this_package(hub, tmp_path):
+def test_the_script_publishes_a_model_whose_code_runs_without_this_package(hub, tmp_path, monkeypatch, capsys):
     model = save(tmp_path / "model")
     options = ["--private", "--with_code", "--max_shard_size", "50KB"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "home"),
-    }
-    # In a process of its own, for which the code is registered.
-    finished = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "push_to_hub.py", tmp_path / "model", "ada/name", *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
+    for travelling in TRAVELLING:
+        monkeypatch.setattr(travelling, "_auto_class", None)  # what it is again afterwards
+    script = load("push_to_hub")
+    script.main(script.parse_arguments([str(tmp_path / "model"), "ada/name", *options]))
     repository = hub.repositories["ada/name"]
     commit = repository.branches["main"][-1]
-    assert finished.stdout.strip() == f"{hub.url}/ada/name/commit/{commit.oid}"
+    assert capsys.readouterr().out.strip() == f"{hub.url}/ada/name/commit/{commit.oid}"
     assert repository.private
     assert len([path for path in commit.files if path.endswith(".safetensors")]) > 1
     assert not list((tmp_path / "model").glob("*.py"))

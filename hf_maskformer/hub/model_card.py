@@ -165,7 +165,7 @@ def make_card(
         limits_text=" ".join((*_common_limits(config), *limits)),
         licence_text=licence_text,
     )
-    card.text = re.sub(r"\n{3,}", "\n\n", card.text)  # what absent sections leave
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"  # what absent sections leave
     return card
 
 

@@ -141,5 +141,5 @@ def _broken_off(repo_id: str, error: Exception) -> ConnectionError:
     reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
     return ConnectionError(
         f"The upload to {repo_id} broke off ({reason}). All files go there in one commit, so the repository is as "
-        "it was before, unless that commit had just arrived. Run the same again: what has been uploaded is not sent twice."
+        "it was before, unless that commit had just arrived. Run the same again: what has arrived is not sent twice."
     )
