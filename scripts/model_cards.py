@@ -52,9 +52,10 @@ def training_text(preset: Preset) -> str:
     options = {"images in a step": recipe.data.batch_size} | recipe.options()
     rows = "\n".join(f"| {name} | {value} |" for name, value in options.items() if value is not False)
     return (
-        f"As the paper trained it:\n\n| setting | value |\n| --- | --- |\n{rows}\n\nTo train it anew "
-        f"(docs/reproducing.md):\n\n    accelerate launch scripts/train.py --preset {preset.name} --data DATA --backbone_weights BACKBONE "
-        "--output_dir OUTPUT"
+        f"As the paper trained it:\n\n| setting | value |\n| --- | --- |\n{rows}\n\n"
+        "To train it anew (docs/reproducing.md):\n\n"
+        f"    accelerate launch scripts/train.py --preset {preset.name} --data DATA \\\n"
+        "        --backbone_weights BACKBONE --output_dir OUTPUT"
     )
 
 

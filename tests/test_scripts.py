@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from models import tiny_config
 from PIL import Image
 from transformers import HfArgumentParser
@@ -67,6 +68,14 @@ def test_train_leaves_a_checkpoint_and_its_scores(checkpoint):
     assert json.loads((checkpoint / "train_results.json").read_text())["train_loss"] > 0
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
     assert (settings["segmentation_task"], settings["label_ids_to_fuse"]) == ("semantic", [0, 1, 2])
+
+
+def test_train_leaves_a_card_that_names_the_data_but_not_where_they_lie(checkpoint, data):
+    card = ModelCard.load(checkpoint / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.dataset_split) == (data.name, "val")
+    assert "pictures/sample_1.jpg" in card.text
+    assert str(data.parent) not in card.content
 
 
 def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp_path, capsys):

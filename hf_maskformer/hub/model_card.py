@@ -185,7 +185,7 @@ def rename_card(card: ModelCard, name: str) -> ModelCard:
     renamed = ModelCard(card.content)
     renamed.text = f"\n# {name}\n" + rest.replace(f'"{old}"', f'"{name}"')
     if renamed.data.get("eval_results"):
-        renamed.data.model_name = name.rpartition("/")[2]
+        renamed.data["model_name"] = name.rpartition("/")[2]
     return renamed
 
 

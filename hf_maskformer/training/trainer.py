@@ -151,6 +151,11 @@ class MaskFormerTrainer(Trainer):
         """What is evaluated: the `segmentation_task` of the image processor, "semantic" where it does not say."""
         return self.processing_class.segmentation_task or "semantic"
 
+    @property
+    def _folder(self) -> Path:
+        assert self.args.output_dir is not None  # the arguments have a default for it
+        return Path(self.args.output_dir)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimiser that the arguments name, over `parameter_groups`."""
         if self.optimizer is None:
@@ -282,7 +287,7 @@ class MaskFormerTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves model, image processor and arguments; these also as training_args.json, without the Hub's token."""
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = self._folder if output_dir is None else Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string())
         super().save_model(output_dir, _internal_call)
@@ -318,7 +323,7 @@ class MaskFormerTrainer(Trainer):
         if self.is_world_process_zero():
             write_run_card(
                 self,
-                name=model_name or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                name=model_name or self.args.hub_model_id or self._folder.absolute().name,
                 licence=license,
                 tags=[*_as_list(tags), *_as_list(self.accelerator.unwrap_model(self.model).model_tags)],
                 begun_with=finetuned_from,
@@ -353,7 +358,7 @@ class MaskFormerTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        repo_id = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        repo_id = self.hub_model_id or self.args.hub_model_id or self._folder.absolute().name
         figures = figures_of_weights(self.state, self.args.load_best_model_at_end)
         if figures:
             self.save_metrics("eval", figures)
@@ -366,8 +371,8 @@ class MaskFormerTrainer(Trainer):
             "commit_message": commit_message or "End of training",
         }
         if not blocking:
-            return HfApi().run_as_future(publish, self.args.output_dir, repo_id, **arguments)
-        return publish(self.args.output_dir, repo_id, **arguments)
+            return HfApi().run_as_future(publish, self._folder, repo_id, **arguments)
+        return publish(self._folder, repo_id, **arguments)
 
     def _check_metric_for_best_model(self) -> None:
         metric = self.args.metric_for_best_model
