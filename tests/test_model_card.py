@@ -1,6 +1,7 @@
 """Model cards: what a training says of itself, which licence it inherits, and what the Hub makes of the metadata."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from hf_maskformer.training.run_card import LOSS_CURVE, eval_results, figures_of
 from hf_maskformer.training.starting_point import load_backbone_weights
 
 __all__ = ["hub"]  # a fixture
-MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
+DOCS, MODEL_CARDS = (Path(__file__).parents[1] / folder for folder in ("docs", "model_cards"))
 ABOUT_DATA = {"dataset": "drawn scenes", "dataset_tags": "ada/scenes", "split": "val"}
 
 
@@ -258,6 +259,15 @@ def test_a_trainer_publishes_everything_in_one_commit(hub, tmp_path, monkeypatch
     with torch.no_grad():
         expected_logits = trainer.model.eval()(**batch).masks_queries_logits
         assert torch.equal(loaded(**batch).masks_queries_logits, expected_logits)
+
+
+def test_the_training_of_the_docs_is_published(hub, tmp_path):
+    (block,) = re.findall(r"```python\n(trainer.train.*?)```", (DOCS / "publishing.md").read_text(), re.DOTALL)
+    exec(block, {"trainer": our_trainer(tmp_path / "run", num_pictures=0)})
+    repository = hub.repositories["ada/run"]
+    card = ModelCard(repository.files()["README.md"].decode())
+    assert (card.data.datasets, card.data.eval_results[0].dataset_split) == (["user/streets"], "val")
+    assert repository.private
 
 
 def test_a_trainer_that_does_not_wait_gives_a_future(hub, tmp_path):

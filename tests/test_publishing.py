@@ -1,5 +1,8 @@
 """Publishing on the Hub, against a stand-in for it: all of a folder or nothing, and what it says when it fails."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hub_stand_in import hub
@@ -13,6 +16,7 @@ from hf_maskformer.hub.model_card import make_card
 from hf_maskformer.hub.publishing import publish
 
 __all__ = ["hub"]  # a fixture
+README = Path(__file__).parents[1] / "README.md"
 EXPIRED = "expired or is wrong. Nothing was published. Log in"
 
 
@@ -219,14 +223,26 @@ def test_a_card_with_bad_metadata_is_refused_by_the_hub_before_the_upload(hub, t
     assert hub.repositories["ada/name"].files().keys() == {".gitattributes"}
 
 
-def test_model_and_processor_push_themselves(hub, tmp_path):
+def test_model_and_processor_push_themselves_with_their_code_as_the_readme_says(hub, tmp_path, monkeypatch):
+    for travelling in TRAVELLING:
+        monkeypatch.setattr(travelling, "_auto_class", None)  # what it is again afterwards
+    (block,) = re.findall(
+        r"```python\n(from hf_maskformer import register_remote.*?)```", README.read_text(), re.DOTALL
+    )
+    hub.add_token("user's", user="user")
+    monkeypatch.setenv("HF_TOKEN", "user's")
     model = save(tmp_path / "model")
-    model.push_to_hub("ada/name", max_shard_size="50KB")
-    MaskFormerImageProcessor().push_to_hub("ada/name")
-    files = hub.repositories["ada/name"].files()
-    assert {"README.md", "model.safetensors.index.json", "preprocessor_config.json"} <= files.keys()
-    loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
+    exec(block, {"model": model, "processor": MaskFormerImageProcessor()})
+    files = hub.repositories["user/name"].files()
+    assert {"README.md", "model.safetensors", "modeling_maskformer.py", "preprocessor_config.json"} <= files.keys()
+    assert "image_processing_maskformer.py" in files
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained("user/name", cache_dir=tmp_path / "cache")
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_model_shards_large_weights_when_it_pushes_itself(hub, tmp_path):
+    save(tmp_path / "model").push_to_hub("ada/name", max_shard_size="50KB")
+    assert "model.safetensors.index.json" in hub.repositories["ada/name"].files()
 
 
 def test_a_card_whose_metadata_cannot_be_read_is_refused(hub, tmp_path):
