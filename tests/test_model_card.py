@@ -310,3 +310,14 @@ def test_what_the_hub_would_refuse_in_a_card_is_found(card):
     for good, bad in (("license: unknown", "license: [a]"), ("ada/scenes", "a/b/c"), ("value: ", "value: about ")):
         assert good in card.content
         assert metadata_errors(card.content.replace(good, bad, 1))
+
+
+def test_no_token_is_uploaded_with_the_weights_of_a_running_training(hub, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "ada/run", "hub_token": "ada's", "num_pictures": 0}
+    trainer = our_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, **options)
+    trainer.train()
+    trainer.save_model()
+    commits = hub.repositories["ada/run"].branches["main"]
+    assert {"Training in progress, step 1", "Model save"} <= {commit.title for commit in commits}
+    assert any("training_args.bin" in commit.files for commit in commits)
+    assert not any(b"ada's" in content for commit in commits for content in commit.files.values())

@@ -132,6 +132,8 @@ def _explained(repo_id: str) -> Iterator[None]:
         if status < 500:
             raise
         raise _broken_off(repo_id, error) from error
+    except PermissionError as error:  # of hf_xet
+        raise PermissionError(f"{error}. Nothing was published. {login}") from error
     # HTTPError: what broke on the way. RuntimeError: how huggingface_hub wraps it, for a file.
     except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
         raise _broken_off(repo_id, error) from error

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ SHOWN_ARGUMENTS = (
     "fp16",
     "seed",
 )
-OF_PAPER_SCHEDULE = ("lr_milestones", "warmup_factor")
-OF_OTHER_SCHEDULES = ("lr_scheduler_type", "lr_scheduler_kwargs")
+# Of these, what has no meaning under each paper_schedule.
+MEANINGLESS_ARGUMENTS = {
+    None: ("lr_milestones", "warmup_factor"),
+    "poly": ("lr_milestones", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    "steps": ("lr_scheduler_type", "lr_scheduler_kwargs"),
+}
 
 logger = logging.get_logger(__name__)
 
@@ -175,7 +180,7 @@ def training_text(trainer: Any, data_name: str, start_name: str | None, loss: st
     begins = "random weights" if start_name is None else f"`{start_name}`"
     images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1)
     length = f"{state.global_step:,} steps of {images} images ({state.epoch or 0:.4g} epochs)"
-    hidden = OF_OTHER_SCHEDULES if args.paper_schedule else OF_PAPER_SCHEDULE
+    hidden = MEANINGLESS_ARGUMENTS[args.paper_schedule]
     values = args.to_dict()
     shown = {
         name: values[name] for name in SHOWN_ARGUMENTS if name not in hidden and values[name] not in (None, False, {})
@@ -234,10 +239,4 @@ def _draw(points: Sequence[tuple[int, float]], path: Path) -> bool:
 
 def _duration(history: Sequence[Mapping[str, Any]]) -> str:
     seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
-    if not seconds:
-        return ""
-    return (
-        f" Training took {seconds[-1] / 3600:.1f} hours."
-        if seconds[-1] > 5400
-        else f" Training took {seconds[-1] / 60:.1f} minutes."
-    )
+    return f" Training took {timedelta(seconds=round(seconds[-1]))} (h:mm:ss)." if seconds else ""
