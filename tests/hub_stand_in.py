@@ -6,8 +6,8 @@
         hub.repositories["ada/model"].files()
 
 Large files (`hub.lfs_from` bytes or more) go by LFS, in parts of `hub.part_size` bytes, if that is set.
-`hub.expires_at` is a pattern of a request at which all tokens expire; `hub.break_uploads` makes the connection drop in
-the midst of every LFS upload.
+`hub.expires_at` is a pattern of the paths of requests at which all tokens expire, `hub.breaks_at` one of those in the
+midst of whose bodies the connection drops.
 """
 
 import base64
@@ -69,8 +69,10 @@ class HubStandIn:
         self.readers: set[str] = set()
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
-        self.lfs_from, self.part_size = 10_000, None
-        self.break_uploads, self.expires_at = False, None
+        self.lfs_from = 10_000
+        self.part_size: int | None = None
+        self.expires_at: str | None = None
+        self.breaks_at: str | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
 
@@ -122,6 +124,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{method} {path}")
         if self.hub.expires_at is not None and re.search(self.hub.expires_at, path):
             self.hub.users.clear()
+        if self.hub.breaks_at is not None and re.search(self.hub.breaks_at, path):
+            self.rfile.read(100)
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         try:
             if method == "PUT":
                 return self._store(path)
@@ -257,10 +263,6 @@ class _Handler(BaseHTTPRequestHandler):
         if not match:
             raise RefusalError(404, f"nothing is stored at {path}")
         repository, oid, part = self.hub.repositories[match[1]], match[2], match[3]
-        if self.hub.break_uploads:
-            self.rfile.read(100)
-            self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
         data = self._body()
         if part is not None:
             repository.parts[oid, int(part)] = data

@@ -189,6 +189,7 @@ def test_random_weights_inherit_nothing_and_unreadable_cards_leave_the_licence_o
     assert starting_point("") == StartingPoint()
     assert inherited_licence(StartingPoint())[0] == {"license": "unknown"}
     assert inherited_licence(StartingPoint(), "mit")[0] == {"license": "mit"}
+    assert starting_point(str(tmp_path / "gone")) == StartingPoint("gone")
     (tmp_path / "README.md").write_text("---\n[broken\n---\n")
     start = starting_point(str(tmp_path))
     assert start == StartingPoint(tmp_path.name)

@@ -162,18 +162,19 @@ def test_without_a_token_one_is_asked_for(hub, tmp_path, monkeypatch):
         publish(tmp_path, "ada/name")
 
 
-def test_a_connection_that_drops_in_mid_upload_leaves_the_repository_as_it_was(hub, tmp_path):
+@pytest.mark.parametrize("request_path", ["^/lfs/", "/commit/"])
+def test_a_connection_that_drops_on_the_way_leaves_the_repository_as_it_was(hub, tmp_path, request_path):
     save(tmp_path / "first")
     publish(tmp_path / "first", "ada/name")
     repository = hub.repositories["ada/name"]
     before = repository.files()
     model = save(tmp_path / "second", "50KB")
-    hub.break_uploads = True
+    hub.breaks_at = request_path
     with pytest.raises(ConnectionError, match=r"ada/name broke off .* as it was before, .* Run the same again"):
         publish(tmp_path / "second", "ada/name")
     assert repository.files() == before
 
-    hub.break_uploads = False
+    hub.breaks_at = None
     publish(tmp_path / "second", "ada/name")
     assert len(repository.branches["main"]) == 3
     loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")

@@ -66,7 +66,9 @@ def starting_point(name_or_path: str) -> StartingPoint:
         return StartingPoint(name_or_path, base_model, (("license", AUTHORS_LICENCE),))
     try:
         card = read_card(path / CARD_FILE if path.is_dir() else name_or_path)
-    except (OSError, ValueError, EntryNotFoundError, HFValidationError, HTTPError):
+    except HFValidationError:  # no name of the Hub, so a folder that is gone
+        return StartingPoint(path.name)
+    except (OSError, ValueError, EntryNotFoundError, HTTPError):
         return StartingPoint(path.name if base_model is None else name_or_path, base_model)
     fields = tuple((field, card.data.get(field)) for field in LICENCE_FIELDS if card.data.get(field))
     if base_model is None:
