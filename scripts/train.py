@@ -17,10 +17,11 @@ As the paper trained one of its models (docs/reproducing.md); --dry_run prints w
 A folder in another layout of docs/data.md is recognised; where it can be read in two ways, --format says how.
 
 Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ... The
-help of --help_all has them.
+help of --help_all has them. --push_to_hub true --hub_model_id user/name publishes the result (docs/publishing.md).
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import set_seed
 
@@ -34,6 +35,7 @@ from hf_maskformer.evaluation.tasks import TASKS, check_sample, task_of_data
 from hf_maskformer.training.dry_run import describe_run
 from hf_maskformer.training.model_arguments import ModelArguments
 from hf_maskformer.training.recipe_options import parse_with_recipe
+from hf_maskformer.training.run_card import figures_of_weights
 from hf_maskformer.training.starting_point import target_format
 
 
@@ -82,6 +84,13 @@ class DataArguments:
             streaming=streaming,
         )
 
+    def card(self) -> dict[str, str]:
+        """What the model card says about the data; of a folder on this machine only its own name."""
+        assert self.data is not None  # only a dry run goes without
+        path = Path(self.data)
+        source = {"dataset": path.absolute().name} if path.exists() else {"dataset_tags": self.data}
+        return {**source, "split": self.eval_split}
+
     def build_augmentation(self) -> Augmentation:
         if self.augmentation is None:
             return RandomScaleCropFlip.from_scales(
@@ -123,17 +132,13 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
-    metrics = evaluated_in_training(trainer) or trainer.evaluate()
+    metrics = figures_of_weights(trainer.state, training.load_best_model_at_end) or trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)
-
-
-def evaluated_in_training(trainer: MaskFormerTrainer) -> dict[str, float]:
-    """The figures of the final model if it was evaluated during training, otherwise none."""
-    state = trainer.state
-    step = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
-    lines = [line for line in state.log_history if line["step"] == step]
-    return {name: value for line in lines for name, value in line.items() if name.startswith("eval_")}
+    card = data.card()
+    trainer.create_model_card(**card)
+    if training.push_to_hub:
+        trainer.push_to_hub(**card)
 
 
 def dry_run(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from models import tiny_config
 from PIL import Image
 from transformers import HfArgumentParser
@@ -87,6 +88,14 @@ def test_the_best_checkpoint_is_reported_as_it_was_evaluated(config, data, tmp_p
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     results = json.loads((tmp_path / "eval_results.json").read_text())
     assert results["eval_mean_iou"] == state["best_metric"]
+
+
+def test_train_leaves_a_card_that_names_the_data_but_not_where_they_lie(checkpoint, data):
+    card = ModelCard.load(checkpoint / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.dataset_split) == (data.name, "val")
+    assert "pictures/sample_1.jpg" in card.text
+    assert str(data.parent) not in card.content
 
 
 def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp_path, capsys):

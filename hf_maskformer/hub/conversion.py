@@ -19,6 +19,7 @@ from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .conversion_card import conversion_card
 from .key_table import from_original, to_original
+from .model_card import CARD_FILE
 from .original_checkpoint import OriginalCheckpoint, as_tensor, read_checkpoint
 
 Config = MaskFormerConfig | PerPixelBaselineConfig
@@ -55,8 +56,7 @@ def convert_checkpoint(
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         task = image_processor.segmentation_task or "semantic"  # type: ignore[attr-defined]  # a setting
-        card = conversion_card(checkpoint, config, task, Path(output).name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        conversion_card(checkpoint, config, task, Path(output).name).save(folder / CARD_FILE)
     return model
 
 

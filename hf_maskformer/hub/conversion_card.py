@@ -1,89 +1,83 @@
-"""The model card of a converted checkpoint."""
+"""The model card of a converted checkpoint, and what the paper's authors report of theirs."""
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
-from ..training.presets import PRESETS, Preset
+from ..training.presets import DATA_SETS, PRESETS, Preset
+from .model_card import AUTHORS_LICENCE, AUTHORS_LICENCE_TEXT, describe, make_card
 from .original_checkpoint import OriginalCheckpoint
 
-TEMPLATE = """---
-{metadata}
----
-
-# {title}
-
-{origin}
-
-## How to use
-
-```python
-from PIL import Image
-from hf_maskformer import {model_class}, MaskFormerImageProcessor
-
-model = {model_class}.from_pretrained("{title}")
-image_processor = MaskFormerImageProcessor.from_pretrained("{title}")
-image = Image.open("photo.jpg")
-outputs = model(**image_processor(image, return_tensors="pt"))
-target_sizes = [(image.height, image.width)]
-result = image_processor.post_process_{task}_segmentation(outputs, target_sizes=target_sizes)[0]
-```
-
-## Licence
-
-{licence}
-"""
-ZOO_LICENCE = "CC BY-NC 4.0, under which the paper's authors publish their weights: no commercial use."
-OTHER_LICENCE = (
+OTHER_LICENCE_TEXT = (
     "That of the file that was converted. Weights that began with those of the paper's authors are CC BY-NC 4.0 too."
 )
+AUTHORS_TABLE = ("MaskFormer model zoo", "https://github.com/facebookresearch/MaskFormer/blob/main/MODEL_ZOO.md")
 
 
 def conversion_card(
     checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig, task: str, name: str
-) -> str:
-    """The text of README.md, with its metadata. `name` is what the card calls the model, `task` what it is for."""
-    is_zoo = _zoo_preset(checkpoint) is not None
-    is_baseline = isinstance(config, PerPixelBaselineConfig)
-    metadata = ModelCardData(
-        license="cc-by-nc-4.0" if is_zoo else "unknown",
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        tags=["maskformer" if not is_baseline else "per-pixel-baseline"],
-    )
-    return TEMPLATE.format(
-        metadata=metadata.to_yaml(),
-        title=name,
-        origin=_origin(checkpoint, config),
-        model_class=f"{'PerPixelBaselineForSemantic' if is_baseline else 'MaskFormerForInstance'}Segmentation",
-        task=task,
-        licence=ZOO_LICENCE if is_zoo else OTHER_LICENCE,
+) -> ModelCard:
+    """The card of the folder that a checkpoint becomes. `name` is what it calls the model, `task` what it is for."""
+    preset = _zoo_preset(checkpoint)
+    return make_card(
+        config,
+        task,
+        name,
+        origin=_origin(checkpoint, config, task),
+        licence={"license": "unknown" if preset is None else AUTHORS_LICENCE},
+        licence_text=OTHER_LICENCE_TEXT if preset is None else AUTHORS_LICENCE_TEXT,
+        results=() if preset is None else reported_results(preset, task),
+        results_text="" if preset is None else reported_text(preset),
     )
 
 
-def _origin(checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig) -> str:
-    method = "MaskFormer"
-    if isinstance(config, PerPixelBaselineConfig):
-        method = "PerPixelBaseline" if config.decoder_config is None else "PerPixelBaseline+"
-    model = f"{method} ([arXiv 2107.06278](https://arxiv.org/abs/2107.06278)) for {config.num_labels} classes"
+def reported_text(preset: Preset) -> str:
+    """What the paper's authors report, in a sentence that says so."""
+    text = f"{preset.reported} {preset.data_set.metric} on {preset.data_set.title}"
+    if preset.reported_multi_scale is not None:
+        text += f", {preset.reported_multi_scale} with several scales and flips"
+    return f"Reported by the paper's authors for these weights, not measured again here: {text}."
+
+
+def reported_results(preset: Preset, task: str) -> list[EvalResult]:
+    """The same for the metadata of a card, each with its source."""
+    metric, data_set = preset.data_set.metric, preset.data_set
+    source_name, source_url = AUTHORS_TABLE
+    figures = {metric: preset.reported, f"{metric}, several scales and flips": preset.reported_multi_scale}
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name=f"{task.capitalize()} segmentation",
+            dataset_type=data_set_name(preset),
+            dataset_name=data_set.title,
+            dataset_split="validation",
+            metric_type={"mIoU": "mean_iou", "PQ": "pq"}[metric],
+            metric_name=f"{title} (reported by the authors, not measured)",
+            metric_value=value,
+            source_name=source_name,
+            source_url=source_url,
+        )
+        for title, value in figures.items()
+        if value is not None
+    ]
+
+
+def data_set_name(preset: Preset) -> str:
+    """The short name of the data that a preset is for."""
+    return next(name for name, data_set in DATA_SETS.items() if data_set is preset.data_set)
+
+
+def _origin(checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig, task: str) -> str:
+    model = describe(config, task)
     if checkpoint.is_backbone:
         return (
             f"{model}, to be trained: the backbone has the weights of `{checkpoint.path.name}`, and **everything else "
             "is random**."
         )
-    preset = _zoo_preset(checkpoint)
-    reported = "" if preset is None else f"\n\n{_reported(preset)}"
-    return f"{model}, converted from `{checkpoint.path.name}`.{reported}"
+    return f"{model}, converted from `{checkpoint.path.name}`."
 
 
 def _zoo_preset(checkpoint: OriginalCheckpoint) -> Preset | None:
     """The preset whose published weights a file is; the model zoo names each file after its content."""
     presets = [preset for preset in PRESETS.values() if preset.weights_file == checkpoint.path.name]
     return presets[0] if presets else None
-
-
-def _reported(preset: Preset) -> str:
-    text = f"{preset.reported} {preset.data_set.metric} on {preset.data_set.title}"
-    if preset.reported_multi_scale is not None:
-        text += f", {preset.reported_multi_scale} with several scales and flips"
-    return f"Reported by the paper's authors for these weights, not measured again here: {text}."

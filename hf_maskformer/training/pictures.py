@@ -1,5 +1,6 @@
 """Pictures of predictions in TensorBoard, after every evaluation."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,10 @@ from ..data.sample import Sample
 from ..evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
 from ..evaluation.prediction import predict
 from ..evaluation.tasks import Task, reference_of
+from ..hub.model_card import Picture
+
+FOLDER = "pictures"
+MAX_SIDE = 1600  # pixels of a picture in a model card
 
 
 class PictureCallback(TrainerCallback):
@@ -47,6 +52,31 @@ class PictureCallback(TrainerCallback):
             picture = picture_of(model, self._image_processor, sample, self._dataset.labels)
             writer.add_image(f"eval/{sample['name']}", np.asarray(picture), state.global_step, dataformats="HWC")
         model.train(was_training)
+
+
+def write_pictures(model: Any, image_processor: Any, dataset: Any, num_pictures: int, folder: Path) -> list[Picture]:
+    """Draws the first samples of a data set as `picture_of` does, for a model card.
+
+    Args:
+        model, image_processor: what predicts.
+        dataset: samples with their `labels`, map-style.
+        num_pictures: how many samples.
+        folder: where the card is; pictures of an earlier card there are removed.
+    """
+    for path in (folder / FOLDER).glob("sample_*.jpg"):
+        path.unlink()
+    was_training = model.training
+    model.eval()
+    pictures = []
+    for index in range(min(num_pictures, len(dataset))):
+        drawn = picture_of(model, image_processor, dataset[index], dataset.labels)
+        drawn.thumbnail((MAX_SIDE, MAX_SIDE))
+        # The names of samples may say more than their owner wants to tell.
+        pictures.append(Picture("Image, truth and prediction", f"{FOLDER}/sample_{index + 1}.jpg"))
+        (folder / FOLDER).mkdir(exist_ok=True)
+        drawn.save(folder / pictures[-1].file, quality=90)
+    model.train(was_training)
+    return pictures
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ def load_backbone_weights(model: Model, source: str) -> None:
     """
     if source.endswith(FILE_SUFFIXES):
         load_original_backbone(model, source)
+        model.name_or_path = source
     else:
         load_backbone(model, source)
 
@@ -134,6 +135,7 @@ def load_backbone(model: Model, backbone: str) -> None:
             "pretrained model of the same architecture."
         )
     target.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+    model.name_or_path = backbone  # what the model card says the training began with
 
 
 def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool = False) -> Model:

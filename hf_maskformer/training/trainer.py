@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -19,10 +20,12 @@ from ..data.workers import DEAD_WORKER, dead_workers_named
 from ..evaluation.evaluation import evaluate
 from ..evaluation.report import scalars
 from ..evaluation.tasks import MAIN_FIGURES, TASKS, Task, check_model
+from ..hub.publishing import publish
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
 from .epochs import EpochCallback
 from .pictures import PictureCallback
+from .run_card import figures_of_weights, write_run_card
 from .schedules import check_schedule, learning_rate_schedule
 from .starting_point import target_format
 
@@ -86,7 +89,8 @@ class MaskFormerTrainingArguments(TrainingArguments):
         default=3, metadata={"help": "Batches in a row with a loss of NaN or infinity that end training; 0: never."}
     )
     num_pictures: int = field(
-        default=4, metadata={"help": "Samples drawn in TensorBoard after each evaluation, if it is among report_to."}
+        default=4,
+        metadata={"help": "Samples drawn for the model card, and in TensorBoard, if it is in report_to; 0: none."},
     )
 
     def __post_init__(self) -> None:
@@ -106,6 +110,10 @@ class MaskFormerTrainingArguments(TrainingArguments):
         # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles the arguments into training_args.bin, which hub_strategy "every_save" uploads.
+        return self.__dict__ | {"hub_token": None}
 
 
 class MaskFormerTrainer(Trainer):
@@ -156,6 +164,11 @@ class MaskFormerTrainer(Trainer):
         """What is evaluated: the `segmentation_task` of the image processor, "semantic" where it does not say."""
         return self.processing_class.segmentation_task or "semantic"
 
+    @property
+    def _folder(self) -> Path:
+        assert self.args.output_dir is not None  # the arguments have a default for it
+        return Path(self.args.output_dir)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimiser that the arguments name, over `parameter_groups`."""
         if self.optimizer is None:
@@ -197,7 +210,10 @@ class MaskFormerTrainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves model and image processor. Raises a ValueError, and writes nothing, if a weight is NaN or infinite."""
+        """Saves model, image processor and arguments; these also as training_args.json, without the Hub's token.
+
+        Raises a ValueError, and writes nothing, if a weight is NaN or infinite.
+        """
         model: Any = self.model
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
@@ -206,6 +222,10 @@ class MaskFormerTrainer(Trainer):
                     f"{_way_on(self.args.output_dir)}, with a lower learning_rate, a smaller max_grad_norm or in "
                     "higher precision."
                 )
+        if self.args.should_save:
+            folder = self._folder if output_dir is None else Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string())
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -324,6 +344,88 @@ class MaskFormerTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        split: str | None = None,
+    ) -> None:
+        """Writes README.md into `output_dir`: figures, recipe, hardware, loss, `num_pictures` pictures, licence.
+
+        Args:
+            license: identifier of the Hub; by default that of the checkpoint with which the training began.
+            tags: further tags of the Hub.
+            model_name: what the examples load; by default `hub_model_id` or the name of `output_dir`.
+            finetuned_from: what the training began with; by default what the model was loaded from.
+            dataset_tags: names on the Hub of the data.
+            dataset: their names for people.
+            split: the part that was evaluated.
+            language, tasks, dataset_args: without meaning here.
+
+        Raises:
+            ValueError: the training began with weights of the paper's authors, and `license` is not theirs.
+        """
+        if self.is_world_process_zero():
+            write_run_card(
+                self,
+                name=model_name or self.args.hub_model_id or self._folder.absolute().name,
+                licence=license,
+                tags=[*_as_list(tags), *_as_list(self.accelerator.unwrap_model(self.model).model_tags)],
+                begun_with=finetuned_from,
+                data_ids=_as_list(dataset_tags),
+                data_names=_as_list(dataset),
+                split=split,
+            )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Saves the model, writes its card and publishes all of it in one commit, by `publish`, which see for errors.
+
+        Args:
+            commit_message: of the commit.
+            blocking: whether to wait for the upload; otherwise a future is returned.
+            token: default `hub_token`, or that of `hf auth login`.
+            revision: branch; default `hub_revision`, or "main".
+            private: whether a new repository is private; default `hub_private_repo`.
+            kwargs: of `create_model_card`.
+
+        Returns:
+            The commit on the first process, None on the others.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        repo_id = self.hub_model_id or self.args.hub_model_id or self._folder.absolute().name
+        figures = figures_of_weights(self.state, self.args.load_best_model_at_end)
+        if figures:
+            self.save_metrics("eval", figures)
+        self.create_model_card(**{"model_name": repo_id, **kwargs})
+        self._finish_current_push()
+        arguments: dict[str, Any] = {
+            "private": self.args.hub_private_repo if private is None else private,
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "commit_message": commit_message or "End of training",
+        }
+        if not blocking:
+            return HfApi().run_as_future(publish, self._folder, repo_id, **arguments)
+        return publish(self._folder, repo_id, **arguments)
+
     def _check_metric_for_best_model(self) -> None:
         metric = self.args.metric_for_best_model
         if metric in ("loss", "eval_loss"):
@@ -366,6 +468,10 @@ def _way_on(folder: str | None) -> str:
     if checkpoint is None:
         return "There is no earlier checkpoint: start anew"
     return f"{checkpoint} is whole: go on from there by resume_from_checkpoint"
+
+
+def _as_list(names: str | list[str] | set[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else sorted(names or ())
 
 
 def parameter_groups(

@@ -1,0 +1,147 @@
+"""Publishes a folder on the Hub: all of it in one commit, or nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RevisionNotFoundError
+
+from .model_card import CARD_FILE, read_card, rename_card
+
+WEIGHTS = "*.safetensors"
+# What is published, by patterns of paths in the folder. Checkpoints of a training, its log and pickles stay at home.
+PUBLISHED = (
+    "config.json",
+    "preprocessor_config.json",
+    "adapter_config.json",
+    WEIGHTS,
+    "*.safetensors.index.json",
+    CARD_FILE,
+    "training_args.json",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+    "metrics.json",
+    "loss_curve.png",
+    "pictures/*",
+    "*.py",
+)
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+) -> CommitInfo:
+    """Publishes a saved model with its image processor, card, figures and pictures, in one commit.
+
+    The files that `PUBLISHED` names are uploaded; those of the same kinds that are in the repository and not in the
+    folder, such as other shards of the weights, are removed in the same commit. So the repository is either as it was
+    or complete, whatever happens on the way. Its name is put into the card.
+
+    Args:
+        folder: what `save_pretrained` or a trainer has written, with a README.md.
+        repo_id: "user/name" or "name"; made if there is none.
+        private: whether a new repository can be seen by its owner only.
+        token: one with the right to write; by default that of `hf auth login` or of the variable HF_TOKEN.
+        revision: branch, made if there is none; default "main".
+        commit_message: of the commit.
+
+    Raises:
+        FileNotFoundError: the folder has no saved model, image processor or card.
+        ValueError: the repository is public, but `private` is true; or the card's metadata cannot be read, or the Hub
+            refuses them.
+        PermissionError: there is no token, it has expired, or it may not write there.
+        ConnectionError: the upload broke off.
+    """
+    folder = Path(folder)
+    paths = published_files(folder)
+    card = read_card(folder / CARD_FILE)
+    api = HfApi(library_name="hf_maskformer")
+    with _explained(repo_id):
+        # `create_repo` gives the name with the owner's, which the examples of the card need.
+        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id, token=token).private:
+            raise ValueError(
+                f"{repo_id} exists and is public, so nothing was uploaded. Make it private in its settings, choose "
+                "another name, or publish it without asking for a private repository."
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        content = rename_card(card, repo_id).content.encode()
+        operations: list[Any] = [
+            CommitOperationAdd(path, content if path == CARD_FILE else folder / path) for path in paths
+        ]
+        present = api.list_repo_files(repo_id, revision=revision, token=token)
+        stale = [path for path in present if _is_published(path) and path not in paths]
+        operations += [CommitOperationDelete(path) for path in stale]
+        # Not upload_folder: where hf_xet is installed, it makes several commits of a large folder or a slow upload.
+        return api.create_commit(
+            repo_id, operations=operations, commit_message=commit_message, revision=revision, token=token
+        )
+
+
+def published_files(folder: Path) -> list[str]:
+    """The files of a folder that `publish` uploads, by their paths in it. Raises a FileNotFoundError as it does."""
+    paths = sorted(
+        path.relative_to(folder).as_posix() for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()
+    )
+    save_model = "Save a model there by save_pretrained or trainer.save_model."
+    required = {
+        "config.json": save_model,
+        WEIGHTS: save_model,
+        "preprocessor_config.json": "Save the image processor there too, by its save_pretrained.",
+        CARD_FILE: "trainer.create_model_card() writes one; without a trainer, write it by hand.",
+    }
+    for pattern, remedy in required.items():
+        if not any(fnmatch(path.removeprefix("adapter_"), pattern) for path in paths):
+            raise FileNotFoundError(f"{folder} has no {pattern}, so nothing was published. {remedy}")
+    return paths
+
+
+def _is_published(path: str) -> bool:
+    # fnmatch's "*" goes through folders, where that of glob ends at them.
+    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in PUBLISHED)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Says of the errors of the Hub what they mean for who publishes."""
+    login = "Log in by `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(f"There is no token for the Hub, so nothing was published. {login}") from error
+    except RevisionNotFoundError:
+        raise
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise PermissionError(
+                f"The Hub does not accept the token: it has expired or is wrong. Nothing was published. {login}"
+            ) from error
+        if status == 403:
+            raise PermissionError(f"The token may not write to {repo_id}; nothing was published. {login}") from error
+        if status < 500:
+            raise
+        raise _broken_off(repo_id, error) from error
+    except PermissionError as error:  # of hf_xet
+        raise PermissionError(f"{error}. Nothing was published. {login}") from error
+    # HTTPError: what broke on the way. RuntimeError: how huggingface_hub wraps it, for a file.
+    except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
+        raise _broken_off(repo_id, error) from error
+
+
+def _broken_off(repo_id: str, error: Exception) -> ConnectionError:
+    reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+    return ConnectionError(
+        f"The upload to {repo_id} broke off ({reason}). All files go there in one commit, so the repository is as "
+        "it was before, unless that commit had just arrived. Run the same again: what has arrived is not sent twice."
+    )

@@ -1,0 +1,242 @@
+"""The model card of a training, from what the trainer knows: data, recipe, hardware, loss, figures, pictures."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from huggingface_hub import EvalResult
+from transformers import TrainerState
+from transformers.utils import logging
+
+from ..evaluation.tasks import MAIN_FIGURES, Task
+from ..hub.model_card import CARD_FILE, Picture, describe, inherited_licence, make_card, starting_point
+from .pictures import write_pictures
+
+METRIC_NAMES = {"mean_iou": "mean IoU", "pq": "PQ", "ap": "AP"}
+UNNAMED_DATA = "data that it does not name"
+LOSS_CURVE = "loss_curve.png"
+MAX_ROWS = 10  # of the table of the loss
+# Arguments that a card shows, if they are not None, False or empty.
+SHOWN_ARGUMENTS = (
+    "learning_rate",
+    "backbone_learning_rate_factor",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "paper_schedule",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "lr_milestones",
+    "warmup_steps",
+    "warmup_factor",
+    "bf16",
+    "fp16",
+    "seed",
+)
+# Of these, what has no meaning under each paper_schedule.
+MEANINGLESS_ARGUMENTS = {
+    None: ("lr_milestones", "warmup_factor"),
+    "poly": ("lr_milestones", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    "steps": ("lr_scheduler_type", "lr_scheduler_kwargs"),
+}
+
+logger = logging.get_logger(__name__)
+
+
+def write_run_card(
+    trainer: Any,
+    *,
+    name: str,
+    licence: str | None = None,
+    tags: Sequence[str] = (),
+    begun_with: str | None = None,
+    data_ids: Sequence[str] = (),
+    data_names: Sequence[str] = (),
+    split: str | None = None,
+) -> None:
+    """Writes README.md into the output folder of a trainer, with the curve of the loss and pictures beside it.
+
+    Args:
+        trainer: a `MaskFormerTrainer`.
+        name: what the examples load.
+        licence: chosen by the owner; see `inherited_licence`, also for the ValueError.
+        tags: further tags of the Hub.
+        begun_with: the checkpoint with which the training began; by default what the model was loaded from.
+        data_ids: names on the Hub of the data.
+        data_names: their names for people; by default `data_ids`.
+        split: the part that was evaluated.
+    """
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    start = starting_point(begun_with or model.name_or_path)
+    licence_fields, licence_text = inherited_licence(start, licence)
+    task: Task = trainer.task
+    data_name = ", ".join(data_names or data_ids) or UNNAMED_DATA
+    metrics = figures_of_weights(trainer.state, trainer.args.load_best_model_at_end)
+    card = make_card(
+        model.config,
+        task,
+        name,
+        origin=f"{describe(model.config, task)}, trained on {data_name}.",
+        licence=licence_fields,
+        licence_text=licence_text,
+        results=eval_results(metrics, task, data_name, data_ids[0] if data_ids else "other", split),
+        results_text=results_text(metrics, data_name, split),
+        training_text=training_text(trainer, data_name, start.name, write_loss(trainer.state.log_history, folder)),
+        pictures=_pictures(trainer, model, folder),
+        tags=tags,
+        base_model=start.base_model,
+        datasets=list(data_ids) or None,
+    )
+    card.save(folder / CARD_FILE)
+
+
+def figures_of_weights(state: TrainerState, is_best_loaded: bool) -> dict[str, float]:
+    """The figures that were measured with the weights that a training ended with; of other steps there are none.
+
+    Args:
+        state: of the trainer. Evaluations after the training come before those during it.
+        is_best_loaded: whether the training ends by loading its best checkpoint.
+    """
+    ends = [index for index, entry in enumerate(state.log_history) if "train_runtime" in entry]
+    after = state.log_history[ends[-1] + 1 :] if ends else state.log_history
+    step = state.best_global_step if is_best_loaded and ends else state.global_step
+    for entries, step_of_weights in ((after, state.global_step), (state.log_history, step)):
+        figures = {
+            name: value
+            for entry in entries
+            if entry.get("step") == step_of_weights
+            for name, value in entry.items()
+            if name.startswith("eval_")
+        }
+        if figures:
+            return figures
+    return {}
+
+
+def _pictures(trainer: Any, model: Any, folder: Path) -> list[Picture]:
+    dataset = trainer.eval_dataset
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()), None)
+    # Where a process holds a part of the weights only, it cannot predict alone.
+    if not hasattr(dataset, "__len__") or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return []
+    return write_pictures(model, trainer.processing_class, dataset, trainer.args.num_pictures, folder)
+
+
+def eval_results(
+    metrics: Mapping[str, float], task: Task, data_name: str, data_id: str, split: str | None
+) -> list[Any]:
+    """The main figure of each evaluation, as entries of a card's metadata.
+
+    Args:
+        metrics: as `MaskFormerTrainer.evaluate` gives them, of one or several data sets.
+        task: what was evaluated.
+        data_name, data_id: of the data, for people and for machines.
+        split: its part that was evaluated, if that is known.
+    """
+    figure = MAIN_FIGURES[task]
+    results = []
+    for key, value in metrics.items():
+        prefix = key.removesuffix(f"_{figure}")
+        if prefix == key:
+            continue
+        part = prefix.removeprefix("eval").strip("_")  # what `evaluate` puts before the figures of a dictionary's data
+        results.append(
+            EvalResult(
+                task_type="image-segmentation",
+                task_name=f"{task.capitalize()} segmentation",
+                dataset_type=data_id,
+                dataset_name=f"{data_name}, {part}" if part else data_name,
+                dataset_split=split,
+                metric_type=figure,
+                metric_name=METRIC_NAMES[figure],
+                metric_value=round(value, 4),
+            )
+        )
+    return results
+
+
+def results_text(metrics: Mapping[str, float], data_name: str, split: str | None) -> str:
+    """All figures of an evaluation as a table, or that there was none."""
+    if not metrics:
+        return "These weights were not evaluated."
+    where = data_name + (f", split `{split}`" if split else "")
+    rows = "\n".join(f"| {name.removeprefix('eval_')} | {100 * value:.2f} |" for name, value in sorted(metrics.items()))
+    return (
+        f"Measured at the resolution of the ground truth on {where}, in percent:\n\n| figure | |\n| --- | --- |\n{rows}"
+    )
+
+
+def training_text(trainer: Any, data_name: str, start_name: str | None, loss: str) -> str:
+    """Data, recipe, hardware and versions; `loss` is how the loss went."""
+    args, state = trainer.args, trainer.state
+    begins = "random weights" if start_name is None else f"`{start_name}`"
+    images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1)
+    length = f"{state.global_step:,} steps of {images} images ({state.epoch or 0:.4g} epochs)"
+    hidden = MEANINGLESS_ARGUMENTS[args.paper_schedule]
+    values = args.to_dict()
+    shown = {
+        name: values[name] for name in SHOWN_ARGUMENTS if name not in hidden and values[name] not in (None, False, {})
+    }
+    rows = "\n".join(f"| `{name}` | {value} |" for name, value in shown.items())
+    size = getattr(trainer.processing_class, "size", None)
+    return "\n\n".join(
+        [
+            f"Trained on {data_name}, beginning with {begins}, for {length}.",
+            f"| argument | value |\n| --- | --- |\n{rows}\n| image size at evaluation | {dict(size) if size else ''} |",
+            "All arguments are in `training_args.json`.",
+            f"Hardware: {hardware(args)}.{_duration(state.log_history)}",
+            f"Versions: torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"accelerate {accelerate.__version__}.",
+            loss,
+        ]
+    )
+
+
+def hardware(args: Any) -> str:
+    """The devices of a training in words."""
+    processes = f"{args.world_size} processes, each on " if args.world_size > 1 else ""
+    if args.device.type == "cuda":
+        count = f"{args.n_gpu} x " if args.n_gpu > 1 else ""
+        return f"{processes}{count}{torch.cuda.get_device_name(args.device)}"
+    return f"{processes}{args.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def write_loss(history: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """Draws the course of the loss into `folder` and gives the text that shows it: the picture, or else a table."""
+    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    (folder / LOSS_CURVE).unlink(missing_ok=True)  # of an earlier training
+    if not points:
+        return "The loss was not logged."
+    if len(points) > 1 and _draw(points, folder / LOSS_CURVE):
+        return f"![Training loss by step]({LOSS_CURVE})\n\nThe last loss that was logged is {points[-1][1]:.4g}."
+    chosen = [points[round(i * (len(points) - 1) / max(MAX_ROWS - 1, 1))] for i in range(MAX_ROWS)]
+    rows = "\n".join(f"| {step:,} | {loss:.4g} |" for step, loss in dict(chosen).items())
+    return f"| step | training loss |\n| --- | --- |\n{rows}"
+
+
+def _draw(points: Sequence[tuple[int, float]], path: Path) -> bool:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.info("The model card has a table of the loss; with matplotlib it would have a curve.")
+        return False
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*points, strict=True))
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _duration(history: Sequence[Mapping[str, Any]]) -> str:
+    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
+    return f" Training took {timedelta(seconds=round(seconds[-1]))} (h:mm:ss)." if seconds else ""

@@ -1,0 +1,324 @@
+"""Model cards: what a training says of itself, which licence it inherits, and what the Hub makes of the metadata."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hub_stand_in import hub, metadata_errors
+from huggingface_hub import ModelCard
+from models import tiny_model
+from test_scripts import load
+from test_training import SCENES, our_trainer, scenes_model
+from transformers import ResNetForImageClassification
+
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer.hub.key_table import to_original
+from hf_maskformer.hub.model_card import (
+    AUTHORS_LICENCE,
+    TEMPLATE,
+    StartingPoint,
+    inherited_licence,
+    rename_card,
+    starting_point,
+)
+from hf_maskformer.hub.publishing import publish
+from hf_maskformer.training.presets import PRESETS
+from hf_maskformer.training.run_card import LOSS_CURVE, eval_results, figures_of_weights, write_loss
+from hf_maskformer.training.starting_point import load_backbone_weights
+
+__all__ = ["hub"]  # a fixture
+DOCS, MODEL_CARDS = (Path(__file__).parents[1] / folder for folder in ("docs", "model_cards"))
+ABOUT_DATA = {"dataset": "drawn scenes", "dataset_tags": "ada/scenes", "split": "val"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trainer that has trained, evaluated and written its card."""
+    torch.manual_seed(0)
+    trainer = our_trainer(tmp_path_factory.mktemp("runs") / "run", num_pictures=2, hub_token="very secret")
+    trainer.train()
+    trainer.metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card(**ABOUT_DATA)
+    return trainer
+
+
+@pytest.fixture
+def card(run):
+    return ModelCard.load(f"{run.args.output_dir}/README.md")
+
+
+def saved_with_card(folder, **metadata):
+    scenes_model().save_pretrained(folder)
+    lines = "".join(f"{name}: {value}\n" for name, value in metadata.items())
+    (folder / "README.md").write_text(f"---\n{lines}---\n\n# it\n")
+    return folder
+
+
+def card_of_fine_tune(tmp_path, checkpoint, **arguments):
+    model = MaskFormerForInstanceSegmentation.from_pretrained(checkpoint)
+    trainer = our_trainer(tmp_path / "tuned", model=model, num_pictures=0)
+    trainer.create_model_card(**arguments)
+    return ModelCard.load(tmp_path / "tuned" / "README.md")
+
+
+def test_the_metadata_say_task_data_and_figures(run, card):
+    assert metadata_errors(card.content) == []
+    assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
+    assert (card.data.pipeline_tag, card.data.library_name) == ("image-segmentation", "transformers")
+    assert card.data.datasets == ["ada/scenes"]
+    (result,) = card.data.eval_results
+    assert result.metric_type == "mean_iou"
+    assert result.metric_value == pytest.approx(run.metrics["eval_mean_iou"], abs=1e-4)
+    assert (result.dataset_name, result.dataset_type, result.dataset_split) == ("drawn scenes", "ada/scenes", "val")
+
+
+def test_the_text_says_how_it_was_trained_and_shows_what_it_predicts(run, card):
+    for line in (
+        "2 steps of 2 images",
+        "beginning with random weights",
+        "| `learning_rate` | 0.0001 |",
+        "Hardware: cpu",
+        f"torch {torch.__version__}",
+        f"| mean_iou | {100 * run.metrics['eval_mean_iou']:.2f} |",
+        "![Image, truth and prediction](pictures/sample_2.jpg)",
+        "at most 6 segments",
+        'from_pretrained("run")',
+    ):
+        assert line in card.text
+    assert {path.name for path in (Path(run.args.output_dir) / "pictures").iterdir()} == {
+        "sample_1.jpg",
+        "sample_2.jpg",
+    }
+
+
+def test_neither_token_nor_paths_of_this_machine_are_in_card_or_arguments(run, card):
+    folder = Path(run.args.output_dir)
+    arguments = (folder / "training_args.json").read_text()
+    assert json.loads(arguments)["learning_rate"] == 1e-4
+    for content in (card.content, arguments, (folder / "training_args.bin").read_bytes().decode("latin1")):
+        assert "very secret" not in content
+    assert str(folder.parent) not in card.content
+
+
+def test_without_an_evaluation_the_card_says_so(tmp_path):
+    trainer = our_trainer(tmp_path, num_pictures=0)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "These weights were not evaluated." in card.text
+    assert card.data.eval_results is None
+    assert "The loss was not logged." in card.text
+
+
+LOG = [
+    {"step": 1, "eval_mean_iou": 0.3},
+    {"step": 2, "eval_mean_iou": 0.2},
+    {"step": 2, "train_runtime": 9.0},
+]
+
+
+@pytest.mark.parametrize(
+    ("log", "is_best_loaded", "expected"),
+    [
+        (LOG, False, 0.2),
+        (LOG, True, 0.3),
+        ([*LOG, {"step": 2, "eval_mean_iou": 0.4}], True, 0.4),
+        (LOG[:1], False, None),
+        (LOG[:2], True, 0.2),
+    ],
+    ids=["last", "best", "afterwards", "of other weights", "interrupted"],
+)
+def test_figures_are_those_of_the_weights_that_are_saved(log, is_best_loaded, expected):
+    state = SimpleNamespace(log_history=log, global_step=2, best_global_step=1)
+    assert figures_of_weights(state, is_best_loaded).get("eval_mean_iou") == expected
+
+
+def test_each_of_several_data_sets_has_an_entry():
+    metrics = {"eval_day_pq": 0.5, "eval_day_pq_things": 0.1, "eval_night_pq": 0.25}
+    results = eval_results(metrics, "panoptic", "roads", "ada/roads", "val")
+    assert [(result.dataset_name, result.metric_value) for result in results] == [
+        ("roads, day", 0.5),
+        ("roads, night", 0.25),
+    ]
+
+
+def test_a_fine_tune_of_a_folder_inherits_its_licence_and_base_model(tmp_path):
+    folder = saved_with_card(tmp_path / "start", license=AUTHORS_LICENCE, base_model="someone/else")
+    card = card_of_fine_tune(tmp_path, folder)
+    assert card.data.license == AUTHORS_LICENCE
+    assert card.data.base_model == "someone/else"
+    assert "no commercial use. It is passed on by `start`" in card.text
+    scenes_model().save_pretrained(tmp_path / "tuned")
+    assert card_of_fine_tune(tmp_path / "again", tmp_path / "tuned").data.license == AUTHORS_LICENCE
+
+
+def test_a_fine_tune_of_the_authors_weights_cannot_be_given_away_under_another_licence(tmp_path):
+    folder = saved_with_card(tmp_path / "start", license=AUTHORS_LICENCE)
+    with pytest.raises(ValueError, match="license is 'mit', but the training began with start"):
+        card_of_fine_tune(tmp_path, folder, license="mit")
+    assert not (tmp_path / "tuned" / "README.md").exists()
+
+
+def test_a_licence_with_a_name_of_its_own_is_inherited_whole(tmp_path):
+    folder = saved_with_card(tmp_path / "start", license="other", license_name="house-rules", license_link="LICENSE")
+    card = card_of_fine_tune(tmp_path, folder)
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "house-rules", "LICENSE")
+
+
+def test_a_fine_tune_of_a_model_on_the_hub_inherits_from_its_card(hub, tmp_path, monkeypatch):
+    folder = saved_with_card(tmp_path / "start", license="apache-2.0")
+    MaskFormerImageProcessor().save_pretrained(folder)
+    publish(folder, "ada/start")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    start = starting_point("ada/start")
+    assert start == StartingPoint("ada/start", "ada/start", (("license", "apache-2.0"),))
+    assert starting_point("ada/unknown") == StartingPoint("ada/unknown", "ada/unknown")
+
+
+def test_the_authors_weights_on_the_hub_are_known_without_asking():
+    start = starting_point("facebook/maskformer-swin-tiny-ade")
+    assert dict(start.licence) == {"license": AUTHORS_LICENCE}
+    assert start.base_model == "facebook/maskformer-swin-tiny-ade"
+
+
+def test_random_weights_inherit_nothing_and_unreadable_cards_leave_the_licence_open(tmp_path):
+    assert starting_point("") == StartingPoint()
+    assert inherited_licence(StartingPoint())[0] == {"license": "unknown"}
+    assert inherited_licence(StartingPoint(), "mit")[0] == {"license": "mit"}
+    assert starting_point(str(tmp_path / "gone")) == StartingPoint("gone")
+    (tmp_path / "README.md").write_text("---\n[broken\n---\n")
+    start = starting_point(str(tmp_path))
+    assert start == StartingPoint(tmp_path.name)
+    fields, text = inherited_licence(start)
+    assert fields == {"license": "unknown"}
+    assert f"That of `{tmp_path.name}`" in text
+
+
+@pytest.mark.parametrize("name", ["backbone.pth", "folder"])
+def test_a_pretrained_backbone_is_what_a_new_model_began_with(tmp_path, name):
+    model = tiny_model()
+    source = tmp_path / name
+    if name.endswith(".pth"):
+        tensors = to_original(model.state_dict())
+        torch.save({k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}, source)
+    else:
+        ResNetForImageClassification(model.config.backbone_config).save_pretrained(source)
+        (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    load_backbone_weights(model, str(source))
+    start = starting_point(model.name_or_path)
+    assert (start.name, start.base_model) == (name, None)
+    assert dict(start.licence) == ({} if name.endswith(".pth") else {"license": "apache-2.0"})
+    model.save_pretrained(tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_a_renamed_card_loads_by_its_new_name_and_keeps_the_rest(card):
+    renamed = rename_card(card, "ada/scenes")
+    assert renamed.text.count('"ada/scenes"') == card.text.count('"run"') == 3
+    assert renamed.data.model_name == "scenes"
+    assert rename_card(renamed, "run").text == card.text
+    assert [result.metric_value for result in renamed.data.eval_results] == [
+        result.metric_value for result in card.data.eval_results
+    ]
+
+
+def test_the_loss_is_a_table_where_nothing_draws(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    text = write_loss([{"step": step, "loss": 3.0 / step} for step in range(1, 101)], tmp_path)
+    rows = text.splitlines()[2:]
+    assert len(rows) == 10
+    assert (rows[0], rows[-1]) == ("| 1 | 3 |", "| 100 | 0.03 |")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_loss_is_a_curve_with_matplotlib(tmp_path):
+    pytest.importorskip("matplotlib")
+    text = write_loss([{"step": step, "loss": 3.0 / step} for step in range(1, 101)], tmp_path)
+    assert f"]({LOSS_CURVE})" in text
+    assert (tmp_path / LOSS_CURVE).stat().st_size > 5000
+
+
+def test_a_trainer_publishes_everything_in_one_commit(hub, tmp_path, monkeypatch):
+    trainer = our_trainer(tmp_path / "run", num_pictures=1, hub_model_id="ada/scenes", hub_private_repo=True)
+    trainer.train()
+    trainer.evaluate()
+    commit = trainer.push_to_hub(**ABOUT_DATA, license="mit")
+    repository = hub.repositories["ada/scenes"]
+    assert repository.private
+    assert commit.oid == repository.branches["main"][-1].oid
+    assert [commit.title for commit in repository.branches["main"]] == ["initial commit", "End of training"]
+    expected = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "pictures/sample_1.jpg"}
+    assert expected | {"training_args.json", "eval_results.json"} <= repository.files().keys()
+    assert "training_args.bin" not in repository.files()
+    assert ModelCard(repository.files()["README.md"].decode()).data.license == "mit"
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/scenes", cache_dir=tmp_path / "cache")
+    batch = trainer.data_collator([SCENES[0]])
+    with torch.no_grad():
+        expected_logits = trainer.model.eval()(**batch).masks_queries_logits
+        assert torch.equal(loaded(**batch).masks_queries_logits, expected_logits)
+
+
+def test_the_training_of_the_docs_is_published(hub, tmp_path):
+    (block,) = re.findall(r"```python\n(trainer.train.*?)```", (DOCS / "publishing.md").read_text(), re.DOTALL)
+    exec(block, {"trainer": our_trainer(tmp_path / "run", num_pictures=0)})
+    repository = hub.repositories["ada/run"]
+    card = ModelCard(repository.files()["README.md"].decode())
+    assert (card.data.datasets, card.data.eval_results[0].dataset_split) == (["user/streets"], "val")
+    assert repository.private
+
+
+def test_a_trainer_that_does_not_wait_gives_a_future(hub, tmp_path):
+    trainer = our_trainer(tmp_path / "run", num_pictures=0)
+    future = trainer.push_to_hub(blocking=False)
+    assert future.result().oid == hub.repositories["ada/run"].branches["main"][-1].oid
+
+
+def test_a_trainer_says_that_the_token_has_expired_and_keeps_the_model(hub, tmp_path):
+    hub.users.clear()
+    trainer = our_trainer(tmp_path / "run", num_pictures=0)
+    with pytest.raises(PermissionError, match="Nothing was published"):
+        trainer.push_to_hub()
+    assert hub.repositories == {}
+    MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_card_of_a_model_of_the_paper_is_what_its_script_writes(name):
+    written = (MODEL_CARDS / f"{name}.md").read_text()
+    assert load("model_cards").card(PRESETS[name]).content == written
+    assert metadata_errors(written) == []
+    card = ModelCard(written)
+    assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
+    assert card.data.license == AUTHORS_LICENCE
+    for result in card.data.eval_results:
+        assert result.metric_name.endswith("(reported by the authors, not measured)")
+        assert result.source_url
+    assert card.data.eval_results[0].metric_value == PRESETS[name].reported
+    assert "not measured again here" in card.text
+
+
+def test_every_model_of_the_paper_has_a_card_and_the_template_is_beside_them():
+    assert {path.stem for path in MODEL_CARDS.glob("*.md")} == {*PRESETS, "README", "TEMPLATE"}
+    assert (MODEL_CARDS / "TEMPLATE.md").read_text() == TEMPLATE.read_text()
+
+
+def test_what_the_hub_would_refuse_in_a_card_is_found(card):
+    """The check itself, on which the tests above rely."""
+    for good, bad in (("license: unknown", "license: [a]"), ("ada/scenes", "a/b/c"), ("value: ", "value: about ")):
+        assert good in card.content
+        assert metadata_errors(card.content.replace(good, bad, 1))
+
+
+def test_no_token_is_uploaded_with_the_weights_of_a_running_training(hub, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "ada/run", "hub_token": "ada's", "num_pictures": 0}
+    trainer = our_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, **options)
+    trainer.train()
+    trainer.save_model()
+    commits = hub.repositories["ada/run"].branches["main"]
+    assert {"Training in progress, step 1", "Model save"} <= {commit.title for commit in commits}
+    assert any("training_args.bin" in commit.files for commit in commits)
+    assert not any(b"ada's" in content for commit in commits for content in commit.files.values())

@@ -1,0 +1,291 @@
+"""Publishing on the Hub, against a stand-in for it: all of a folder or nothing, and what it says when it fails."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hub_stand_in import hub
+from huggingface_hub import ModelCard, snapshot_download
+from models import swin_config, tiny_model
+from test_auto_classes import TRAVELLING, load_in_clean_process
+from test_scripts import load
+
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer.hub.model_card import make_card
+from hf_maskformer.hub.publishing import publish
+
+__all__ = ["hub"]  # a fixture
+README = Path(__file__).parents[1] / "README.md"
+EXPIRED = "expired or is wrong. Nothing was published. Log in"
+
+
+def save(folder, max_shard_size="5GB"):
+    """A small model with what belongs to it."""
+    torch.manual_seed(0)
+    model = tiny_model(swin_config())
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    MaskFormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
+    card = make_card(
+        model.config, "semantic", "a-name", origin="Made for a test.", licence={"license": "mit"}, licence_text="MIT."
+    )
+    card.save(folder / "README.md")
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).masks_queries_logits
+
+
+@pytest.mark.parametrize("part_size", [None, 20_000])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
+def test_a_published_model_loads_again(hub, tmp_path, part_size, max_shard_size):
+    hub.part_size = part_size
+    model = save(tmp_path / "model", max_shard_size)
+    publish(tmp_path / "model", "ada/name")
+    weights = [path for path in hub.repositories["ada/name"].files() if path.endswith(".safetensors")]
+    assert (len(weights) > 1) == (max_shard_size == "50KB")
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
+    assert torch.equal(logits(loaded), logits(model))
+    processor = MaskFormerImageProcessor.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
+    assert processor.size == {"shortest_edge": 64, "longest_edge": 128}
+
+
+def test_all_files_come_in_one_commit_and_the_card_has_the_name(hub, tmp_path):
+    save(tmp_path)
+    publish(tmp_path, "name")
+    repository = hub.repositories["ada/name"]
+    assert [commit.title for commit in repository.branches["main"]] == ["initial commit", "Upload model"]
+    assert not repository.private
+    card = ModelCard(repository.files()["README.md"].decode())
+    assert card.text.lstrip().startswith("# ada/name\n")
+    assert 'from_pretrained("ada/name")' in card.text
+    assert "a-name" not in card.text
+
+
+def test_checkpoints_logs_and_pickles_stay_at_home(hub, tmp_path):
+    save(tmp_path)
+    for path in (
+        "checkpoint-2/model.safetensors",
+        "runs/events",
+        "training_args.bin",
+        "trainer_state.json",
+        "mine.txt",
+    ):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("private")
+    (tmp_path / "eval_results.json").write_text("{}")
+    publish(tmp_path, "ada/name")
+    assert hub.repositories["ada/name"].files().keys() == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "eval_results.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+
+
+def test_what_the_folder_no_longer_has_leaves_an_existing_repository_in_the_same_commit(hub, tmp_path):
+    save(tmp_path / "sharded", "50KB")
+    model = save(tmp_path / "whole")
+    publish(tmp_path / "sharded", "ada/name")
+    repository = hub.repositories["ada/name"]
+    repository.files()["notes.txt"] = b"by hand"
+    publish(tmp_path / "whole", "ada/name")
+    assert len(repository.branches["main"]) == 3
+    assert [path for path in repository.files() if "safetensors" in path] == ["model.safetensors"]
+    assert "notes.txt" in repository.files()
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_private_repository_is_private(hub, tmp_path, monkeypatch):
+    save(tmp_path / "model")
+    publish(tmp_path / "model", "ada/name", private=True)
+    publish(tmp_path / "model", "ada/name", private=True)
+    assert hub.repositories["ada/name"].private
+    MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
+    hub.add_token("bob's", user="bob")
+    monkeypatch.setenv("HF_TOKEN", "bob's")
+    with pytest.raises(OSError, match="ada/name"):
+        MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "other cache")
+
+
+def test_what_shall_be_private_does_not_go_into_a_public_repository(hub, tmp_path):
+    save(tmp_path)
+    publish(tmp_path, "ada/name")
+    with pytest.raises(ValueError, match="ada/name exists and is public, so nothing was uploaded"):
+        publish(tmp_path, "ada/name", private=True)
+    assert len(hub.repositories["ada/name"].branches["main"]) == 2
+
+
+def test_a_branch_is_made(hub, tmp_path):
+    save(tmp_path)
+    publish(tmp_path, "ada/name", revision="second")
+    repository = hub.repositories["ada/name"]
+    assert "model.safetensors" in repository.files("second")
+    assert "model.safetensors" not in repository.files("main")
+
+
+def test_an_expired_token_is_named_and_nothing_is_published(hub, tmp_path):
+    save(tmp_path)
+    hub.users.clear()
+    with pytest.raises(PermissionError, match=EXPIRED):
+        publish(tmp_path, "ada/name")
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("request_path", ["/preupload/", "objects/batch", "/commit/"])
+def test_a_token_that_expires_on_the_way_publishes_nothing(hub, tmp_path, request_path):
+    save(tmp_path)
+    hub.expires_at = request_path
+    with pytest.raises(PermissionError, match=EXPIRED):
+        publish(tmp_path, "ada/name")
+    assert hub.repositories["ada/name"].files().keys() == {".gitattributes"}
+
+
+def test_a_token_that_may_only_read_is_named(hub, tmp_path):
+    save(tmp_path)
+    hub.add_token("reads", user="ada", may_write=False)
+    with pytest.raises(PermissionError, match="may not write to ada/name; nothing was published"):
+        publish(tmp_path, "ada/name", token="reads")
+    assert hub.repositories == {}
+
+
+def test_without_a_token_one_is_asked_for(hub, tmp_path, monkeypatch):
+    save(tmp_path)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(PermissionError, match="hf auth login"):
+        publish(tmp_path, "ada/name")
+
+
+@pytest.mark.parametrize("request_path", ["^/lfs/", "/commit/"])
+def test_a_connection_that_drops_on_the_way_leaves_the_repository_as_it_was(hub, tmp_path, request_path):
+    save(tmp_path / "first")
+    publish(tmp_path / "first", "ada/name")
+    repository = hub.repositories["ada/name"]
+    before = repository.files()
+    model = save(tmp_path / "second", "50KB")
+    hub.breaks_at = request_path
+    with pytest.raises(ConnectionError, match=r"ada/name broke off .* as it was before, .* Run the same again"):
+        publish(tmp_path / "second", "ada/name")
+    assert repository.files() == before
+
+    hub.breaks_at = None
+    publish(tmp_path / "second", "ada/name")
+    assert len(repository.branches["main"]) == 3
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_repeated_upload_sends_only_what_has_not_arrived(hub, tmp_path):
+    save(tmp_path, "50KB")
+    weights = sorted(tmp_path.glob("*.safetensors"))
+    publish(tmp_path, "ada/name")
+    repository = hub.repositories["ada/name"]
+    del repository.branches["main"][1:]  # as if the connection had dropped before the commit, with one file missing
+    oid = next(iter(repository.large_files))
+    del repository.large_files[oid]
+    hub.requests.clear()
+    publish(tmp_path, "ada/name")
+    assert [request for request in hub.requests if request.startswith("PUT")] == [f"PUT /lfs/ada/name/{oid}"]
+    assert len(weights) > 2
+    assert {path.name for path in weights} <= repository.files().keys()
+
+
+def test_an_unreachable_hub_is_told_of(hub, tmp_path, monkeypatch):
+    save(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="ada/name broke off"):
+        publish(tmp_path, "ada/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("config.json", "save_model"), ("preprocessor_config.json", "image processor"), ("README.md", "create_model")],
+)
+def test_an_incomplete_folder_is_refused_before_anything_is_sent(hub, tmp_path, name, remedy):
+    save(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}.*{remedy}"):
+        publish(tmp_path, "ada/name")
+    assert hub.requests == []
+
+
+def test_a_card_with_bad_metadata_is_refused_by_the_hub_before_the_upload(hub, tmp_path):
+    save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(card.replace("license: mit", "license: [what, ever]"))
+    with pytest.raises(ValueError, match="license"):
+        publish(tmp_path, "ada/name")
+    assert hub.repositories["ada/name"].files().keys() == {".gitattributes"}
+
+
+def test_model_and_processor_push_themselves_with_their_code_as_the_readme_says(hub, tmp_path, monkeypatch):
+    for travelling in TRAVELLING:
+        monkeypatch.setattr(travelling, "_auto_class", None)  # what it is again afterwards
+    (block,) = re.findall(
+        r"```python\n(from hf_maskformer import register_remote.*?)```", README.read_text(), re.DOTALL
+    )
+    hub.add_token("user's", user="user")
+    monkeypatch.setenv("HF_TOKEN", "user's")
+    model = save(tmp_path / "model")
+    exec(block, {"model": model, "processor": MaskFormerImageProcessor()})
+    files = hub.repositories["user/name"].files()
+    assert {"README.md", "model.safetensors", "modeling_maskformer.py", "preprocessor_config.json"} <= files.keys()
+    assert "image_processing_maskformer.py" in files
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained("user/name", cache_dir=tmp_path / "cache")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_model_shards_large_weights_when_it_pushes_itself(hub, tmp_path):
+    save(tmp_path / "model").push_to_hub("ada/name", max_shard_size="50KB")
+    assert "model.safetensors.index.json" in hub.repositories["ada/name"].files()
+
+
+def test_a_card_whose_metadata_cannot_be_read_is_refused(hub, tmp_path):
+    save(tmp_path)
+    (tmp_path / "README.md").write_text("---\n[broken\n---\n")
+    with pytest.raises(ValueError, match=r"README.md, between the two ---, are no YAML"):
+        publish(tmp_path, "ada/name")
+    assert hub.requests == []
+
+
+def test_the_script_publishes_a_model_whose_code_runs_without_this_package(hub, tmp_path, monkeypatch, capsys):
+    model = save(tmp_path / "model")
+    options = ["--private", "--with_code", "--max_shard_size", "50KB"]
+    for travelling in TRAVELLING:
+        monkeypatch.setattr(travelling, "_auto_class", None)  # what it is again afterwards
+    script = load("push_to_hub")
+    script.main(script.parse_arguments([str(tmp_path / "model"), "ada/name", *options]))
+    repository = hub.repositories["ada/name"]
+    commit = repository.branches["main"][-1]
+    assert capsys.readouterr().out.strip() == f"{hub.url}/ada/name/commit/{commit.oid}"
+    assert repository.private
+    assert len([path for path in commit.files if path.endswith(".safetensors")]) > 1
+    assert not list((tmp_path / "model").glob("*.py"))
+
+    downloaded = snapshot_download("ada/name", local_dir=tmp_path / "downloaded", cache_dir=tmp_path / "cache")
+    (report,) = load_in_clean_process("code", [downloaded], tmp_path)
+    assert report["classes"]["AutoModel"].startswith("transformers_modules.")
+    torch.testing.assert_close(torch.tensor(report["logits"]), logits(model).flatten(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_script_publishes_without_code_what_belongs_to_the_model(hub, tmp_path):
+    save(tmp_path / "model", "50KB")
+    (tmp_path / "model" / "eval_results.json").write_text("{}")
+    (tmp_path / "model" / "notes.txt").write_text("private")
+    script = load("push_to_hub")
+    script.main(script.parse_arguments([str(tmp_path / "model"), "ada/name"]))
+    assert hub.repositories["ada/name"].files().keys() == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "eval_results.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert not hub.repositories["ada/name"].private
