@@ -40,7 +40,7 @@ def convolve(
 
 def winograd_pays(states: Tensor, weight: Tensor) -> bool:
     # GPU libraries have it inside, compilers fuse and exported graphs are read by others: they get the plain operator.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.is_grad_enabled() or is_traced():
         return False
     if states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
@@ -50,6 +50,11 @@ def winograd_pays(states: Tensor, weight: Tensor) -> bool:
         return False
     num_tiles = -(-states.shape[2] // TILE) * -(-states.shape[3] // TILE)
     return min(weight.shape[:2]) >= MIN_CHANNELS and num_tiles >= MIN_TILES
+
+
+def is_traced() -> bool:
+    """Whether a graph is being recorded, in which loops over parts of a map would be unrolled for one size."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,8 +97,8 @@ def _convolve_in_strips(image: Tensor, kernel: Tensor, of_inputs: Tensor, of_out
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
     """The matrices for outputs (16, 36), kernel (36, 9) and inputs (36, 36), float64.
 
-    Multiplying polynomials: both factors at the points, the values multiplied, the product from its values. Correlation,
-    which neural networks call convolution, is the transpose of that in one factor.
+    Multiplying polynomials: both factors at the points, the values multiplied, the product from its values.
+    Correlation, which neural networks call convolution, is the transpose of that in one factor.
     """
     outputs, kernel, inputs = powers(TILE).T, powers(KERNEL), torch.linalg.inv(powers(PATCH)).T
     # Rows first, then columns: together the Kronecker product.
