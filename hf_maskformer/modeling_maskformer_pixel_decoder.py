@@ -66,8 +66,15 @@ class FeaturePyramidLayer(nn.Module):
         self.block = conv_norm_relu(feature_size, feature_size)
 
     def forward(self, coarse: Tensor, lateral: Tensor) -> Tensor:
+        states = self._merge(coarse, lateral)
+        # One by one, since a container holds its input until it returns: at stride 4 these maps are the peak of memory.
+        for module in self.block:
+            states = module(states)
+        return states
+
+    def _merge(self, coarse: Tensor, lateral: Tensor) -> Tensor:
         lateral = self.proj(lateral)
-        return self.block(F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest").add_(lateral))
+        return F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest").add_(lateral)
 
 
 class FeaturePyramid(nn.Module):

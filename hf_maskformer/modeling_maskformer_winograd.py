@@ -49,7 +49,7 @@ def winograd_pays(states: Tensor, weight: Tensor) -> bool:
     if not states.dtype == weight.dtype == torch.float32 or tuple(weight.shape[2:]) != (KERNEL, KERNEL):
         return False
     num_tiles = -(-states.shape[2] // TILE) * -(-states.shape[3] // TILE)
-    return min(weight.shape[:2]) >= MIN_CHANNELS and num_tiles >= MIN_TILES
+    return len(states) > 0 and min(weight.shape[:2]) >= MIN_CHANNELS and num_tiles >= MIN_TILES
 
 
 def is_traced() -> bool:
@@ -65,13 +65,17 @@ def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     of_outputs, of_kernel, of_inputs = (matrix.to(states.dtype) for matrix in transforms())
     out_channels, in_channels = weight.shape[:2]
     kernel = (of_kernel @ weight.permute(2, 3, 1, 0).reshape(KERNEL**2, -1)).view(-1, in_channels, out_channels)
-    strips = [
-        strip if bias is None else strip.add_(bias)
-        for image in states.permute(0, 2, 3, 1)
-        for strip in _convolve_in_strips(image, kernel, of_inputs, of_outputs)
-    ]
     batch_size, _, height, width = states.shape
-    return torch.cat(strips).view(batch_size, height, width, out_channels).permute(0, 3, 1, 2)
+    output = None
+    for index, image in enumerate(states.permute(0, 2, 3, 1)):
+        top = 0
+        for strip in _convolve_in_strips(image, kernel, of_inputs, of_outputs):
+            if output is None:  # made of a strip so that it is batched if one of the inputs is (`torch.vmap`)
+                output = strip.new_empty(batch_size, height, width, out_channels)
+            output[index, top : top + len(strip)] = strip if bias is None else strip.add_(bias)
+            top += len(strip)
+    assert output is not None
+    return output.permute(0, 3, 1, 2)
 
 
 def _convolve_in_strips(image: Tensor, kernel: Tensor, of_inputs: Tensor, of_outputs: Tensor) -> Iterator[Tensor]:
