@@ -29,7 +29,7 @@ def convolve(
     weight: Tensor,
     bias: Tensor | None,
     stride: tuple[int, ...] = (1, 1),
-    padding: tuple[int, ...] = (1, 1),
+    padding: str | tuple[int, ...] = (1, 1),
     dilation: tuple[int, ...] = (1, 1),
 ) -> Tensor:
     """`torch.nn.functional.conv2d`, in the way that is fast for what is given."""
