@@ -33,6 +33,8 @@ format: $(INSTALLED) ## Format the code and sort imports
 
 benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
 	$(BIN)/python scripts/benchmark.py forward --kept 20
+	$(BIN)/python scripts/benchmark.py photo
+	$(BIN)/python scripts/benchmark.py load
 	$(BIN)/python scripts/benchmark.py step
 	$(BIN)/python scripts/benchmark.py criterion
 	$(BIN)/python scripts/benchmark.py postprocess --threads 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
 from .modeling_maskformer_transformer_layers import TransformerEncoder
+from .modeling_maskformer_winograd import convolve
 
 
 class XavierConv2d(nn.Conv2d):
@@ -21,6 +22,9 @@ class XavierConv2d(nn.Conv2d):
         nn.init.kaiming_uniform_(self.weight, a=1)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return convolve(states, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 class MaskProjection(XavierConv2d):
@@ -38,7 +42,7 @@ class MaskProjection(XavierConv2d):
         biases = torch.einsum("bqc,c->bq", mask_embeddings, self.bias)
         return torch.cat(
             [
-                F.conv2d(image[None], kernel, bias, padding=self.padding)
+                convolve(image[None], kernel, bias, padding=self.padding)
                 for image, kernel, bias in zip(level, kernels, biases, strict=True)
             ]
         )
@@ -62,8 +66,15 @@ class FeaturePyramidLayer(nn.Module):
         self.block = conv_norm_relu(feature_size, feature_size)
 
     def forward(self, coarse: Tensor, lateral: Tensor) -> Tensor:
+        states = self._merge(coarse, lateral)
+        # One by one, since a container holds its input until it returns: at stride 4 these maps are the peak of memory.
+        for module in self.block:
+            states = module(states)
+        return states
+
+    def _merge(self, coarse: Tensor, lateral: Tensor) -> Tensor:
         lateral = self.proj(lateral)
-        return self.block(lateral + F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest"))
+        return F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest").add_(lateral)
 
 
 class FeaturePyramid(nn.Module):
@@ -156,5 +167,5 @@ def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         XavierConv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
         nn.GroupNorm(GROUP_NORM_GROUPS, out_channels),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
     )

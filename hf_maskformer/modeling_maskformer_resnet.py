@@ -7,7 +7,6 @@ not checkpoint gradients.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -15,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
+from .modeling_maskformer_winograd import convolve
 
 BOTTLENECK_REDUCTION = 4
 
@@ -78,7 +78,7 @@ class ConvNorm(nn.Module):
         scale = norm.weight.to(precise) * torch.rsqrt(norm.running_var.to(precise) + norm.eps)
         bias = norm.bias - norm.running_mean * scale
         weight = convolution.weight * scale[:, None, None, None]
-        return F.conv2d(
+        return convolve(
             states,
             weight.to(dtype),
             bias.to(dtype),

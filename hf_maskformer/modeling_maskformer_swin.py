@@ -18,8 +18,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .modeling_maskformer_winograd import is_traced
+
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 SEPARATION = -100.0
+
+# The feed-forward network is four times as wide as the map. At inference on a CPU it sees so many positions at a time
+# that all it makes of them stays in the cache.
+POSITIONS_AT_ONCE = 800
 
 
 class SwinLinear(nn.Linear):
@@ -138,11 +144,17 @@ class SwinBlock(GradientCheckpointingLayer):
         """Takes (B, h, w, C), and the stage's windows without and with shift; returns (B, h, w, C)."""
         grid = grids[1 if self.shift else 0]
         states = states + self._drop_path(self._attend(self.layernorm_before(states), grid))
-        hidden = self.activation(self.intermediate(self.layernorm_after(states)))
-        return states + self._drop_path(self.output(hidden))
+        if torch.is_grad_enabled() or self.training or states.device.type != "cpu" or is_traced():
+            return states + self._drop_path(self._feed_forward(states))
+        for positions in states.flatten(0, 2).split(POSITIONS_AT_ONCE):
+            positions += self._feed_forward(positions)
+        return states
 
     def _attend(self, states: Tensor, grid: "WindowGrid") -> Tensor:
         return grid.to_map(self.attention(grid.to_windows(states), grid.separation))
+
+    def _feed_forward(self, states: Tensor) -> Tensor:
+        return self.output(self.activation(self.intermediate(self.layernorm_after(states))))
 
     def _drop_path(self, update: Tensor) -> Tensor:
         """Stochastic depth: leaves the block out for some images and scales up the rest."""

@@ -1,6 +1,9 @@
 """Compares the speed of this package with transformers' own MaskFormer: same inputs, one run, interleaved, medians.
 
     python scripts/benchmark.py forward --backbone swin-tiny --size 512 --kept 20
+    python scripts/benchmark.py forward --size 1024 --width 2048 --repeats 1
+    python scripts/benchmark.py photo
+    python scripts/benchmark.py load --backbone swin-large
     python scripts/benchmark.py step --backbone resnet50 --freeze_batch_norm --json step.json
     python scripts/benchmark.py criterion
     python scripts/benchmark.py criterion --plot docs/images/criterion.png
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import criterion, data, images, metric, models
+from benchmarks import criterion, data, images, metric, models, serving
 from benchmarks.inputs import NUM_QUERIES
 from benchmarks.measuring import Comparison, Figures, environment, measure
 
@@ -29,7 +32,9 @@ MODEL: dict[str, Any] = {"backbone": "resnet50", "size": 512, "bf16": False, "de
 LOSS: dict[str, Any] = {"size": 512, "batch": 2, "segments": 15, "bf16": False, "device": "cpu"}
 Subject = Callable[[argparse.Namespace], Iterator[Comparison]]
 SUBJECTS: dict[str, tuple[Subject, dict[str, Any]]] = {  # each with its options and their defaults
-    "forward": (models.forward, {**MODEL, "batch": 1, "kept": None}),
+    "forward": (models.forward, {**MODEL, "width": None, "batch": 1, "kept": None}),
+    "photo": (serving.photo, {**MODEL, "size": 640}),
+    "load": (serving.load, {"backbone": "swin-large"}),
     "step": (models.step, {**MODEL, **LOSS, "freeze_batch_norm": False}),
     "criterion": (criterion.criterion, {**LOSS, "points": 12544, "plot": None}),
     "postprocess": (images.postprocess, {"size": 640, "device": "cpu"}),
@@ -40,6 +45,7 @@ SUBJECTS: dict[str, tuple[Subject, dict[str, Any]]] = {  # each with its options
 OPTIONS: dict[str, dict[str, Any]] = {
     "backbone": {"choices": models.BACKBONES},
     "size": {"type": int, "help": "side of the square images, or height of those that are not square, in pixels"},
+    "width": {"type": int, "help": "width of the images, where it is not their height"},
     "edges": {"type": int, "nargs": "+", "help": "shorter edges that images are resized to, in pixels"},
     "batch": {"type": int, "help": "images"},
     "segments": {"type": int, "help": "segments per image, at most 256"},

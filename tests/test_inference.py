@@ -15,7 +15,7 @@ from models import (
     tiny_model,
 )
 
-from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm
 from hf_maskformer.modeling_maskformer_swin import WindowGrid
@@ -147,6 +147,14 @@ def test_logits_with_and_without_gradient_agree(backbone):
     with_gradient = model(pixel_values).masks_queries_logits
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values).masks_queries_logits, with_gradient, **CLOSE)
+
+
+def test_the_feed_forward_in_parts_is_the_whole(monkeypatch):
+    model, pixel_values = tiny_model(swin_config()).eval(), torch.randn(2, 3, 64, 96)
+    whole = model(pixel_values).masks_queries_logits
+    monkeypatch.setattr(modeling_maskformer_swin, "POSITIONS_AT_ONCE", 7)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).masks_queries_logits, whole, **CLOSE)
 
 
 @pytest.mark.parametrize("shift", [0, 2])

@@ -202,3 +202,35 @@ def test_a_progress_bar_counts_images(capsys):
 def test_an_unknown_subtask_is_refused():
     with pytest.raises(ValueError, match="subtask is 'boxes'; give one of semantic, instance, panoptic"):
         segmenter()(images()[0], subtask="boxes")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_results_do_not_depend_on_the_rest_of_the_batch(num_workers):
+    segment = segmenter(segmentation_task="panoptic")
+    alone = [segment(image, **THRESHOLDS) for image in images()]
+    together = list(segment((image for image in images()), batch_size=3, num_workers=num_workers, **THRESHOLDS))
+    for found, expected in zip(together, alone, strict=True):
+        assert [each["label"] for each in found] == [each["label"] for each in expected]
+        torch.testing.assert_close(
+            [each["score"] for each in found], [each["score"] for each in expected], rtol=1e-4, atol=1e-5
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert (np.asarray(one["mask"]) != np.asarray(other["mask"])).mean() < 0.01  # float32 decides ties
+
+
+def test_workers_stay_one_batch_ahead_of_a_stream():
+    taken = []
+
+    def stream():
+        for image in images() * 10:
+            taken.append(image)
+            yield image
+
+    results = segmenter()(stream(), batch_size=2, num_workers=2)
+    next(iter(results))
+    assert 2 <= len(taken) <= 5
+
+
+def test_an_image_that_a_worker_cannot_read_is_an_error():
+    with pytest.raises(ValueError, match="missing"):
+        list(segmenter()((image for image in [images()[0], "missing.jpg"]), num_workers=1))

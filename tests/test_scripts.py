@@ -303,6 +303,9 @@ def benchmark(tmp_path, monkeypatch):
     [
         ("forward --size=64", {"forward": ["stock", "ours"]}),
         ("forward --size=64 --batch=2 --kept=20", {"forward": ["stock", "ours", "ours, 20 kept"]}),
+        ("forward --size=64 --width=96", {"forward": ["stock", "ours"]}),
+        ("photo --size=64", {"photo": ["stock", "ours"]}),
+        ("load --backbone=resnet50", {"load": ["stock", "ours"]}),
         ("step --size=64", {"step": ["stock", "ours"]}),
         ("step --size=64 --freeze_batch_norm --bf16", {"step": ["stock", "ours"]}),
         ("criterion --size=64 --points=64", {"criterion": ["stock", "ours", "ours, points"]}),

@@ -2,7 +2,10 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,9 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
     Calls take what transformers' pipeline takes. `subtask` is by default what the image processor says the model was
     trained for (`segmentation_task`), and "semantic" where it does not say. Stuff is fused as its `label_ids_to_fuse`
     says. `threshold` and the like are those of the post-processing and have its defaults. `progress_bar` shows one
-    over many images. `num_workers` has no effect: a batch is prepared when the one before is done.
+    over many images. Of a batch, images of one shape go through the model together: none is padded for the sake of
+    another, so results do not depend on what else is in the batch. With `num_workers` so many threads read and prepare
+    the images of the next batch meanwhile.
 
     Returns, for each image, a list of segments:
 
@@ -62,7 +67,10 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             super().check_model_type(supported_models)
 
     def preprocess(self, image: Any, *, timeout: float | None = None, **_: Any) -> Any:  # type: ignore[override]
-        return self._preprocess_batch([image], timeout)
+        loaded = _as_rgb(image, timeout)
+        inputs = self.image_processor(images=[loaded], return_tensors="pt").to(self.dtype)
+        inputs["target_size"] = [(loaded.height, loaded.width)]
+        return inputs
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:  # type: ignore[override]
         return self._postprocess_batch(model_outputs, **parameters)[0]
@@ -76,25 +84,32 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> Iterator[list[dict[str, Any]]]:
-        """Segments the images batch by batch; nothing but the batch at hand is held."""
+        """Segments the images batch by batch; nothing but the batch at hand, and with workers the next, is held."""
         total = len(inputs) if hasattr(inputs, "__len__") else None  # type: ignore[arg-type]
         # A `Dataset` has a length and indices, but iterating over it need not end.
         images = iter(inputs) if total is None else (inputs[index] for index in range(total))  # type: ignore[index]
+        prepare = partial(self.preprocess, timeout=preprocess_params.get("timeout"))
+        prepared = _prepared_ahead(prepare, images, num_workers, batch_size)
         with tqdm(
             total=total, desc="Segmenting", unit="image", disable=not preprocess_params.get("progress_bar")
         ) as progress:
-            while batch := list(itertools.islice(images, batch_size)):
-                model_inputs = self._preprocess_batch(batch, preprocess_params.get("timeout"))
-                outputs = self.forward(model_inputs, **forward_params)
-                for segments in self._postprocess_batch(outputs, **postprocess_params):
+            while batch := list(itertools.islice(prepared, batch_size)):
+                for segments in self._segment_batch(batch, forward_params, postprocess_params):
                     progress.update()
                     yield segments
 
-    def _preprocess_batch(self, images: list[Any], timeout: float | None) -> Any:
-        loaded = [_as_rgb(image, timeout) for image in images]
-        inputs = self.image_processor(images=loaded, return_tensors="pt").to(self.dtype)
-        inputs["target_size"] = [(image.height, image.width) for image in loaded]
-        return inputs
+    def _segment_batch(
+        self, batch: list[Any], forward_params: dict[str, Any], postprocess_params: dict[str, Any]
+    ) -> list[list[dict[str, Any]]]:
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, inputs in enumerate(batch):
+            by_shape.setdefault(tuple(inputs["pixel_values"].shape), []).append(index)
+        results: list[list[dict[str, Any]]] = [[] for _ in batch]
+        for indices in by_shape.values():
+            outputs = self.forward(_stacked([batch[index] for index in indices]), **forward_params)
+            for index, segments in zip(indices, self._postprocess_batch(outputs, **postprocess_params), strict=True):
+                results[index] = segments
+        return results
 
     def _postprocess_batch(
         self, outputs: Any, subtask: str | None = None, **thresholds: Any
@@ -150,6 +165,32 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             "box": {"xmin": columns[0], "ymin": rows[0], "xmax": columns[-1] + 1, "ymax": rows[-1] + 1},
             "area": int(mask.sum()),
         }
+
+
+def _prepared_ahead(
+    prepare: Callable[[Any], Any], images: Iterator[Any], num_workers: int, num_ahead: int
+) -> Iterator[Any]:
+    """What `prepare` makes of the images, in their order; with workers, so many ahead of what is asked for."""
+    if num_workers == 0:
+        yield from map(prepare, images)
+        return
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        pending = deque(pool.submit(prepare, image) for image in itertools.islice(images, num_ahead))
+        while pending:
+            pending.extend(pool.submit(prepare, image) for image in itertools.islice(images, 1))
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stacked(inputs: list[Any]) -> Any:
+    """The inputs of single images of one shape as one batch."""
+    batch = inputs[0]
+    for name, values in batch.items():
+        parts = [each[name] for each in inputs]
+        batch[name] = torch.cat(parts) if isinstance(values, Tensor) else [value for part in parts for value in part]
+    return batch
 
 
 def _as_rgb(image: Any, timeout: float | None) -> Image.Image:

@@ -19,6 +19,14 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "resnet50": {"model_type": "resnet", **STAGES},
     "resnet101": {"model_type": "resnet", "depths": [3, 4, 23, 3], **STAGES},
     "swin-tiny": {"model_type": "swin", "window_size": 7, "drop_path_rate": 0.0, **STAGES},
+    "swin-large": {
+        "model_type": "swin",
+        "embed_dim": 192,
+        "depths": [2, 2, 18, 2],
+        "num_heads": [6, 12, 24, 48],
+        "window_size": 12,
+        **STAGES,
+    },
     "swin-base": {"drop_path_rate": 0.0, **transformers.MaskFormerConfig().backbone_config.to_dict()},
 }
 
@@ -26,7 +34,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
     """An evaluation pass of each model; with `kept`, also ours with the masks of that many queries alone."""
     stock, ours = (model.eval() for model in build_models(arguments, deep_supervision=False, freeze_batch_norm=True))
-    pixel_values = random_images(arguments)
+    pixel_values = random_images(arguments, arguments.width)
 
     def run(model: torch.nn.Module) -> Any:
         with torch.no_grad(), autocast(arguments):
@@ -113,8 +121,8 @@ def build_models(
     return stock.to(arguments.device), ours.to(arguments.device)
 
 
-def random_images(arguments: argparse.Namespace) -> torch.Tensor:
-    return torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=arguments.device)
+def random_images(arguments: argparse.Namespace, width: int | None = None) -> torch.Tensor:
+    return torch.randn(arguments.batch, 3, arguments.size, width or arguments.size, device=arguments.device)
 
 
 def tolerance(arguments: argparse.Namespace) -> float:
