@@ -92,7 +92,12 @@ class WindowSelfAttention(nn.Module):
             num_images = windows.shape[0] // separation.shape[0]
             bias = (bias + separation[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
         dropout = self.dropout_probability if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout)
+        bias = bias.to(query.dtype)
+        if torch.compiler.is_exporting():
+            # Spelled out: how the fused form lays out its result differs between the steps of an export to ONNX.
+            attended = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias).softmax(-1) @ value
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return attended.transpose(1, 2).flatten(2)
 
 

@@ -1,10 +1,14 @@
 """Exported files give what PyTorch gives, for any batch and size. Tracing takes a minute, so most cases are slow."""
 
+import contextlib
+import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from models import ARCHITECTURES, tiny_model
+from PIL import Image
 
 from hf_maskformer import MaskFormerImageProcessor, PerPixelBaselineConfig, PerPixelBaselineForSemanticSegmentation
 from hf_maskformer.export.exporting import build_head, export_model
@@ -142,3 +146,18 @@ def test_onnx_runtime_gives_what_pytorch_gives(build, task, image_processor, tmp
                 torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
             else:  # near ties may fall either way
                 assert (torch.from_numpy(found) == expected).float().mean() > 0.999
+
+
+@pytest.mark.slow
+def test_the_documented_code_runs_a_file_without_this_package(image_processor, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert "maskformer" not in code
+    model = tiny_model().eval()
+    export_model(model, image_processor, tmp_path / "exported", "onnx", "semantic", size=(512, 512))
+    Image.effect_noise((200, 100), 90).convert("RGB").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    assert "LABEL_" in printed.getvalue()

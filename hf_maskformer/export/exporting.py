@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from ..image_processing_maskformer import MaskFormerImageProcessor
@@ -24,6 +23,7 @@ SMALLEST_SIDE = 33  # of an image, in pixels: smaller ones leave a single row or
 EXAMPLE_SIZE = (1061, 1373)
 
 
+@torch.no_grad()
 def export_model(
     model: PreTrainedModel,
     image_processor: MaskFormerImageProcessor,
@@ -114,14 +114,12 @@ def trace(head: nn.Module, size: Size | None = None) -> ExportedProgram:
     """The program of a module that takes pixel values of any batch size and, unless given, any size."""
     side = Dim.DYNAMIC if size is None else Dim.STATIC
     pixel_values = torch.zeros(2, 3, *(size or EXAMPLE_SIZE))
-    # The fused attention of a CPU happens to leave its result in an order in memory that no other one does.
-    with sdpa_kernel(SDPBackend.MATH):
-        program = torch.export.export(
-            head,
-            (pixel_values,),
-            dynamic_shapes={"pixel_values": {0: Dim.DYNAMIC, 2: side, 3: side}},
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+    program = torch.export.export(
+        head,
+        (pixel_values,),
+        dynamic_shapes={"pixel_values": {0: Dim.DYNAMIC, 2: side, 3: side}},
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
     # Tracing notes on the way which sizes leave a tensor of one row or no padding, where its strides could be read in
     # another way. Every operation here takes these sizes too, so the notes would only refuse images.
     for node in list(program.graph.nodes):

@@ -83,7 +83,7 @@ class Panoptic(nn.Module):
 
     Shapes of what it returns:
         segmentation: (B, H, W) int32, the id of the segment that owns each pixel, 0 for void.
-        segment_ids: (B, Q) int32, the id of the segment of each query, 0 for none. Queries of one fused segment share it.
+        segment_ids: (B, Q) int32, the id of the segment of each query, 0 for none; those of one fused segment share it.
         labels: (B, Q) int64, the most probable label of each query, K for "no object".
         scores: (B, Q) float32, its probability.
     """
