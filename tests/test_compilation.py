@@ -49,9 +49,8 @@ def test_the_model_is_one_graph_that_is_not_compiled_again(build, with_mask):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("build", [*ARCHITECTURES.values(), tiny_baseline], ids=[*ARCHITECTURES, "baseline"])
-def test_one_graph_serves_every_batch_and_size(build):
-    model = build().eval()
+def test_one_graph_serves_every_batch_and_size():
+    model = tiny_model().eval()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for size in [(2, 141, 173), (3, 147, 169), (2, 205, 139)]:
@@ -64,18 +63,6 @@ def test_a_training_step_leaves_the_graph_at_the_loss_only():
     explanation = torch._dynamo.explain(model)(**tiny_batch())
     assert explanation.graph_count == 2
     assert [reason.user_stack[-1].line for reason in explanation.break_reasons] == ["loss, loss_dict = self.criterion("]
-
-
-def test_the_model_below_the_heads_is_one_graph_in_training():
-    model = tiny_model().train()
-    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
-    pixel_values = tiny_batch()["pixel_values"]
-    compiled(pixel_values).pixel_decoder_last_hidden_state.mean().backward()
-    found = [parameter.grad.clone() for parameter in model.model.parameters() if parameter.grad is not None]
-    model.zero_grad()
-    model.model(pixel_values).pixel_decoder_last_hidden_state.mean().backward()
-    expected = [parameter.grad for parameter in model.model.parameters() if parameter.grad is not None]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -105,6 +105,23 @@ def test_onnx_without_its_packages_says_what_to_install(image_processor, tmp_pat
         export_model(tiny_model(), image_processor, tmp_path, "onnx")
 
 
+def test_a_swin_of_any_size_is_refused_for_onnx(image_processor, tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="for one size of the images only"):
+        export_model(ARCHITECTURES["swin"](), image_processor, tmp_path, "onnx")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_runtime_runs_a_swin_at_its_size(image_processor, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, pixel_values = ARCHITECTURES["swin"]().eval(), torch.randn(3, 3, 77, 101)
+    session = onnxruntime.InferenceSession(export_model(model, image_processor, tmp_path, "onnx", size=(77, 101)))
+    found_tensors = session.run(None, {"pixel_values": pixel_values.numpy()})
+    for found, expected in zip(found_tensors, Logits(model)(pixel_values), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()

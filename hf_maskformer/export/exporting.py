@@ -50,13 +50,16 @@ def export_model(
         The path of the file.
 
     Raises:
-        ValueError: Format or task is unknown, the model does not do the task, or a size is too small.
+        ValueError: Format or task is unknown, the model does not do the task, a size is too small, or a model with a
+            Swin has no size for ONNX.
         ImportError: What ONNX needs is not installed.
     """
     if format not in get_args(Format):
         raise ValueError(f"format is {format!r}, but must be one of {get_args(Format)}.")
     if format == "onnx":
         check_installed("onnx", "onnxscript")
+        if size is None and model.config.backbone_config.model_type in ("swin", "maskformer-swin"):
+            raise ValueError("A Swin goes to ONNX for one size of the images only: give size=(height, width).")
     if size is not None and min(size) < SMALLEST_SIDE:
         raise ValueError(f"size is {tuple(size)}, but both sides must have at least {SMALLEST_SIDE} pixels.")
     if output_size is not None and min(output_size) < 1:
@@ -104,9 +107,8 @@ def build_head(
         return Semantic(logits, output_size)
     if is_per_pixel:
         raise ValueError("The model is a per-pixel baseline, which has no segments: give task='semantic' or 'logits'.")
-    return Panoptic(
-        logits, label_ids_to_fuse=image_processor.label_ids_to_fuse or (), output_size=output_size, **thresholds
-    )
+    fused = getattr(image_processor, "label_ids_to_fuse", None) or ()
+    return Panoptic(logits, label_ids_to_fuse=fused, output_size=output_size, **thresholds)
 
 
 @torch.no_grad()

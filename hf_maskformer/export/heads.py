@@ -88,6 +88,7 @@ class Panoptic(nn.Module):
         scores: (B, Q) float32, its probability.
     """
 
+    is_fused: Tensor
     output_names: tuple[str, ...] = ("segmentation", "segment_ids", "labels", "scores")
 
     def __init__(
@@ -105,7 +106,7 @@ class Panoptic(nn.Module):
         self.mask_threshold = mask_threshold
         self.overlap_mask_area_threshold = overlap_mask_area_threshold
         self.output_size = output_size
-        is_fused = torch.zeros(logits.model.config.num_labels + 1, dtype=torch.bool)
+        is_fused = torch.zeros(logits.model.class_predictor.out_features, dtype=torch.bool)
         is_fused[list(label_ids_to_fuse)] = True
         self.register_buffer("is_fused", is_fused)
 
