@@ -462,7 +462,7 @@ def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Ten
 
     Images lie at the top left, so the mask's rows and columns that hold any image give the size.
     """
-    padded_sizes = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).repeat(len(pixel_values), 1)
+    padded_sizes = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).repeat(pixel_values.shape[0], 1)
     if pixel_mask is None:
         return padded_sizes, padded_sizes
     is_image = pixel_mask.bool()

@@ -56,8 +56,7 @@ class PatchEmbedding(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        height, width = pixel_values.shape[-2:]
-        padded = F.pad(pixel_values, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        padded = pad_to_multiple(pixel_values, self.patch_size, dims=(2, 3))
         patches = self.patch_embeddings.projection(padded).permute(0, 2, 3, 1)
         return self.dropout(self.norm(patches))
 
@@ -99,7 +98,12 @@ class WindowSelfAttention(nn.Module):
             num_images = windows.shape[0] // separation.shape[0]
             bias = (bias + separation[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
         dropout = self.dropout_probability if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout)
+        bias = bias.to(query.dtype)
+        if torch.compiler.is_exporting():
+            # Spelled out: how the fused form lays out its result differs between the steps of an export to ONNX.
+            attended = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias).softmax(-1) @ value
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return attended.transpose(1, 2).flatten(2)
 
 
@@ -173,10 +177,10 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, states: Tensor) -> Tensor:
-        height, width = states.shape[1:3]
-        states = F.pad(states, (0, 0, 0, width % 2, 0, height % 2))
-        neighbours = [states[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(neighbours, dim=-1)))
+        height, width = (-(-length // 2) for length in states.shape[1:3])
+        states = pad_to_multiple(states, 2, dims=(1, 2))
+        neighbours = states.reshape(states.shape[0], height, 2, width, 2, states.shape[-1])
+        return self.reduction(self.norm(neighbours.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class SwinStage(nn.Module):
@@ -283,9 +287,13 @@ class WindowGrid:
 
     def __init__(self, size: Sequence[int], window_size: int, shift: int, device: torch.device) -> None:
         self.height, self.width = size
-        self.bottom, self.right = -self.height % window_size, -self.width % window_size
-        self.padded_size = (self.height + self.bottom, self.width + self.right)
+        self.window_size = window_size
+        # By whole windows, which the sizes of all that follows are products of: with remainders, those of a model that
+        # is compiled or exported for any size grow into formulas that take minutes.
+        num_rows, num_columns = (-(-length // window_size) for length in size)
+        self.num_windows = num_rows * num_columns
         self.num_positions = window_size**2
+        self.padded_size = (num_rows * window_size, num_columns * window_size)
         positions = torch.arange(self.padded_size[0] * self.padded_size[1], device=device)
         shifted = positions.view(self.padded_size).roll((-shift, -shift), dims=(0, 1))
         self.order = cut_into_windows(shifted, window_size).flatten()
@@ -294,14 +302,14 @@ class WindowGrid:
 
     def to_windows(self, states: Tensor) -> Tensor:
         """(B, h, w, C) to (B W, N, C)."""
-        if self.bottom or self.right:
-            states = F.pad(states, (0, 0, 0, self.right, 0, self.bottom))
+        states = pad_to_multiple(states, self.window_size, dims=(1, 2))
         windows = Rearrange.apply(states.flatten(1, 2), self.order, self.inverse)
-        return windows.view(-1, self.num_positions, states.shape[-1])
+        return windows.view(states.shape[0] * self.num_windows, self.num_positions, states.shape[-1])
 
     def to_map(self, windows: Tensor) -> Tensor:
         """(B W, N, C) to (B, h, w, C)."""
-        positions = windows.reshape(-1, len(self.order), windows.shape[-1])
+        num_images = windows.shape[0] // self.num_windows
+        positions = windows.reshape(num_images, self.num_windows * self.num_positions, windows.shape[-1])
         states = Rearrange.apply(positions, self.inverse, self.order).unflatten(1, self.padded_size)
         return states[:, : self.height, : self.width]
 
@@ -324,6 +332,18 @@ class Rearrange(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = context.saved_tensors
         return Rearrange.apply(gradient, inverse, order), None, None
+
+
+def pad_to_multiple(states: Tensor, divisor: int, dims: tuple[int, int]) -> Tensor:
+    """Appends zeros to rows and columns, the dimensions `dims`, until their numbers are multiples of the divisor."""
+    missing = [-(-states.shape[dim] // divisor) * divisor - states.shape[dim] for dim in dims]
+    # A program for any size always pads: a branch would fix on which side of it the sizes are.
+    if not (torch.compiler.is_compiling() or any(missing)):
+        return states
+    padding = [0, 0] * states.dim()  # from the last dimension to the first, before and after each
+    for dim, length in zip(dims, missing, strict=True):
+        padding[2 * (states.dim() - dim) - 1] = length
+    return F.pad(states, padding)
 
 
 def cut_into_windows(positions: Tensor, window_size: int) -> Tensor:

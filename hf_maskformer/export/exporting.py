@@ -1,0 +1,132 @@
+"""Writes a model as one file for ONNX Runtime or `torch.export.load`, and beside it what its user must know."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
+
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
+from ..post_processing_maskformer_inputs import Size
+from .heads import Logits, Panoptic, PerPixelLogits, Semantic
+
+Format = Literal["onnx", "torch_export"]
+Task = Literal["logits", "semantic", "panoptic"]
+OPSET = 18
+SMALLEST_SIDE = 33  # of an image, in pixels: smaller ones leave a single row or column at stride 32
+# Nothing of this size is computed. Sides that divide by nothing and several windows at every stage of any Swin keep
+# sizes apart which the program must not take for equal.
+EXAMPLE_SIZE = (1061, 1373)
+
+
+@torch.no_grad()
+def export_model(
+    model: PreTrainedModel,
+    image_processor: MaskFormerImageProcessor,
+    folder: str | Path,
+    format: Format = "onnx",
+    task: Task = "logits",
+    size: Size | None = None,
+    output_size: Size | None = None,
+    **thresholds: float,
+) -> Path:
+    """Writes the model with `task` inside, and its `config.json` and `preprocessor_config.json`, into a folder.
+
+    Args:
+        model: A `MaskFormerForInstanceSegmentation` or a per-pixel baseline, in float32 on the CPU.
+        image_processor: Says how images become `pixel_values`, and which labels panoptic segmentation fuses.
+        folder: Where to; made if missing.
+        format: "onnx" gives `model.onnx`, "torch_export" gives `model.pt2`.
+        task: What the file computes from `pixel_values` (B, 3, H, W); see `heads`.
+        size: (H, W) of all images. By default any size of at least 33 pixels each way. The batch may be of any size.
+        output_size: (height, width) of the segmentation; by default that of the images.
+        thresholds: Of `Panoptic`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: Format or task is unknown, the model does not do the task, a size is too small, or a model with a
+            Swin has no size for ONNX.
+        ImportError: What ONNX needs is not installed.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"format is {format!r}, but must be one of {get_args(Format)}.")
+    if format == "onnx":
+        check_installed("onnx", "onnxscript")
+        if size is None and model.config.backbone_config.model_type in ("swin", "maskformer-swin"):
+            raise ValueError("A Swin goes to ONNX for one size of the images only: give size=(height, width).")
+    if size is not None and min(size) < SMALLEST_SIDE:
+        raise ValueError(f"size is {tuple(size)}, but both sides must have at least {SMALLEST_SIDE} pixels.")
+    if output_size is not None and min(output_size) < 1:
+        raise ValueError(f"output_size is {tuple(output_size)}, but height and width must be positive.")
+    head = build_head(model.eval(), image_processor, task, output_size, **thresholds)
+    program = trace(head, size)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    path = folder / {"onnx": "model.onnx", "torch_export": "model.pt2"}[format]
+    if format == "torch_export":
+        torch.export.save(program, path)
+        return path
+    onnx_program: Any = torch.onnx.export(
+        program, input_names=["pixel_values"], output_names=list(head.output_names), opset_version=OPSET, dynamo=True
+    )
+    onnx_program.save(path)
+    return path
+
+
+def check_installed(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"ONNX needs {', '.join(missing)}: pip install 'hf-maskformer[export]'.")
+
+
+def build_head(
+    model: PreTrainedModel,
+    image_processor: MaskFormerImageProcessor,
+    task: Task,
+    output_size: Size | None = None,
+    **thresholds: float,
+) -> Any:
+    """The module that is exported; see `export_model`."""
+    if task not in get_args(Task):
+        raise ValueError(f"task is {task!r}, but must be one of {get_args(Task)}.")
+    is_per_pixel = isinstance(model, PerPixelBaselineForSemanticSegmentation)
+    logits: Any = PerPixelLogits(model) if is_per_pixel else Logits(model)  # type: ignore[arg-type]
+    if task == "logits":
+        if output_size is not None:
+            raise ValueError("output_size needs a segmentation: give task='semantic' or 'panoptic', or leave it out.")
+        return logits
+    if task == "semantic":
+        return Semantic(logits, output_size)
+    if is_per_pixel:
+        raise ValueError("The model is a per-pixel baseline, which has no segments: give task='semantic' or 'logits'.")
+    fused = getattr(image_processor, "label_ids_to_fuse", None) or ()
+    return Panoptic(logits, label_ids_to_fuse=fused, output_size=output_size, **thresholds)
+
+
+@torch.no_grad()
+def trace(head: nn.Module, size: Size | None = None) -> ExportedProgram:
+    """The program of a module that takes pixel values of any batch size and, unless given, any size."""
+    side = Dim.DYNAMIC if size is None else Dim.STATIC
+    pixel_values = torch.zeros(2, 3, *(size or EXAMPLE_SIZE))
+    program = torch.export.export(
+        head,
+        (pixel_values,),
+        dynamic_shapes={"pixel_values": {0: Dim.DYNAMIC, 2: side, 3: side}},
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    # Tracing notes on the way which sizes leave a tensor of one row or no padding, where its strides could be read in
+    # another way. Every operation here takes these sizes too, so the notes would only refuse images.
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program

@@ -1,0 +1,72 @@
+"""Writes a model as a file that runs without this package: for ONNX Runtime, or for `torch.export.load`.
+
+    python scripts/export.py --checkpoint OUTPUT --output exported
+    python scripts/export.py --checkpoint OUTPUT --output exported --task semantic
+    python scripts/export.py --checkpoint OUTPUT --output exported --format torch_export --size 512 512
+
+The folder gets model.onnx or model.pt2, config.json (the names of the labels) and preprocessor_config.json (how images
+become the input). docs/export.md shows how to run it.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.export.exporting import Format, Task, export_model
+from hf_maskformer.training.starting_point import model_class_of
+
+
+@dataclass
+class Arguments:
+    checkpoint: str = field(metadata={"help": "A folder or a Hub name."})
+    output: str = field(metadata={"help": "Folder for the result."})
+    format: Format = field(default="onnx", metadata={"help": "What the file is for."})
+    task: Task = field(
+        default="logits",
+        metadata={"help": "What the file computes: the model's logits, or with post-processing inside, segmentations."},
+    )
+    size: list[int] | None = field(
+        default=None, metadata={"help": "Height and width of all images, in pixels. By default any, from 33 on."}
+    )
+    output_size: list[int] | None = field(
+        default=None, metadata={"help": "Height and width of the segmentation. By default those of the image."}
+    )
+    threshold: float = field(default=0.5, metadata={"help": "Panoptic: how sure a query must be of its label."})
+    mask_threshold: float = field(default=0.5, metadata={"help": "Panoptic: from where on a pixel is in a mask."})
+    overlap_mask_area_threshold: float = field(
+        default=0.8, metadata={"help": "Panoptic: smallest part of its mask that a query must win."}
+    )
+
+
+def main(arguments: Arguments) -> None:
+    sizes = {name: as_size(name, getattr(arguments, name)) for name in ("size", "output_size")}
+    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint)
+    thresholds = {}
+    if arguments.task == "panoptic":
+        names = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
+        thresholds = {name: getattr(arguments, name) for name in names}
+    path = export_model(
+        model.float(),
+        MaskFormerImageProcessor.from_pretrained(arguments.checkpoint),
+        arguments.output,
+        arguments.format,
+        arguments.task,
+        **sizes,
+        **thresholds,
+    )
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB.")
+
+
+def as_size(name: str, value: list[int] | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if len(value) != 2:
+        raise ValueError(f"--{name} takes a height and a width, but got {value}.")
+    return value[0], value[1]
+
+
+if __name__ == "__main__":
+    with errors_as_messages():
+        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

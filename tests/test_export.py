@@ -1,0 +1,180 @@
+"""Exported files give what PyTorch gives, for any batch and size. Tracing takes a minute, so most cases are slow."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import ARCHITECTURES, tiny_model
+from PIL import Image
+
+from hf_maskformer import MaskFormerImageProcessor, PerPixelBaselineConfig, PerPixelBaselineForSemanticSegmentation
+from hf_maskformer.export.exporting import build_head, export_model
+from hf_maskformer.export.heads import Logits, Panoptic, PerPixelLogits, Semantic
+from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_segmentation
+from hf_maskformer.post_processing_per_pixel_baseline import per_pixel_segmentation
+
+SIZES = [(1, 64, 96), (3, 33, 130), (2, 77, 101), (1, 160, 300)]
+FUSED = (0, 1)
+
+
+def tiny_baseline() -> PerPixelBaselineForSemanticSegmentation:
+    config = tiny_model().config
+    return PerPixelBaselineForSemanticSegmentation(
+        PerPixelBaselineConfig(
+            backbone_config=config.backbone_config, fpn_feature_size=32, mask_feature_size=16, num_labels=4
+        )
+    )
+
+
+@pytest.fixture
+def image_processor() -> MaskFormerImageProcessor:
+    return MaskFormerImageProcessor(label_ids_to_fuse=list(FUSED))
+
+
+@torch.no_grad()
+def test_the_semantic_head_gives_what_post_processing_gives():
+    model, pixel_values = tiny_model().eval(), torch.randn(2, 3, 61, 90)
+    outputs = model(pixel_values)
+    for output_size in (None, (50, 120)):
+        (found,) = Semantic(Logits(model), output_size)(pixel_values)
+        expected = semantic_segmentation(
+            outputs.class_queries_logits,
+            outputs.masks_queries_logits,
+            outputs.image_sizes,
+            outputs.padded_sizes,
+            output_size and [output_size] * 2,
+        )
+        # Random masks are nearly tied in places, where another order of the sums may decide.
+        assert (found == torch.stack(expected)).float().mean() > 0.999
+
+
+@torch.no_grad()
+def test_the_semantic_head_of_a_baseline_gives_what_post_processing_gives():
+    model, pixel_values = tiny_baseline().eval(), torch.randn(2, 3, 61, 90)
+    outputs = model(pixel_values)
+    (found,) = Semantic(PerPixelLogits(model))(pixel_values)
+    expected = per_pixel_segmentation(outputs.logits, outputs.image_sizes, outputs.padded_sizes)
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+class FakeLogits(Logits):
+    """Stands for a sure model: sharp masks, labels that repeat."""
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(pixel_values.shape[-1])
+        labels = torch.randint(5, (len(pixel_values), 12), generator=generator)
+        classes = torch.nn.functional.one_hot(labels, 5) * 4 + torch.rand(len(pixel_values), 12, 5, generator=generator)
+        masks = torch.randn(len(pixel_values), 12, 4, 5, generator=generator) * 8 - 4
+        return classes, masks
+
+
+@pytest.mark.parametrize("width", range(60, 72))
+def test_the_panoptic_head_gives_what_post_processing_gives(width):
+    logits, pixel_values = FakeLogits(tiny_model()), torch.zeros(2, 3, 50, width)
+    settings = {"overlap_mask_area_threshold": 0.4, "label_ids_to_fuse": FUSED}
+    segmentation, segment_ids, labels, scores = Panoptic(logits, **settings)(pixel_values)
+    sizes = torch.tensor([[50, width]] * 2)
+    expected = panoptic_segmentation(*logits(pixel_values), sizes, sizes, **settings)
+    for index, result in enumerate(expected):
+        assert (segmentation[index] == result["segmentation"]).float().mean() > 0.999
+        info = {int(segment): int(label) for segment, label in zip(segment_ids[index], labels[index], strict=True)}
+        info.pop(0, None)
+        assert info == {segment["id"]: segment["label_id"] for segment in result["segments_info"]}
+        assert scores.shape == labels.shape
+
+
+def test_what_the_model_or_the_file_cannot_do_is_refused(image_processor, tmp_path):
+    with pytest.raises(ValueError, match="format is 'tflite'"):
+        export_model(tiny_model(), image_processor, tmp_path, "tflite")
+    with pytest.raises(ValueError, match="task is 'depth'"):
+        export_model(tiny_model(), image_processor, tmp_path, "torch_export", "depth")
+    with pytest.raises(ValueError, match="a per-pixel baseline, which has no segments"):
+        export_model(tiny_baseline(), image_processor, tmp_path, "torch_export", "panoptic")
+    with pytest.raises(ValueError, match="at least 33 pixels"):
+        export_model(tiny_model(), image_processor, tmp_path, "torch_export", size=(32, 64))
+    with pytest.raises(ValueError, match="output_size needs a segmentation"):
+        export_model(tiny_model(), image_processor, tmp_path, "torch_export", output_size=(32, 64))
+
+
+def test_onnx_without_its_packages_says_what_to_install(image_processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'hf-maskformer\[export\]'"):
+        export_model(tiny_model(), image_processor, tmp_path, "onnx")
+
+
+def test_a_swin_of_any_size_is_refused_for_onnx(image_processor, tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="for one size of the images only"):
+        export_model(ARCHITECTURES["swin"](), image_processor, tmp_path, "onnx")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_runtime_runs_a_swin_at_its_size(image_processor, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, pixel_values = ARCHITECTURES["swin"]().eval(), torch.randn(3, 3, 77, 101)
+    session = onnxruntime.InferenceSession(export_model(model, image_processor, tmp_path, "onnx", size=(77, 101)))
+    found_tensors = session.run(None, {"pixel_values": pixel_values.numpy()})
+    for found, expected in zip(found_tensors, Logits(model)(pixel_values), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_a_program_of_torch_export_runs_at_any_size(name, image_processor, tmp_path):
+    model = ARCHITECTURES[name]().eval()
+    path = export_model(model, image_processor, tmp_path, "torch_export")
+    program = torch.export.load(path).module()
+    for batch_size, height, width in SIZES:
+        pixel_values = torch.randn(batch_size, 3, height, width)
+        for found, expected in zip(program(pixel_values), Logits(model)(pixel_values), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"]
+    assert (tmp_path / "preprocessor_config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "task"),
+    [
+        (ARCHITECTURES["resnet"], "panoptic"),
+        (ARCHITECTURES["encoders"], "logits"),
+        (tiny_baseline, "semantic"),
+    ],
+    ids=["resnet", "encoders", "baseline"],
+)
+@torch.no_grad()
+def test_onnx_runtime_gives_what_pytorch_gives(build, task, image_processor, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = build().eval()
+    head = build_head(model, image_processor, task)
+    session = onnxruntime.InferenceSession(export_model(model, image_processor, tmp_path, "onnx", task))
+    assert [output.name for output in session.get_outputs()] == list(head.output_names)
+    for batch_size, height, width in SIZES:
+        pixel_values = torch.randn(batch_size, 3, height, width)
+        found_tensors = session.run(None, {"pixel_values": pixel_values.numpy()})
+        for found, expected in zip(found_tensors, head(pixel_values), strict=True):
+            if expected.is_floating_point():
+                torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+            else:  # near ties may fall either way
+                assert (torch.from_numpy(found) == expected).float().mean() > 0.999
+
+
+@pytest.mark.slow
+def test_the_documented_code_runs_a_file_without_this_package(image_processor, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert "maskformer" not in code
+    model = tiny_model().eval()
+    export_model(model, image_processor, tmp_path / "exported", "onnx", "semantic", size=(512, 512))
+    Image.effect_noise((200, 100), 90).convert("RGB").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    assert "LABEL_" in printed.getvalue()
