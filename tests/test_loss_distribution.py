@@ -99,7 +99,7 @@ def test_micro_batches_give_the_gradient_of_the_big_batch(tmp_path, accumulation
 
 
 def test_the_plain_trainer_takes_the_mean_over_micro_batches(tmp_path):
-    """As the README says: each micro-batch is divided by its own numbers."""
+    """As docs/loss.md says: each micro-batch is divided by its own numbers."""
     found, _ = gradient_of_a_trainer(tmp_path, accumulation=2, batch_size=2, is_plain=True)
     model = seeded_model().train()
     for start in (0, 2):
