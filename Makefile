@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test slow check format benchmark clean
+.PHONY: help demo test slow check format docs benchmark clean
 
 help: ## Print these verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -30,6 +30,10 @@ check: $(INSTALLED) ## Lint, check formatting and types
 format: $(INSTALLED) ## Format the code and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## Build the pages in docs/ into a site (build/docs); a warning is an error
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
 	$(BIN)/python scripts/benchmark.py forward --kept 20

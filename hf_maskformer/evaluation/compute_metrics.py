@@ -16,7 +16,7 @@ IGNORED = -1
 
 
 class ComputeMetrics:
-    """Counts batch by batch what `Trainer` predicts, at the size of the images in the batch.
+    """Counts batch by batch what `Trainer` predicts, at the size of the images in the batch::
 
         metrics = ComputeMetrics(image_processor, labels, "panoptic")
         trainer = Trainer(

@@ -23,7 +23,7 @@ from ..post_processing_maskformer_inputs import Size
 
 
 class MaskFormerPipeline(ImageSegmentationPipeline):
-    """Photographs in, segments out: the mask, label, score, box and area of each.
+    """Photographs in, segments out: the mask, label, score, box and area of each::
 
         segment = pipeline(
             "image-segmentation", model=model, image_processor=image_processor, pipeline_class=MaskFormerPipeline
