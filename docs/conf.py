@@ -10,6 +10,8 @@ html_title = project
 
 myst_heading_anchors = 3
 
+# In docstrings a word between single backticks is code.
+default_role = "literal"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 # The fields of outputs and configurations stand in their docstrings.
