@@ -1,5 +1,6 @@
 """transformers' image segmentation pipeline, thinly adapted to what MaskFormer can tell."""
 
+import difflib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,15 @@ from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 
+# What transformers' pipeline takes; of these, semantic segmentation has no thresholds.
+THRESHOLDS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
+OPTIONS = {
+    "semantic": (*THRESHOLDS, "mode"),
+    "instance": (*THRESHOLDS, "top_k", "min_area"),
+    "panoptic": (*THRESHOLDS, "label_ids_to_fuse"),
+}
+OPTIONS_OF_ALL = ("subtask", "timeout", "progress_bar")
+
 
 class MaskFormerPipeline(ImageSegmentationPipeline):
     """Photographs in, segments out: the mask, label, score, box and area of each.
@@ -31,8 +41,9 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
 
     Calls take what transformers' pipeline takes. `subtask` is by default what the image processor says the model was
     trained for (`segmentation_task`), and "semantic" where it does not say. Stuff is fused as its `label_ids_to_fuse`
-    says. `threshold` and the like are those of the post-processing and have its defaults. `progress_bar` shows one
-    over many images. `num_workers` has no effect: a batch is prepared when the one before is done.
+    says. Options are those of the subtask's post-processing and have its defaults: `threshold` and the like, `mode`
+    (semantic), `top_k` and `min_area` (instance), `label_ids_to_fuse` (panoptic). `progress_bar` shows one over many
+    images. `num_workers` has no effect: a batch is prepared when the one before is done.
 
     Returns, for each image, a list of segments:
 
@@ -42,6 +53,9 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
       all labels nearby, on the grid of the logits.
     - `box`: `xmin`, `ymin`, `xmax`, `ymax`, in pixels; the last two lie just outside.
     - `area`: the pixels of its mask.
+
+    Raises a ValueError for an option that is unknown or not one of the subtask, and for an image that cannot be read,
+    with its name or place.
     """
 
     image_processor: Any
@@ -51,9 +65,15 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         subtask = kwargs.get("subtask")
         if subtask is not None and subtask not in SEGMENTATION_TASKS:
             raise ValueError(f"subtask is {subtask!r}; give one of {', '.join(SEGMENTATION_TASKS)}.")
+        known = sorted({*OPTIONS_OF_ALL, *itertools.chain(*OPTIONS.values())})
+        for name in kwargs.keys() - set(known):
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else f"Known are {', '.join(known)}."
+            raise ValueError(f"{name}={kwargs[name]!r} is no option of the pipeline. {hint}")
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if "progress_bar" in kwargs:
             preprocess["progress_bar"] = kwargs["progress_bar"]
+        postprocess |= {name: kwargs[name] for name in kwargs.keys() - set(OPTIONS_OF_ALL)}
         return preprocess, forward, postprocess
 
     def check_model_type(self, supported_models: Any) -> None:
@@ -62,7 +82,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             super().check_model_type(supported_models)
 
     def preprocess(self, image: Any, *, timeout: float | None = None, **_: Any) -> Any:  # type: ignore[override]
-        return self._preprocess_batch([image], timeout)
+        return self._preprocess_batch([image], timeout, 0)
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:  # type: ignore[override]
         return self._postprocess_batch(model_outputs, **parameters)[0]
@@ -83,34 +103,43 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         with tqdm(
             total=total, desc="Segmenting", unit="image", disable=not preprocess_params.get("progress_bar")
         ) as progress:
-            while batch := list(itertools.islice(images, batch_size)):
-                model_inputs = self._preprocess_batch(batch, preprocess_params.get("timeout"))
+            for first in itertools.count(step=batch_size):
+                batch = list(itertools.islice(images, batch_size))
+                if not batch:
+                    break
+                model_inputs = self._preprocess_batch(batch, preprocess_params.get("timeout"), first)
                 outputs = self.forward(model_inputs, **forward_params)
                 for segments in self._postprocess_batch(outputs, **postprocess_params):
                     progress.update()
                     yield segments
 
-    def _preprocess_batch(self, images: list[Any], timeout: float | None) -> Any:
-        loaded = [_as_rgb(image, timeout) for image in images]
+    def _preprocess_batch(self, images: list[Any], timeout: float | None, first: int) -> Any:
+        loaded = [_as_rgb(image, timeout, index) for index, image in enumerate(images, start=first)]
         inputs = self.image_processor(images=loaded, return_tensors="pt").to(self.dtype)
         inputs["target_size"] = [(image.height, image.width) for image in loaded]
         return inputs
 
     def _postprocess_batch(
-        self, outputs: Any, subtask: str | None = None, **thresholds: Any
+        self, outputs: Any, subtask: str | None = None, **options: Any
     ) -> list[list[dict[str, Any]]]:
         subtask = subtask or self.image_processor.segmentation_task or "semantic"
+        for name in options.keys() - set(OPTIONS[subtask]):
+            raise ValueError(
+                f"{name} is no option of {subtask} segmentation, which has {', '.join(OPTIONS[subtask])}. Leave it out "
+                "or choose another subtask."
+            )
         sizes = outputs["target_size"]
         if subtask == "semantic":
-            maps = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            options = {name: value for name, value in options.items() if name not in THRESHOLDS}
+            maps = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes, **options)
             rows = zip(maps, *_shares_of_labels(outputs), outputs.image_sizes.tolist(), strict=True)
             return [self._semantic_segments(*row) for row in rows]
         if subtask == "instance":
             results = self.image_processor.post_process_instance_segmentation(
-                outputs, target_sizes=sizes, return_binary_maps=True, **thresholds
+                outputs, target_sizes=sizes, return_binary_maps=True, **options
             )
         else:
-            results = self.image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, **thresholds)
+            results = self.image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, **options)
         return [self._scored_segments(result) for result in results]
 
     def _scored_segments(self, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -152,13 +181,19 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         }
 
 
-def _as_rgb(image: Any, timeout: float | None) -> Image.Image:
-    # transformers would cut grey images of 16 bits off at 255.
-    if isinstance(image, str | Path) and os.path.isfile(image):
-        image = Image.open(image)
-    if isinstance(image, Image.Image):
-        image = to_rgb(ImageOps.exif_transpose(image))
-    return load_image(image, timeout=timeout)
+def _as_rgb(image: Any, timeout: float | None, index: int) -> Image.Image:
+    loaded = image
+    try:
+        # transformers would cut grey images of 16 bits off at 255.
+        if isinstance(loaded, str | Path) and os.path.isfile(loaded):
+            loaded = Image.open(loaded)
+        if isinstance(loaded, Image.Image):
+            loaded = to_rgb(ImageOps.exif_transpose(loaded))
+        return load_image(loaded, timeout=timeout)
+    except Exception as error:  # decoders and clients have errors of many kinds
+        # A string may also hold the image itself.
+        source = f" ({str(image)[:200]})" if isinstance(image, str | Path) else ""
+        raise ValueError(f"Image {index}{source} cannot be read: {error}") from error
 
 
 def _shares_of_labels(outputs: Any) -> tuple[list[Tensor], list[Size]]:
