@@ -43,11 +43,12 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> T
         raise ValueError(
             f"Segmentation map {index} is a {kind}; give a PIL image, an array, a tensor, a path or a URL."
         )
-    is_file = isinstance(segmentation_map, str | Path)
-    source = f" ({segmentation_map})" if is_file else ""
+    source = f" ({segmentation_map})" if isinstance(segmentation_map, str | Path) else ""
     try:
-        # In its own mode: pixels of a palette are indices, which are the labels.
-        values = np.asarray(open_image(segmentation_map) if is_file else segmentation_map)
+        if isinstance(segmentation_map, str | Path):
+            # In its own mode: pixels of a palette are indices, which are the labels.
+            segmentation_map = open_image(segmentation_map)
+        values = np.asarray(segmentation_map)
     except Exception as error:  # a damaged file shows when it is decoded
         raise ValueError(f"Segmentation map {index}{source} cannot be read: {error}") from error
     if is_coloured(values):

@@ -147,14 +147,17 @@ def _by_number(id2label: Mapping[Any, str]) -> dict[int, str]:
 
 def _id_map(segmentation: Any, segments: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> np.ndarray:
     """The ids of segments (H, W), from such a map, from masks (N, H, W) or from run-length encodings of masks."""
-    is_encoded = isinstance(segmentation, list) and all(isinstance(mask, Mapping) for mask in segmentation)
-    masks = [decode_mask(mask, size) for mask in segmentation] if is_encoded else to_numpy(segmentation)
-    if not is_encoded and masks.ndim != 3:
-        return masks
-    ids = np.zeros(size if is_encoded else masks.shape[1:], dtype=np.int32)
+    if isinstance(segmentation, list) and all(isinstance(mask, Mapping) for mask in segmentation):
+        masks = [decode_mask(mask, size) for mask in segmentation]
+    else:
+        array = to_numpy(segmentation)
+        if array.ndim != 3:
+            return array
+        masks, size = list(array), array.shape[1:]
+    ids = np.zeros(size, dtype=np.int32)
     # The surest come first.
     for segment, mask in reversed(list(zip(segments, masks, strict=True))):
-        ids[np.asarray(mask, dtype=bool)] = segment["id"]
+        ids[mask.astype(bool)] = segment["id"]
     return ids
 
 
