@@ -466,13 +466,13 @@ def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Ten
     Images lie at the top left, so the mask's rows and columns that hold any image give the size. Raises a ValueError
     for a mask of another shape than the images'.
     """
-    shape = (len(pixel_values), *pixel_values.shape[-2:])
+    shape = (pixel_values.shape[0], *pixel_values.shape[-2:])
     if pixel_mask is not None and pixel_mask.shape != shape:
         raise ValueError(
             f"pixel_mask has the shape {tuple(pixel_mask.shape)}, but the images are {tuple(pixel_values.shape)}: give "
             f"one number for each pixel, {shape}, 1 in the image and 0 in its padding."
         )
-    padded_sizes = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).repeat(len(pixel_values), 1)
+    padded_sizes = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).repeat(pixel_values.shape[0], 1)
     if pixel_mask is None:
         return padded_sizes, padded_sizes
     is_image = pixel_mask.bool()
