@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .configuration_maskformer_parts import (
     MaskFormerTransformerConfig,
     check_labels,
+    check_loss,
     check_sizes,
     make_backbone_config,
     nested_config,
@@ -25,6 +26,17 @@ DEFAULT_BACKBONE = {
     "drop_path_rate": 0.3,
 }
 DETR = {"model_type": "detr"}
+LOSS_FIELDS = (  # beside the matching costs
+    "cross_entropy_weight",
+    "mask_weight",
+    "dice_weight",
+    "no_object_weight",
+    "void_in_loss",
+    "matching",
+    "train_num_points",
+    "oversample_ratio",
+    "importance_sample_ratio",
+)
 
 
 @strict
@@ -163,10 +175,15 @@ class MaskFormerConfig(ConfigWithCode):
         }
 
     def _check(self) -> None:
-        _check_weights(self)
+        check_loss({name: getattr(self, name) for name in LOSS_FIELDS} | self.matching_costs)
         check_labels(self.id2label)
         check_sizes(self)
-        _check_matching(self)
+        if self.matching == "fixed" and self.decoder_config.num_queries != self.num_labels:
+            raise ValueError(
+                f"matching='fixed' gives every class a query of its own, but decoder_config.num_queries is "
+                f"{self.decoder_config.num_queries} and there are {self.num_labels} labels. Set num_queries to "
+                f"{self.num_labels}."
+            )
 
 
 def _decoder_config(value: Any) -> PreTrainedConfig:
@@ -183,37 +200,3 @@ def _decoder_config(value: Any) -> PreTrainedConfig:
     if getattr(config, "auxiliary_loss", False):
         config.auxiliary_loss = False
     return config
-
-
-def _check_weights(config: MaskFormerConfig) -> None:
-    fields = ("cross_entropy_weight", "mask_weight", "dice_weight", "class_cost", "mask_cost", "dice_cost")
-    for field in fields:
-        value = getattr(config, field)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"{field} is {value}, but must be a finite number of at least 0.")
-    # At 0 an image without segments would divide 0 by 0 in the weighted mean of the cross-entropy.
-    if not 0 < config.no_object_weight < float("inf"):
-        raise ValueError(
-            f"no_object_weight is {config.no_object_weight}, but must be a finite number above 0 (the paper's is 0.1)."
-        )
-    if not any(config.matching_costs.values()):
-        raise ValueError(
-            "class_cost, mask_cost and dice_cost are all 0, so every matching costs the same. Set one above 0."
-        )
-
-
-def _check_matching(config: MaskFormerConfig) -> None:
-    if config.matching == "fixed" and config.decoder_config.num_queries != config.num_labels:
-        raise ValueError(
-            f"matching='fixed' gives every class a query of its own, but decoder_config.num_queries is "
-            f"{config.decoder_config.num_queries} and there are {config.num_labels} labels. Set num_queries to "
-            f"{config.num_labels}."
-        )
-    if config.train_num_points is not None and config.train_num_points < 1:
-        raise ValueError(
-            f"train_num_points is {config.train_num_points}, but must be at least 1, or None to compare all pixels."
-        )
-    if not 1 <= config.oversample_ratio < float("inf"):
-        raise ValueError(f"oversample_ratio is {config.oversample_ratio}, but must be a finite number of at least 1.")
-    if not 0 <= config.importance_sample_ratio <= 1:
-        raise ValueError(f"importance_sample_ratio is {config.importance_sample_ratio}, but must lie in 0 to 1.")

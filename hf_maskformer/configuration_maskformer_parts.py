@@ -6,7 +6,8 @@ error, instead of loading there with weights missing.
 
 import copy
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -244,6 +245,41 @@ def check_labels(id2label: Any) -> None:
             f"id2label has the ids {sorted(id2label)[:10]}..., but the ids must be 0 to {len(id2label) - 1} without "
             "gaps ('no object' is added by the model and needs no id)."
         )
+
+
+def check_loss(settings: Mapping[str, Any]) -> None:
+    """Raises a ValueError for settings of the loss, by their names in `MaskFormerLoss`, that have no meaning."""
+    for name, known in (("void_in_loss", ("background", "ignore")), ("matching", ("bipartite", "fixed"))):
+        if settings[name] not in known:
+            raise ValueError(f"{name} is {settings[name]!r}, but must be {known[0]!r} or {known[1]!r}.")
+    costs = ("class_cost", "mask_cost", "dice_cost")
+    for name in ("cross_entropy_weight", "mask_weight", "dice_weight", *costs):
+        if not _is_number(settings[name]) or settings[name] < 0:
+            raise ValueError(f"{name} is {settings[name]}, but must be a finite number of at least 0.")
+    # At 0 an image without segments would divide 0 by 0 in the weighted mean of the cross-entropy.
+    if not _is_number(settings["no_object_weight"]) or settings["no_object_weight"] <= 0:
+        raise ValueError(
+            f"no_object_weight is {settings['no_object_weight']}, but must be a finite number above 0 (the paper's is "
+            "0.1)."
+        )
+    if not any(settings[name] for name in costs):
+        raise ValueError(
+            "class_cost, mask_cost and dice_cost are all 0, so every matching costs the same. Set one above 0."
+        )
+    num_points, oversample_ratio = settings["train_num_points"], settings["oversample_ratio"]
+    if num_points is not None and (not isinstance(num_points, int) or num_points < 1):
+        raise ValueError(
+            f"train_num_points is {num_points}, but must be a whole number of at least 1, or None to compare all "
+            "pixels."
+        )
+    if not _is_number(oversample_ratio) or oversample_ratio < 1:
+        raise ValueError(f"oversample_ratio is {oversample_ratio}, but must be a finite number of at least 1.")
+    if not _is_number(settings["importance_sample_ratio"]) or not 0 <= settings["importance_sample_ratio"] <= 1:
+        raise ValueError(f"importance_sample_ratio is {settings['importance_sample_ratio']}, but must lie in 0 to 1.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check_sizes(config: PreTrainedConfig) -> None:

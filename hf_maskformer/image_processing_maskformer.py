@@ -31,9 +31,10 @@ from .image_processing_maskformer_settings import (
 )
 from .image_processing_maskformer_targets import (
     COMMON_IGNORE_VALUE,
+    check_ignore_value,
     check_map_sizes,
     instance_labels_of_images,
-    is_coloured,
+    is_single_map,
     pad_as_label_map,
     pad_as_masks,
     pad_as_segment_map,
@@ -149,8 +150,9 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             images: a PIL image, an array or tensor ((height, width, 3), (3, height, width) or (height, width), uint8 or
                 float), a path or URL; a list of these or a stacked array. Files are turned upright as their EXIF tag
                 says, PIL images are taken as they are. Grey images of 16 bits and uint16 are scaled to 8 bits.
-            segmentation_maps: for each image a PIL image, array or tensor of integers (height, width), of its size; or
-                a PNG of COCO panoptic in colour, (height, width, 3) uint8, whose ids are R + 256 G + 65536 B.
+            segmentation_maps: for each image a PIL image, array or tensor of integers (height, width), of its size, or
+                the path or URL of such an image (of a palette its indices count); or a PNG of COCO panoptic in colour,
+                (height, width, 3) uint8, whose ids are R + 256 G + 65536 B.
             instance_id_to_semantic_id: says that maps hold ids of segments, and which label each has; one dictionary
                 for all images or a list with one for each. Without it maps hold labels, and all pixels of a label
                 form one segment.
@@ -170,7 +172,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
               int64 labels; as `"segment_map"`, (B, H, W) int16 with the index of the segment that owns each pixel, -1
               for none, and (B, max N_i) int64 labels filled up with -100. Segments are in ascending order of their
               value in the map; padding belongs to none. As `"label_map"`, instead `labels` (B, H, W) int64 with the
-              label of each pixel, and `ignore_index` (255 unless set) where no segment or padding is.
+              label of each pixel, and `ignore_index` (255 unless set, and no label) where no segment or padding is.
 
         Raises:
             ValueError: images, maps or settings that do not fit, naming the image by its index.
@@ -187,7 +189,9 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         targets: dict[str, Any] = {}
         # Maps first: what is wrong with them shows before the work on the images.
         if segmentation_maps is not None:
-            numbered = enumerate_items("segmentation_maps", segmentation_maps, 2 + is_coloured(segmentation_maps))
+            check_ignore_value(settings, target_format)
+            num_dimensions = 2 + is_single_map(segmentation_maps, len(pixels))
+            numbered = enumerate_items("segmentation_maps", segmentation_maps, num_dimensions)
             has_ids = instance_id_to_semantic_id is not None
             maps = [read_segmentation_map(segmentation_map, index, has_ids) for index, segmentation_map in numbered]
             check_map_sizes(maps, sizes)
@@ -369,6 +373,11 @@ def _warn_of_double_rescaling(images: Sequence[Tensor], settings: ImageProcessor
 
 
 def _logits_and_sizes(outputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not isinstance(outputs, ModelOutput) and not hasattr(outputs, "class_queries_logits"):
+        raise ValueError(
+            f"outputs is a {type(outputs).__name__}; give what the model returned, with its class_queries_logits and "
+            "masks_queries_logits (not with return_dict=False)."
+        )
     if not hasattr(outputs, "class_queries_logits"):
         raise ValueError(
             f"{type(outputs).__name__} holds no queries, so there are no segments in it. A per-pixel baseline does "

@@ -104,10 +104,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _decode(image: str | Path | Image.Image) -> np.ndarray:
     """(h, w, 3) uint8."""
-    if isinstance(image, str | Path):
-        is_url = str(image).startswith(("http://", "https://"))
-        image = download_image(str(image)) if is_url else ImageOps.exif_transpose(Image.open(image))
-    return np.array(to_rgb(image))
+    return np.array(to_rgb(open_image(image) if isinstance(image, str | Path) else image))
+
+
+def open_image(source: str | Path) -> Image.Image:
+    """The upright image of a file or URL, in its own mode. Raises errors of Pillow and of the client."""
+    if str(source).startswith(("http://", "https://")):
+        return download_image(str(source))
+    return ImageOps.exif_transpose(Image.open(source))
 
 
 def download_image(url: str) -> Image.Image:

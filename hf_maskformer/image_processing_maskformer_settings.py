@@ -1,8 +1,9 @@
 """The settings of the image processor: what each may be, and how files of earlier years name them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from .post_processing_maskformer_inputs import Size
@@ -30,6 +31,8 @@ _FIXED_SETTINGS: dict[str, Any] = {
     "image_seq_length": None,
 }
 _BOOKKEEPING_SETTINGS = {"disable_grouping", "_max_size", "_valid_processor_keys", "_processor_class"}
+# They choose among transformers' implementations; here there is one.
+_BOOKKEEPING_SETTINGS |= {"use_fast", "backend"}
 
 
 @dataclass
@@ -57,28 +60,38 @@ class ImageProcessorSettings:
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
         if self.pad_size is not None:
             self.pad_size = _checked_size("pad_size", self.pad_size, ({"height", "width"},))
-        if self.size_divisor < 0:
+        if not isinstance(self.size_divisor, Integral) or self.size_divisor < 0:
             raise ValueError(f"size_divisor is {self.size_divisor}; give a positive integer, or 0 not to round up.")
-        if self.resample not in RESAMPLING:
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_reduce_labels"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False.")
+        if not isinstance(self.resample, int) or self.resample not in RESAMPLING:
             known = ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
             raise ValueError(f"resample is {self.resample!r}; known are {known}.")
         self.resample = int(self.resample)
+        if not isinstance(self.rescale_factor, Real) or not 0 < self.rescale_factor < math.inf:
+            raise ValueError(f"rescale_factor is {self.rescale_factor!r}; give a number above 0, such as 1 / 255.")
         self.image_mean = _three_channels("image_mean", self.image_mean)
         self.image_std = _three_channels("image_std", self.image_std)
         if not all(self.image_std):
             raise ValueError(f"image_std is {self.image_std}; images are divided by it, so it must not hold a zero.")
-        if self.num_labels is not None and self.num_labels < 1:
-            raise ValueError(f"num_labels is {self.num_labels}; give the number of labels, or None not to check them.")
+        if self.num_labels is not None and (not isinstance(self.num_labels, Integral) or self.num_labels < 1):
+            raise ValueError(
+                f"num_labels is {self.num_labels!r}; give the number of labels, or None not to check them."
+            )
+        if self.ignore_index is not None and not isinstance(self.ignore_index, Integral):
+            raise ValueError(f"ignore_index is {self.ignore_index!r}; give an integer, as maps hold, or None.")
         if self.segmentation_task not in (None, *SEGMENTATION_TASKS):
             known = ", ".join(SEGMENTATION_TASKS)
             raise ValueError(f"segmentation_task is {self.segmentation_task!r}; give one of {known}, or None.")
-        unknown = set(self.panoptic_thresholds or ()) - set(DEFAULT_PANOPTIC_THRESHOLDS)
-        if unknown or not all(0 <= value <= 1 for value in (self.panoptic_thresholds or {}).values()):
+        if self.panoptic_thresholds is not None and not _are_thresholds(self.panoptic_thresholds):
             raise ValueError(
                 f"panoptic_thresholds is {self.panoptic_thresholds}; give numbers from 0 to 1 for some of "
                 f"{', '.join(DEFAULT_PANOPTIC_THRESHOLDS)}."
             )
         if self.label_ids_to_fuse is not None:
+            if isinstance(self.label_ids_to_fuse, str) or not _are_all(self.label_ids_to_fuse, Integral):
+                raise ValueError(f"label_ids_to_fuse is {self.label_ids_to_fuse!r}; give a list of label ids.")
             self.label_ids_to_fuse = sorted(int(label_id) for label_id in self.label_ids_to_fuse)
 
     def resized_size(self, size: Size) -> Size:
@@ -173,24 +186,36 @@ def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -
     if size is None or isinstance(size, int):
         edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": size}
         return edges if max_size is None else {**edges, "longest_edge": max_size}
-    edges = {"height": size[0], "width": size[1]} if isinstance(size, list | tuple) else dict(size)
-    if max_size is not None and edges.get("longest_edge") != max_size:
+    edges = {"height": size[0], "width": size[1]} if isinstance(size, list | tuple) and len(size) == 2 else size
+    if max_size is not None and (not isinstance(edges, Mapping) or edges.get("longest_edge") != max_size):
         raise ValueError(f"max_size={max_size} contradicts size={edges}; give it as the longest_edge of size instead.")
     return edges
 
 
-def _checked_size(name: str, size: Mapping[str, int], forms: Sequence[set[str]]) -> dict[str, int]:
-    size = dict(size)
-    if set(size) not in forms:
+def _checked_size(name: str, size: Any, forms: Sequence[set[str]]) -> dict[str, int]:
+    if not isinstance(size, Mapping) or set(size) not in forms:
         known = " or ".join(str(sorted(form)) for form in forms)
-        raise ValueError(f"{name} is {size}; give a dictionary with {known}.")
+        raise ValueError(f"{name} is {size!r}; give a dictionary with {known}.")
     if not all(isinstance(edge, int) and edge > 0 for edge in size.values()):
         raise ValueError(f"{name} is {size}; every edge must be a positive integer.")
-    return size
+    return dict(size)
+
+
+def _are_thresholds(values: Any) -> bool:
+    return (
+        isinstance(values, Mapping)
+        and values.keys() <= DEFAULT_PANOPTIC_THRESHOLDS.keys()
+        and _are_all(values.values(), Real)
+        and all(0 <= value <= 1 for value in values.values())
+    )
+
+
+def _are_all(values: Any, kind: type) -> bool:
+    return isinstance(values, Collection) and all(isinstance(value, kind) for value in values)
 
 
 def _three_channels(name: str, value: float | Sequence[float]) -> list[float]:
-    channels = [value] * 3 if isinstance(value, int | float) else list(value)
-    if len(channels) != 3:
-        raise ValueError(f"{name} is {value}; give three numbers, for red, green and blue.")
-    return channels
+    channels: Any = [value] * 3 if isinstance(value, int | float) else value
+    if not _are_all(channels, Real) or len(channels) != 3:
+        raise ValueError(f"{name} is {value!r}; give three numbers, for red, green and blue.")
+    return list(channels)

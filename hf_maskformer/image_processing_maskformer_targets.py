@@ -5,6 +5,7 @@ ids of segments whose labels a dictionary tells ("instance labels" below). It st
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .image_processing_maskformer_images import resize_nearest
+from .image_processing_maskformer_images import open_image, resize_nearest
 from .image_processing_maskformer_settings import ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
 
@@ -28,7 +29,7 @@ Device = str | torch.device | None
 
 
 def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> Tensor:
-    """Reads the map of image `index`, a PIL image, array or tensor, as (height, width) int32 or, for wide types, int64.
+    """Reads the map of image `index`, in any form that `preprocess` takes: (height, width) int32 or, if wide, int64.
 
     Three channels of 8 bits are taken for the ids of COCO panoptic. `has_ids` says that there are labels of ids.
 
@@ -37,19 +38,25 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> T
     """
     if isinstance(segmentation_map, Tensor):
         segmentation_map = segmentation_map.detach().cpu().numpy()
-    if not isinstance(segmentation_map, np.ndarray | Image.Image):
+    if not isinstance(segmentation_map, str | Path | np.ndarray | Image.Image):
         kind = type(segmentation_map).__name__
-        raise ValueError(f"Segmentation map {index} is a {kind}; give a PIL image, an array or a tensor.")
+        raise ValueError(
+            f"Segmentation map {index} is a {kind}; give a PIL image, an array, a tensor, a path or a URL."
+        )
+    source = f" ({segmentation_map})" if isinstance(segmentation_map, str | Path) else ""
     try:
+        if isinstance(segmentation_map, str | Path):
+            # In its own mode: pixels of a palette are indices, which are the labels.
+            segmentation_map = open_image(segmentation_map)
         values = np.asarray(segmentation_map)
     except Exception as error:  # a damaged file shows when it is decoded
-        raise ValueError(f"Segmentation map {index} cannot be read: {error}") from error
+        raise ValueError(f"Segmentation map {index}{source} cannot be read: {error}") from error
     if is_coloured(values):
         if not has_ids and (values == values[..., :1]).all():
             raise ValueError(
-                f"Segmentation map {index} is grey, but has three channels, which would be read as ids of COCO "
-                'panoptic. If it holds labels, give one channel: image.convert("L"), or array[..., 0]. If it holds '
-                "ids, pass instance_id_to_semantic_id."
+                f"Segmentation map {index} is grey, but has three channels, which would be read as colours of COCO "
+                'panoptic. If it holds labels or plain ids, give one channel: image.convert("L"), or array[..., 0]. If '
+                "it holds ids as R + 256 G + 65536 B, pass instance_id_to_semantic_id."
             )
         values = values.astype(np.int32) @ np.array([1, 256, 256**2], dtype=np.int32)
     elif values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
@@ -64,12 +71,31 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> T
     return torch.from_numpy(values.astype(np.int32 if np.can_cast(values.dtype, np.int32) else np.int64))
 
 
+def is_single_map(segmentation_map: Any, num_images: int) -> bool:
+    """Whether an array or tensor of three dimensions is one map with its channels last, and no stack of maps."""
+    if not isinstance(segmentation_map, np.ndarray | Tensor) or segmentation_map.ndim != 3:
+        return False
+    return is_coloured(segmentation_map) or (segmentation_map.shape[-1] == 1 and num_images == 1)
+
+
 def is_coloured(segmentation_map: Any) -> bool:
     """Whether an array or tensor is one map in the colours of COCO panoptic, (height, width, 3) uint8."""
     if not isinstance(segmentation_map, np.ndarray | Tensor):
         return False
     is_bytes = segmentation_map.dtype in (np.uint8, torch.uint8)
     return is_bytes and segmentation_map.ndim == 3 and segmentation_map.shape[-1] == 3
+
+
+def check_ignore_value(settings: ImageProcessorSettings, target_format: str) -> None:
+    """Raises ValueError if what stands for "ignore" because no setting says otherwise is also a label."""
+    highest = (settings.num_labels or 0) - 1 + bool(settings.do_reduce_labels)
+    uses_common_value = settings.do_reduce_labels or target_format == "label_map"
+    if settings.ignore_index is None and uses_common_value and highest >= COMMON_IGNORE_VALUE:
+        raise ValueError(
+            f"With num_labels {settings.num_labels}, {COMMON_IGNORE_VALUE} in a map is a label, but without "
+            "ignore_index it stands for no segment too. Set ignore_index to a value that is no label, such as 65535 "
+            "(and semantic_loss_ignore_index of a per-pixel baseline to the same)."
+        )
 
 
 def check_map_sizes(maps: Sequence[Tensor], image_sizes: Sequence[Size]) -> None:
@@ -233,9 +259,15 @@ def pad_as_segment_map(
 def pad_as_label_map(
     segments: Sequence[tuple[Tensor, Tensor]], size: Size, ignore_index: int, device: Device
 ) -> Tensor:
-    """Makes one (B, H, W) int64 map of labels, `ignore_index` where no segment is."""
+    """Makes one (B, H, W) int64 map of labels, `ignore_index`, which must be no label, where no segment is."""
     label_maps = torch.full((len(segments), *size), ignore_index)
     for index, (segment_map, labels) in enumerate(segments):
+        if (labels == ignore_index).any():
+            raise ValueError(
+                f"Segmentation map {index} has segments of label {ignore_index}, which in a label map stands for no "
+                "segment. Set ignore_index to a value that is no label, such as 65535 (and semantic_loss_ignore_index "
+                "of a per-pixel baseline to the same)."
+            )
         height, width = segment_map.shape
         # -1, no segment, is the place of the last label here.
         label_of_segment = torch.cat([labels, labels.new_tensor([ignore_index])])

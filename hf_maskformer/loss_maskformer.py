@@ -6,13 +6,14 @@ C pixel feature width; H x W is the padded image, h x w = H/4 x W/4.
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .configuration_maskformer_parts import check_loss
 from .loss_maskformer_masks import DenseMaskLosses, MatchedMasks, PointSampling, SampledMaskLosses
 from .loss_maskformer_matching import Match, assign, finite_costs, mask_logits_of_image, pairwise_mask_costs
 from .loss_maskformer_targets import (
@@ -55,7 +56,7 @@ class MaskFormerLoss(nn.Module):
             instead of all pixels.
 
     Raises:
-        ValueError: `void_in_loss`, `matching` or `no_object_weight` is none of these.
+        ValueError: An argument is none of these.
     """
 
     empty_weight: Tensor
@@ -78,15 +79,22 @@ class MaskFormerLoss(nn.Module):
         importance_sample_ratio: float = 0.75,
     ) -> None:
         super().__init__()
-        if void_in_loss not in ("background", "ignore"):
-            raise ValueError(f"void_in_loss is {void_in_loss!r}, but must be 'background' or 'ignore'.")
-        if matching not in ("bipartite", "fixed"):
-            raise ValueError(f"matching is {matching!r}, but must be 'bipartite' or 'fixed'.")
-        # At 0 a batch without segments would divide 0 by 0 in the weighted mean of the cross-entropy.
-        if not 0 < no_object_weight < float("inf"):
-            raise ValueError(
-                f"no_object_weight is {no_object_weight}, but must be a finite number above 0 (the paper's is 0.1)."
-            )
+        check_loss(
+            {
+                "cross_entropy_weight": cross_entropy_weight,
+                "mask_weight": mask_weight,
+                "dice_weight": dice_weight,
+                "no_object_weight": no_object_weight,
+                "class_cost": class_cost,
+                "mask_cost": mask_cost,
+                "dice_cost": dice_cost,
+                "void_in_loss": void_in_loss,
+                "matching": matching,
+                "train_num_points": train_num_points,
+                "oversample_ratio": oversample_ratio,
+                "importance_sample_ratio": importance_sample_ratio,
+            }
+        )
         self.num_labels = num_labels
         self.cross_entropy_weight = cross_entropy_weight
         self.mask_weight = mask_weight
@@ -123,6 +131,7 @@ class MaskFormerLoss(nn.Module):
         size: Sequence[int] | None = None,
         *,
         embeddings: tuple[Tensor, Tensor] | None = None,
+        image_sizes: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gives the loss and its terms.
@@ -133,13 +142,16 @@ class MaskFormerLoss(nn.Module):
             mask_labels: List of B tensors (N_i, H_i, W_i), or an index map (B, H, W), -1 = no segment. Masks of
                 integers are inside where they are not 0; those of floating type are 1 inside, 0 outside, or 255.
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
-            size: (H, W) of the padded images, if known: masks of another size are then refused.
+            size: (H, W) of the padded images, if known; otherwise that of the largest masks.
             embeddings: Mask embeddings (L, B, Q, C) and pixel embeddings (B, C, h, w), whose products the mask logits
                 are. Those of all queries are then never held at once, or computed for pixels that matching does not
                 look at; those of the matched queries are computed again, with gradient. If logits are given too,
                 matching takes them as they are.
-            num_items_in_batch: What `count_items` gives for the whole batch, if this is only a part of it (gradient
-                accumulation), over all processes.
+            image_sizes: (B, 2), (height, width) of each image without its padding, if known: masks in lists that end
+                neither there nor where the batch does are then refused. Otherwise the largest must have the size of
+                the batch, and smaller ones are taken to end where their image does.
+            num_items_in_batch: (2,), what `count_items` gives for the whole batch, if this is only a part of it
+                (gradient accumulation), over all processes.
 
         Returns:
             The sum of all terms, and each weighted term, detached: `loss_cross_entropy`, `loss_mask`, `loss_dice` of
@@ -152,8 +164,20 @@ class MaskFormerLoss(nn.Module):
         if masks_queries_logits is None and embeddings is None:
             raise ValueError("Give masks_queries_logits, or embeddings whose products they are.")
         num_layers, batch_size, num_queries = class_queries_logits.shape[:3]
+        if self.is_matching_fixed and num_queries != self.num_labels:
+            raise ValueError(
+                f"matching='fixed' gives every class a query of its own, but there are {num_queries} queries and "
+                f"{self.num_labels} classes. Give as many queries, or set matching='bipartite'."
+            )
+        _check_num_items(num_items_in_batch)
         targets = prepare_targets(
-            mask_labels, class_labels, batch_size, size, class_queries_logits.device, self.point_sampling is None
+            mask_labels,
+            class_labels,
+            batch_size,
+            size,
+            class_queries_logits.device,
+            self.point_sampling is None,
+            image_sizes,
         )
         # Gradients are averaged over processes, so the normalisers are averages too.
         num_averaged = num_processes()
@@ -341,6 +365,15 @@ def count_items(class_labels: Tensor | Sequence[Tensor], num_queries: int, no_ob
     matched = num_segments.clamp(max=num_queries)
     class_weight = matched + no_object_weight * (num_queries - matched)
     return torch.stack((num_segments.sum().float(), class_weight.sum().float()))
+
+
+def _check_num_items(num_items: Any) -> None:
+    # Its shape and no more: the host would wait for the device to look at values.
+    if num_items is not None and (not isinstance(num_items, Tensor) or num_items.shape != (2,)):
+        raise ValueError(
+            f"num_items_in_batch is {num_items}, but must be a tensor of two numbers: what "
+            "hf_maskformer.loss_maskformer.count_items gives for the whole batch."
+        )
 
 
 def sum_over_processes(numbers: Tensor) -> Tensor:

@@ -202,6 +202,9 @@ class PointSampling:
     images share the pixels for matching, masks of an image the points to choose from: what one mask or one cost sees
     has the same distribution, so that the expected loss and gradient are the same.
 
+    Where void does not count its points are never uncertain, and those drawn without choice are left out afterwards:
+    what is predicted there changes neither which points are taken nor their loss.
+
     Args:
         num_points: P, points per mask.
         oversample_ratio: How many times P are drawn to choose the most uncertain ones from.
@@ -231,9 +234,14 @@ class PointSampling:
             return None
         return torch.randperm(len(pixels), device=pixels.device)[: self.num_points].sort().values
 
-    def choose_points(self, logits: Tensor) -> Tensor:
-        """Which P of the points that were drawn each mask takes, (m, P), by its logits there, (m, `num_drawn`)."""
+    def choose_points(self, logits: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Which P of the points that were drawn each mask takes, (m, P), by its logits there, (m, `num_drawn`).
+
+        Points that do not count, (`num_drawn`,) bool, are chosen last, whatever their logits are.
+        """
         certainty = logits[:, : self.num_candidates].abs()
+        if counted is not None:
+            certainty.masked_fill_(~counted[: self.num_candidates], float("inf"))
         # As integers, floats without a sign have the same order, which is found in two thirds of the time on a CPU.
         order = certainty.view(torch.int32)
         uncertain = order.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
@@ -318,16 +326,17 @@ class SampledMaskLosses(torch.autograd.Function):
                 positions = torch.rand(2, sampling.num_drawn, dtype=torch.float32, device=logits.device)
                 points = Points(positions, logits.shape[-2:])
                 pixels = _pixels_at(positions, targets.size)
+                counted = None if is_owned is None else is_owned[pixels]
                 at_points = points(logits[start:stop].float())
                 for first in range(0, stop - start, masks_per_chunk):
                     chunk = at_points[first : first + masks_per_chunk]
                     rows = slice(start + first, start + first + len(chunk))
-                    chosen = sampling.choose_points(chunk)
+                    chosen = sampling.choose_points(chunk, counted)
                     logits_at_chosen = chunk.gather(1, chosen)
                     focal[rows], dice[rows] = _point_losses(
                         logits_at_chosen,
                         masks_at(masks, segments[rows], pixels).gather(1, chosen),
-                        None if is_owned is None else is_owned[pixels][chosen],
+                        None if counted is None else counted[chosen],
                         focal_weight if needs_gradient else None,
                         dice_weight,
                     )

@@ -24,6 +24,8 @@ class Targets:
         labels: (B, N) int64, -100 where an image has fewer segments.
         masks: One tensor per image: an index map (H, W) int16 (-1 = no segment) or masks (N_i, H, W) bool.
         size: (H, W).
+        mask_sizes: (height, width) of each image's masks as they were given.
+        image_sizes: (B, 2) int64, (height, width) of each image without its padding, for the check of `mask_sizes`.
         values: (B,) float32, a value of each image's masks that is none of a mask, if there is one.
         pixels: For each image the positions of its pixels in the flattened image, sorted by the segment that owns
             them, those of no segment first, (H * W,); None if it has masks, or if nobody asked for them.
@@ -34,6 +36,8 @@ class Targets:
     labels: Tensor
     masks: list[Tensor]
     size: tuple[int, int]
+    mask_sizes: list[tuple[int, ...]]
+    image_sizes: Tensor
     values: Tensor
     pixels: list[Tensor | None]
     starts: Tensor
@@ -46,11 +50,12 @@ def prepare_targets(
     size: Sequence[int] | None = None,
     device: torch.device | None = None,
     sort_pixels: bool = False,
+    image_sizes: Tensor | None = None,
 ) -> Targets:
     """Brings every form of labels to one, without waiting for the device.
 
     In a list masks and index maps may end where their image does: they are then padded on the right and below to the
-    size of the batch, which the largest of them must fill.
+    size of the batch. Where `image_sizes` does not say where that is, the largest of them must fill the batch.
 
     Args:
         mask_labels: B tensors (N_i, H_i, W_i), 1 inside (integers: not 0), or index maps (B, H, W) or (H_i, W_i) each.
@@ -59,14 +64,17 @@ def prepare_targets(
         size: (H, W); None takes that of the largest masks.
         device: Where the targets shall be; None leaves them where they are.
         sort_pixels: Make `pixels` and `starts`.
+        image_sizes: (B, 2), (height, width) of each image without its padding; compared by `checked_labels`.
 
     Raises:
-        ValueError: Labels of another number of images, or masks of another size than the padded images.
+        ValueError: Labels of another number of images, masks of another size than the padded images, or tensors of
+            another shape or type than these.
     """
     if len(mask_labels) != len(class_labels):
         raise ValueError(f"mask_labels are of {len(mask_labels)} images, but class_labels of {len(class_labels)}.")
     if len(class_labels) != batch_size:
         raise ValueError(f"The labels are of {len(class_labels)} images, but the batch has {batch_size}.")
+    _check_forms(mask_labels, class_labels)
     labels = (
         class_labels.long()
         if isinstance(class_labels, Tensor)
@@ -75,7 +83,8 @@ def prepare_targets(
     sizes = [tuple(image_masks.shape[-2:]) for image_masks in mask_labels]
     largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
     height, width = largest if size is None else size
-    if largest != (height, width):
+    is_wrong = largest != (height, width) if image_sizes is None else largest[0] > height or largest[1] > width
+    if is_wrong:
         raise ValueError(
             f"mask_labels are {largest[0]} x {largest[1]} pixels, but the padded images have {height} x {width}. Masks "
             "must be resized and padded (with 0, or -1 in an index map) together with their images."
@@ -93,7 +102,31 @@ def prepare_targets(
         )
         pixels.append(pixels_of_image)
         starts.append(starts_of_image)
-    return Targets(labels, masks, (int(height), int(width)), torch.stack(values), pixels, torch.stack(starts))
+    image_sizes = labels.new_tensor(sizes) if image_sizes is None else image_sizes.to(labels.device, torch.int64)
+    padded_size = int(height), int(width)
+    return Targets(labels, masks, padded_size, sizes, image_sizes, torch.stack(values), pixels, torch.stack(starts))
+
+
+def _check_forms(mask_labels: Tensor | Sequence[Tensor], class_labels: Tensor | Sequence[Tensor]) -> None:
+    """Raises a ValueError for tensors of a shape or type that means nothing; values are looked at later."""
+    for image, masks in enumerate(mask_labels):
+        if masks.dim() not in (2, 3):
+            raise ValueError(
+                f"mask_labels of image {image} have the shape {tuple(masks.shape)}, but must be masks (N, H, W) or an "
+                "index map (H, W)."
+            )
+        if masks.dim() == 2 and (masks.is_floating_point() or masks.dtype == torch.bool):
+            raise ValueError(
+                f"mask_labels of image {image} are one map (H, W) of {masks.dtype}, but an index map holds integers. "
+                "If it is a mask, give it the shape (1, H, W)."
+            )
+    for image, labels in enumerate(class_labels):
+        # An empty tensor is of floating type unless it says otherwise.
+        if labels.dim() != 1 or (labels.numel() > 0 and (labels.is_floating_point() or labels.dtype == torch.bool)):
+            raise ValueError(
+                f"class_labels of image {image} are {labels.dtype} of shape {tuple(labels.shape)}, but must be "
+                "integers (N,), one for each segment."
+            )
 
 
 def _prepared_masks(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -101,8 +134,8 @@ def _prepared_masks(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     value = masks.new_zeros((), dtype=torch.float32)
     padding = (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2])
     if masks.dim() == 2:
-        # Two bytes suffice for all indices that have a label; one that has none is refused later.
-        prepared = masks.long().clamp(NO_SEGMENT, torch.iinfo(torch.int16).max).to(torch.int16)
+        # Two bytes suffice for all indices that have a label; one that has none is refused later, as one below -1 is.
+        prepared = masks.long().clamp(NO_SEGMENT - 1, torch.iinfo(torch.int16).max).to(torch.int16)
     elif masks.is_floating_point():
         prepared = masks == 1
         if masks.numel() > 0:
@@ -139,32 +172,38 @@ def copy_to_host(*tensors: Tensor) -> list[np.ndarray]:
     ]
 
 
-def what_the_host_checks(targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, the highest index of each index map, and `values`: what `checked_labels` asks for, on the device."""
-    highest = [
-        masks.max().long() if masks.dim() == 2 else targets.labels.new_tensor(NO_SEGMENT) for masks in targets.masks
-    ]
-    return targets.labels, torch.stack(highest), targets.values
+def what_the_host_checks(targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels, the lowest and highest index of each index map, `values` and `image_sizes`, for `checked_labels`."""
+    no_bounds = targets.labels.new_full((2,), NO_SEGMENT)
+    bounds = [torch.stack(masks.aminmax()).long() if masks.dim() == 2 else no_bounds for masks in targets.masks]
+    return targets.labels, torch.stack(bounds), targets.values, targets.image_sizes
 
 
 def checked_labels(
-    targets: Targets, num_labels: int, labels: np.ndarray, highest: np.ndarray, values: np.ndarray
+    targets: Targets,
+    num_labels: int,
+    labels: np.ndarray,
+    bounds: np.ndarray,
+    values: np.ndarray,
+    image_sizes: np.ndarray,
 ) -> list[list[int]]:
     """The labels of every image as numbers.
 
     Args:
         targets: The segments.
         num_labels: K.
-        labels, highest, values: `what_the_host_checks`, on the host.
+        labels, bounds, values, image_sizes: `what_the_host_checks`, on the host.
 
     Raises:
-        ValueError: A label outside 0 to K - 1, an index map that points past the labels, numbers of masks and labels
-            that differ, or masks with values that mean nothing.
+        ValueError: A label outside 0 to K - 1, an index map that points past the labels or below -1, numbers of masks
+            and labels that differ, masks with values that mean nothing, or masks that end neither where their image
+            does nor where the batch does.
     """
+    _check_mask_sizes(targets, image_sizes)
     rows = labels.tolist()
     labels_of_images = [[label for label in row if label != NO_LABEL] for row in rows]
-    for image, (row, image_labels, masks, index, value) in enumerate(
-        zip(rows, labels_of_images, targets.masks, highest.tolist(), values.tolist(), strict=True)
+    for image, (row, image_labels, masks, (lowest, index), value) in enumerate(
+        zip(rows, labels_of_images, targets.masks, bounds.tolist(), values.tolist(), strict=True)
     ):
         if row[: len(image_labels)] != image_labels:
             raise ValueError(
@@ -174,6 +213,10 @@ def checked_labels(
         if index >= len(image_labels):
             raise ValueError(
                 f"mask_labels of image {image} point to segment {index}, but it has {len(image_labels)} class_labels."
+            )
+        if lowest < NO_SEGMENT:
+            raise ValueError(
+                f"mask_labels of image {image} hold an index below {NO_SEGMENT}, which stands for pixels of no segment."
             )
         if masks.dim() == 3 and len(masks) != len(image_labels):
             raise ValueError(f"Image {image} has {len(masks)} masks, but {len(image_labels)} labels.")
@@ -188,6 +231,17 @@ def checked_labels(
                 f"and {FLOAT_PADDING} in padding. Make them bool, for example by a threshold."
             )
     return labels_of_images
+
+
+def _check_mask_sizes(targets: Targets, image_sizes: np.ndarray) -> None:
+    for image, (mask_size, image_size) in enumerate(zip(targets.mask_sizes, image_sizes.tolist(), strict=True)):
+        has_masks = targets.masks[image].dim() == 2 or len(targets.masks[image]) > 0
+        if has_masks and mask_size not in (targets.size, tuple(image_size)):
+            raise ValueError(
+                f"mask_labels of image {image} are {mask_size[0]} x {mask_size[1]} pixels, but the padded images have "
+                f"{targets.size[0]} x {targets.size[1]}, and by its pixel_mask the image has {image_size[0]} x "
+                f"{image_size[1]}. Resize masks together with their image; they may end where it or the batch does."
+            )
 
 
 def masks_at(masks: Tensor, segments: Tensor, pixels: Tensor) -> Tensor:

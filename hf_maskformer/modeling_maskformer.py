@@ -300,8 +300,9 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W), RGB, normalised, padded on the right and below with 0.
-            mask_labels: List of B tensors (N_i, H, W), 1 inside the segment; or one integer tensor (B, H, W) with the
-                index of the segment that owns each pixel, -1 for none.
+            mask_labels: List of B tensors (N_i, H, W), 1 inside the segment, which may end where pixel_mask says that
+                their image does; or one integer tensor (B, H, W) with the index of the segment that owns each pixel, -1
+                for none.
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
             pixel_mask: (B, H, W), 1 = image, 0 = padding. It tells post-processing where each image ends; the network
                 does not read it (nor does the paper's code) unless the configuration's `mask_padding` is set.
@@ -311,12 +312,14 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
                 added up; see `MaskFormerLoss`. `MaskFormerTrainer` gives it.
 
         Raises:
-            ValueError: Only one kind of label is given, or the labels do not fit the batch (see `MaskFormerLoss`).
+            ValueError: Only one kind of label is given, the labels do not fit the batch (see `MaskFormerLoss`), or
+                pixel_mask has another shape than the images.
         """
         has_labels = mask_labels is not None
         if has_labels != (class_labels is not None):
             given, missing = ("mask_labels", "class_labels") if has_labels else ("class_labels", "mask_labels")
             raise ValueError(f"{given} came without {missing}: give both for a loss, or neither for a prediction.")
+        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
         outputs = self.model(
             pixel_values,
             pixel_mask,
@@ -346,6 +349,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
                 class_labels,
                 pixel_values.shape[-2:],
                 embeddings=(mask_embeddings[supervised], pixel_embeddings),
+                image_sizes=image_sizes,
                 num_items_in_batch=num_items_in_batch,
             )
 
@@ -355,7 +359,6 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
                 {"masks_queries_logits": masks, "class_queries_logits": classes}
                 for masks, classes in zip(mask_logits[:-1], class_logits[:-1], strict=True)
             ]
-        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
         output = MaskFormerForInstanceSegmentationOutput(
             loss=loss,
             class_queries_logits=class_logits[-1],
@@ -392,6 +395,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         """
         if self.training:
             raise RuntimeError("The model is in training mode, in which predictions are random. Call eval() first.")
+        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
         masked = pixel_mask if self.config.mask_padding else None
         pixel_level_module = self.model.pixel_level_module
         _, (_, memory, levels, memory_sizes) = pixel_level_module(pixel_values, masked, with_embeddings=False)
@@ -405,7 +409,6 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         else:
             # An adapter has taken its place.
             mask_logits = torch.einsum("bqc,bchw->bqhw", mask_embeddings, projection(levels[-1]))
-        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
         return MaskFormerForInstanceSegmentationOutput(
             class_queries_logits=class_logits.take_along_dim(kept, dim=1),
             masks_queries_logits=mask_logits,
@@ -458,8 +461,15 @@ def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Seq
 def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(height, width) of each image without and with its padding, both (B, 2) int64.
 
-    Images lie at the top left, so the mask's rows and columns that hold any image give the size.
+    Images lie at the top left, so the mask's rows and columns that hold any image give the size. Raises a ValueError
+    for a mask of another shape than the images'.
     """
+    shape = (pixel_values.shape[0], *pixel_values.shape[-2:])
+    if pixel_mask is not None and pixel_mask.shape != shape:
+        raise ValueError(
+            f"pixel_mask has the shape {tuple(pixel_mask.shape)}, but the images are {tuple(pixel_values.shape)}: give "
+            f"one number for each pixel, {shape}, 1 in the image and 0 in its padding."
+        )
     padded_sizes = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).repeat(pixel_values.shape[0], 1)
     if pixel_mask is None:
         return padded_sizes, padded_sizes

@@ -111,10 +111,11 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
 
         Raises:
-            ValueError: A label is no class, or the labels have another size than the images.
+            ValueError: A label is no class, or the labels or pixel_mask have another size than the images.
         """
         output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = first_set(output_attentions, self.config.output_attentions)
+        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
         features, (pixel_embeddings, memory, levels, _) = self.model.pixel_level_module(pixel_values)
         hidden_states, attentions = (*features, *levels), None
         if self.classifier is not None:
@@ -131,7 +132,6 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
             loss, loss_dict = self._losses(
                 logits if self.config.deep_supervision else logits[-1:], labels, pixel_values
             )
-        image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
         output = PerPixelBaselineOutput(
             loss=loss,
             logits=logits[-1],

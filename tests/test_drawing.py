@@ -3,10 +3,13 @@ import itertools
 import numpy as np
 import pytest
 import scipy.ndimage
+import torch
 from PIL import Image
 
+from hf_maskformer.data.rle import encode_rle
 from hf_maskformer.evaluation import label_placement
 from hf_maskformer.evaluation.drawing import draw_comparison, draw_segmentation, label_colors, legend_labels
+from hf_maskformer.image_processing_maskformer import SemanticSegmentation
 
 ID2LABEL = {0: "sky", 1: "road", 2: "car"}
 PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], dtype=np.uint8)
@@ -50,6 +53,37 @@ def test_a_segment_blends_its_colour_with_the_image(image, label_map):
     drawn = pixels(draw_segmentation(image, label_map, ID2LABEL, palette=PALETTE, alpha=0.5))
     assert drawn[15][5] == [150, 50, 50]
     assert drawn[15][35] == [50, 150, 50]
+
+
+def test_the_surest_of_overlapping_masks_lies_on_top_in_every_form(image):
+    masks = np.zeros((2, 30, 40), dtype=bool)
+    masks[0, 10:20, 10:20], masks[1, 5:15, 5:30] = True, True
+    segments = [{"id": 1, "label_id": 2}, {"id": 2, "label_id": 0}]
+    ids = np.where(masks[0], 1, 2 * masks[1])
+    encodings = [{"size": [30, 40], "counts": encode_rle(mask)} for mask in masks]
+    expected = draw_segmentation(image, ids, ID2LABEL, segments=segments)
+    for segmentation in (ids, masks, encodings):
+        result = {"segmentation": segmentation, "segments_info": segments}
+        assert pixels(draw_segmentation(image, result, ID2LABEL)) == pixels(expected)
+
+
+@pytest.mark.parametrize("nothing", [[], np.zeros((0, 30, 40), dtype=bool), np.zeros((30, 40), dtype=int)])
+def test_where_nothing_was_found_the_image_stays_as_it_is(image, nothing):
+    drawn = draw_segmentation(image, {"segmentation": nothing, "segments_info": []}, ID2LABEL)
+    assert pixels(drawn) == pixels(image)
+
+
+def test_a_semantic_result_with_scores_is_drawn_as_its_map(image, label_map):
+    result = SemanticSegmentation(torch.from_numpy(label_map), torch.zeros(3, 30, 40))
+    assert pixels(draw_segmentation(image, result, ID2LABEL)) == pixels(draw_segmentation(image, label_map, ID2LABEL))
+
+
+def test_arrays_and_names_from_json_are_drawn_alike(image, label_map):
+    names = {str(label): name for label, name in ID2LABEL.items()}
+    drawn = draw_segmentation(np.asarray(image), label_map, names, legend=True, labels=True)
+    assert pixels(drawn) == pixels(draw_segmentation(image, label_map, ID2LABEL, legend=True, labels=True))
+    with pytest.raises(ValueError, match=r"The image is float64 of shape \(3, 30, 40\); give a PIL image"):
+        draw_segmentation(np.zeros((3, 30, 40)), label_map, ID2LABEL)
 
 
 def test_the_hue_of_a_label_does_not_depend_on_the_image(label_map):

@@ -52,6 +52,12 @@ def test_ids_beyond_three_bytes_are_refused():
             panoptic_image(ids)
 
 
+def test_coco_results_of_a_map_of_ids_are_refused():
+    result = {"segmentation": torch.ones(4, 4, dtype=torch.int32), "segments_info": [{"id": 1, "label_id": 0}]}
+    with pytest.raises(ValueError, match=r"holds no run-length encodings.*return_coco_annotation=True"):
+        coco_results(result, 1)
+
+
 def test_coco_results_load_in_pycocotools():
     coco = pytest.importorskip("pycocotools.coco")
     masks = torch.tensor([[[0, 1, 1], [0, 0, 1]], [[1, 1, 0], [1, 0, 0]]]).bool()

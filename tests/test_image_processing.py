@@ -124,7 +124,12 @@ def to_plain(value):
 
 def test_settings_that_change_nothing_are_accepted():
     processor = MaskFormerImageProcessor(
-        processor_class="X", image_processor_type="MaskFormerImageProcessorFast", do_convert_rgb=True, crop_size=None
+        processor_class="X",
+        image_processor_type="MaskFormerImageProcessorFast",
+        do_convert_rgb=True,
+        crop_size=None,
+        use_fast=False,
+        backend="pil",
     )
     assert processor.to_dict() == MaskFormerImageProcessor().to_dict()
 
@@ -145,6 +150,15 @@ def test_settings_that_change_nothing_are_accepted():
         ({"image_mean": [0.5]}, "image_mean is .* give three numbers"),
         ({"image_std": [1, 0, 1]}, "image_std is .* must not hold a zero"),
         ({"num_labels": 0}, "num_labels is 0"),
+        ({"num_labels": "a"}, "num_labels is 'a'; give the number"),
+        ({"size_divisor": 1.5}, "size_divisor is 1.5"),
+        ({"pad_size": (200, 200)}, r"pad_size is \(200, 200\); give a dictionary"),
+        ({"size": "64"}, "size is '64'; give a dictionary"),
+        ({"label_ids_to_fuse": 2}, "label_ids_to_fuse is 2; give a list"),
+        ({"ignore_index": 1.5}, "ignore_index is 1.5; give an integer"),
+        ({"rescale_factor": 0}, "rescale_factor is 0; give a number above 0"),
+        ({"do_resize": "no"}, "do_resize is 'no'; give True or False"),
+        ({"panoptic_thresholds": {"threshold": "high"}}, "panoptic_thresholds is .*; give numbers from 0 to 1"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings, message):
@@ -542,6 +556,12 @@ def test_one_form_of_instances_at_a_time():
         MaskFormerImageProcessor().post_process_instance_segmentation(
             model_outputs(), return_coco_annotation=True, return_binary_maps=True
         )
+
+
+@pytest.mark.parametrize("outputs", [{}, (torch.zeros(1), torch.zeros(1)), None])
+def test_what_is_no_output_of_a_model_is_refused(outputs):
+    with pytest.raises(ValueError, match=f"outputs is a {type(outputs).__name__}; give what the model returned"):
+        MaskFormerImageProcessor().post_process_semantic_segmentation(outputs)
 
 
 def test_one_target_size_too_many_is_refused():

@@ -136,6 +136,44 @@ def test_the_colours_of_coco_panoptic_are_ids(kind):
     assert masks == [[[1, 0, 0]], [[0, 1, 0]], [[0, 0, 1]]]
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "I;16"])
+def test_a_map_in_a_file_is_that_map(tmp_path, mode):
+    values = np.array([[0, 7], [3, 200]], dtype=np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.fromarray(values)
+    if mode == "P":
+        image.putpalette(list(range(255, -1, -1)) * 3)
+    image.save(tmp_path / "map.png")
+    for path in (tmp_path / "map.png", str(tmp_path / "map.png")):
+        batch = MaskFormerImageProcessor(do_resize=False)(np.zeros((2, 2, 3), np.uint8), path)
+        assert batch["class_labels"][0].tolist() == [0, 3, 7, 200]
+
+
+@pytest.mark.parametrize("convert", [np.array, torch.tensor])
+def test_one_map_may_have_a_channel(convert):
+    image, labels = np.zeros((2, 3, 3), np.uint8), [[0, 1, 1], [2, 2, 2]]
+    processor = MaskFormerImageProcessor(do_resize=False, size_divisor=0)
+    expected = processor(image, np.array(labels))["mask_labels"][0]
+    assert processor(image, convert(labels)[..., None])["mask_labels"][0].equal(expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_format": "label_map"}, {"do_reduce_labels": True, "num_labels": 255}, {"num_labels": 256}]
+)
+def test_what_stands_for_no_segment_is_no_label(settings):
+    """Without an ignore_index it is 255, in maps whose labels are reduced and in maps of labels."""
+    image, segmentation_map = np.zeros((1, 2, 3), np.uint8), np.array([[255, 3]])
+    processor = MaskFormerImageProcessor(do_resize=False)
+    if settings == {"num_labels": 256}:
+        assert processor(image, segmentation_map, **settings)["class_labels"][0].tolist() == [3, 255]
+        settings |= {"target_format": "label_map"}
+    with pytest.raises(ValueError, match="Set ignore_index to a value that is no label, such as 65535"):
+        processor(image, segmentation_map, **settings)
+    settings |= {"ignore_index": 65535, "target_format": "label_map"}
+    labels = processor(image, segmentation_map, **settings)["labels"]
+    assert labels[0, 0, 0].item() == 255 - bool(settings.get("do_reduce_labels"))
+    assert labels[0, 1, 1].item() == 65535
+
+
 def test_a_damaged_map_is_named():
     file = io.BytesIO()
     Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(file, "PNG")
@@ -237,7 +275,8 @@ def test_errors_name_the_image():
         (Image.new("RGBA", (3, 2)), {}, r"Segmentation map 0 has shape \(2, 3, 4\)"),
         ([np.zeros((2, 3, 3), int)], {}, r"Segmentation map 0 has shape \(2, 3, 3\) and type int64"),
         (np.zeros((0, 3), int), {}, r"Segmentation map 0 has shape \(0, 3\), so it holds no pixel"),
-        ("map.png", {}, "Segmentation map 0 is a str"),
+        ("map.png", {}, r"Segmentation map 0 \(map.png\) cannot be read: .*No such file"),
+        (5, {}, "Segmentation map 0 is a int"),
         (np.zeros((2, 3), int), {"target_format": "boxes"}, "target_format is 'boxes'"),
         (np.zeros((2, 3), int), {"instance_id_to_semantic_id": [{}, {}]}, "has 2 dictionaries, but there are 1 images"),
         (None, {"instance_id_to_semantic_id": {1: 0}}, "given without segmentation_maps"),

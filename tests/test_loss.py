@@ -163,6 +163,17 @@ def test_half_precision_logits_give_a_finite_loss():
             "Image 0 has 3 masks, but 2 labels",
         ),
         (lambda b: b["class_labels"][0].fill_(-100)[1:].fill_(1), "class_labels of image 0 have -100 before their end"),
+        (lambda b: b["mask_labels"][1, 3].fill_(-2), "mask_labels of image 1 hold an index below -1"),
+        (
+            lambda b: b.update(mask_labels=list(b["mask_labels"] == 0)),
+            r"image 0 are one map \(H, W\) of torch.bool.*\(1, H, W\)",
+        ),
+        (lambda b: b.update(mask_labels=b["mask_labels"].float()), "of torch.float32, but an index map holds integers"),
+        (lambda b: b.update(mask_labels=list(b["mask_labels"][:, 0])), r"image 0 have the shape \(24,\)"),
+        (
+            lambda b: b.update(class_labels=b["class_labels"] + 0.5),
+            "class_labels of image 0 are torch.float32 of shape",
+        ),
         (lambda b: b.update(size=(8, 8)), "are 16 x 24 pixels, but the padded images have 8 x 8"),
     ],
 )
@@ -245,7 +256,7 @@ def test_masks_of_floating_type_with_other_values_are_refused(value, options):
     batch = as_mask_list(tiny_batch(size=(16, 24)))
     batch["mask_labels"][1][1, 15, 3] = value
     with pytest.raises(ValueError, match=f"mask_labels of image 1 contain {value:g}, but masks of floating type"):
-        MaskFormerLoss(NUM_LABELS, **options)(*random_logits(), *labels_of(batch))
+        MaskFormerLoss(NUM_LABELS, **options)(*random_logits(num_queries=NUM_LABELS), *labels_of(batch))
 
 
 @pytest.mark.parametrize(
@@ -254,11 +265,30 @@ def test_masks_of_floating_type_with_other_values_are_refused(value, options):
         ({"void_in_loss": "ignored"}, "void_in_loss is 'ignored', but must be 'background' or 'ignore'"),
         ({"matching": "hungarian"}, "matching is 'hungarian', but must be 'bipartite' or 'fixed'"),
         ({"no_object_weight": 0.0}, "no_object_weight is 0.0, but must be a finite number above 0"),
+        ({"mask_weight": -1}, "mask_weight is -1, but must be a finite number of at least 0"),
+        ({"class_cost": 0, "mask_cost": 0, "dice_cost": 0}, "are all 0, so every matching costs the same"),
+        ({"train_num_points": 0}, "train_num_points is 0, but must be a whole number of at least 1"),
+        ({"train_num_points": 1.5}, "train_num_points is 1.5, but must be a whole number of at least 1"),
+        ({"oversample_ratio": 0.5}, "oversample_ratio is 0.5, but must be a finite number of at least 1"),
+        ({"importance_sample_ratio": 2}, "importance_sample_ratio is 2, but must lie in 0 to 1"),
     ],
 )
 def test_a_loss_without_meaning_is_not_built(arguments, message):
     with pytest.raises(ValueError, match=message):
         MaskFormerLoss(NUM_LABELS, **arguments)
+
+
+def test_fixed_matching_needs_a_query_for_each_class():
+    batch = tiny_batch(size=(16, 24))
+    with pytest.raises(ValueError, match="there are 6 queries and 4 classes"):
+        MaskFormerLoss(NUM_LABELS, matching="fixed")(*random_logits(num_queries=6), *labels_of(batch))
+
+
+@pytest.mark.parametrize("number", [5, torch.tensor(5), torch.ones(3)])
+def test_numbers_of_items_that_are_not_two_are_refused(number):
+    batch = tiny_batch(size=(16, 24))
+    with pytest.raises(ValueError, match=r"must be a tensor of two numbers: what .*count_items gives"):
+        MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch), num_items_in_batch=number)
 
 
 @pytest.mark.parametrize("form", [dict, as_mask_list])

@@ -234,8 +234,8 @@ def test_fixed_matching_needs_as_many_queries_as_classes():
 
 
 @pytest.mark.parametrize("form", [dict, as_mask_list])
-@pytest.mark.parametrize("points", [None, 96])
-def test_what_void_pixels_predict_does_not_matter_if_they_are_ignored(form, points):
+@pytest.mark.parametrize(("points", "ratio"), [(None, 0.0), (96, 0.0), (96, 0.75)])
+def test_what_void_pixels_predict_does_not_matter_if_they_are_ignored(form, points, ratio):
     batch = form(tiny_batch(batch_size=1, size=(16, 16)))
     labels = batch["mask_labels"], batch["class_labels"]
     owned = tiny_batch(batch_size=1, size=(16, 16))["mask_labels"] >= 0
@@ -248,7 +248,7 @@ def test_what_void_pixels_predict_does_not_matter_if_they_are_ignored(form, poin
         for logits in (mask_logits, changed):
             torch.manual_seed(0)
             loss = MaskFormerLoss(
-                NUM_LABELS, void_in_loss=void_in_loss, train_num_points=points, importance_sample_ratio=0.0
+                NUM_LABELS, void_in_loss=void_in_loss, train_num_points=points, importance_sample_ratio=ratio
             )
             results.append(loss(class_logits, logits, *labels)[0].item())
         assert (results[0] == pytest.approx(results[1], rel=1e-6)) == is_same
@@ -286,12 +286,13 @@ def test_sampled_losses_and_their_gradient_are_the_plain_ones_on_the_same_points
         grid = 2 * positions.flip(0).T[None, None] - 1
         rows = slice(start, start := start + count)
         at_points = F.grid_sample(logits[rows][None], grid, padding_mode="border", align_corners=False)[0, :, 0]
-        chosen = torch.cat(
-            (at_points[:, :120].abs().sort(1).indices[:, :30], torch.arange(120, 130).repeat(count, 1)), 1
-        )
         y, x = (positions * torch.tensor([[32.0], [64.0]])).long()
         if masks.dim() == 2:
             masks = masks == torch.arange(2)[:, None, None]
+        certainty = at_points.abs()
+        if ignores_void:
+            certainty[:, ~are_owned(masks)[y, x]] = torch.inf
+        chosen = torch.cat((certainty[:, :120].sort(1).indices[:, :30], torch.arange(120, 130).repeat(count, 1)), 1)
         inside = masks[segments[rows]][:, y, x].gather(1, chosen)
         counted = are_owned(masks)[y, x][chosen] if ignores_void else None
         expected.append(plain_mask_losses(at_points.gather(1, chosen).double(), inside, counted))

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -210,8 +211,42 @@ def test_masks_of_another_size_than_the_padded_images_are_refused(form):
     """Transformers would resize predictions to them, where padding and shift cannot be told apart."""
     batch = form(tiny_batch(size=(16, 24)))
     batch["pixel_values"] = torch.randn(2, 3, 64, 96)
-    with pytest.raises(ValueError, match=r"mask_labels are 16 x 24 pixels, but the padded images have 64 x 96"):
+    message = r"mask_labels of image 0 are 16 x 24 pixels, but the padded images have 64 x 96"
+    with pytest.raises(ValueError, match=message):
         tiny_model()(**batch)
+
+
+def smaller_image_in_batch():
+    """The second image ends 16 columns before the batch, and so may its masks."""
+    batch = tiny_batch()
+    pixel_mask = torch.ones(2, 64, 96, dtype=torch.int64)
+    pixel_mask[1, :, 80:] = 0
+    batch["mask_labels"][1, :, 80:] = -1
+    return as_mask_list(batch) | {"pixel_mask": pixel_mask}
+
+
+def test_masks_in_a_list_may_end_where_their_image_does():
+    model, batch = tiny_model().eval(), smaller_image_in_batch()
+    expected = model(**batch).loss.item()
+    batch["mask_labels"][1] = batch["mask_labels"][1][..., :80]
+    assert model(**batch).loss.item() == expected
+
+
+@pytest.mark.parametrize("size", [(64, 50), (10, 80), (64, 90), (1, 1), (0, 0)])
+def test_masks_in_a_list_that_end_elsewhere_are_refused(size):
+    batch = smaller_image_in_batch()
+    batch["mask_labels"][1] = torch.ones(2, *size)
+    message = f"image 1 are {size[0]} x {size[1]} pixels, but the padded images have 64 x 96, and .* has 64 x 80"
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**batch)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 48), (1, 64, 192), (2, 64, 96), (64, 96), (1, 1, 64, 96)])
+def test_a_pixel_mask_of_another_shape_than_the_images_is_refused(shape):
+    model, pixel_values = tiny_model().eval(), torch.randn(1, 3, 64, 96)
+    for call in (model, model.predict):
+        with pytest.raises(ValueError, match=re.escape(f"pixel_mask has the shape {shape}, but the images are")):
+            call(pixel_values, pixel_mask=torch.ones(shape))
 
 
 def test_more_segments_than_queries_and_images_without_any_train():

@@ -184,6 +184,8 @@ def test_a_label_that_is_no_class_is_refused() -> None:
         tiny_baseline()(**batch)
     with pytest.raises(ValueError, match=r"labels have the shape \(2, 32, 96\), but"):
         tiny_baseline()(batch["pixel_values"], batch["labels"][:, :32])
+    with pytest.raises(ValueError, match=r"pixel_mask has the shape \(2, 32, 96\), but"):
+        tiny_baseline()(batch["pixel_values"], pixel_mask=torch.ones(2, 32, 96))
 
 
 @pytest.mark.parametrize(

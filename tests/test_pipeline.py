@@ -1,6 +1,8 @@
 """transformers' own pipeline with our objects, and the adapted one."""
 
+import itertools
 import logging
+import re
 import warnings
 
 import numpy as np
@@ -197,6 +199,42 @@ def test_a_generator_is_read_one_batch_ahead_at_most():
 def test_a_progress_bar_counts_images(capsys):
     segmenter()(images(), batch_size=2, progress_bar=True)
     assert "3/3" in capsys.readouterr().err
+
+
+def test_options_reach_the_post_processing_of_the_subtask():
+    segment, image = segmenter(segmentation_task="instance"), images()[0]
+    assert len(segment(image, **THRESHOLDS)) > 3
+    assert len(segment(image, **THRESHOLDS, top_k=3)) == 3
+    assert all(entry["area"] >= 900 for entry in segment(image, **THRESHOLDS, min_area=900))
+    panoptic = segment(image, **THRESHOLDS, subtask="panoptic", label_ids_to_fuse=range(4))
+    labels = [entry["label"] for entry in panoptic]
+    assert len(labels) == len(set(labels))
+    assert segment(image, subtask="semantic", mode="fast")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"treshold": 0.9}, "treshold=0.9 is no option of the pipeline. Did you mean threshold?"),
+        ({"colour": "red"}, "colour='red' is no option of the pipeline. Known are"),
+        ({"subtask": "panoptic", "top_k": 3}, "top_k is no option of panoptic segmentation, which has"),
+        ({"subtask": "semantic", "label_ids_to_fuse": [1]}, "label_ids_to_fuse is no option of semantic"),
+    ],
+)
+def test_options_without_meaning_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        segmenter()(images()[0], **options)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    images()[0].save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-4000])
+    stream = segmenter()(
+        (str(tmp_path / name) for name in ("whole.png", "whole.png", "whole.png", "cut.png")), batch_size=2
+    )
+    assert len(list(itertools.islice(stream, 2))) == 2
+    with pytest.raises(ValueError, match=r"Image 3 \(.*cut\.png\) cannot be read: image file is truncated"):
+        next(stream)
 
 
 def test_an_unknown_subtask_is_refused():

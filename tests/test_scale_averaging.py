@@ -120,3 +120,13 @@ def test_a_model_that_does_not_say_where_the_image_lies_is_refused(image):
 def test_no_scale_is_refused(image):
     with pytest.raises(ValueError, match="shortest_edges is empty"):
         augmented_semantic_scores(tiny_model(), MaskFormerImageProcessor(), image, shortest_edges=[])
+
+
+@pytest.mark.parametrize("kind", [str, np.asarray, lambda path: torch.from_numpy(np.array(Image.open(path)))])
+def test_an_image_may_have_any_form_that_the_image_processor_takes(tmp_path, kind):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    model, processor = tiny_model().eval(), MaskFormerImageProcessor(size={"shortest_edge": 32})
+    given = kind(image) if kind is np.asarray else kind(tmp_path / "image.png")
+    expected = augmented_semantic_scores(model, processor, image, shortest_edges=[32])
+    assert augmented_semantic_scores(model, processor, given, shortest_edges=[32]).equal(expected)

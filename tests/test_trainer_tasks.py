@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from test_training import SCENES, arguments, our_trainer, scenes_model
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
@@ -156,6 +156,14 @@ def test_the_plain_trainer_takes_ready_made_metrics(tmp_path, task):
     # Scenes need no resizing, so that both count the same pixels.
     for name, value in ours.items():
         assert theirs[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_ready_made_metrics_say_what_trainer_and_task_must_be():
+    processor = image_processor_for(SCENES.labels, 64)
+    with pytest.raises(ValueError, match="Set batch_eval_metrics=True"):
+        ComputeMetrics(processor, SCENES.labels)(EvalPrediction(predictions=(), label_ids=()))
+    with pytest.raises(ValueError, match="task is 'boxes'; give one of semantic, instance, panoptic"):
+        ComputeMetrics(processor, SCENES.labels, "boxes")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -10,7 +10,7 @@ from ..data.labels import LabelSet
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentationOutput
 from .report import scalars
-from .tasks import Task, as_prediction, metric_for, segments_of
+from .tasks import TASKS, Task, as_prediction, metric_for, segments_of
 
 IGNORED = -1
 
@@ -34,11 +34,16 @@ class ComputeMetrics:
         image_processor: post-processes the outputs.
         labels: the classes of the data.
         task: by default the image processor's `segmentation_task`, and "semantic" where it does not say.
+
+    Raises:
+        ValueError: there is no such task.
     """
 
     def __init__(self, image_processor: Any, labels: LabelSet, task: Task | None = None) -> None:
         self._image_processor: MaskFormerImageProcessor = image_processor
         self._task: Task = task or image_processor.segmentation_task or "semantic"
+        if self._task not in TASKS:
+            raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}.")
         # Targets are classes from 0 already, so that the value of void in the files has no meaning any more.
         self._metric: Any = metric_for(self._task, LabelSet(labels.id2label, IGNORED, thing_ids=labels.thing_ids))
 
@@ -47,8 +52,16 @@ class ComputeMetrics:
         """What `Trainer` shall keep of the outputs, as its `preprocess_logits_for_metrics`: the first two."""
         return outputs[0], outputs[1]
 
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Counts a batch, and with `compute_result` gives the figures of all of them."""
+    def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
+        """Counts a batch, and with `compute_result` gives the figures of all of them.
+
+        Raises a ValueError if `Trainer` gives no `compute_result`, since it then gives all predictions at once.
+        """
+        if compute_result is None:
+            raise ValueError(
+                "Trainer gives the predictions of all batches at once, but segmentations are counted batch by batch. "
+                "Set batch_eval_metrics=True in TrainingArguments."
+            )
         class_logits, mask_logits = (torch.as_tensor(logits) for logits in prediction.predictions[:2])
         targets: Any = prediction.label_ids
         mask_labels, class_labels = targets

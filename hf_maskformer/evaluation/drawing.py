@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.rle import decode_mask
 from .label_placement import Color, font_for, write_labels
 from .segmentation_maps import to_numpy
 
@@ -64,9 +65,9 @@ def _oklab(colors: np.ndarray) -> np.ndarray:
 
 
 def draw_segmentation(
-    image: Image.Image,
+    image: Image.Image | npt.ArrayLike,
     result: Any,
-    id2label: Mapping[int, str],
+    id2label: Mapping[Any, str],
     *,
     palette: np.ndarray | None = None,
     alpha: float = 0.55,
@@ -78,10 +79,11 @@ def draw_segmentation(
     """Lays the colours of a segmentation over its image in grey, with a thin border around every segment.
 
     Args:
-        image: the picture, (H, W).
+        image: the picture, (H, W); or an array of bytes, (H, W, 3) or (H, W).
         result: (H, W) integers. Label ids, where `ignore_index` leaves the image as it is; or, with `segments`,
-            segment ids, where 0 and below do. A dictionary of panoptic or instance post-processing holds both.
-        id2label: names of the labels by id.
+            segment ids, where 0 and below do. Or what post-processing gives for an image, in any of its forms; of masks
+            that overlap, the surest lies on top.
+        id2label: names of the labels by id, which may be strings, as in a JSON file.
         palette: one colour per label id, (num_labels, 3) 0 to 255; by default `label_colors`.
         alpha: opacity of the colours, 0 to 1.
         ignore_index: value of unlabelled pixels in a map of label ids.
@@ -96,9 +98,11 @@ def draw_segmentation(
 
     Raises ValueError if sizes differ, the map holds an id without a label, or the palette is too short.
     """
+    image = image if isinstance(image, Image.Image) else _as_picture(to_numpy(image))
+    id2label = _by_number(id2label)
     if isinstance(result, Mapping):
-        result, segments = result["segmentation"], result["segments_info"]
-    ids = to_numpy(result)
+        result, segments = result["segmentation"], result.get("segments_info")
+    ids = to_numpy(result) if segments is None else _id_map(result, segments, (image.height, image.width))
     if ids.shape != (image.height, image.width):
         raise ValueError(
             f"The segmentation map is {ids.shape}, but the image is {(image.height, image.width)}; resize one."
@@ -127,6 +131,34 @@ def draw_segmentation(
         label_ids = [label_of_id[int(number)] for number in occurring]
         picture = _with_legend(picture, legend_labels(label_ids, id2label, palette=palette))
     return picture
+
+
+def _as_picture(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.ndim < 2:
+        raise ValueError(
+            f"The image is {pixels.dtype} of shape {pixels.shape}; give a PIL image, or uint8 (H, W, 3) or (H, W)."
+        )
+    return Image.fromarray(pixels)
+
+
+def _by_number(id2label: Mapping[Any, str]) -> dict[int, str]:
+    return {int(label): name for label, name in id2label.items()}
+
+
+def _id_map(segmentation: Any, segments: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> np.ndarray:
+    """The ids of segments (H, W), from such a map, from masks (N, H, W) or from run-length encodings of masks."""
+    if isinstance(segmentation, list) and all(isinstance(mask, Mapping) for mask in segmentation):
+        masks = [decode_mask(mask, size) for mask in segmentation]
+    else:
+        array = to_numpy(segmentation)
+        if array.ndim != 3:
+            return array
+        masks, size = list(array), array.shape[1:]
+    ids = np.zeros(size, dtype=np.int32)
+    # The surest come first.
+    for segment, mask in reversed(list(zip(segments, masks, strict=True))):
+        ids[mask.astype(bool)] = segment["id"]
+    return ids
 
 
 def _label_palette(id2label: Mapping[int, str], palette: np.ndarray | None) -> np.ndarray:
@@ -180,12 +212,13 @@ def _borders(ids: np.ndarray, width: int) -> np.ndarray:
 
 
 def legend_labels(
-    label_ids: npt.ArrayLike, id2label: Mapping[int, str], *, palette: np.ndarray | None = None
+    label_ids: npt.ArrayLike, id2label: Mapping[Any, str], *, palette: np.ndarray | None = None
 ) -> list[tuple[str, Color]]:
     """Gives name and colour of each label that occurs in `label_ids` (any shape) and in `id2label`, in id order.
 
     Pass `palette` as to `draw_segmentation`; ids without a name, such as the one for unlabelled pixels, are left out.
     """
+    id2label = _by_number(id2label)
     colors = _label_palette(id2label, palette)
     occurring = [int(label) for label in np.unique(to_numpy(label_ids)) if int(label) in id2label]
     return [(id2label[label], _color(colors[label])) for label in occurring]

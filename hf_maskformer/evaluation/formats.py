@@ -77,8 +77,14 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """Turns an instance result with `return_coco_annotation=True` into entries of a COCO results file.
 
-    The file is a JSON list of the entries of all images, for `COCO.loadRes`.
+    The file is a JSON list of the entries of all images, for `COCO.loadRes`. Raises ValueError for a result of another
+    form.
     """
+    if not isinstance(result["segmentation"], list):
+        raise ValueError(
+            "The result holds no run-length encodings; make it by post_process_instance_segmentation(..., "
+            "return_coco_annotation=True)."
+        )
     return [
         {
             "image_id": image_id,

@@ -1,11 +1,11 @@
 """transformers' image segmentation pipeline, thinly adapted to what MaskFormer can tell."""
 
+import difflib
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 
+# What transformers' pipeline takes; of these, semantic segmentation has no thresholds.
+THRESHOLDS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
+OPTIONS = {
+    "semantic": (*THRESHOLDS, "mode"),
+    "instance": (*THRESHOLDS, "top_k", "min_area"),
+    "panoptic": (*THRESHOLDS, "label_ids_to_fuse"),
+}
+OPTIONS_OF_ALL = ("subtask", "timeout", "progress_bar")
+
 
 class MaskFormerPipeline(ImageSegmentationPipeline):
     """Photographs in, segments out: the mask, label, score, box and area of each::
@@ -34,10 +43,11 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
 
     Calls take what transformers' pipeline takes. `subtask` is by default what the image processor says the model was
     trained for (`segmentation_task`), and "semantic" where it does not say. Stuff is fused as its `label_ids_to_fuse`
-    says. `threshold` and the like are those of the post-processing and have its defaults. `progress_bar` shows one
-    over many images. Of a batch, images of one shape go through the model together: none is padded for the sake of
-    another, so results do not depend on what else is in the batch. With `num_workers` so many threads read and prepare
-    the images of the next batch meanwhile.
+    says. Options are those of the subtask's post-processing and have its defaults: `threshold` and the like, `mode`
+    (semantic), `top_k` and `min_area` (instance), `label_ids_to_fuse` (panoptic). `progress_bar` shows one over many
+    images. Of a batch, images of one shape go through the model together: none is padded for the sake of another, so
+    results do not depend on what else is in the batch. With `num_workers` so many threads read and prepare the images
+    of the next batch meanwhile.
 
     Returns, for each image, a list of segments:
 
@@ -47,6 +57,9 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
       all labels nearby, on the grid of the logits.
     - `box`: `xmin`, `ymin`, `xmax`, `ymax`, in pixels; the last two lie just outside.
     - `area`: the pixels of its mask.
+
+    Raises a ValueError for an option that is unknown or not one of the subtask, and for an image that cannot be read,
+    with its name or place.
     """
 
     image_processor: Any
@@ -56,9 +69,15 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         subtask = kwargs.get("subtask")
         if subtask is not None and subtask not in SEGMENTATION_TASKS:
             raise ValueError(f"subtask is {subtask!r}; give one of {', '.join(SEGMENTATION_TASKS)}.")
+        known = sorted({*OPTIONS_OF_ALL, *itertools.chain(*OPTIONS.values())})
+        for name in kwargs.keys() - set(known):
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else f"Known are {', '.join(known)}."
+            raise ValueError(f"{name}={kwargs[name]!r} is no option of the pipeline. {hint}")
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if "progress_bar" in kwargs:
             preprocess["progress_bar"] = kwargs["progress_bar"]
+        postprocess |= {name: kwargs[name] for name in kwargs.keys() - set(OPTIONS_OF_ALL)}
         return preprocess, forward, postprocess
 
     def check_model_type(self, supported_models: Any) -> None:
@@ -66,8 +85,10 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         if not isinstance(self.model, PerPixelBaselineForSemanticSegmentation):
             super().check_model_type(supported_models)
 
-    def preprocess(self, image: Any, *, timeout: float | None = None, **_: Any) -> Any:  # type: ignore[override]
-        loaded = _as_rgb(image, timeout)
+    def preprocess(  # type: ignore[override]
+        self, image: Any, *, timeout: float | None = None, index: int = 0, **_: Any
+    ) -> Any:
+        loaded = _as_rgb(image, timeout, index)
         inputs = self.image_processor(images=[loaded], return_tensors="pt").to(self.dtype)
         inputs["target_size"] = [(loaded.height, loaded.width)]
         return inputs
@@ -88,8 +109,12 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         total = len(inputs) if hasattr(inputs, "__len__") else None  # type: ignore[arg-type]
         # A `Dataset` has a length and indices, but iterating over it need not end.
         images = iter(inputs) if total is None else (inputs[index] for index in range(total))  # type: ignore[index]
-        prepare = partial(self.preprocess, timeout=preprocess_params.get("timeout"))
-        prepared = _prepared_ahead(prepare, images, num_workers, batch_size)
+
+        def prepare(numbered: tuple[int, Any]) -> Any:
+            index, image = numbered
+            return self.preprocess(image, timeout=preprocess_params.get("timeout"), index=index)
+
+        prepared = _prepared_ahead(prepare, enumerate(images), num_workers, batch_size)
         with tqdm(
             total=total, desc="Segmenting", unit="image", disable=not preprocess_params.get("progress_bar")
         ) as progress:
@@ -112,20 +137,26 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         return results
 
     def _postprocess_batch(
-        self, outputs: Any, subtask: str | None = None, **thresholds: Any
+        self, outputs: Any, subtask: str | None = None, **options: Any
     ) -> list[list[dict[str, Any]]]:
         subtask = subtask or self.image_processor.segmentation_task or "semantic"
+        for name in options.keys() - set(OPTIONS[subtask]):
+            raise ValueError(
+                f"{name} is no option of {subtask} segmentation, which has {', '.join(OPTIONS[subtask])}. Leave it out "
+                "or choose another subtask."
+            )
         sizes = outputs["target_size"]
         if subtask == "semantic":
-            maps = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            options = {name: value for name, value in options.items() if name not in THRESHOLDS}
+            maps = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes, **options)
             rows = zip(maps, *_shares_of_labels(outputs), outputs.image_sizes.tolist(), strict=True)
             return [self._semantic_segments(*row) for row in rows]
         if subtask == "instance":
             results = self.image_processor.post_process_instance_segmentation(
-                outputs, target_sizes=sizes, return_binary_maps=True, **thresholds
+                outputs, target_sizes=sizes, return_binary_maps=True, **options
             )
         else:
-            results = self.image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, **thresholds)
+            results = self.image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, **options)
         return [self._scored_segments(result) for result in results]
 
     def _scored_segments(self, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -193,13 +224,19 @@ def _stacked(inputs: list[Any]) -> Any:
     return batch
 
 
-def _as_rgb(image: Any, timeout: float | None) -> Image.Image:
-    # transformers would cut grey images of 16 bits off at 255.
-    if isinstance(image, str | Path) and os.path.isfile(image):
-        image = Image.open(image)
-    if isinstance(image, Image.Image):
-        image = to_rgb(ImageOps.exif_transpose(image))
-    return load_image(image, timeout=timeout)
+def _as_rgb(image: Any, timeout: float | None, index: int) -> Image.Image:
+    loaded = image
+    try:
+        # transformers would cut grey images of 16 bits off at 255.
+        if isinstance(loaded, str | Path) and os.path.isfile(loaded):
+            loaded = Image.open(loaded)
+        if isinstance(loaded, Image.Image):
+            loaded = to_rgb(ImageOps.exif_transpose(loaded))
+        return load_image(loaded, timeout=timeout)
+    except Exception as error:  # decoders and clients have errors of many kinds
+        # A string may also hold the image itself.
+        source = f" ({str(image)[:200]})" if isinstance(image, str | Path) else ""
+        raise ValueError(f"Image {index}{source} cannot be read: {error}") from error
 
 
 def _shares_of_labels(outputs: Any) -> tuple[list[Tensor], list[Size]]:

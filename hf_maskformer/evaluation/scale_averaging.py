@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..image_processing_maskformer_images import read_image, size_of
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer import semantic_scores
 from ..post_processing_maskformer_inputs import Size
@@ -24,7 +24,7 @@ ADE20K_EDGES = (256, 384, 512, 640, 768, 896)
 def augmented_semantic_scores(
     model: torch.nn.Module,
     image_processor: MaskFormerImageProcessor,
-    image: Image.Image,
+    image: Any,
     *,
     shortest_edges: Sequence[int] = ADE20K_EDGES,
     longest_edge: int = 3584,
@@ -41,7 +41,7 @@ def augmented_semantic_scores(
     Args:
         model: a `MaskFormerForInstanceSegmentation` or a `PerPixelBaselineForSemanticSegmentation`, on its device.
         image_processor: normalises the images; brings them to its `size`, of which the scales are made.
-        image: RGB.
+        image: in any form that the image processor takes.
         shortest_edges: the shortest edge of each scale, in pixels; by default those of the paper for ADE20K. For
             Cityscapes it has 512 to 1792 in steps of 256, with longest_edge=4096.
         longest_edge: the most that the other edge may have.
@@ -65,11 +65,12 @@ def augmented_semantic_scores(
     is_baseline = isinstance(model, PerPixelBaselineForSemanticSegmentation)
     if is_baseline and mode != "paper":
         raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')
-    target_size = image.height, image.width
+    photograph = read_image(image, 0)
+    target_size = size_of(photograph)
     # As in the original, scales are made of the image at the size at which it is evaluated otherwise.
-    inputs = image_processor(images=image, do_rescale=False, do_normalize=False)
+    inputs = image_processor(images=photograph, do_rescale=False, do_normalize=False)
     height, width = _size_of_image(inputs["pixel_mask"][0])
-    pixels = inputs["pixel_values"][0, :, :height, :width].to(torch.uint8)
+    pixels = inputs["pixel_values"][0, :, :height, :width].to(photograph.dtype)
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
