@@ -112,4 +112,5 @@ def transforms() -> tuple[Tensor, Tensor, Tensor]:
 def powers(count: int) -> Tensor:
     """(6, count): the powers 0 to count - 1 of each point; at infinity the highest counts alone."""
     rows = [[point**exponent for exponent in range(count)] for point in POINTS]
-    return torch.tensor([*rows, [0.0] * (count - 1) + [1.0]], dtype=torch.float64)
+    # Whatever the default device is at the first call: `transforms` keeps them.
+    return torch.tensor([*rows, [0.0] * (count - 1) + [1.0]], dtype=torch.float64, device="cpu")

@@ -51,6 +51,13 @@ def test_the_semantic_head_gives_what_post_processing_gives():
         assert (found == torch.stack(expected)).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("ids", [[4], [99], [-2], []])
+def test_ids_to_fuse_that_are_no_labels_fuse_nothing(ids, image_processor):
+    image_processor.label_ids_to_fuse = ids
+    model = tiny_model()
+    assert not build_head(model, image_processor, "panoptic").is_fused[: model.config.num_labels].any()
+
+
 @torch.no_grad()
 def test_the_semantic_head_of_a_baseline_gives_what_post_processing_gives():
     model, pixel_values = tiny_baseline().eval(), torch.randn(2, 3, 61, 90)

@@ -64,6 +64,15 @@ def test_weights_changed_in_place_count_at_once():
 
 
 @torch.no_grad()
+def test_another_default_device_leaves_no_trace():
+    modeling_maskformer_winograd.transforms.cache_clear()
+    with torch.device("meta"):
+        there = convolve(LARGE, WIDE, None)
+    assert there.device.type == "cpu"
+    assert torch.equal(convolve(LARGE, WIDE, None), there)
+
+
+@torch.no_grad()
 def test_compiled_and_exported_graphs_hold_the_plain_operator(monkeypatch):
     monkeypatch.setattr(modeling_maskformer_winograd, "winograd", None)  # whoever calls it fails
     layer = XavierConv2d(MIN_CHANNELS, MIN_CHANNELS, 3, padding=1)

@@ -106,9 +106,9 @@ class Panoptic(nn.Module):
         self.mask_threshold = mask_threshold
         self.overlap_mask_area_threshold = overlap_mask_area_threshold
         self.output_size = output_size
-        is_fused = torch.zeros(logits.model.class_predictor.out_features, dtype=torch.bool)
-        is_fused[list(label_ids_to_fuse)] = True
-        self.register_buffer("is_fused", is_fused)
+        labels = torch.arange(logits.model.class_predictor.out_features)
+        # As there, ids that are no labels of the model fuse nothing.
+        self.register_buffer("is_fused", torch.isin(labels, torch.tensor([*label_ids_to_fuse], dtype=torch.long)))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         class_logits, mask_logits = self.logits(pixel_values)
