@@ -181,6 +181,10 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         """
         if not isinstance(attn_implementation, dict):
             attn_implementation = dict.fromkeys(("", *self.config.sub_configs), attn_implementation)
+        unknown = attn_implementation.keys() - {"", *self.config.sub_configs}
+        if unknown:
+            parts = ", ".join(self.config.sub_configs)
+            raise ValueError(f"attn_implementation names {', '.join(sorted(unknown))}, but the parts are {parts}.")
         checked = {
             part: self._check_and_adjust_attn_implementation(name, allow_all_kernels=allow_all_kernels)
             for part, name in attn_implementation.items()

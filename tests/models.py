@@ -1,13 +1,28 @@
 """Small random models and batches."""
 
+import pytest
 import torch
-from transformers import ConvNextConfig, DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig, Swinv2Config
+from transformers import (
+    AutoImageProcessor,
+    ConvNextConfig,
+    DetrConfig,
+    PreTrainedConfig,
+    ResNetConfig,
+    SwinConfig,
+    Swinv2Config,
+)
+from transformers.utils import is_torchvision_available
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
 from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
 
 NUM_LABELS = 4
 NUM_QUERIES = 6
+
+needs_auto_image_processor = pytest.mark.skipif(
+    "torchvision" in getattr(AutoImageProcessor, "_backends", ()) and not is_torchvision_available(),
+    reason="this transformers has no AutoImageProcessor without torchvision",
+)
 
 
 def resnet_config() -> ResNetConfig:

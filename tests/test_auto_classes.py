@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import resnet_config, swin_config, tiny_model
-from transformers import AutoImageProcessor
-from transformers.utils import is_torchvision_available
+from models import needs_auto_image_processor, resnet_config, swin_config, tiny_model
 
 import hf_maskformer
 from hf_maskformer import (
@@ -41,10 +39,6 @@ BASELINE_CODE = {
     "AutoModelForSemanticSegmentation": "modeling_per_pixel_baseline.PerPixelBaselineForSemanticSegmentation",
 }
 PROCESSOR_CODE = {"AutoImageProcessor": "image_processing_maskformer.MaskFormerImageProcessor"}
-needs_auto_image_processor = pytest.mark.skipif(
-    "torchvision" in getattr(AutoImageProcessor, "_backends", ()) and not is_torchvision_available(),
-    reason="this transformers has no AutoImageProcessor without torchvision",
-)
 
 
 def shared_model():

@@ -63,7 +63,7 @@ def world(tmp_path_factory):
 def names(world):
     """What pages take for given, as variables."""
     train, val = (open_dataset(str(world / "coco"), split, format="coco-panoptic") for split in ("train", "val"))
-    image = Image.open(world / "photo.jpg")
+    image = Image.open(world / "photo.jpg").convert("RGB")  # read now: several threads get it
     ids = np.array([[1, 1], [0, 1]])
     masks = ids[None].astype(bool)
     metric = PanopticQuality(num_labels=18, thing_ids=range(18))

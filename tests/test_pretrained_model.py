@@ -137,6 +137,8 @@ def test_an_unknown_attention_is_refused(tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="nonsense"):
         model.set_attn_implementation("nonsense")
+    with pytest.raises(ValueError, match="names backbon_config, but the parts are backbone_config, decoder_config"):
+        model.set_attn_implementation({"backbon_config": "eager"})
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="nonsense"):
         MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, attn_implementation="nonsense")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hub_stand_in import hub
 from huggingface_hub import ModelCard, snapshot_download
-from models import swin_config, tiny_model
+from models import needs_auto_image_processor, swin_config, tiny_model
 from test_auto_classes import TRAVELLING, load_in_clean_process
 from test_scripts import load
 
@@ -254,6 +254,7 @@ def test_a_card_whose_metadata_cannot_be_read_is_refused(hub, tmp_path):
     assert hub.requests == []
 
 
+@needs_auto_image_processor
 def test_the_script_publishes_a_model_whose_code_runs_without_this_package(hub, tmp_path, monkeypatch, capsys):
     model = save(tmp_path / "model")
     options = ["--private", "--with_code", "--max_shard_size", "50KB"]
