@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .evaluation.mean_iou import MeanIoU
     from .evaluation.panoptic_quality import PanopticQuality
     from .hub.auto_classes import register_auto_classes, register_remote_code
-    from .training.trainer import MaskFormerTrainer, MaskFormerTrainingArguments
+    from .training.arguments import MaskFormerTrainingArguments
+    from .training.trainer import MaskFormerTrainer
 
 __all__ = [
     "AveragePrecision",
@@ -50,7 +51,7 @@ _SIDE_ROOMS = {
     "AveragePrecision": "evaluation.average_precision",
     "MaskFormerDataCollator": "data.collator",
     "MaskFormerTrainer": "training.trainer",
-    "MaskFormerTrainingArguments": "training.trainer",
+    "MaskFormerTrainingArguments": "training.arguments",
     "MeanIoU": "evaluation.mean_iou",
     "register_auto_classes": "hub.auto_classes",
     "register_remote_code": "hub.auto_classes",

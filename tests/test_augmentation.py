@@ -314,3 +314,12 @@ def test_the_hue_of_red_turns_by_at_most_36_degrees():
     turns = sorted((hue + 128) % 256 - 128 for hue in hues)
     assert -27 <= turns[0] < -22
     assert 22 < turns[-1] <= 27
+
+
+@pytest.mark.parametrize("augment", [RandomScaleCropFlip([8], max_size=16), RandomFlipCropScale([8], max_size=16)])
+def test_masks_that_do_not_say_whether_they_are_crowds_are_none(augment):
+    masks = np.array([np.ones((8, 8)), np.zeros((8, 8))], dtype=bool)
+    sample = {"image": Image.new("RGB", (8, 8)), "name": "plain", "masks": masks, "labels": np.array([4, 5])}
+    augmented = augment(sample)
+    assert augmented["labels"].tolist() == [4]
+    assert augmented["iscrowd"].tolist() == [False]

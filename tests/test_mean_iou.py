@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,63 @@ def test_random_maps_agree_with_a_slow_reference(data):
     slow = list(slow_per_category_iou(predictions, references, num_labels, ignore_index))
     np.testing.assert_allclose(result["per_category_iou"], slow, rtol=1e-12)
     assert result["mean_iou"] == pytest.approx(np.nanmean(slow))
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_counts_equal_a_plain_bincount_of_the_pixels(data):
+    """Smooth maps and noise, of any integer type and layout, alone and in a batch counted by two threads."""
+    num_labels = data.draw(st.integers(1, 120))
+    ignore_index = data.draw(st.integers(0, 127))
+    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+    images, expected = [], np.zeros((num_labels, num_labels + 1), np.int64)
+    for _ in range(data.draw(st.integers(1, 3))):
+        height, width, run = data.draw(st.tuples(st.integers(0, 30), st.integers(1, 60), st.sampled_from([1, 4, 30])))
+        prediction, reference = random.integers(0, 128, (2, height, width)).repeat(run, axis=2)[..., :width]
+        reference = np.where(reference < num_labels, reference, ignore_index % num_labels)
+        reference[random.random(reference.shape) < 1 / (3 * run)] = ignore_index
+        is_counted = reference != ignore_index
+        columns = np.minimum(prediction[is_counted], num_labels)
+        places = reference[is_counted] * (num_labels + 1) + columns
+        expected += np.bincount(places, minlength=expected.size).reshape(expected.shape)
+        pair = (torch.from_numpy(values).to(data.draw(st.sampled_from(INTEGERS))) for values in (prediction, reference))
+        images.append([values.T.contiguous().T if data.draw(st.booleans()) else values for values in pair])
+    alone, together = MeanIoU(num_labels, ignore_index), MeanIoU(num_labels, ignore_index)
+    for prediction, reference in images:
+        alone.add(prediction=prediction, reference=reference)
+    with threads(2):
+        together.add_batch(predictions=[image[0] for image in images], references=[image[1] for image in images])
+    assert (alone.confusion_matrix.numpy() == expected).all()
+    assert (together.confusion_matrix.numpy() == expected).all()
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_unknown_label_within_a_batch_is_named_and_the_images_before_it_count(number):
+    metric = MeanIoU(2)
+    with threads(number), pytest.raises(ValueError, match="contains label -3"):
+        metric.add_batch(predictions=np.zeros((3, 1, 2), int), references=np.array([[[0, 1]], [[0, -3]], [[1, 1]]]))
+    assert metric.confusion_matrix.tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_counting_goes_on_outside_of_the_inference_mode_it_began_in():
+    with torch.inference_mode():
+        metric = MeanIoU(2)
+        metric.add(prediction=torch.tensor([[0]]), reference=torch.tensor([[0]]))
+    metric.add(prediction=torch.tensor([[1]]), reference=torch.tensor([[0]]))
+    assert metric.confusion_matrix.tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
 @pytest.mark.skipif(not (DATA / "metric_reference").is_dir(), reason="the reference data is not here")

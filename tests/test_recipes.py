@@ -24,10 +24,10 @@ from hf_maskformer.data.generated_scenes import GeneratedScenes, write_generated
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.training import presets
+from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.presets import PRESETS
 from hf_maskformer.training.recipes import RECIPES, accumulation, check_data, recipe_image_processor
 from hf_maskformer.training.starting_point import check_backbone, load_backbone_weights
-from hf_maskformer.training.trainer import parameter_groups
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Images in a step, steps, name of the augmentation, of the paper's recipes.

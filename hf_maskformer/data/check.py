@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .labels import LabelSet, shorten
-from .sample import Sample, check_sizes
+from .sample import Sample, check_sizes, crowds_of
 
 # Samples that are handed to the threads at a time, so that a long data set makes no long queue.
 BLOCK = 1024
@@ -154,9 +154,10 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
 def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: str) -> DataReport:
     masks = sample["masks"]
     check_sizes(sample["image"], masks.shape[1:], sample["name"], source)
-    if not len(masks) == len(sample["labels"]) == len(sample["iscrowd"]):
+    is_crowd = crowds_of(sample)
+    if not len(masks) == len(sample["labels"]) == len(is_crowd):
         raise ValueError(
-            f"{source} has {len(masks)} masks, {len(sample['labels'])} labels and {len(sample['iscrowd'])} values of "
+            f"{source} has {len(masks)} masks, {len(sample['labels'])} labels and {len(is_crowd)} values of "
             "iscrowd. Give one of each for every object."
         )
     if len(masks) and not 0 <= sample["labels"].min() <= sample["labels"].max() < labels.num_labels:

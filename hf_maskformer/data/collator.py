@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..image_processing_maskformer_images import resize_nearest
-from .sample import Sample
+from .sample import Sample, crowds_of
 
 TargetFormat = Literal["masks", "segment_map", "label_map"]
 
@@ -124,7 +124,7 @@ def _visible_objects(
     labels = torch.as_tensor(sample["labels"], dtype=torch.int64)
     if num_labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < num_labels:
         raise ValueError(f"{sample['name']} has the labels {labels.tolist()}, but num_labels is {num_labels}.")
-    is_trained = ~torch.as_tensor(sample.get("iscrowd", np.zeros(len(labels), bool)))
+    is_trained = ~torch.as_tensor(crowds_of(sample))
     height, width = int(pixel_mask[:, 0].sum()), int(pixel_mask[0].sum())
     fitted = resize_nearest(torch.as_tensor(sample["masks"])[is_trained], (height, width))
     is_visible = fitted.flatten(1).any(dim=1)

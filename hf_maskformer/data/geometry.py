@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..image_processing_maskformer_images import resize_nearest
 from ..image_processing_maskformer_settings import ImageProcessorSettings
-from .sample import Sample
+from .sample import Sample, crowds_of
 
 Size = tuple[int, int]
 Window = tuple[int, int, int, int]
@@ -59,7 +59,7 @@ def tidy(sample: Sample) -> Sample:
         **sample,
         "masks": np.ascontiguousarray(sample["masks"][is_there]),
         "labels": sample["labels"][is_there],
-        "iscrowd": sample["iscrowd"][is_there],
+        "iscrowd": crowds_of(sample)[is_there],
     }
 
 

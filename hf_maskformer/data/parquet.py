@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .check import LabelledDataset
 from .labels import LabelSet
 from .rle import encode_rle
-from .sample import Sample
+from .sample import Sample, crowds_of
 
 if TYPE_CHECKING:
     import datasets
@@ -83,7 +83,7 @@ def _row(dataset: Any, index: int) -> dict[str, Any]:
         image = {"bytes": _png(sample["image"]), "path": None}
     row: dict[str, Any] = {"image": image, "name": sample["name"]}
     if "masks" in sample:
-        objects = zip(sample["masks"], sample["labels"].tolist(), sample["iscrowd"].tolist(), strict=True)
+        objects = zip(sample["masks"], sample["labels"].tolist(), crowds_of(sample).tolist(), strict=True)
         return row | {
             "objects": [
                 {"label": label, "iscrowd": iscrowd, "size": list(mask.shape), "counts": encode_rle(mask)}

@@ -23,7 +23,8 @@ class Sample(TypedDict):
     `do_reduce_labels`) or, where `instance_id_to_semantic_id` is given, ids which that table maps to labels. Ids in
     `crowd_ids` stand for groups of objects: evaluation knows them, training leaves their pixels out.
 
-    Segments that may overlap: `masks` is (N, H, W) bool, `labels` (N,) int64 class ids from 0, and `iscrowd` (N,) bool.
+    Segments that may overlap: `masks` is (N, H, W) bool, `labels` (N,) int64 class ids from 0, and
+    `iscrowd` (N,) bool, which is left out where there are no crowds (see `crowds_of`).
     """
 
     image: Image.Image
@@ -34,6 +35,11 @@ class Sample(TypedDict):
     masks: NotRequired[np.ndarray]
     labels: NotRequired[np.ndarray]
     iscrowd: NotRequired[np.ndarray]
+
+
+def crowds_of(sample: Sample) -> np.ndarray:
+    """Which of a sample's masks are crowds, (N,) bool."""
+    return sample.get("iscrowd", np.zeros(len(sample["labels"]), dtype=bool))
 
 
 def load_image(path: Path) -> Image.Image:

@@ -47,7 +47,8 @@ def evaluate(
         model: a `MaskFormerForInstanceSegmentation`, or for the semantic task a per-pixel baseline, on its device.
         image_processor: a `MaskFormerImageProcessor`, which prepares images and post-processes outputs, panoptic
             ones by its thresholds.
-        dataset: samples with their `labels`, map-style or iterable; the references have original size.
+        dataset: samples with their `labels`, map-style or iterable; the references have original size. With workers, an
+            iterable one must give each worker a share of its own, or its samples are counted several times.
         task: by default the image processor's `segmentation_task`, and "semantic" where it does not say.
         batch_size: images in a batch, of each process.
         num_workers: worker processes that read and prepare.

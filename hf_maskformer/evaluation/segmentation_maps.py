@@ -11,6 +11,7 @@ from torch import Tensor
 SegmentationMap: TypeAlias = Tensor | np.ndarray | Image.Image
 
 WORD = 8  # flags that are looked at together, as one number of 64 bits
+MIN_RUN = 4  # pixels that a run needs on average, for runs to be worth their search
 
 
 def to_tensors(prediction: SegmentationMap, reference: SegmentationMap) -> tuple[Tensor, Tensor]:
@@ -45,9 +46,10 @@ def pairs_with_counts(predicted: Tensor, expected: Tensor) -> tuple[Tensor, Tens
     """Gives pairs of values that occur at the same pixel, possibly several times, and how often each one counts.
 
     On a CPU neighbours with the same values are taken together, which leaves a few thousand pairs of a usual image, so
-    that what follows costs next to nothing. On an accelerator these are all pixels, and the counts are None.
+    that what follows costs next to nothing. On an accelerator, and of noise, these are all pixels, and the counts are
+    None.
 
-    Returns predicted (N,) and expected (N,) values, int32 or int64, and counts (N,), float64.
+    Returns predicted (N,) and expected (N,) values, int32 or int64, and counts (N,), int64.
     """
     first, second = predicted.flatten(), expected.flatten()
     if first.device.type != "cpu":
@@ -59,12 +61,12 @@ def pairs_with_counts(predicted: Tensor, expected: Tensor) -> tuple[Tensor, Tens
     inner = ends_run[: max(num_pixels - 1, 0)]
     np.not_equal(values[1:], values[:-1], out=inner)
     inner |= others[1:] != others[:-1]
+    if np.count_nonzero(inner) * MIN_RUN > num_pixels:
+        return _widen(torch.from_numpy(values)), _widen(torch.from_numpy(others)), None
     ends_run[num_pixels - 1 : num_pixels] = True
     ends = _positions_of_true(ends_run)
-    lengths = ends.astype(np.float64)
-    lengths[1:] -= ends[:-1]
-    lengths[:1] += 1
-    return _widen(torch.from_numpy(values[ends])), _widen(torch.from_numpy(others[ends])), torch.from_numpy(lengths)
+    lengths = torch.from_numpy(np.diff(ends, prepend=-1))
+    return _widen(torch.from_numpy(values[ends])), _widen(torch.from_numpy(others[ends])), lengths
 
 
 def _positions_of_true(flags: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..data.labels import LabelSet
-from ..data.sample import Sample
+from ..data.sample import Sample, crowds_of
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
@@ -93,8 +93,7 @@ def reference_of(sample: Sample, labels: LabelSet, task: Task) -> Any:
     if task == "semantic":
         return labels.class_map(sample["segmentation_map"], sample.get("instance_id_to_semantic_id"))
     if task == "instance" and "masks" in sample:
-        is_crowd = sample.get("iscrowd", np.zeros(len(sample["labels"]), dtype=bool))
-        return {"masks": sample["masks"], "labels": sample["labels"], "iscrowd": is_crowd}
+        return {"masks": sample["masks"], "labels": sample["labels"], "iscrowd": crowds_of(sample)}
     segmentation, segments_info = _numbered_segments(sample, labels)
     if task == "panoptic":
         return {"segmentation": segmentation, "segments_info": segments_info}

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..hub.conversion import Config, model_class
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from .trainer import BACKBONE, PYRAMID, MaskFormerTrainingArguments, parameter_groups
+from .arguments import MaskFormerTrainingArguments
+from .parameter_groups import BACKBONE, PYRAMID, parameter_groups
 
 FLOAT32 = 4  # bytes
 

@@ -9,9 +9,9 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..command_line import OptionParser
+from .arguments import MaskFormerTrainingArguments
 from .presets import find_preset
 from .recipes import PACKAGE_OPTIONS, RECIPES, accumulation
-from .trainer import MaskFormerTrainingArguments
 
 PAPER, PACKAGE, COMPUTED, COMMAND_LINE = "paper", "package", "computed", "command line"
 # An option of the recipe gives way not only to itself on the command line, but also to what would not work beside it.

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, default_data_collator
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
@@ -23,97 +22,13 @@ from ..evaluation.tasks import MAIN_FIGURES, TASKS, Task, check_model
 from ..hub.publishing import publish
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
+from .arguments import MaskFormerTrainingArguments
 from .epochs import EpochCallback
+from .parameter_groups import parameter_groups
 from .pictures import PictureCallback
 from .run_card import figures_of_weights, write_run_card
-from .schedules import check_schedule, learning_rate_schedule
+from .schedules import learning_rate_schedule
 from .starting_point import target_format
-
-BACKBONE = "pixel_level_module.encoder."
-PYRAMID = "pixel_level_module.encoder.levels."  # new layers on top of a pretrained vision transformer
-# Never decayed, as in the paper's code: norms, embeddings, Swin's position bias; nor what other backbones have of it.
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-UNDECAYED_NAMES = (
-    "relative_position_bias_table",
-    "absolute_pos_embed",
-    "position_embeddings",
-    "cls_token",
-    "register_tokens",
-    "lambda1",
-    "layer_scale_parameter",
-)
-
-
-@dataclass
-class MaskFormerTrainingArguments(TrainingArguments):
-    """`TrainingArguments` whose defaults are the paper's recipe for a ResNet-50.
-
-    AdamW with learning rate 1e-4 and weight decay 1e-4, a tenth of the learning rate for the backbone, the gradient of
-    the whole model clipped to norm 0.01, and a learning rate that falls to 0 as (1 - step / steps)^0.9. For a Swin
-    backbone the paper takes learning_rate 6e-5, weight_decay 0.01 and backbone_learning_rate_factor 1.
-    """
-
-    backbone_learning_rate_factor: float = field(
-        default=0.1,
-        metadata={"help": "The backbone's share of learning_rate; the paper: 1 for Swin."},
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate; the paper: 6e-5 for Swin."})
-    weight_decay: float = field(
-        default=1e-4, metadata={"help": "Weight decay of AdamW, except norms and embeddings; the paper: 0.01 for Swin."}
-    )
-    max_grad_norm: float = field(default=0.01, metadata={"help": "Norm to which the whole gradient is clipped."})
-    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Shape of the learning rate's decay."})
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the scheduler; for 'polynomial' default power 0.9, end 0."}
-    )
-    paper_schedule: str | None = field(
-        default=None,
-        metadata={
-            "help": "'poly' or 'steps': the schedule of the paper's code, in place of lr_scheduler_type; warm-up "
-            "(warmup_steps) is multiplied in. 'steps' divides the learning rate by 10 at lr_milestones."
-        },
-    )
-    warmup_factor: float = field(
-        default=1e-6, metadata={"help": "Share of learning_rate at which the warm-up of paper_schedule begins."}
-    )
-    lr_milestones: list[float] = field(
-        default_factory=lambda: [2 / 3], metadata={"help": "Of paper_schedule 'steps', as shares of the run."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must be false: the samples' fields are what the collator reads."}
-    )
-    metric_for_best_model: str | None = field(
-        default=None, metadata={"help": "Metric of the best checkpoint; default mean_iou, pq or ap, by the task."}
-    )
-    max_nonfinite_losses: int = field(
-        default=3, metadata={"help": "Batches in a row with a loss of NaN or infinity that end training; 0: never."}
-    )
-    num_pictures: int = field(
-        default=4,
-        metadata={"help": "Samples drawn for the model card, and in TensorBoard, if it is in report_to; 0: none."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns must be False: Trainer would remove image and segmentation_map from the samples."
-            )
-        if self.paper_schedule is not None:
-            check_schedule(self.paper_schedule, self.warmup_factor, self.lr_milestones)
-        # Trainer takes the loss by default, which evaluation does not compute. The task is known to the trainer only.
-        self.takes_main_figure = self.metric_for_best_model is None
-        if self.takes_main_figure and (self.load_best_model_at_end or self.save_strategy == "best"):
-            self.metric_for_best_model = MAIN_FIGURES["semantic"]
-        super().__post_init__()
-        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
-        # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles the arguments into training_args.bin, which hub_strategy "every_save" uploads.
-        return self.__dict__ | {"hub_token": None}
 
 
 class MaskFormerTrainer(Trainer):
@@ -472,28 +387,3 @@ def _way_on(folder: str | None) -> str:
 
 def _as_list(names: str | list[str] | set[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else sorted(names or ())
-
-
-def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, backbone_learning_rate_factor: float
-) -> list[dict[str, Any]]:
-    """Splits the trainable parameters into backbone and the rest, each with and without weight decay.
-
-    Norms, embeddings and Swin's position bias are not decayed; biases of other layers are, as in the paper's code.
-    """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                is_decayed = not isinstance(module, (*NORMS, nn.Embedding)) and name not in UNDECAYED_NAMES
-                is_backbone = BACKBONE in f"{module_name}." and PYRAMID not in f"{module_name}."
-                groups.setdefault((is_backbone, is_decayed), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": learning_rate * (backbone_learning_rate_factor if is_backbone else 1.0),
-            "weight_decay": weight_decay if is_decayed else 0.0,
-        }
-        # The backbone last: Trainer logs the learning rate of the first group.
-        for (is_backbone, is_decayed), parameters in sorted(groups.items(), key=lambda group: group[0])
-    ]

@@ -23,11 +23,11 @@ def metric(arguments: argparse.Namespace) -> Iterator[Comparison]:
     """
     pairs = [random_semantic_pair(arguments.size) for _ in range(10)]
     images = list(itertools.islice(itertools.cycle(pairs), arguments.batch))
+    predictions, references = zip(*images, strict=True)
     ours = MeanIoU(NUM_LABELS)
 
     def count() -> None:
-        for prediction, reference in images:
-            ours.add(prediction=prediction, reference=reference)
+        ours.add_batch(predictions=predictions, references=references)
 
     def histogram() -> np.ndarray:
         return sum(areas_by_histogram(prediction.numpy(), reference) for prediction, reference in images)
