@@ -92,4 +92,4 @@ def draw_pictures(checkpoint: Path, data: Path, folder: Path) -> list[Path]:
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*OptionParser(Arguments).parse_args_into_dataclasses())
+        main(*OptionParser(Arguments, description=__doc__).parse_args_into_dataclasses())
