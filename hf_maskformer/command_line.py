@@ -6,13 +6,49 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+PROGRAM = "hf-maskformer"
+# A wheel has the scripts inside the package; in a checkout they lie beside it.
+SCRIPTS = next(root / "scripts" for root in Path(__file__).parents if (root / "scripts").is_dir())
+# The commands of PROGRAM, each with its script and, where that has commands of its own, the one of the same name.
+COMMANDS = {
+    "train": "train.py",
+    "evaluate": "evaluate.py",
+    "predict": "predict.py",
+    "convert": "convert_checkpoint.py",
+    "export": "export.py",
+    "push": "push_to_hub.py",
+    "check": "prepare_dataset.py check",
+    "parquet": "prepare_dataset.py parquet",
+    "demo": "demo.py",
+    "benchmark": "benchmark.py",
+}
+
+
+def as_commands(text: str) -> str:
+    """The text of a script with commands of PROGRAM for scripts, and the folder of configurations where it is."""
+    for name, words in COMMANDS.items():
+        text = text.replace(f"accelerate launch scripts/{words} ", f"accelerate launch -m hf_maskformer {name} ")
+        for script in (f"python scripts/{words}", f"scripts/{words}"):
+            text = text.replace(script, f"{PROGRAM} {name}")
+    return text.replace("scripts/configs/", f"{SCRIPTS}/configs/")
+
+
+class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves the examples of a description as they are, and names the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
 
 class OptionParser(HfArgumentParser):
     """A parser for dataclasses or plain options that names the option nearest to one that it does not know.
+
+    Where PROGRAM runs a script, the description shows PROGRAM's commands instead of scripts.
 
     Args:
         dataclass_types: As for `HfArgumentParser`.
@@ -21,7 +57,9 @@ class OptionParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Any = None, hidden: Collection[str] = (), **kwargs: Any) -> None:
-        super().__init__(dataclass_types, **kwargs)
+        super().__init__(dataclass_types, **{"formatter_class": _Format, **kwargs})
+        if self.description and self.prog.startswith(PROGRAM):
+            self.description = as_commands(self.description)
         self.hidden = hidden
         if hidden:
             self.add_argument("--help_all", action="help", help=f"Show {len(hidden)} more options.")

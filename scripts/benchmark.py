@@ -28,6 +28,8 @@ from benchmarks import criterion, data, images, metric, models, serving
 from benchmarks.inputs import NUM_QUERIES
 from benchmarks.measuring import Comparison, Figures, environment, measure
 
+from hf_maskformer.command_line import OptionParser, errors_as_messages
+
 MODEL: dict[str, Any] = {"backbone": "resnet50", "size": 512, "bf16": False, "device": "cpu"}
 LOSS: dict[str, Any] = {"size": 512, "batch": 2, "segments": 15, "bf16": False, "device": "cpu"}
 Subject = Callable[[argparse.Namespace], Iterator[Comparison]]
@@ -78,11 +80,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     subjects = parser.add_subparsers(dest="subject", required=True)
     for name, (subject, defaults) in SUBJECTS.items():
-        form = argparse.ArgumentDefaultsHelpFormatter
-        options = subjects.add_parser(name, description=inspect.getdoc(subject), formatter_class=form)
+        options = subjects.add_parser(name, description=inspect.getdoc(subject))
         for option, default in defaults.items():
             options.add_argument(f"--{option}", default=default, **OPTIONS[option])
         options.add_argument("--threads", type=int, default=2, help="CPU threads; 0 leaves the choice to torch")
@@ -95,4 +96,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    with errors_as_messages():
+        main(parse_arguments())

@@ -19,7 +19,7 @@ from hf_maskformer.training.presets import find_preset
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
-    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("source", help="Checkpoint: a .pkl or .pth file.")
     parser.add_argument("output", help="Folder for the result, new or empty.")
     model = parser.add_mutually_exclusive_group(required=True)

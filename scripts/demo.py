@@ -1,8 +1,13 @@
 """Draws a data set, trains a small MaskFormer on it from scratch, evaluates it and shows what it predicts.
 
     python scripts/demo.py --output outputs/demo
+    python scripts/demo.py --web
+    python scripts/demo.py --web --checkpoint facebook/maskformer-swin-tiny-ade
 
-Needs no download and takes a few minutes on two CPU cores. The output folder gets data/ (the drawn scenes),
+With --web, opens a page for the browser instead, which segments pictures with that model or another checkpoint; it
+needs the extra `demo`.
+
+Without, needs no download and takes a few minutes on two CPU cores. The output folder gets data/ (the drawn scenes),
 checkpoint/, metrics.json and pictures/ (input, ground truth and prediction side by side).
 """
 
@@ -45,6 +50,12 @@ class Arguments:
     num_train: int = field(default=1000, metadata={"help": "Scenes to train on."})
     num_val: int = field(default=100, metadata={"help": "Held-out scenes to evaluate on."})
     max_steps: int = field(default=700, metadata={"help": "Training steps."})
+    web: bool = field(default=False, metadata={"help": "Serve a page that segments pictures."})
+    checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "With --web: a folder or a Hub name; by default what is in --output."},
+    )
+    port: int | None = field(default=None, metadata={"help": "With --web: of the page; by default the next free one."})
 
 
 def main(arguments: Arguments) -> None:
@@ -62,6 +73,20 @@ def main(arguments: Arguments) -> None:
     print(f"For comparison, the best classifier that sees one pixel's colour only: {colour_score:.3f}")
     print(f"Checkpoint, for from_pretrained: {checkpoint}")
     print("Pictures:", *pictures, sep="\n  ")
+
+
+def serve(arguments: Arguments) -> None:
+    checkpoint = arguments.checkpoint or str(Path(arguments.output) / "checkpoint")
+    if arguments.checkpoint is None and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(
+            f"{checkpoint} does not exist. Train the small model first, by the same command without --web, or name a "
+            "model by --checkpoint."
+        )
+    try:
+        from hf_maskformer.demo.page import launch
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The page needs Gradio ({error}): pip install 'hf-maskformer[demo]'.") from error
+    launch(checkpoint, server_port=arguments.port)
 
 
 def run(script: str, **options: object) -> None:
@@ -92,4 +117,5 @@ def draw_pictures(checkpoint: Path, data: Path, folder: Path) -> list[Path]:
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*OptionParser(Arguments).parse_args_into_dataclasses())
+        (arguments,) = OptionParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+        serve(arguments) if arguments.web else main(arguments)

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint at the resolution of the ground truth: mean IoU, PQ or AP; prints a table and writes JSON.
+"""Evaluates a checkpoint at the resolution of the ground truth: mean IoU, PQ or AP; prints a table or JSON.
 
     python scripts/evaluate.py --checkpoint OUTPUT --data DATA --output OUTPUT/metrics.json
 
@@ -42,6 +42,7 @@ class Arguments:
     num_workers: int = field(default=0, metadata={"help": "Worker processes that read and prepare images."})
     check_data: bool = field(default=True, metadata={"help": "Read every sample once before."})
     output: str | None = field(default=None, metadata={"help": "JSON file to write the figures to."})
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of the table."})
     predictions: str | None = field(default=None, metadata={"help": "Folder to write the predictions to."})
 
 
@@ -84,12 +85,13 @@ def main(arguments: Arguments) -> None:
     if writer is not None:
         writer.finish()
     if state.is_main_process:
-        print(as_table(figures, dataset.labels.id2label))
+        content = json.dumps(as_json(figures, dataset.labels.id2label), indent=1)
+        print(content if arguments.json else as_table(figures, dataset.labels.id2label))
         if arguments.output is not None:
             Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(arguments.output).write_text(json.dumps(as_json(figures, dataset.labels.id2label), indent=1))
+            Path(arguments.output).write_text(content)
 
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*OptionParser(Arguments).parse_args_into_dataclasses())
+        main(*OptionParser(Arguments, description=__doc__).parse_args_into_dataclasses())

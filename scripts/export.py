@@ -10,10 +10,8 @@ become the input). docs/export.md shows how to run it.
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from hf_maskformer import MaskFormerImageProcessor
-from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.export.exporting import Format, Task, export_model
 from hf_maskformer.training.starting_point import model_class_of
 
@@ -69,4 +67,4 @@ def as_size(name: str, value: list[int] | None) -> tuple[int, int] | None:
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*OptionParser(Arguments, description=__doc__).parse_args_into_dataclasses())

@@ -4,11 +4,13 @@
 
 For every image NAME the output folder gets NAME_labels.png (the segment of each pixel), NAME_segments.json (what
 the segments are) and NAME_overlay.png (to look at). Images of a folder that cannot be read are skipped; the exit code
-is then 1.
+is then 1. --json prints the segments of all images, their files and what was skipped.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -28,6 +30,7 @@ class Arguments:
     task: str | None = field(
         default=None, metadata={"help": "What to predict; by default what the model was trained for.", "choices": TASKS}
     )
+    json: bool = field(default=False, metadata={"help": "Print the results as JSON."})
 
 
 def main(arguments: Arguments) -> None:
@@ -35,17 +38,24 @@ def main(arguments: Arguments) -> None:
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(device).eval()
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
     task = arguments.task or image_processor.segmentation_task or "semantic"
+    images: list[dict[str, Any]] = []
     failed: list[Path] = []
     for name, image in tqdm(read_images(arguments.input, failed), desc="Segmenting", unit="image"):
         prediction = predict(model, image_processor, image, task)
-        write_prediction(prediction, image, model.config.id2label, task, Path(arguments.output), name)
+        files = write_prediction(prediction, image, model.config.id2label, task, Path(arguments.output), name)
+        if arguments.json:
+            content = json.loads(files[1].read_text())
+            images.append({"name": name, "files": [str(file) for file in files], **content})
+    if arguments.json:
+        print(json.dumps({"images": images, "skipped": [str(path) for path in failed]}, indent=1))
     if failed:
         raise ValueError(
             f"Images that could not be read: {len(failed)}, see above. The others are in {arguments.output}."
         )
-    print(f"The results are in {arguments.output}.")
+    if not arguments.json:
+        print(f"The results are in {arguments.output}.")
 
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*OptionParser(Arguments).parse_args_into_dataclasses())
+        main(*OptionParser(Arguments, description=__doc__).parse_args_into_dataclasses())

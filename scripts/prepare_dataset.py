@@ -11,10 +11,13 @@ layout of docs/data.md, or with --image_column a data set of the Hub.
 """
 
 import argparse
+import json
 import sys
+from contextlib import redirect_stdout
+from typing import Any
 
-from hf_maskformer.command_line import OptionParser
-from hf_maskformer.data.check import DataReport, inspect_samples, report_as_table
+from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.data.check import DataReport, inspect_samples, report_as_json, report_as_table
 from hf_maskformer.data.opening import COLUMN_FORMATS, FORMATS, open_dataset
 from hf_maskformer.data.parquet import write_parquet
 
@@ -22,24 +25,28 @@ MAX_LINES = 50
 
 
 def main(arguments: argparse.Namespace) -> int:
-    has_problems = False
-    for split in arguments.split:
-        print(f"{arguments.data}, {split}")
-        try:
-            dataset = open_split(arguments, split)
-            if arguments.command == "parquet":
-                paths = write_parquet(dataset, arguments.output, split)
-                print(f"{len(dataset)} samples in {len(paths)} files of {arguments.output}")
+    results: dict[str, Any] = {}
+    # With --json, what there is to read meanwhile goes where it does not disturb.
+    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        for split in arguments.split:
+            print(f"{arguments.data}, {split}")
+            try:
+                dataset = open_split(arguments, split)
+                if arguments.command == "parquet":
+                    paths = write_parquet(dataset, arguments.output, split)
+                    print(f"{len(dataset)} samples in {len(paths)} files of {arguments.output}")
+                    continue
+            except (FileNotFoundError, ValueError) as error:
+                print(error)
+                results[split] = {"problems": [str(error)]}
                 continue
-        except (FileNotFoundError, ValueError) as error:
-            print(error)
-            has_problems = True
-            continue
-        report = inspect_samples(dataset, arguments.num_workers)
-        print(report_as_table(report, dataset.labels))
-        has_problems |= bool(report.problems)
-        print_findings(report)
-    return int(has_problems)
+            report = inspect_samples(dataset, arguments.num_workers)
+            print(report_as_table(report, dataset.labels))
+            print_findings(report)
+            results[split] = report_as_json(report, dataset.labels)
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+    return int(any(result["problems"] for result in results.values()))
 
 
 def open_split(arguments: argparse.Namespace, split: str):
@@ -64,23 +71,25 @@ def print_findings(report: DataReport) -> None:
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
-    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("check", "parquet"):
-        command = commands.add_parser(name, formatter_class=argparse.HelpFormatter)
+        command = commands.add_parser(name, description=__doc__)
         command.add_argument("data", help="folder or name of the data set")
         if name == "parquet":
             command.add_argument("output", help="folder to write to")
-        command.add_argument("--split", nargs="+", default=["train", "val"], help="splits; default train and val")
+        command.add_argument("--split", nargs="+", default=["train", "val"], help="splits")
         command.add_argument("--format", choices=(*FORMATS, *COLUMN_FORMATS), help="layout, where it is left open")
         command.add_argument("--image_column", help="column of images of a `datasets` data set")
         command.add_argument("--label_column", default="label", help="column of label maps")
         command.add_argument("--classes", help="classes.json, if the data has none of its own")
         command.add_argument("--num_workers", type=int, default=8, help="threads that read at the same time")
-        command.set_defaults(streaming=False)
+        command.set_defaults(streaming=False, json=False)
     commands.choices["check"].add_argument("--streaming", action="store_true", help="read columns as they come")
+    commands.choices["check"].add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser.parse_args(command_line)
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_arguments()))
+    with errors_as_messages():
+        sys.exit(main(parse_arguments()))

@@ -13,13 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hf_maskformer import MaskFormerImageProcessor, register_remote_code
-from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.hub.publishing import publish, published_files
 from hf_maskformer.training.starting_point import model_class_of
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("folder", help="The saved model.")
     parser.add_argument("repo_id", help="user/name, or name for the user that is logged in; made if there is none.")
     parser.add_argument("--private", action="store_true", help="Only its owner can see a new repository.")

@@ -1,4 +1,4 @@
-"""Trains a MaskFormer on labelled images and evaluates it by mean IoU, PQ or AP, as the labels say.
+r"""Trains a MaskFormer on labelled images and evaluates it by mean IoU, PQ or AP, as the labels say.
 
 From scratch, on a folder with images/{train,val}, annotations/{train,val} and classes.json:
 
@@ -158,7 +158,7 @@ def dry_run(
 
 
 def parse_arguments(command_line: list[str] | None = None):
-    return parse_with_recipe((ModelArguments, DataArguments, MaskFormerTrainingArguments), command_line)
+    return parse_with_recipe((ModelArguments, DataArguments, MaskFormerTrainingArguments), command_line, __doc__)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,20 @@ def report_as_table(report: DataReport, labels: LabelSet) -> str:
     return "\n".join(lines)
 
 
+def report_as_json(report: DataReport, labels: LabelSet) -> dict[str, Any]:
+    """The report for `json.dumps`, with pixels and samples of each class by its name."""
+    classes = {
+        name: {"pixels": int(report.pixels[label]), "samples": int(report.occurrences[label])}
+        for label, name in labels.id2label.items()
+    }
+    return {
+        "num_samples": report.num_samples,
+        "problems": report.problems,
+        "empty_segments": report.empty_segments,
+        "classes": classes,
+    }
+
+
 def _inspect_all(dataset: LabelledDataset, num_workers: int) -> Iterator[DataReport]:
     def inspect(index: int) -> DataReport:
         try:

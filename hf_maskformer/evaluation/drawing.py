@@ -112,7 +112,7 @@ def draw_segmentation(
         shades, labelled = {label: colors[label] for label in id2label}, ids != ignore_index
         label_of_id = {label: label for label in id2label}
     else:
-        shades, labelled = _segment_shades(segments, colors), ids > 0
+        shades, labelled = segment_shades(segments, colors), ids > 0
         label_of_id = {segment["id"]: segment["label_id"] for segment in segments}
     occurring = np.unique(ids[labelled])
     unknown = np.setdiff1d(occurring, list(shades))
@@ -170,7 +170,7 @@ def _label_palette(id2label: Mapping[int, str], palette: np.ndarray | None) -> n
     return to_numpy(palette)
 
 
-def _segment_shades(segments: Sequence[Mapping[str, Any]], colors: np.ndarray) -> dict[int, np.ndarray]:
+def segment_shades(segments: Sequence[Mapping[str, Any]], colors: np.ndarray) -> dict[int, np.ndarray]:
     """The colour of each segment by id: that of its label, lighter or darker from the second segment of a label on."""
     seen: Counter[int] = Counter()
     shades = {}

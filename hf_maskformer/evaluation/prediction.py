@@ -46,8 +46,18 @@ def predict(
     image_processor: MaskFormerImageProcessor,
     image: Image.Image,
     task: Task,
+    **thresholds: float,
 ) -> Prediction:
-    """Segments one RGB image at its own size. Raises a ValueError for a task that the model has no segments for."""
+    """Segments one RGB image at its own size.
+
+    Args:
+        model, image_processor, image: what to segment, and with what.
+        task: what to find.
+        thresholds: for instances and panoptic segments, those of the image processor's post-processing.
+
+    Raises:
+        ValueError: the model has no segments for this task.
+    """
     check_model(task, model)
     inputs = image_processor(images=image, return_tensors="pt")
     parameter = next(model.parameters())
@@ -55,13 +65,14 @@ def predict(
     pixel_mask = inputs["pixel_mask"].to(parameter.device)
     if task == "panoptic" and isinstance(model, MaskFormerForInstanceSegmentation):
         # The masks that post-processing would drop at once are not computed.
-        outputs = model.predict(pixel_values, pixel_mask, threshold=panoptic_threshold(image_processor))
+        threshold = thresholds.get("threshold", panoptic_threshold(image_processor))
+        outputs = model.predict(pixel_values, pixel_mask, threshold=threshold)
     else:
         outputs = model(pixel_values=pixel_values, pixel_mask=pixel_mask)
     target_sizes = [(image.height, image.width)]
     if task != "semantic":
         post_process = getattr(image_processor, f"post_process_{task}_segmentation")
-        (result,) = post_process(outputs, target_sizes=target_sizes)
+        (result,) = post_process(outputs, target_sizes=target_sizes, **thresholds)
         segmentation, segments = to_numpy(result["segmentation"]), result["segments_info"]
     else:
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)

@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 
 def parse_with_recipe(
-    dataclasses: Sequence[Any], command_line: Sequence[str] | None = None
+    dataclasses: Sequence[Any], command_line: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[tuple[Any, ...], dict[str, str]]:
     """Parses options into dataclasses, one of which is `MaskFormerTrainingArguments`.
 
@@ -35,6 +35,7 @@ def parse_with_recipe(
         dataclasses: as for `HfArgumentParser`.
         command_line: the options; None are those of this process. With `--preset`, those that are not there have
             the values of its recipe, and images are accumulated up to the recipe's number in a step.
+        description: what the help says first.
 
     Returns:
         The dataclasses, and for each option that has not its default, where its value comes from.
@@ -44,7 +45,8 @@ def parse_with_recipe(
     """
     given = given_options(dataclasses, command_line)
     shown = {*EVERYDAY, *MaskFormerTrainingArguments.__annotations__}
-    parser = OptionParser(dataclasses, {field.name for field in fields(TrainingArguments)} - shown)
+    hidden = {field.name for field in fields(TrainingArguments)} - shown
+    parser = OptionParser(dataclasses, hidden, description=description)
     sources: dict[str, str] = {}
     if given.get("preset") is not None:
         recipe = RECIPES[find_preset(given["preset"]).name]

@@ -1,0 +1,1 @@
+"""A page for the browser that segments pictures."""

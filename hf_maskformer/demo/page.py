@@ -1,0 +1,131 @@
+"""A page for the browser: a picture in, its segments out. Needs the extra `demo` (Gradio)."""
+
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from ..data.generated_scenes import GeneratedScenes
+from ..evaluation.drawing import label_colors, segment_shades
+from ..evaluation.prediction import Prediction, predict, read_images, write_prediction
+from ..evaluation.tasks import TASKS, Task, panoptic_threshold
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
+from ..training.starting_point import model_class_of
+
+NUM_EXAMPLES = 5
+EXAMPLE_SIDE = 128  # in pixels, that of the scenes which scripts/demo.py trains on
+COLUMNS = ("segment", "score", "area in %")
+NOT_SEMANTIC = "For instance and panoptic segmentation."
+
+
+def launch(checkpoint: str, **options: Any) -> Any:
+    """Serves the page for a checkpoint, a folder or a name on the Hub, until it is interrupted.
+
+    Args:
+        checkpoint: the model to segment with.
+        options: of `gradio.Blocks.launch`, such as `server_port` and `prevent_thread_lock`.
+    """
+    # Of the fonts of the system, so that none is fetched from elsewhere.
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return build_page(checkpoint).launch(theme=theme, footer_links=[], show_error=True, **options)
+
+
+def build_page(checkpoint: str) -> gr.Blocks:
+    """The page with its model. Raises as `from_pretrained` if there is no such checkpoint."""
+    model = model_class_of(checkpoint).from_pretrained(checkpoint).eval()
+    image_processor: Any = MaskFormerImageProcessor.from_pretrained(checkpoint)
+    names: dict[int, str] = model.config.id2label
+    tasks = TASKS[:1] if isinstance(model, PerPixelBaselineForSemanticSegmentation) else TASKS
+    folder = Path(mkdtemp(prefix="hf-maskformer-"))
+
+    def segment(path: str | None, task: Task, threshold: float, mask_threshold: float) -> tuple[Any, ...]:
+        if path is None:
+            raise gr.Error("Choose a picture first.", print_exception=False)
+        try:
+            ((name, image),) = read_images(path)
+            thresholds = {} if task == "semantic" else {"threshold": threshold, "mask_threshold": mask_threshold}
+            prediction = predict(model, image_processor, image, task, **thresholds)
+        except (ValueError, OSError) as error:
+            message = str(error).replace(path, Path(path).name)
+            raise gr.Error(message, duration=None, print_exception=False) from error
+        output = Path(mkdtemp(dir=folder))
+        labels, segments, overlay = write_prediction(prediction, image, names, task, output, name)
+        masks, colors = annotations(prediction, names)
+        files = [gr.DownloadButton(value=file, interactive=True) for file in (overlay, labels, segments)]
+        return gr.AnnotatedImage((image, masks), color_map=colors), table(prediction), *files
+
+    with gr.Blocks(title="MaskFormer", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# MaskFormer\n`{checkpoint}`: {len(names)} labels. Point at a name to see its segment.")
+        with gr.Row():
+            with gr.Column(scale=2):
+                # The path of the file as it is: `read_images` knows what cameras and scanners write.
+                picture = gr.Image(
+                    label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"],
+                    elem_id="picture", height=320,
+                )  # fmt: skip
+                gr.Examples(draw_examples(folder), picture, label="Drawn examples", examples_per_page=NUM_EXAMPLES)
+                task = gr.Radio(tasks, value=image_processor.segmentation_task or tasks[0], label="Task")
+                threshold = gr.Slider(
+                    0, 1, panoptic_threshold(image_processor), step=0.01, label="Smallest score", info=NOT_SEMANTIC
+                )
+                mask_threshold = gr.Slider(
+                    0.05, 0.95, 0.5, step=0.01, label="Smallest mask probability of a pixel", info=NOT_SEMANTIC
+                )
+                button = gr.Button("Segment", variant="primary", elem_id="segment")
+            with gr.Column(scale=3):
+                overlay = gr.AnnotatedImage(label="Segments", elem_id="overlay", height=460)
+                segments = gr.Dataframe(headers=list(COLUMNS), label="Segments", elem_id="segments", interactive=False)
+                with gr.Row():
+                    files = [
+                        gr.DownloadButton(title, interactive=False, elem_id=name)
+                        for title, name in (("Picture (PNG)", "png"), ("Ids (PNG)", "ids"), ("Segments (JSON)", "json"))
+                    ]
+        button.click(segment, [picture, task, threshold, mask_threshold], [overlay, segments, *files])
+    return page
+
+
+def annotations(prediction: Prediction, names: dict[int, str]) -> tuple[list[tuple[np.ndarray, str]], dict[str, str]]:
+    """For `gradio.AnnotatedImage`: mask (H, W) and title of each segment that has a pixel, and their colours."""
+    shades = segment_shades(prediction.segments, label_colors(max(names) + 1))
+    titles = segment_titles(prediction)
+    masks = [((prediction.segmentation == number).astype(np.float32), title) for number, title in titles.items()]
+    colors = {title: "#" + "".join(f"{int(value):02x}" for value in shades[number]) for number, title in titles.items()}
+    return masks, colors
+
+
+def segment_titles(prediction: Prediction) -> dict[int, str]:
+    """The title of each segment that has a pixel: its label, numbered where several segments have it."""
+    segments = [segment for segment in prediction.segments if segment["area"]]
+    labels = [segment["label"] for segment in segments]
+    return {
+        segment["id"]: label if labels.count(label) == 1 else f"{label} {labels[: place + 1].count(label)}"
+        for place, (segment, label) in enumerate(zip(segments, labels, strict=True))
+    }
+
+
+def table(prediction: Prediction) -> list[list[Any]]:
+    """A row of COLUMNS for each segment that has a pixel, the largest first."""
+    titles = segment_titles(prediction)
+    return [
+        [
+            titles[segment["id"]],
+            round(segment["score"], 3) if "score" in segment else None,
+            round(100 * segment["area"] / prediction.segmentation.size, 2),
+        ]
+        for segment in sorted(prediction.segments, key=lambda segment: -segment["area"])
+        if segment["area"]
+    ]
+
+
+def draw_examples(folder: Path) -> list[str]:
+    """Draws scenes into a folder and gives their paths."""
+    # Of another series than those that scripts/demo.py trains on.
+    scenes = GeneratedScenes(NUM_EXAMPLES, seed=1, image_size=(EXAMPLE_SIDE, EXAMPLE_SIDE))
+    paths = [folder / f"{scenes.name(index)}.png" for index in range(len(scenes))]
+    for index, path in enumerate(paths):
+        Image.fromarray(scenes.scene(index).image).save(path)
+    return [str(path) for path in paths]

@@ -1,0 +1,131 @@
+"""The command `hf-maskformer`: the scripts by name."""
+
+import json
+import sys
+
+import pytest
+from test_scripts import call, checkpoint, config, data  # noqa: F401  (fixtures)
+
+from hf_maskformer.__main__ import main
+from hf_maskformer.command_line import COMMANDS
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line in this process; gives its exit code, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", ["hf-maskformer", *map(str, words)])
+        monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+        for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+            monkeypatch.delitem(sys.modules, name)
+        capsys.readouterr()
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_help_names_every_command_with_an_example(run):
+    code, output, _ = run("--help")
+    assert code == 0
+    blocks = {block.split()[0]: block for block in output.split("\n\n")[1:-1]}
+    assert list(blocks) == list(COMMANDS)
+    for name, block in blocks.items():
+        assert f"\n            hf-maskformer {name} " in block
+    assert "scripts/train.py" not in output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_shows_an_example_and_its_options(run, command):
+    code, output, _ = run(command, "--help")
+    assert code == 0
+    assert output.startswith(f"usage: hf-maskformer {command} ")
+    assert f"\n    hf-maskformer {command} " in output
+    assert "python scripts/" not in output
+    assert "--help" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a command is missing"),
+        (["trian"], "there is no command trian. Did you mean train?"),
+        (["predict", "--chekpoint=a"], "there is no option --chekpoint. Did you mean --checkpoint?"),
+        (["predict"], "the following arguments are required: --checkpoint"),
+        (["check"], "the following arguments are required: data"),
+        (["benchmark", "forward", "--kept=0"], "--kept is 0, but must be 1 to 99"),
+    ],
+)
+def test_a_command_line_that_cannot_be_understood_ends_with_2(run, words, message):
+    code, output, errors = run(*words)
+    assert (code, output) == (2, "")
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "--checkpoint=nowhere", "--input=nowhere", "--output=nowhere"],
+        ["convert", "nowhere.pkl", "nowhere", "--preset=ade20k-r50"],
+        ["check", "nowhere"],
+    ],
+)
+def test_wrong_input_ends_with_1_and_a_message(run, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, output, errors = run(*words)
+    assert code == 1
+    assert "nowhere" in output + errors
+    assert not any(tmp_path.iterdir())
+
+
+def test_evaluate_prints_the_figures_of_its_file_as_json_alone(run, checkpoint, data, tmp_path):  # noqa: F811
+    code, output, errors = run(
+        "evaluate", f"--checkpoint={checkpoint}", f"--data={data}", "--json", f"--output={tmp_path / 'metrics.json'}"
+    )
+    assert code == 0
+    assert json.loads(output) == json.loads((tmp_path / "metrics.json").read_text())
+    assert "Checking samples" in errors
+
+
+def test_predict_prints_the_segments_as_json_alone_and_what_it_skipped(run, checkpoint, data, tmp_path):  # noqa: F811
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "broken.png").write_bytes(b"no image")
+    (photos / "scene.png").write_bytes((data / "images" / "val" / "scene_00000.png").read_bytes())
+    code, output, errors = run(
+        "predict", f"--checkpoint={checkpoint}", f"--input={photos}", f"--output={tmp_path / 'out'}", "--json"
+    )
+    assert code == 1
+    results = json.loads(output)
+    assert results["skipped"] == [str(photos / "broken.png")]
+    (image,) = results["images"]
+    assert sum(segment["area"] for segment in image["segments"]) == image["height"] * image["width"] == 64 * 64
+    assert sorted(image["files"]) == sorted(map(str, (tmp_path / "out").iterdir()))
+    assert "Segmenting" in errors
+
+
+def test_check_prints_its_findings_as_json_alone(run, data, tmp_path):  # noqa: F811
+    code, output, errors = run("check", data, "--json")
+    assert code == 0
+    findings = json.loads(output)
+    assert findings["train"]["num_samples"] == 4
+    assert sum(counts["pixels"] for counts in findings["val"]["classes"].values()) == 2 * 64 * 64
+    assert "Checking samples" in errors
+
+    code, output, errors = run("check", tmp_path / "nowhere", "--split", "train", "--json")
+    assert code == 1
+    assert "nowhere" in json.loads(output)["train"]["problems"][0]
+
+
+def test_a_command_does_what_its_script_does(run, checkpoint, data, tmp_path):  # noqa: F811
+    image = data / "images" / "val" / "scene_00001.png"
+    call("predict", checkpoint=checkpoint, input=image, output=tmp_path / "script")
+    assert run("predict", f"--checkpoint={checkpoint}", f"--input={image}", f"--output={tmp_path / 'command'}")[0] == 0
+    for file in (tmp_path / "script").iterdir():
+        assert file.read_bytes() == (tmp_path / "command" / file.name).read_bytes()

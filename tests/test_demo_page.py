@@ -1,0 +1,111 @@
+"""The page for the browser: in a real one where there is one, and what it asks for without."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from models import tiny_model
+from PIL import Image
+from test_scripts import SCRIPTS
+
+from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.data.generated_scenes import LABELS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_the_page_asks_for_the_small_model_where_none_is_named(tmp_path):
+    command = [sys.executable, SCRIPTS / "demo.py", "--web", f"--output={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"error: {tmp_path / 'checkpoint'} does not exist. Train the small model first" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    page = pytest.importorskip("hf_maskformer.demo.page", reason="needs the extra demo", exc_type=ImportError)
+    folder = tmp_path_factory.mktemp("model")
+    label2id = {name: label for label, name in LABELS.id2label.items()}
+    tiny_model(id2label=LABELS.id2label, label2id=label2id).save_pretrained(folder)
+    # So low a threshold that the queries of random weights pass it.
+    MaskFormerImageProcessor(
+        size={"shortest_edge": 64, "longest_edge": 256},
+        segmentation_task="panoptic",
+        panoptic_thresholds={"threshold": 0.01, "mask_threshold": 0.05, "overlap_mask_area_threshold": 0.0},
+    ).save_pretrained(folder)
+    app, url, _ = page.launch(str(folder), prevent_thread_lock=True, quiet=True)
+    yield url
+    app.get_blocks().close()
+
+
+@pytest.fixture
+def browser_page(address):
+    """The page in a browser, with the addresses of all that it asked for."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as driver:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        requests = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#segment")
+        yield page
+        browser.close()
+    assert not [url for url in requests if not url.startswith((address, "data:", "blob:"))]
+
+
+def download(page, button, folder):
+    with page.expect_download() as event:
+        page.click(button)
+    path = folder / event.value.suggested_filename
+    event.value.save_as(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_an_example_is_segmented_and_its_files_are_downloaded(browser_page, task, tmp_path):
+    browser_page.locator("button.gallery-item").first.click()
+    browser_page.wait_for_selector("#picture img")
+    browser_page.get_by_label(task).check()
+    browser_page.click("#segment")
+    browser_page.wait_for_selector("#overlay img")
+    content = json.loads(download(browser_page, "#json", tmp_path).read_text())
+    ids = np.asarray(Image.open(download(browser_page, "#ids", tmp_path)))
+    assert content["task"] == task
+    assert ids.shape == (content["height"], content["width"]) == (128, 128)
+    areas = {segment["id"]: segment["area"] for segment in content["segments"] if segment["area"]}
+    assert areas
+    assert areas == {number: int((ids == number).sum()) for number in np.unique(ids).tolist() if number in areas}
+    assert Image.open(download(browser_page, "#png", tmp_path)).size == (128, 128)
+    for segment in content["segments"]:
+        if segment["area"]:
+            assert segment["label"] in browser_page.inner_text("#segments")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["no image", "cut off"])
+def test_a_broken_file_shows_an_error_that_names_it(browser_page, kind, tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "broken.png")
+    content = (tmp_path / "broken.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(content[: len(content) // 2] if kind == "cut off" else b"no image")
+    browser_page.set_input_files("#picture input[type=file]", tmp_path / "broken.png")
+    browser_page.wait_for_selector("#picture img", state="attached")
+    browser_page.click("#segment")
+    message = "broken.png cannot be read as an image" if kind == "cut off" else "cannot identify image file"
+    toast = browser_page.get_by_text(message)
+    toast.wait_for()
+    assert "broken.png" in toast.inner_text()
+
+
+@pytest.mark.slow
+def test_a_press_without_a_picture_shows_what_to_do(browser_page):
+    browser_page.click("#segment")
+    browser_page.get_by_text("Choose a picture first.").wait_for()
