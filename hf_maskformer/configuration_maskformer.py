@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .configuration_maskformer_parts import (
     MaskFormerTransformerConfig,
     check_labels,
+    check_num_labels,
     check_sizes,
     make_backbone_config,
     nested_config,
@@ -25,6 +26,9 @@ DEFAULT_BACKBONE = {
     "drop_path_rate": 0.3,
 }
 DETR = {"model_type": "detr"}
+# More points than masks have pixels say nothing more, and each takes memory.
+MAX_POINTS = 2**20
+MAX_OVERSAMPLING = 100
 
 
 @strict
@@ -113,6 +117,7 @@ class MaskFormerConfig(ConfigWithCode):
     init_xavier_std: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_num_labels(kwargs.get("num_labels"))
         self.backbone_config = make_backbone_config(self.backbone_config, DEFAULT_BACKBONE)
         self.decoder_config = _decoder_config(self.decoder_config)
         if self.use_auxiliary_loss:
@@ -210,11 +215,12 @@ def _check_matching(config: MaskFormerConfig) -> None:
             f"{config.decoder_config.num_queries} and there are {config.num_labels} labels. Set num_queries to "
             f"{config.num_labels}."
         )
-    if config.train_num_points is not None and config.train_num_points < 1:
+    if config.train_num_points is not None and not 1 <= config.train_num_points <= MAX_POINTS:
         raise ValueError(
-            f"train_num_points is {config.train_num_points}, but must be at least 1, or None to compare all pixels."
+            f"train_num_points is {config.train_num_points}, but must be 1 to {MAX_POINTS}, or None to compare all "
+            "pixels."
         )
-    if not 1 <= config.oversample_ratio < float("inf"):
-        raise ValueError(f"oversample_ratio is {config.oversample_ratio}, but must be a finite number of at least 1.")
+    if not 1 <= config.oversample_ratio <= MAX_OVERSAMPLING:
+        raise ValueError(f"oversample_ratio is {config.oversample_ratio}, but must be 1 to {MAX_OVERSAMPLING}.")
     if not 0 <= config.importance_sample_ratio <= 1:
         raise ValueError(f"importance_sample_ratio is {config.importance_sample_ratio}, but must lie in 0 to 1.")

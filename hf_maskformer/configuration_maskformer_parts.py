@@ -5,6 +5,8 @@ error, instead of loading there with weights missing.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -13,6 +15,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
 GROUP_NORM_GROUPS = 32
+# Far above any model; a file that asks for more would fill the memory, or the time, before its first tensor is read.
+MAX_SIZE = 2**16
+MAX_LAYERS = 1024
+MAX_NESTING = 8
 # Plain transformers, whose feature maps all have the stride of their patches: a pyramid is made of the last one.
 PLAIN_BACKBONES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
@@ -131,22 +137,68 @@ def nested_config(value: Any, field: str, default: dict[str, Any] | None = None)
         default: What None means.
 
     Raises:
-        ValueError: It is something else, or of a type that nobody knows.
+        ValueError: It is something else, of a type that nobody knows, or has a value that no such configuration has.
     """
     if isinstance(value, PreTrainedConfig):
+        check_fields(value.to_dict(), field)
         return copy.deepcopy(value)
     if not isinstance(value, dict | None):
         raise ValueError(f"{field} is a {type(value).__name__}, but must be a configuration or its dictionary.")
     fields = copy.deepcopy(default or {} if value is None else value)
+    check_fields(fields, field)
     model_type = fields.pop("model_type", None)
-    if model_type in OWN_TYPES:
-        return OWN_TYPES[model_type](**fields)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in OWN_TYPES.keys() | CONFIG_MAPPING.keys():
         raise ValueError(
             f"{field} has model_type {model_type!r}, which the installed transformers does not know. "
             "Give the model_type of a configuration, such as 'resnet' or 'swin' for backbone_config."
         )
-    return CONFIG_MAPPING[model_type](**fields)
+    config_class = OWN_TYPES[model_type] if model_type in OWN_TYPES else CONFIG_MAPPING[model_type]
+    with errors_as_value_errors(field):
+        return config_class(**fields)
+
+
+@contextmanager
+def errors_as_value_errors(source: str) -> Iterator[None]:
+    """Makes a ValueError of whatever a configuration's class meets a wrong type with: errors of many kinds."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise ValueError(f"{source} has a field of a wrong type or value ({problem}). Correct or remove it.") from error
+
+
+def check_fields(fields: dict[str, Any], source: str) -> None:
+    """Checks what a file holds before it becomes a configuration.
+
+    Raises:
+        ValueError: A field would replace a method, or holds a number far above that of any model; `source` names it.
+    """
+    for name, value in fields.items():
+        where = f"{source}.{name}"
+        if callable(getattr(PreTrainedConfig, str(name), None)):
+            raise ValueError(f"{where} is the name of a method, not of a field. Remove it.")
+        highest = max((abs(number) for number in _numbers(value, where)), default=0)
+        if highest > MAX_SIZE:
+            raise ValueError(f"{where} is {str(value)[:60]}, but no number there may exceed {MAX_SIZE}.")
+        # num_hidden_layers, depths, num_encoder_blocks and the like.
+        if (
+            any(part in str(name) for part in ("layers", "depth", "blocks"))
+            and sum(_numbers(value, where)) > MAX_LAYERS
+        ):
+            raise ValueError(f"{where} is {str(value)[:60]}, but there may be at most {MAX_LAYERS} layers in all.")
+
+
+def _numbers(value: Any, where: str, depth: int = 0) -> Iterator[float]:
+    """The numbers in a field."""
+    if depth > MAX_NESTING:
+        raise ValueError(f"{where} is nested more than {MAX_NESTING} deep, as no configuration is.")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item, where, depth + 1)
 
 
 def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfig:
@@ -194,6 +246,12 @@ def _check_swin(config: PreTrainedConfig) -> None:
         raise ValueError("backbone_config.use_absolute_embeddings is True, but MaskFormer's Swin has no such weights.")
 
 
+def check_num_labels(num_labels: Any) -> None:
+    """Raises a ValueError for a number of labels, as given, that no model has: their names are about to be made up."""
+    if num_labels is not None and (not isinstance(num_labels, int) or not 1 <= num_labels <= MAX_SIZE):
+        raise ValueError(f"num_labels is {str(num_labels)[:60]!r}, but must be an integer from 1 to {MAX_SIZE}.")
+
+
 def check_labels(id2label: Any) -> None:
     """Raises a ValueError unless there are labels, whose ids are 0 to K - 1."""
     if not id2label:
@@ -208,8 +266,8 @@ def check_labels(id2label: Any) -> None:
 def check_sizes(config: PreTrainedConfig) -> None:
     """Raises a ValueError if no pixel decoder and transformers can have the sizes of this model's configuration."""
     for field in ("fpn_feature_size", "mask_feature_size"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"{field} is {getattr(config, field)}, but must be at least 1.")
+        if not 1 <= getattr(config, field) <= MAX_SIZE:
+            raise ValueError(f"{field} is {getattr(config, field)}, but must be 1 to {MAX_SIZE}.")
     if config.fpn_feature_size % GROUP_NORM_GROUPS:
         raise ValueError(
             f"fpn_feature_size is {config.fpn_feature_size}, but must be a multiple of {GROUP_NORM_GROUPS}, "

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from .post_processing_maskformer_inputs import Size
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+MAX_EDGE = 2**16
+MAX_PIXELS = 2**28  # 3.2 GB as float32
 SEGMENTATION_TASKS = ("semantic", "instance", "panoptic")
 # transformers' own.
 DEFAULT_PANOPTIC_THRESHOLDS = {"threshold": 0.5, "mask_threshold": 0.5, "overlap_mask_area_threshold": 0.8}
@@ -30,6 +33,12 @@ _FIXED_SETTINGS: dict[str, Any] = {
     "image_seq_length": None,
 }
 _BOOKKEEPING_SETTINGS = {"disable_grouping", "_max_size", "_valid_processor_keys", "_processor_class"}
+_TYPES: tuple[tuple[tuple[str, ...], str, Any], ...] = (
+    (("do_resize", "do_rescale", "do_normalize", "do_reduce_labels"), "true or false", bool),
+    (("size_divisor", "ignore_index", "num_labels"), "an integer", Integral),
+    (("rescale_factor",), "a number", Real),
+    (("size", "pad_size", "panoptic_thresholds"), "a dictionary of numbers", Mapping),
+)
 
 
 @dataclass
@@ -54,11 +63,19 @@ class ImageProcessorSettings:
     panoptic_thresholds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        for names, kind, types in _TYPES:
+            for name in names:
+                value = getattr(self, name)
+                is_number_by_accident = isinstance(value, bool) and types is not bool
+                if value is not None and (not isinstance(value, types) or is_number_by_accident):
+                    raise ValueError(f"{name} is {str(value)[:60]!r}, but must be {kind}.")
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
         if self.pad_size is not None:
             self.pad_size = _checked_size("pad_size", self.pad_size, ({"height", "width"},))
-        if self.size_divisor < 0:
-            raise ValueError(f"size_divisor is {self.size_divisor}; give a positive integer, or 0 not to round up.")
+        if not 0 <= self.size_divisor <= MAX_EDGE:
+            raise ValueError(
+                f"size_divisor is {self.size_divisor}; give an integer to {MAX_EDGE}, or 0 not to round up."
+            )
         if self.resample not in RESAMPLING:
             known = ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
             raise ValueError(f"resample is {self.resample!r}; known are {known}.")
@@ -67,13 +84,16 @@ class ImageProcessorSettings:
         self.image_std = _three_channels("image_std", self.image_std)
         if not all(self.image_std):
             raise ValueError(f"image_std is {self.image_std}; images are divided by it, so it must not hold a zero.")
+        if not math.isfinite(self.rescale_factor):
+            raise ValueError(f"rescale_factor is {self.rescale_factor}; give a finite number.")
         if self.num_labels is not None and self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; give the number of labels, or None not to check them.")
         if self.segmentation_task not in (None, *SEGMENTATION_TASKS):
             known = ", ".join(SEGMENTATION_TASKS)
             raise ValueError(f"segmentation_task is {self.segmentation_task!r}; give one of {known}, or None.")
         unknown = set(self.panoptic_thresholds or ()) - set(DEFAULT_PANOPTIC_THRESHOLDS)
-        if unknown or not all(0 <= value <= 1 for value in (self.panoptic_thresholds or {}).values()):
+        thresholds = (self.panoptic_thresholds or {}).values()
+        if unknown or not all(isinstance(value, Real) and 0 <= value <= 1 for value in thresholds):
             raise ValueError(
                 f"panoptic_thresholds is {self.panoptic_thresholds}; give numbers from 0 to 1 for some of "
                 f"{', '.join(DEFAULT_PANOPTIC_THRESHOLDS)}."
@@ -99,7 +119,16 @@ class ImageProcessorSettings:
         return max(1, int(edges[0] + 0.5)), max(1, int(edges[1] + 0.5))
 
     def padded_size(self, sizes: Sequence[Size]) -> Size:
-        """The size of a batch that holds images of these sizes."""
+        """The size of a batch that holds images of these sizes. Raises a ValueError if there is none."""
+        height, width = self._padded_size(sizes)
+        if height * width > MAX_PIXELS:
+            raise ValueError(
+                f"Images would be {height} x {width} after resizing and padding, more than {MAX_PIXELS} pixels. Give a "
+                "smaller size, with a longest_edge, or leave out images that are lines."
+            )
+        return height, width
+
+    def _padded_size(self, sizes: Sequence[Size]) -> Size:
         if self.pad_size is None:
             divisor = self.size_divisor or 1
             height, width = (math.ceil(max(edges) / divisor) * divisor for edges in zip(*sizes, strict=True))
@@ -184,13 +213,13 @@ def _checked_size(name: str, size: Mapping[str, int], forms: Sequence[set[str]])
     if set(size) not in forms:
         known = " or ".join(str(sorted(form)) for form in forms)
         raise ValueError(f"{name} is {size}; give a dictionary with {known}.")
-    if not all(isinstance(edge, int) and edge > 0 for edge in size.values()):
-        raise ValueError(f"{name} is {size}; every edge must be a positive integer.")
+    if not all(isinstance(edge, int) and 0 < edge <= MAX_EDGE for edge in size.values()):
+        raise ValueError(f"{name} is {size}; every edge must be a positive integer, at most {MAX_EDGE}.")
     return size
 
 
 def _three_channels(name: str, value: float | Sequence[float]) -> list[float]:
     channels = [value] * 3 if isinstance(value, int | float) else list(value)
-    if len(channels) != 3:
+    if len(channels) != 3 or not all(isinstance(number, Real) and math.isfinite(number) for number in channels):
         raise ValueError(f"{name} is {value}; give three numbers, for red, green and blue.")
     return channels

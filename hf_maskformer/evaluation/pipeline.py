@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import ImageSegmentationPipeline
 from transformers.image_utils import load_image
 
-from ..image_processing_maskformer_images import to_rgb
+from ..image_processing_maskformer_images import download_image, is_url, open_image, to_rgb
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
@@ -153,9 +153,11 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
 
 
 def _as_rgb(image: Any, timeout: float | None) -> Image.Image:
-    # transformers would cut grey images of 16 bits off at 255.
+    # transformers would cut grey images of 16 bits off at 255, and read what is behind a URL without a limit.
     if isinstance(image, str | Path) and os.path.isfile(image):
-        image = Image.open(image)
+        image = open_image(image)
+    elif isinstance(image, str) and is_url(image):
+        image = download_image(image) if timeout is None else download_image(image, timeout)
     if isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))
     return load_image(image, timeout=timeout)
