@@ -11,14 +11,17 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, ResNetConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
 GROUP_NORM_GROUPS = 32
 # Far above any model; a file that asks for more would fill the memory, or the time, before its first tensor is read.
 MAX_SIZE = 2**16
-MAX_LAYERS = 1024
+MAX_LAYERS = 512
 MAX_NESTING = 8
+MAX_WINDOW = 64  # a table for each pair of pixels in a window
+ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 # Plain transformers, whose feature maps all have the stride of their patches: a pyramid is made of the last one.
 PLAIN_BACKBONES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
@@ -162,7 +165,7 @@ def errors_as_value_errors(source: str) -> Iterator[None]:
     """Makes a ValueError of whatever a configuration's class meets a wrong type with: errors of many kinds."""
     try:
         yield
-    except ValueError:
+    except (ValueError, OSError, ImportError):
         raise
     except Exception as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
@@ -179,6 +182,8 @@ def check_fields(fields: dict[str, Any], source: str) -> None:
         where = f"{source}.{name}"
         if callable(getattr(PreTrainedConfig, str(name), None)):
             raise ValueError(f"{where} is the name of a method, not of a field. Remove it.")
+        if str(name) in ATTENTION_FIELDS and "/" in str(value):
+            raise ValueError(f"{where} is {value!r}, code of the Hub, which no file may ask for. Remove it.")
         highest = max((abs(number) for number in _numbers(value, where)), default=0)
         if highest > MAX_SIZE:
             raise ValueError(f"{where} is {str(value)[:60]}, but no number there may exceed {MAX_SIZE}.")
@@ -236,8 +241,10 @@ def _check_swin(config: PreTrainedConfig) -> None:
             f"backbone_config has depths {list(config.depths)} and num_heads {list(config.num_heads)}, but a Swin "
             f"backbone has {NUM_FEATURE_MAPS} stages: give {NUM_FEATURE_MAPS} numbers each."
         )
+    if not 1 <= config.window_size <= MAX_WINDOW:
+        raise ValueError(f"backbone_config.window_size is {config.window_size}, but must be 1 to {MAX_WINDOW}.")
     for stage, num_heads in enumerate(config.num_heads):
-        if (config.embed_dim * 2**stage) % num_heads:
+        if num_heads < 1 or (config.embed_dim * 2**stage) % num_heads:
             raise ValueError(
                 f"backbone_config.num_heads[{stage}] is {num_heads}, which does not divide the width "
                 f"{config.embed_dim * 2**stage} of that stage."
@@ -285,6 +292,8 @@ def _check_transformer(config: PreTrainedConfig) -> None:
     for field in ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "num_queries"):
         if getattr(config, field) < 1:
             raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 1.")
+    if config.activation_function not in ACT2FN:
+        raise ValueError(f"decoder_config.activation_function is {config.activation_function!r}, which is unknown.")
     _check_heads(config.d_model, config.decoder_attention_heads, "decoder_config.d_model", "decoder_attention_heads")
     if config.model_type == "detr" and config.position_embedding_type != "sine":
         raise ValueError(

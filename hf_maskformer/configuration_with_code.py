@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .configuration_maskformer_parts import errors_as_value_errors
+from .configuration_maskformer_parts import ATTENTION_FIELDS, errors_as_value_errors
 
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new labels replace all of them
 
 
@@ -57,12 +58,19 @@ class ConfigWithCode(PreTrainedConfig):
         if cls._auto_class is None:
             # It names files beside the one that was read, which a checkpoint saved from here will not have.
             left_out.add("auto_map")
+        # A name of the Hub there would have transformers download code and run it.
+        left_out.update(ATTENTION_FIELDS)
         config_dict = {name: value for name, value in config_dict.items() if name not in left_out}
         # Fields that this class does not know are kept as they are, and so must not take the place of a method.
         methods = sorted(name for name in config_dict if callable(getattr(cls, str(name), None)))
         if methods:
             raise ValueError(
                 f"The configuration has the field {methods[0]!r}, which is the name of a method. Remove it."
+            )
+        dtype = str(config_dict.get("dtype") or config_dict.get("torch_dtype") or "auto").removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"The dtype of the configuration is {dtype[:60]!r}, but must be one of {', '.join(DTYPES)}."
             )
         with errors_as_value_errors("The configuration"):
             return super().from_dict({**config_dict, **overrides}, **kwargs)

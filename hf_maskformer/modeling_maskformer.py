@@ -17,7 +17,7 @@ from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_maskformer import MaskFormerConfig
-from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, errors_as_value_errors, is_of_type
 from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
 from .modeling_maskformer_pixel_decoder import MaskProjection, PixelDecoder, PixelDecoderOutput
@@ -196,7 +196,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in type(self)._no_split_modules if name in present]
         # From a checkpoint, nothing is allocated yet: transformers builds models on the meta device first.
-        num_parameters = sum(parameter.numel() for parameter in self.parameters())
+        num_parameters = sum(tensor.numel() for tensor in itertools.chain(self.parameters(), self.buffers()))
         if num_parameters > MAX_PARAMETERS:
             raise ValueError(
                 f"The configuration describes a model of {num_parameters:.1e} parameters, but models here have at most "
@@ -447,9 +447,15 @@ def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:
 
 
 def build_backbone(config: PreTrainedConfig) -> Any:
-    """The backbone of a configuration: one of ours, or what `AutoBackbone` builds. All have `channels`."""
+    """The backbone of a configuration: one of ours, or what `AutoBackbone` builds. All have `channels`.
+
+    Raises:
+        ValueError: There is no such backbone.
+    """
     own = OWN_BACKBONES.get(config.model_type)
-    return AutoBackbone.from_config(config) if own is None else own(config)
+    # Each type has its own rules for its fields, of which only its modules know some.
+    with errors_as_value_errors("backbone_config"):
+        return AutoBackbone.from_config(config) if own is None else own(config)
 
 
 def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Sequence[Tensor]:
