@@ -202,7 +202,10 @@ def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -
     if size is None or isinstance(size, int):
         edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": size}
         return edges if max_size is None else {**edges, "longest_edge": max_size}
-    edges = {"height": size[0], "width": size[1]} if isinstance(size, list | tuple) else dict(size)
+    is_pair = isinstance(size, list | tuple) and len(size) == 2
+    if not is_pair and not isinstance(size, Mapping):
+        raise ValueError(f"size is {str(size)[:60]!r}; give an integer, (height, width) or a dictionary of edges.")
+    edges = {"height": size[0], "width": size[1]} if is_pair else dict(size)
     if max_size is not None and edges.get("longest_edge") != max_size:
         raise ValueError(f"max_size={max_size} contradicts size={edges}; give it as the longest_edge of size instead.")
     return edges
