@@ -171,7 +171,7 @@ def _download(url: str, seconds: float) -> bytes:
             if len(content) > MAX_DOWNLOAD_BYTES:
                 raise OSError(f"it is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB")
             if time.monotonic() > end:
-                break  # nobody waits any more
+                raise TimeoutError(f"it has not arrived after {seconds:g} seconds")
     return bytes(content)
 
 
