@@ -9,6 +9,7 @@ from .configuration_maskformer_parts import (
     MaskFormerTransformerConfig,
     check_labels,
     check_loss,
+    check_num_labels,
     check_sizes,
     make_backbone_config,
     nested_config,
@@ -124,6 +125,7 @@ class MaskFormerConfig(ConfigWithCode):
     init_xavier_std: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_num_labels(kwargs.get("num_labels"))
         self.backbone_config = make_backbone_config(self.backbone_config, DEFAULT_BACKBONE)
         self.decoder_config = _decoder_config(self.decoder_config)
         if self.use_auxiliary_loss:

@@ -7,11 +7,13 @@ error, instead of loading there with weights missing.
 import copy
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig, TimmBackboneConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -19,6 +21,15 @@ logger = logging.get_logger(__name__)
 
 NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
 GROUP_NORM_GROUPS = 32
+# Far above any model; a file that asks for more would fill the memory, or the time, before its first tensor is read.
+MAX_SIZE = 2**16
+MAX_LAYERS = 512
+MAX_NESTING = 8
+MAX_WINDOW = 64  # a table for each pair of pixels in a window
+# More points than masks have pixels say nothing more, and each takes memory.
+MAX_POINTS = 2**20
+MAX_OVERSAMPLING = 100
+ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 # Plain transformers, whose feature maps all have the stride of their patches: a pyramid is made of the last one.
 PLAIN_BACKBONES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 # Names that every configuration takes beside its fields.
@@ -140,24 +151,73 @@ def nested_config(value: Any, field: str, default: dict[str, Any] | None = None)
         default: What None means.
 
     Raises:
-        ValueError: It is something else, or of a type that nobody knows.
+        ValueError: It is something else, of a type that nobody knows, or has a value that no such configuration has.
     """
     if isinstance(value, PreTrainedConfig):
+        check_fields(value.to_dict(), field)
         return copy.deepcopy(value)
     if not isinstance(value, dict | None):
         raise ValueError(f"{field} is a {type(value).__name__}, but must be a configuration or its dictionary.")
     fields = copy.deepcopy(default or {} if value is None else value)
+    check_fields(fields, field)
     model_type = fields.pop("model_type", None)
-    if model_type in OWN_TYPES:
-        config = OWN_TYPES[model_type](**fields)
-        warn_of_misspelt_fields(config, fields, f"{field}.")
-        return config
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in OWN_TYPES.keys() | CONFIG_MAPPING.keys():
         raise ValueError(
             f"{field} has model_type {model_type!r}, which the installed transformers does not know. "
             "Give the model_type of a configuration, such as 'resnet' or 'swin' for backbone_config."
         )
-    return CONFIG_MAPPING[model_type](**fields)
+    config_class = OWN_TYPES[model_type] if model_type in OWN_TYPES else CONFIG_MAPPING[model_type]
+    with errors_as_value_errors(field):
+        config = config_class(**fields)
+    if model_type in OWN_TYPES:
+        warn_of_misspelt_fields(config, fields, f"{field}.")
+    return config
+
+
+@contextmanager
+def errors_as_value_errors(source: str) -> Iterator[None]:
+    """Makes a ValueError of whatever a configuration's class meets a wrong type with: errors of many kinds."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise ValueError(f"{source} has a field of a wrong type or value ({problem}). Correct or remove it.") from error
+
+
+def check_fields(fields: dict[str, Any], source: str) -> None:
+    """Checks what a file holds before it becomes a configuration.
+
+    Raises:
+        ValueError: A field would replace a method, or holds a number far above that of any model; `source` names it.
+    """
+    for name, value in fields.items():
+        where = f"{source}.{name}"
+        if callable(getattr(PreTrainedConfig, str(name), None)):
+            raise ValueError(f"{where} is the name of a method, not of a field. Remove it.")
+        if str(name) in ATTENTION_FIELDS and "/" in str(value):
+            raise ValueError(f"{where} is {value!r}, code of the Hub, which no file may ask for. Remove it.")
+        highest = max((abs(number) for number in _numbers(value, where)), default=0)
+        if highest > MAX_SIZE:
+            raise ValueError(f"{where} is {str(value)[:60]}, but no number there may exceed {MAX_SIZE}.")
+        # num_hidden_layers, depths, num_encoder_blocks and the like.
+        if (
+            any(part in str(name) for part in ("layers", "depth", "blocks"))
+            and sum(_numbers(value, where)) > MAX_LAYERS
+        ):
+            raise ValueError(f"{where} is {str(value)[:60]}, but there may be at most {MAX_LAYERS} layers in all.")
+
+
+def _numbers(value: Any, where: str, depth: int = 0) -> Iterator[float]:
+    """The numbers in a field."""
+    if depth > MAX_NESTING:
+        raise ValueError(f"{where} is nested more than {MAX_NESTING} deep, as no configuration is.")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item, where, depth + 1)
 
 
 def warn_of_misspelt_fields(config: PreTrainedConfig, given: Iterable[str], prefix: str = "") -> None:
@@ -226,14 +286,22 @@ def _check_swin(config: PreTrainedConfig) -> None:
             f"backbone_config has depths {list(config.depths)} and num_heads {list(config.num_heads)}, but a Swin "
             f"backbone has {NUM_FEATURE_MAPS} stages: give {NUM_FEATURE_MAPS} numbers each."
         )
+    if not 1 <= config.window_size <= MAX_WINDOW:
+        raise ValueError(f"backbone_config.window_size is {config.window_size}, but must be 1 to {MAX_WINDOW}.")
     for stage, num_heads in enumerate(config.num_heads):
-        if (config.embed_dim * 2**stage) % num_heads:
+        if num_heads < 1 or (config.embed_dim * 2**stage) % num_heads:
             raise ValueError(
                 f"backbone_config.num_heads[{stage}] is {num_heads}, which does not divide the width "
                 f"{config.embed_dim * 2**stage} of that stage."
             )
     if config.use_absolute_embeddings:
         raise ValueError("backbone_config.use_absolute_embeddings is True, but MaskFormer's Swin has no such weights.")
+
+
+def check_num_labels(num_labels: Any) -> None:
+    """Raises a ValueError for a number of labels, as given, that no model has: their names are about to be made up."""
+    if num_labels is not None and (not isinstance(num_labels, int) or not 1 <= num_labels <= MAX_SIZE):
+        raise ValueError(f"num_labels is {str(num_labels)[:60]!r}, but must be an integer from 1 to {MAX_SIZE}.")
 
 
 def check_labels(id2label: Any) -> None:
@@ -267,13 +335,13 @@ def check_loss(settings: Mapping[str, Any]) -> None:
             "class_cost, mask_cost and dice_cost are all 0, so every matching costs the same. Set one above 0."
         )
     num_points, oversample_ratio = settings["train_num_points"], settings["oversample_ratio"]
-    if num_points is not None and (not isinstance(num_points, int) or num_points < 1):
+    if num_points is not None and (not isinstance(num_points, int) or not 1 <= num_points <= MAX_POINTS):
         raise ValueError(
-            f"train_num_points is {num_points}, but must be a whole number of at least 1, or None to compare all "
-            "pixels."
+            f"train_num_points is {num_points}, but must be a whole number from 1 to {MAX_POINTS}, or None to compare "
+            "all pixels."
         )
-    if not _is_number(oversample_ratio) or oversample_ratio < 1:
-        raise ValueError(f"oversample_ratio is {oversample_ratio}, but must be a finite number of at least 1.")
+    if not _is_number(oversample_ratio) or not 1 <= oversample_ratio <= MAX_OVERSAMPLING:
+        raise ValueError(f"oversample_ratio is {oversample_ratio}, but must be a number from 1 to {MAX_OVERSAMPLING}.")
     if not _is_number(settings["importance_sample_ratio"]) or not 0 <= settings["importance_sample_ratio"] <= 1:
         raise ValueError(f"importance_sample_ratio is {settings['importance_sample_ratio']}, but must lie in 0 to 1.")
 
@@ -285,8 +353,8 @@ def _is_number(value: Any) -> bool:
 def check_sizes(config: PreTrainedConfig) -> None:
     """Raises a ValueError if no pixel decoder and transformers can have the sizes of this model's configuration."""
     for field in ("fpn_feature_size", "mask_feature_size"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"{field} is {getattr(config, field)}, but must be at least 1.")
+        if not 1 <= getattr(config, field) <= MAX_SIZE:
+            raise ValueError(f"{field} is {getattr(config, field)}, but must be 1 to {MAX_SIZE}.")
     if config.fpn_feature_size % GROUP_NORM_GROUPS:
         raise ValueError(
             f"fpn_feature_size is {config.fpn_feature_size}, but must be a multiple of {GROUP_NORM_GROUPS}, "
@@ -304,6 +372,8 @@ def _check_transformer(config: PreTrainedConfig) -> None:
     for field in ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "num_queries"):
         if getattr(config, field) < 1:
             raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 1.")
+    if config.activation_function not in ACT2FN:
+        raise ValueError(f"decoder_config.activation_function is {config.activation_function!r}, which is unknown.")
     _check_heads(config.d_model, config.decoder_attention_heads, "decoder_config.d_model", "decoder_attention_heads")
     if config.model_type == "detr" and config.position_embedding_type != "sine":
         raise ValueError(

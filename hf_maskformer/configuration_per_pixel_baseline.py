@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from .configuration_maskformer_parts import (
     MaskFormerTransformerConfig,
     check_labels,
+    check_num_labels,
     check_sizes,
     make_backbone_config,
     nested_config,
@@ -59,6 +60,7 @@ class PerPixelBaselineConfig(ConfigWithCode):
     freeze_batch_norm: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_num_labels(kwargs.get("num_labels"))
         self.backbone_config = make_backbone_config(self.backbone_config, {"model_type": "resnet"})
         if self.decoder_config == NO_DECODER:
             self.decoder_config = None

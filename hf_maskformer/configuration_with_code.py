@@ -5,8 +5,14 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .configuration_maskformer_parts import warn_of_misplaced_fields, warn_of_misspelt_fields
+from .configuration_maskformer_parts import (
+    ATTENTION_FIELDS,
+    errors_as_value_errors,
+    warn_of_misplaced_fields,
+    warn_of_misspelt_fields,
+)
 
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new labels replace all of them
 
 
@@ -25,10 +31,29 @@ class ConfigWithCode(PreTrainedConfig):
         warn_of_misplaced_fields(self, kwargs)
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads the JSON of a configuration. Raises an OSError if there is none, or it is no JSON object."""
+        try:
+            content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # transformers takes for granted that it holds an object, and not a thousand of them inside each other.
+        except (AttributeError, TypeError, RecursionError) as error:
+            raise OSError(
+                f"{pretrained_model_name_or_path} holds no configuration as a JSON object ({error})."
+            ) from error
+        if not isinstance(content, dict):
+            raise OSError(f"{pretrained_model_name_or_path} holds a {type(content).__name__}, not a JSON object.")
+        return content, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is.
 
         A dictionary for a nested configuration changes the fields that it names.
+
+        Raises:
+            ValueError: A field has a value or a type that no model can have; the message names it.
         """
         # transformers only warns, and builds this model with weights missing.
         model_type = config_dict.get("model_type", cls.model_type)
@@ -43,8 +68,22 @@ class ConfigWithCode(PreTrainedConfig):
         if cls._auto_class is None:
             # It names files beside the one that was read, which a checkpoint saved from here will not have.
             left_out.add("auto_map")
+        # A name of the Hub there would have transformers download code and run it.
+        left_out.update(ATTENTION_FIELDS)
         config_dict = {name: value for name, value in config_dict.items() if name not in left_out}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        # Fields that this class does not know are kept as they are, and so must not take the place of a method.
+        methods = sorted(name for name in config_dict if callable(getattr(cls, str(name), None)))
+        if methods:
+            raise ValueError(
+                f"The configuration has the field {methods[0]!r}, which is the name of a method. Remove it."
+            )
+        dtype = str(config_dict.get("dtype") or config_dict.get("torch_dtype") or "auto").removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"The dtype of the configuration is {dtype[:60]!r}, but must be one of {', '.join(DTYPES)}."
+            )
+        with errors_as_value_errors("The configuration"):
+            return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         if self._auto_class is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import ModelOutput, logging
 
+from .configuration_maskformer_parts import errors_as_value_errors
 from .image_processing_maskformer_images import (
     empty_batch,
     enumerate_items,
@@ -108,10 +109,20 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             setattr(self, name, getattr(checked, name))
 
     @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Reads the JSON of a processor. Raises an OSError if there is none, or it is no JSON object."""
+        try:
+            return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, RecursionError) as error:
+            raise OSError(f"{pretrained_model_name_or_path} holds no processor as a JSON object ({error}).") from error
+
+    @classmethod
+    @errors_as_value_errors("The image processor's file")
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds a processor from the settings of a file. Settings among `kwargs`, old names too, outweigh them.
 
-        Returns the processor, or with `return_unused_kwargs=True` a tuple of it and the other `kwargs`.
+        Returns the processor, or with `return_unused_kwargs=True` a tuple of it and the other `kwargs`. Raises a
+        ValueError for a setting of a wrong type or without a meaning.
         """
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         base = {name: value for name, value in image_processor_dict.items() if name in _BASE_CLASS_SETTINGS}

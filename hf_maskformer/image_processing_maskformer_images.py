@@ -3,10 +3,14 @@
 B images of h x w pixels, H x W the padded size of the batch. Pixels stay uint8 until they lie in the batch.
 """
 
+import queue
+import re
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -17,6 +21,11 @@ from torch import Tensor
 
 from .image_processing_maskformer_settings import RESAMPLING, ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
+
+# Pillow knows some fifty formats by their content, whatever a file is called, and hands one of them to Ghostscript.
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_DOWNLOAD_BYTES = 100 * 2**20
+MAX_DOWNLOAD_SECONDS = 60.0
 
 
 def enumerate_items(name: str, items: Any, num_dimensions: int) -> Iterator[tuple[int, Any]]:
@@ -38,8 +47,8 @@ def read_image(image: Any, index: int, input_data_format: str | None = None) -> 
     Files are turned upright as their EXIF tag says; PIL images are taken as they are, since maps may come with them.
 
     Raises:
-        ValueError: it is damaged, too large for Pillow's limit, no image, has a wrong shape, or its values are wide
-            integers other than uint16 or not finite.
+        ValueError: it is damaged, too large for Pillow's limit, no image, behind a URL that `download_image` does not
+            read, has a wrong shape, or its values are wide integers other than uint16 or not finite.
     """
     if isinstance(image, str | Path | Image.Image):
         source = "" if isinstance(image, Image.Image) else f" ({image})"
@@ -104,24 +113,69 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _decode(image: str | Path | Image.Image) -> np.ndarray:
     """(h, w, 3) uint8."""
-    return np.array(to_rgb(open_image(image) if isinstance(image, str | Path) else image))
+    return np.array(to_rgb(read_upright(image) if isinstance(image, str | Path) else image))
 
 
-def open_image(source: str | Path) -> Image.Image:
+def read_upright(source: str | Path) -> Image.Image:
     """The upright image of a file or URL, in its own mode. Raises errors of Pillow and of the client."""
-    if str(source).startswith(("http://", "https://")):
-        return download_image(str(source))
-    return ImageOps.exif_transpose(Image.open(source))
+    return download_image(str(source)) if is_url(source) else ImageOps.exif_transpose(open_image(source))
 
 
-def download_image(url: str) -> Image.Image:
-    """The upright image behind a URL, in its own mode: transformers' `load_image` would cut 16 bits off at 255.
+def open_image(file: str | Path | IO[bytes]) -> Image.Image:
+    """Opens a file in one of the `IMAGE_FORMATS`. Raises errors of Pillow, of many kinds."""
+    Image.init()  # not every build of Pillow has all of them
+    return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
 
-    Raises errors of the client and of Pillow.
+
+def is_url(source: str | Path) -> bool:
+    """Whether an image lies behind a URL and not in a file. Raises a ValueError unless that is http or https."""
+    scheme = re.match(r"([a-z][a-z0-9+.-]+)://", str(source), re.IGNORECASE)
+    if isinstance(source, Path) or scheme is None:
+        return False
+    if scheme[1].lower() not in ("http", "https"):
+        raise ValueError(f"images are read over http and https, not {scheme[1]}. Download it, and give the path.")
+    return True
+
+
+def download_image(url: str, seconds: float = MAX_DOWNLOAD_SECONDS) -> Image.Image:
+    """The upright image behind an http(s) URL, in its own mode: transformers' `load_image` would cut 16 bits at 255.
+
+    Raises:
+        OSError: it has not arrived after so many seconds, or is larger than `MAX_DOWNLOAD_BYTES`.
+        Exception: of the client and of Pillow, of many kinds.
     """
-    response = get_session().get(url, timeout=30)
-    response.raise_for_status()
-    return ImageOps.exif_transpose(Image.open(BytesIO(response.content)))
+    answers: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def fetch() -> None:
+        try:
+            answers.put(_download(url, seconds))
+        except Exception as error:
+            answers.put(error)
+
+    # The client's own limits are for each piece: a server that sends its header byte by byte would keep us for days.
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"it has not arrived after {seconds:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return ImageOps.exif_transpose(open_image(BytesIO(answer)))
+
+
+def _download(url: str, seconds: float) -> bytes:
+    end = time.monotonic() + seconds
+    content = bytearray()
+    # Unpacking what a server has packed could take any amount of memory for a piece of it.
+    with get_session().stream("GET", url, timeout=seconds, headers={"Accept-Encoding": "identity"}) as response:
+        response.raise_for_status()
+        for piece in response.iter_raw():
+            content += piece
+            if len(content) > MAX_DOWNLOAD_BYTES:
+                raise OSError(f"it is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB")
+            if time.monotonic() > end:
+                raise TimeoutError(f"it has not arrived after {seconds:g} seconds")
+    return bytes(content)
 
 
 def _channels_are_last(shape: tuple[int, ...], input_data_format: str | None) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 from .post_processing_maskformer_inputs import Size
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+MAX_EDGE = 2**16
+MAX_PIXELS = 2**28  # 3.2 GB as float32
 SEGMENTATION_TASKS = ("semantic", "instance", "panoptic")
 # transformers' own.
 DEFAULT_PANOPTIC_THRESHOLDS = {"threshold": 0.5, "mask_threshold": 0.5, "overlap_mask_area_threshold": 0.8}
@@ -33,6 +35,12 @@ _FIXED_SETTINGS: dict[str, Any] = {
 _BOOKKEEPING_SETTINGS = {"disable_grouping", "_max_size", "_valid_processor_keys", "_processor_class"}
 # They choose among transformers' implementations; here there is one.
 _BOOKKEEPING_SETTINGS |= {"use_fast", "backend"}
+_TYPES: tuple[tuple[tuple[str, ...], str, Any], ...] = (
+    (("do_resize", "do_rescale", "do_normalize", "do_reduce_labels"), "true or false", bool),
+    (("size_divisor", "ignore_index", "num_labels"), "an integer", Integral),
+    (("rescale_factor",), "a number", Real),
+    (("size", "pad_size", "panoptic_thresholds"), "a dictionary of numbers", Mapping),
+)
 
 
 @dataclass
@@ -57,30 +65,31 @@ class ImageProcessorSettings:
     panoptic_thresholds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        for names, kind, types in _TYPES:
+            for name in names:
+                value = getattr(self, name)
+                is_number_by_accident = isinstance(value, bool) and types is not bool
+                if value is not None and (not isinstance(value, types) or is_number_by_accident):
+                    raise ValueError(f"{name} is {str(value)[:60]!r}, but must be {kind}.")
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
         if self.pad_size is not None:
             self.pad_size = _checked_size("pad_size", self.pad_size, ({"height", "width"},))
-        if not isinstance(self.size_divisor, Integral) or self.size_divisor < 0:
-            raise ValueError(f"size_divisor is {self.size_divisor}; give a positive integer, or 0 not to round up.")
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_reduce_labels"):
-            if getattr(self, name) not in (True, False):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False.")
+        if not 0 <= self.size_divisor <= MAX_EDGE:
+            raise ValueError(
+                f"size_divisor is {self.size_divisor}; give an integer to {MAX_EDGE}, or 0 not to round up."
+            )
         if not isinstance(self.resample, int) or self.resample not in RESAMPLING:
             known = ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
             raise ValueError(f"resample is {self.resample!r}; known are {known}.")
         self.resample = int(self.resample)
-        if not isinstance(self.rescale_factor, Real) or not 0 < self.rescale_factor < math.inf:
+        if not 0 < self.rescale_factor < math.inf:
             raise ValueError(f"rescale_factor is {self.rescale_factor!r}; give a number above 0, such as 1 / 255.")
         self.image_mean = _three_channels("image_mean", self.image_mean)
         self.image_std = _three_channels("image_std", self.image_std)
         if not all(self.image_std):
             raise ValueError(f"image_std is {self.image_std}; images are divided by it, so it must not hold a zero.")
-        if self.num_labels is not None and (not isinstance(self.num_labels, Integral) or self.num_labels < 1):
-            raise ValueError(
-                f"num_labels is {self.num_labels!r}; give the number of labels, or None not to check them."
-            )
-        if self.ignore_index is not None and not isinstance(self.ignore_index, Integral):
-            raise ValueError(f"ignore_index is {self.ignore_index!r}; give an integer, as maps hold, or None.")
+        if self.num_labels is not None and self.num_labels < 1:
+            raise ValueError(f"num_labels is {self.num_labels}; give the number of labels, or None not to check them.")
         if self.segmentation_task not in (None, *SEGMENTATION_TASKS):
             known = ", ".join(SEGMENTATION_TASKS)
             raise ValueError(f"segmentation_task is {self.segmentation_task!r}; give one of {known}, or None.")
@@ -112,7 +121,16 @@ class ImageProcessorSettings:
         return max(1, int(edges[0] + 0.5)), max(1, int(edges[1] + 0.5))
 
     def padded_size(self, sizes: Sequence[Size]) -> Size:
-        """The size of a batch that holds images of these sizes."""
+        """The size of a batch that holds images of these sizes. Raises a ValueError if there is none."""
+        height, width = self._padded_size(sizes)
+        if height * width > MAX_PIXELS:
+            raise ValueError(
+                f"Images would be {height} x {width} after resizing and padding, more than {MAX_PIXELS} pixels. Give a "
+                "smaller size, with a longest_edge, or leave out images that are lines."
+            )
+        return height, width
+
+    def _padded_size(self, sizes: Sequence[Size]) -> Size:
         if self.pad_size is None:
             divisor = self.size_divisor or 1
             height, width = (math.ceil(max(edges) / divisor) * divisor for edges in zip(*sizes, strict=True))
@@ -186,8 +204,11 @@ def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -
     if size is None or isinstance(size, int):
         edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": size}
         return edges if max_size is None else {**edges, "longest_edge": max_size}
-    edges = {"height": size[0], "width": size[1]} if isinstance(size, list | tuple) and len(size) == 2 else size
-    if max_size is not None and (not isinstance(edges, Mapping) or edges.get("longest_edge") != max_size):
+    is_pair = isinstance(size, list | tuple) and len(size) == 2
+    if not is_pair and not isinstance(size, Mapping):
+        raise ValueError(f"size is {str(size)[:60]!r}; give an integer, (height, width) or a dictionary of edges.")
+    edges = {"height": size[0], "width": size[1]} if is_pair else dict(size)
+    if max_size is not None and edges.get("longest_edge") != max_size:
         raise ValueError(f"max_size={max_size} contradicts size={edges}; give it as the longest_edge of size instead.")
     return edges
 
@@ -196,8 +217,8 @@ def _checked_size(name: str, size: Any, forms: Sequence[set[str]]) -> dict[str, 
     if not isinstance(size, Mapping) or set(size) not in forms:
         known = " or ".join(str(sorted(form)) for form in forms)
         raise ValueError(f"{name} is {size!r}; give a dictionary with {known}.")
-    if not all(isinstance(edge, int) and edge > 0 for edge in size.values()):
-        raise ValueError(f"{name} is {size}; every edge must be a positive integer.")
+    if not all(isinstance(edge, int) and 0 < edge <= MAX_EDGE for edge in size.values()):
+        raise ValueError(f"{name} is {size}; every edge must be a positive integer, at most {MAX_EDGE}.")
     return dict(size)
 
 
@@ -216,6 +237,6 @@ def _are_all(values: Any, kind: type) -> bool:
 
 def _three_channels(name: str, value: float | Sequence[float]) -> list[float]:
     channels: Any = [value] * 3 if isinstance(value, int | float) else value
-    if not _are_all(channels, Real) or len(channels) != 3:
+    if not _are_all(channels, Real) or len(channels) != 3 or not all(map(math.isfinite, channels)):
         raise ValueError(f"{name} is {value!r}; give three numbers, for red, green and blue.")
     return list(channels)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .image_processing_maskformer_images import open_image, resize_nearest
+from .image_processing_maskformer_images import read_upright, resize_nearest
 from .image_processing_maskformer_settings import ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
 
@@ -47,7 +47,7 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> T
     try:
         if isinstance(segmentation_map, str | Path):
             # In its own mode: pixels of a palette are indices, which are the labels.
-            segmentation_map = open_image(segmentation_map)
+            segmentation_map = read_upright(segmentation_map)
         values = np.asarray(segmentation_map)
     except Exception as error:  # a damaged file shows when it is decoded
         raise ValueError(f"Segmentation map {index}{source} cannot be read: {error}") from error

@@ -5,17 +5,19 @@ width; H x W is the padded image, h x w = H/4 x W/4.
 """
 
 import itertools
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_maskformer import MaskFormerConfig
-from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, errors_as_value_errors, is_of_type
 from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid, build_foreign_backbone, switch_attention
 from .modeling_maskformer_pixel_decoder import MaskProjection, PixelDecoder, PixelDecoderOutput
@@ -23,6 +25,7 @@ from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
 from .modeling_maskformer_transformer_decoder import TransformerModule
 
+MAX_PARAMETERS = 10**10  # 40 GB; the largest backbone of transformers has 7e9
 STRIDES = (4, 8, 16, 32)  # of the backbone's feature maps
 OWN_BACKBONES: dict[str, type[nn.Module]] = {
     "resnet": ResNetBackbone,
@@ -202,7 +205,33 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         # Each model has some of them only, and wrapping policies refuse names that they do not find.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in type(self)._no_split_modules if name in present]
+        # From a checkpoint, nothing is allocated yet: transformers builds models on the meta device first.
+        num_parameters = sum(tensor.numel() for tensor in itertools.chain(self.parameters(), self.buffers()))
+        if num_parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"The configuration describes a model of {num_parameters:.1e} parameters, but models here have at most "
+                f"{MAX_PARAMETERS:.0e}. Reduce its widths and numbers of layers."
+            )
         super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers.
+
+        Raises:
+            OSError: There are no weights, or a file of weights is damaged or of another kind.
+            ValueError: The configuration is one that no model can have.
+            RuntimeError: Weights have another shape than the model's.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # What transformers passes on of the readers of weights and of their index.
+        except (SafetensorError, pickle.UnpicklingError, LookupError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise OSError(
+                f"{pretrained_model_name_or_path} cannot be loaded ({reason}). Are its weights damaged or cut "
+                "off? Then download them again."
+            ) from error
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -432,9 +461,15 @@ def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:
 
 
 def build_backbone(config: PreTrainedConfig) -> Any:
-    """The backbone of a configuration: one of ours, or what `AutoBackbone` builds. All have `channels`."""
+    """The backbone of a configuration: one of ours, or what `AutoBackbone` builds. All have `channels`.
+
+    Raises:
+        ValueError: There is no such backbone.
+    """
     own = OWN_BACKBONES.get(config.model_type)
-    return build_foreign_backbone(config) if own is None else own(config)
+    # Each type has its own rules for its fields, of which only its modules know some.
+    with errors_as_value_errors("backbone_config"):
+        return build_foreign_backbone(config) if own is None else own(config)
 
 
 def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Sequence[Tensor]:

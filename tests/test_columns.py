@@ -248,7 +248,7 @@ def test_objects_that_are_boxes_are_refused():
     features = datasets.Features(image=datasets.Image(), objects=[{"label": datasets.Value("int64")}])
     row = {"image": Image.new("RGB", (3, 2)), "objects": [{"label": 1}]}
     dataset = datasets.Dataset.from_list([row], features=features)
-    with pytest.raises(ValueError, match="row 0, column 'objects': objects have no counts, size"):
+    with pytest.raises(ValueError, match="row 0, column 'objects': object 0 has no counts, size"):
         SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
 
 

@@ -78,7 +78,7 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
     ("fields", "message"),
     [
         ({"fpn_feature_size": 48}, "fpn_feature_size is 48, but must be a multiple of 32"),
-        ({"mask_feature_size": 0}, "mask_feature_size is 0, but must be at least 1"),
+        ({"mask_feature_size": 0}, "mask_feature_size is 0, but must be 1 to 65536"),
         ({"mask_weight": -1.0}, "mask_weight is -1.0, but must be a finite number of at least 0"),
         ({"no_object_weight": 0.0}, "no_object_weight is 0.0, but must be a finite number above 0"),
         ({"class_cost": 0, "mask_cost": 0, "dice_cost": 0}, "class_cost, mask_cost and dice_cost are all 0"),

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from .coco_file import CocoFile
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, fit_image, load_image
+from .sample import Sample, empty_masks, fit_image, load_image
 from .segments import number_segments, read_ids
 
 
@@ -120,7 +120,7 @@ class CocoInstances(Dataset[Sample]):
             raise ValueError(f"{self.map_source(index)} has height and width {size}; they must be positive integers.")
         image = fit_image(load_image(image_path), size, str(image_path), self.map_source(index))
         annotations = self._file.annotations(index)
-        masks = np.zeros((len(annotations), *size), dtype=bool)
+        masks = empty_masks(len(annotations), size, self.map_source(index))
         for mask, annotation in zip(masks, annotations, strict=True):
             mask[:] = self._mask(annotation, size)
         labels = [self.labels.label_of(annotation["category_id"], self.label_source) for annotation in annotations]

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, fit_image, make_sample
+from .sample import Sample, empty_masks, fit_image, make_sample
 from .segments import number_segments, read_ids, split_class_and_instance
 
 if TYPE_CHECKING:
@@ -177,15 +177,16 @@ class _RowReader:
 
     def _masks(self, row: dict[str, Any], name: str, image_source: str, source: str) -> Sample:
         objects, image = _as_rows(row[OBJECTS_COLUMN]), row[self._image_column]
-        missing = sorted({"label", "size", "counts"} - objects[0].keys()) if objects else []
-        if missing:
-            raise ValueError(
-                f"{source}: objects have no {', '.join(missing)}. Store each mask as a packed RLE of COCO."
-            )
+        for number, entry in enumerate(objects):
+            missing = sorted(name for name in ("label", "size", "counts") if (entry or {}).get(name) is None)
+            if missing:
+                raise ValueError(
+                    f"{source}: object {number} has no {', '.join(missing)}. Store each mask as a packed RLE of COCO."
+                )
         # Masks say whether they were drawn on the stored picture or on the one turned upright.
         size = tuple(objects[0]["size"]) if objects else ImageOps.exif_transpose(image).size[::-1]
         image = fit_image(image, size, image_source, source)
-        masks = np.zeros((len(objects), *size), dtype=bool)
+        masks = empty_masks(len(objects), size, source)
         for number, (mask, entry) in enumerate(zip(masks, objects, strict=True)):
             try:
                 mask[:] = decode_mask(entry, size)

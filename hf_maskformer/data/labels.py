@@ -1,6 +1,7 @@
 """The classes of a data set: their names, which pixels are ignored, and how label files number them."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -44,8 +45,7 @@ class LabelSet:
                 f"id2label has the ids {ids}, but ids must be 0 to K - 1 without gaps. Renumber the classes and their "
                 "pixels."
             )
-        names = list(self.id2label.values())
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(self.id2label.values()).items() if count > 1)
         if repeated:
             raise ValueError(f"id2label names several classes {shorten(repeated)}. Give each class a name of its own.")
         unknown = sorted(set(self.thing_ids) - set(self.id2label))
@@ -75,7 +75,7 @@ class LabelSet:
         try:
             # Editors on Windows put a byte order mark in front, which plain utf-8 would not read.
             return cls(**_fields(json.loads(path.read_text(encoding="utf-8-sig"))))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     @property
@@ -86,7 +86,8 @@ class LabelSet:
     @property
     def stuff_ids(self) -> tuple[int, ...]:
         """The classes that are no things; none where the data set does not say which are."""
-        return tuple(label for label in self.id2label if label not in self.thing_ids) if self.thing_ids else ()
+        things = set(self.thing_ids)
+        return tuple(label for label in self.id2label if label not in things) if things else ()
 
     @property
     def _highest_value(self) -> int:

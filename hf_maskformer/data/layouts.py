@@ -112,6 +112,8 @@ class CocoStuff10k(SegmentationFiles):
 
         try:
             ids = loadmat(path)["S"]
+            if ids.ndim != 2 or ids.dtype.kind not in "iu":
+                raise ValueError(f"it holds {ids.dtype} of shape {ids.shape}, not a map of integers")
         # A damaged file meets scipy's reader with many kinds of error.
         except Exception as error:
             raise ValueError(f"{path} is no label file of COCO-Stuff ({error}). Download it again.") from error

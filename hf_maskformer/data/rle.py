@@ -79,7 +79,7 @@ def _corners(polygon: Any, size: tuple[int, int]) -> np.ndarray:
     """Checks a polygon and gives its corners (N, 2)."""
     try:
         values = np.array(polygon, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"has the polygon {str(polygon)[:60]}, which is no list of numbers") from error
     if values.ndim != 1 or len(values) < 6 or len(values) % 2:
         raise ValueError(f"has a polygon of shape {values.shape}; it takes x and y of 3 or more corners")

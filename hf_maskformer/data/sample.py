@@ -8,10 +8,13 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..image_processing_maskformer_images import open_image
 from ..image_processing_maskformer_images import to_rgb as convert_to_rgb
 
 # 1 bit, 8 bit, 8 bit with a palette (whose indices are the labels), 16 bit in three byte orders, 32 bit.
 MODES_OF_SEGMENTATION_MAPS = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")
+
+MAX_MASK_BYTES = 8 * 10**9
 
 
 class Sample(TypedDict):
@@ -46,7 +49,7 @@ def load_image(path: Path) -> Image.Image:
     """Reads and decodes an image file completely, or raises a ValueError that names it."""
     try:
         # From memory, so that no handle stays open in a long-lived worker, whatever the format.
-        image = Image.open(io.BytesIO(path.read_bytes()))
+        image = open_image(io.BytesIO(path.read_bytes()))
         image.load()
     # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
     except Exception as error:
@@ -79,6 +82,19 @@ def check_sizes(image: Image.Image, size: tuple[int, ...], image_source: str, ma
             f"{map_source} is {' x '.join(map(str, size))} (height x width), but its image {image_source} is "
             f"{image.height} x {image.width}. Export both at the same size."
         )
+
+
+def empty_masks(num_masks: int, size: tuple[int, int], source: str) -> np.ndarray:
+    """Masks (num_masks, H, W), bool, without a pixel. Raises a ValueError if they would take above 8 GB.
+
+    A few bytes of a file list an object, and a few a large image of one colour.
+    """
+    if num_masks * size[0] * size[1] > MAX_MASK_BYTES:
+        raise ValueError(
+            f"{source} has {num_masks} masks of {size[0]} x {size[1]} pixels, more than {MAX_MASK_BYTES / 1e9:.0f} GB. "
+            "Make the image smaller, or remove objects."
+        )
+    return np.zeros((num_masks, *size), dtype=bool)
 
 
 def check_file_name(name: Any, folder: Path, source: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..data.sample import check_file_name
 from .drawing import label_colors
 from .segmentation_maps import to_numpy
 
@@ -61,10 +62,14 @@ def write_panoptic(
 
     Returns:
         The path of the JSON file.
+
+    Raises:
+        ValueError: a name leads out of the folder, and what `panoptic_image` and `panoptic_annotation` raise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     annotations = []
     for image_id, name, result in results:
+        check_file_name(f"{name}.png", folder, "The results")
         panoptic_image(result["segmentation"]).save(folder / f"{name}.png")
         annotations.append(panoptic_annotation(result, image_id, f"{name}.png", category_ids))
     path = folder.parent / f"{folder.name}.json"

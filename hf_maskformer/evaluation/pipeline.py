@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import ImageSegmentationPipeline
 from transformers.image_utils import load_image
 
-from ..image_processing_maskformer_images import to_rgb
+from ..image_processing_maskformer_images import download_image, is_url, open_image, to_rgb
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
@@ -227,9 +227,11 @@ def _stacked(inputs: list[Any]) -> Any:
 def _as_rgb(image: Any, timeout: float | None, index: int) -> Image.Image:
     loaded = image
     try:
-        # transformers would cut grey images of 16 bits off at 255.
+        # transformers would cut grey images of 16 bits off at 255, and read what is behind a URL without a limit.
         if isinstance(loaded, str | Path) and os.path.isfile(loaded):
-            loaded = Image.open(loaded)
+            loaded = open_image(loaded)
+        elif isinstance(loaded, str) and is_url(loaded):
+            loaded = download_image(loaded) if timeout is None else download_image(loaded, timeout)
         if isinstance(loaded, Image.Image):
             loaded = to_rgb(ImageOps.exif_transpose(loaded))
         return load_image(loaded, timeout=timeout)

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..data.folder import IMAGE_SUFFIXES, files_by_name
-from ..data.sample import load_image, to_rgb
+from ..data.sample import check_file_name, load_image, to_rgb
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from ..image_processing_maskformer_images import download_image
+from ..image_processing_maskformer_images import download_image, is_url
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
@@ -91,8 +91,10 @@ def write_prediction(
 ) -> list[Path]:
     """Writes NAME_labels.png (ids, 8 bits, or 16 where one exceeds 255), NAME_segments.json and NAME_overlay.png.
 
-    Returns their paths. The folder is made if it does not exist; files of these names are replaced.
+    Returns their paths. The folder is made if it does not exist; files of these names are replaced. Raises a ValueError
+    for a name that leads out of it.
     """
+    check_file_name(name, folder, "The prediction")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}{ending}" for ending in ("_labels.png", "_segments.json", "_overlay.png")]
     ids = prediction.segmentation
@@ -112,10 +114,10 @@ def read_images(source: str, failed: list[Path] | None = None) -> Iterator[tuple
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no image.
-        ValueError: a single file is damaged or has mode I or F, two of a folder share their name, or a URL leads to no
-            image.
+        ValueError: a single file is damaged or has mode I or F, two of a folder share their name, or a URL is not
+            http(s), leads to no image, or is not read within the limits of `download_image`.
     """
-    if source.startswith(("http://", "https://")):
+    if is_url(source):
         yield Path(unquote(urlparse(source).path)).stem or "image", _download(source)
         return
     path = Path(source)

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig
 
 from ..configuration_maskformer import MaskFormerConfig
-from ..configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
+from ..configuration_maskformer_parts import MAX_SIZE, MaskFormerResNetConfig, MaskFormerTransformerConfig
 from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import LabelSet
 from ..image_processing_maskformer import MaskFormerImageProcessor
@@ -139,6 +139,7 @@ class OriginalConfig:
             raise ValueError(
                 f"{self.path} has {', '.join(unknown)}, which MaskFormer does not have. Is it another model's file?"
             )
+        self._check_kinds()
         self._check_fixed_values()
 
     @property
@@ -188,6 +189,14 @@ class OriginalConfig:
             **task_settings(self._panoptic_thresholds),
             **label_map_settings(labels or self.labels, self["MODEL.SEM_SEG_HEAD.IGNORE_VALUE"]),
         )
+
+    def _check_kinds(self) -> None:
+        """Refuses values of another kind than the default of their field."""
+        for key, default in DEFAULTS.items():
+            if not _is_alike(self[key], default):
+                raise ValueError(
+                    f"{self.path} has {key} {str(self[key])[:60]!r}, but something like {default!r} belongs there."
+                )
 
     def _check_fixed_values(self) -> None:
         """Refuses what no model here has, by the name of the field."""
@@ -328,3 +337,14 @@ class OriginalConfig:
         if self["MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME"] != TRANSFORMER_PIXEL_DECODER:
             return 0
         return self["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"]
+
+
+def _is_alike(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a default, and no number is far above that of any model."""
+    if isinstance(default, list):
+        # Names of data sets may be written in several ways.
+        return not default or (isinstance(value, list | tuple) and all(_is_alike(item, default[0]) for item in value))
+    if isinstance(default, bool | str | None):
+        return default is None or isinstance(value, type(default))
+    types = int if isinstance(default, int) else int | float
+    return isinstance(value, types) and not isinstance(value, bool) and abs(value) <= MAX_SIZE

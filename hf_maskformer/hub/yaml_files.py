@@ -1,5 +1,6 @@
 """Reads detectron2's yaml files, complete ones and those that change the values of another."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     try:
         # Only plain data and tuples are constructed: the loader is SafeLoader with one tag more.
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    # Dates and numbers that are none end in a plain ValueError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # Dates, numbers and truth values that are none end in errors of their own.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no yaml file of plain data: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
@@ -80,7 +81,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or "://" in base:
         raise ValueError(f"{path} has _BASE_ {base!r}; give the name of a file.")
-    return _merge(_read(path.parent / Path(base).expanduser(), (*readers, path)), values)
+    return _merge(_read(path.parent / os.path.expanduser(base), (*readers, path)), values)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,11 @@ def new_model(config: str, labels: LabelSet) -> Model:
             f"{config} does not exist. Name a configuration file, a folder with one or a checkpoint."
         )
     model_class = model_class_of(config)
-    return model_class(model_class.config_class.from_pretrained(config, **_fields(model_class, labels)))
+    model_config = model_class.config_class.from_pretrained(config, **_fields(model_class, labels))
+    # A file may describe a model that no memory holds: without memory, it is refused by its number of parameters.
+    with torch.device("meta"):
+        model_class(model_config)
+    return model_class(model_config)
 
 
 def model_on_backbone(backbone: str, labels: LabelSet) -> MaskFormerForInstanceSegmentation:
