@@ -70,7 +70,7 @@ class ImageProcessorSettings:
                 value = getattr(self, name)
                 is_number_by_accident = isinstance(value, bool) and types is not bool
                 if value is not None and (not isinstance(value, types) or is_number_by_accident):
-                    raise ValueError(f"{name} is {str(value)[:60]!r}, but must be {kind}.")
+                    raise ValueError(f"{name} is {repr(value)[:60]}, but must be {kind}.")
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
         if self.pad_size is not None:
             self.pad_size = _checked_size("pad_size", self.pad_size, ({"height", "width"},))

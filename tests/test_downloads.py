@@ -102,7 +102,7 @@ def address(monkeypatch):
 READERS = {
     "processor": lambda url: MaskFormerImageProcessor()(url),
     "predict": lambda url: list(read_images(url)),
-    "pipeline": lambda url: _as_rgb(url, timeout=None),
+    "pipeline": lambda url: _as_rgb(url, timeout=None, index=0),
 }
 
 

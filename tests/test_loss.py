@@ -267,9 +267,9 @@ def test_masks_of_floating_type_with_other_values_are_refused(value, options):
         ({"no_object_weight": 0.0}, "no_object_weight is 0.0, but must be a finite number above 0"),
         ({"mask_weight": -1}, "mask_weight is -1, but must be a finite number of at least 0"),
         ({"class_cost": 0, "mask_cost": 0, "dice_cost": 0}, "are all 0, so every matching costs the same"),
-        ({"train_num_points": 0}, "train_num_points is 0, but must be a whole number of at least 1"),
-        ({"train_num_points": 1.5}, "train_num_points is 1.5, but must be a whole number of at least 1"),
-        ({"oversample_ratio": 0.5}, "oversample_ratio is 0.5, but must be a finite number of at least 1"),
+        ({"train_num_points": 0}, "train_num_points is 0, but must be a whole number from 1"),
+        ({"train_num_points": 1.5}, "train_num_points is 1.5, but must be a whole number from 1"),
+        ({"oversample_ratio": 0.5}, "oversample_ratio is 0.5, but must be a number from 1"),
         ({"importance_sample_ratio": 2}, "importance_sample_ratio is 2, but must lie in 0 to 1"),
     ],
 )
