@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.prediction import predict, read_images, write_prediction
 from hf_maskformer.evaluation.tasks import TASKS
 from hf_maskformer.training.starting_point import model_class_of
@@ -28,11 +29,16 @@ class Arguments:
     task: str | None = field(
         default=None, metadata={"help": "What to predict; by default what the model was trained for.", "choices": TASKS}
     )
+    precision: Precision | None = field(
+        default=None,
+        metadata={"help": "By default that of the checkpoint. Integers need torchao."},
+    )
 
 
 def main(arguments: Arguments) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(device).eval()
+    options = loading_options(arguments.precision)
+    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(device).eval()
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
     task = arguments.task or image_processor.segmentation_task or "semantic"
     failed: list[Path] = []
