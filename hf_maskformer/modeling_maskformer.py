@@ -205,7 +205,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The convolution that sees the image first. transformers asks when it quantises, or checkpoints adapters."""
-        encoder = self.base_model.pixel_level_module.encoder
+        encoder = self.base_model.get_submodule("pixel_level_module.encoder")
         return next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
 
     def post_init(self) -> None:
