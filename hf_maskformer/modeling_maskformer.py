@@ -102,7 +102,7 @@ class PixelLevelModule(nn.Module):
 
     Shapes:
         pixel_values: (B, 3, H, W).
-        returns: the backbone's four feature maps, and what the pixel decoder makes of them.
+        returns: the backbone's four feature maps, or the last alone, and what the pixel decoder makes of them.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -120,21 +120,28 @@ class PixelLevelModule(nn.Module):
         self.train(self.training)
 
     def forward(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, with_embeddings: bool = True
-    ) -> tuple[Sequence[Tensor], PixelDecoderOutput]:
-        """With a `pixel_mask` (B, H, W), transformer encoder layers leave the padding out."""
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        with_embeddings: bool = True,
+        with_features: bool = False,
+    ) -> tuple[tuple[Tensor, ...], PixelDecoderOutput]:
+        """With a `pixel_mask` (B, H, W), transformer encoder layers leave the padding out.
+
+        Without features the pixel decoder frees each map of the backbone but the last once it has used it.
+        """
         # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout. On a CPU,
         # torch 2.13 corrupts memory in the backward pass of such convolutions in bfloat16.
         if pixel_values.is_cuda or not torch.is_grad_enabled():
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        if isinstance(self.encoder, PreTrainedModel):
-            features = foreign_feature_maps(self.encoder, pixel_values)
-        else:
-            features = self.encoder(pixel_values)
+        is_foreign = isinstance(self.encoder, PreTrainedModel)
+        # A list of our own: the pixel decoder empties it.
+        features = list(foreign_feature_maps(self.encoder, pixel_values) if is_foreign else self.encoder(pixel_values))
         memory_sizes = None
         if pixel_mask is not None:
             memory_sizes = covered_part(*sizes_in_batch(pixel_values, pixel_mask), features[-1].shape[-2:])
-        return features, self.decoder(features, memory_sizes, with_embeddings)
+        returned = tuple(features) if with_features else (features[-1],)
+        return returned, self.decoder(features, memory_sizes, with_embeddings)
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
         super().train(mode)
@@ -200,6 +207,11 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
             for module in self.modules():
                 if isinstance(module, PreTrainedModel) and not isinstance(module, MaskFormerPreTrainedModel):
                     switch_attention(module, checked["backbone_config"])
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The convolution that sees the image first. transformers asks when it quantises, or checkpoints adapters."""
+        encoder = self.base_model.get_submodule("pixel_level_module.encoder")
+        return next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
 
     def post_init(self) -> None:
         # Each model has some of them only, and wrapping policies refuse names that they do not find.
@@ -271,7 +283,9 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
         output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = first_set(output_attentions, self.config.output_attentions)
         masked = pixel_mask if self.config.mask_padding else None
-        features, (pixel_embeddings, memory, levels, memory_sizes) = self.pixel_level_module(pixel_values, masked)
+        features, (pixel_embeddings, memory, levels, memory_sizes) = self.pixel_level_module(
+            pixel_values, masked, with_features=output_hidden_states
+        )
         queries = self.transformer_module(memory, output_hidden_states, output_attentions, memory_sizes)
         output = MaskFormerModelOutput(
             encoder_last_hidden_state=features[-1],
@@ -281,7 +295,7 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
             transformer_decoder_intermediate_states=queries.intermediate_states,
         )
         if output_hidden_states:
-            output.encoder_hidden_states = tuple(features)
+            output.encoder_hidden_states = features
             output.pixel_decoder_hidden_states = tuple(levels)
             output.transformer_decoder_hidden_states = queries.hidden_states
             output.hidden_states = (*features, *levels, *queries.hidden_states)

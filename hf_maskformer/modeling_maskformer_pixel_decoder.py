@@ -90,12 +90,15 @@ class FeaturePyramid(nn.Module):
         self.stem = conv_norm_relu(channels[-1], feature_size)
         self.layers = nn.ModuleList(FeaturePyramidLayer(feature_size, size) for size in reversed(channels[:-1]))
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Takes the feature maps finest first; returns the levels after the stem, coarsest first."""
-        level = self.stem(features[-1])
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Takes the feature maps finest first; returns the levels after the stem, coarsest first.
+
+        The list is empty afterwards: a map that has been used need not be kept while finer ones are, which are larger.
+        """
+        level = self.stem(features.pop())
         levels = []
-        for layer, lateral in zip(self.layers, reversed(features[:-1]), strict=True):
-            level = layer(level, lateral)
+        for layer in self.layers:
+            level = layer(level, features.pop())
             levels.append(level)
         return levels
 
@@ -151,13 +154,17 @@ class PixelDecoder(nn.Module):
         self.mask_projection = MaskProjection(feature_size, mask_feature_size, kernel_size=3, padding=1)
 
     def forward(
-        self, features: Sequence[Tensor], memory_sizes: Tensor | None = None, with_embeddings: bool = True
+        self, features: list[Tensor], memory_sizes: Tensor | None = None, with_embeddings: bool = True
     ) -> PixelDecoderOutput:
-        """Without embeddings the last projection is left to whoever knows the queries (`MaskProjection`)."""
-        memory = features[-1]
+        """Without embeddings the last projection is left to whoever knows the queries (`MaskProjection`).
+
+        The list of features is empty afterwards, so that their memory is free where nobody else holds them.
+        """
+        memory = features.pop()
         if self.input_projection is not None and self.encoder is not None:
             memory = self.encoder(self.input_projection(memory), memory_sizes)
-        levels = self.fpn([*features[:-1], memory])
+        features.append(memory)
+        levels = self.fpn(features)
         pixel_embeddings = self.mask_projection(levels[-1]) if with_embeddings else None
         return PixelDecoderOutput(pixel_embeddings, memory, levels, memory_sizes)
 

@@ -23,8 +23,8 @@ from .modeling_maskformer_winograd import is_traced
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 SEPARATION = -100.0
 
-# The feed-forward network is four times as wide as the map. At inference on a CPU it sees so many positions at a time
-# that all it makes of them stays in the cache.
+# What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
+# feed-forward network see so many positions at a time that all this stays in the cache.
 POSITIONS_AT_ONCE = 800
 
 
@@ -147,15 +147,24 @@ class SwinBlock(GradientCheckpointingLayer):
     def forward(self, states: Tensor, grids: "tuple[WindowGrid, WindowGrid]") -> Tensor:
         """Takes (B, h, w, C), and the stage's windows without and with shift; returns (B, h, w, C)."""
         grid = grids[1 if self.shift else 0]
-        states = states + self._drop_path(self._attend(self.layernorm_before(states), grid))
         if torch.is_grad_enabled() or self.training or states.device.type != "cpu" or is_traced():
+            windows = grid.to_windows(self.layernorm_before(states))
+            states = states + self._drop_path(grid.to_map(self.attention(windows, grid.separation)))
             return states + self._drop_path(self._feed_forward(states))
+        windows = grid.to_windows(self.layernorm_before(states))
+        self._attend_in_parts(windows, grid)
+        states = states + grid.to_map(windows)
         for positions in states.flatten(0, 2).split(POSITIONS_AT_ONCE):
             positions += self._feed_forward(positions)
         return states
 
-    def _attend(self, states: Tensor, grid: "WindowGrid") -> Tensor:
-        return grid.to_map(self.attention(grid.to_windows(states), grid.separation))
+    def _attend_in_parts(self, windows: Tensor, grid: "WindowGrid") -> None:
+        """Replaces the windows (B W, N, C) by what they attend to, a few of one image at a time."""
+        num_windows = max(POSITIONS_AT_ONCE // grid.num_positions, 1)
+        for image in windows.split(grid.num_windows):
+            separations = [None] * len(image) if grid.separation is None else grid.separation.split(num_windows)
+            for part, separation in zip(image.split(num_windows), separations, strict=False):
+                part.copy_(self.attention(part, separation))
 
     def _feed_forward(self, states: Tensor) -> Tensor:
         return self.output(self.activation(self.intermediate(self.layernorm_after(states))))

@@ -116,7 +116,9 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
         output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = first_set(output_attentions, self.config.output_attentions)
         image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
-        features, (pixel_embeddings, memory, levels, _) = self.model.pixel_level_module(pixel_values)
+        features, (pixel_embeddings, memory, levels, _) = self.model.pixel_level_module(
+            pixel_values, with_features=output_hidden_states
+        )
         hidden_states, attentions = (*features, *levels), None
         if self.classifier is not None:
             logits = self.classifier(pixel_embeddings)[None]

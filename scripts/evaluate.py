@@ -22,6 +22,7 @@ from hf_maskformer.data.labels import shorten
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.export import PredictionWriter
+from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.report import as_json, as_table
 from hf_maskformer.evaluation.tasks import TASKS, task_of_data
 from hf_maskformer.training.starting_point import model_class_of, renamed_classes
@@ -38,6 +39,10 @@ class Arguments:
     classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
     task: str | None = field(default=None, metadata={"help": "What to evaluate; the labels tell.", "choices": TASKS})
     tta: bool = field(default=False, metadata={"help": "Average over scales of 0.5 to 1.75 and mirror images."})
+    precision: Precision | None = field(
+        default=None,
+        metadata={"help": "By default that of the checkpoint. Integers need torchao."},
+    )
     batch_size: int = field(default=1, metadata={"help": "Images in a batch, of each process."})
     num_workers: int = field(default=0, metadata={"help": "Worker processes that read and prepare images."})
     check_data: bool = field(default=True, metadata={"help": "Read every sample once before."})
@@ -56,7 +61,8 @@ def main(arguments: Arguments) -> None:
         arguments.classes,
         format=arguments.format,
     )
-    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(state.device)
+    options = loading_options(arguments.precision)
+    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(state.device)
     if model.config.num_labels != dataset.labels.num_labels:
         raise ValueError(
             f"{arguments.checkpoint} has {model.config.num_labels} classes, but {arguments.data} has "

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.prediction import predict, read_images, write_prediction
 from hf_maskformer.evaluation.tasks import TASKS
 from hf_maskformer.training.starting_point import model_class_of
@@ -31,11 +32,16 @@ class Arguments:
         default=None, metadata={"help": "What to predict; by default what the model was trained for.", "choices": TASKS}
     )
     json: bool = field(default=False, metadata={"help": "Print the results as JSON."})
+    precision: Precision | None = field(
+        default=None,
+        metadata={"help": "By default that of the checkpoint. Integers need torchao."},
+    )
 
 
 def main(arguments: Arguments) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint).to(device).eval()
+    options = loading_options(arguments.precision)
+    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(device).eval()
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
     task = arguments.task or image_processor.segmentation_task or "semantic"
     images: list[dict[str, Any]] = []

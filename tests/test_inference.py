@@ -1,5 +1,7 @@
 """What makes inference fast leaves its results as they are."""
 
+import weakref
+
 import accelerate
 import peft
 import pytest
@@ -149,12 +151,34 @@ def test_logits_with_and_without_gradient_agree(backbone):
         torch.testing.assert_close(model(pixel_values).masks_queries_logits, with_gradient, **CLOSE)
 
 
-def test_the_feed_forward_in_parts_is_the_whole(monkeypatch):
+def test_a_block_in_parts_is_the_whole(monkeypatch):
     model, pixel_values = tiny_model(swin_config()).eval(), torch.randn(2, 3, 64, 96)
     whole = model(pixel_values).masks_queries_logits
     monkeypatch.setattr(modeling_maskformer_swin, "POSITIONS_AT_ONCE", 7)
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values).masks_queries_logits, whole, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_feature_map_is_kept_until_it_is_used_or_as_long_as_it_is_wanted(backbone, wanted):
+    model, kept = tiny_model(backbone()).eval(), []
+    module, references = model.model.pixel_level_module, []
+    maps_of = module.encoder.forward
+
+    def record(*arguments):
+        output = maps_of(*arguments)
+        references.extend(weakref.ref(each) for each in getattr(output, "feature_maps", output))
+        return output
+
+    module.encoder.forward = record
+    module.decoder.mask_projection.register_forward_pre_hook(
+        lambda *arguments: kept.extend(reference() is not None for reference in references)
+    )
+    outputs = model(torch.randn(1, 3, 64, 96), output_hidden_states=wanted)
+    assert kept == [wanted] * 3 + [True]
+    assert len(outputs.encoder_hidden_states or ()) == (4 if wanted else 0)
 
 
 @pytest.mark.parametrize("shift", [0, 2])
