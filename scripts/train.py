@@ -57,10 +57,11 @@ class DataArguments:
     min_scale: float = field(default=0.5, metadata={"help": "Smallest scale in training, relative to image_size."})
     max_scale: float = field(default=2.0, metadata={"help": "Largest scale in training, relative to image_size."})
 
+    crop: bool = field(default=True, metadata={"help": "Train on random crops; false: on whole images, as evaluated."})
     change_colors: bool = field(default=True, metadata={"help": "Change colours at random in training."})
     augmentation: str | None = field(
         default=None,
-        metadata={"help": f"In place of the four above, the paper's for {', '.join(PAPER_AUGMENTATIONS)}."},
+        metadata={"help": f"In place of the five above, the paper's for {', '.join(PAPER_AUGMENTATIONS)}."},
     )
 
     dry_run: bool = field(default=False, metadata={"help": "Print settings, optimiser, length and memory; then end."})
@@ -82,7 +83,9 @@ class DataArguments:
 
     def build_augmentation(self) -> Augmentation:
         if self.augmentation is None:
-            return RandomScaleCropFlip.from_scales(self.image_size, self.min_scale, self.max_scale, self.change_colors)
+            return RandomScaleCropFlip.from_scales(
+                self.image_size, self.min_scale, self.max_scale, self.change_colors, self.crop
+            )
         if self.augmentation not in PAPER_AUGMENTATIONS:
             known = ", ".join(PAPER_AUGMENTATIONS)
             raise ValueError(f"augmentation is {self.augmentation!r}; known are {known}.")
@@ -119,9 +122,17 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
-    metrics = trainer.evaluate()
+    metrics = evaluated_in_training(trainer) or trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)
+
+
+def evaluated_in_training(trainer: MaskFormerTrainer) -> dict[str, float]:
+    """The figures of the final model if it was evaluated during training, otherwise none."""
+    state = trainer.state
+    step = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    lines = [line for line in state.log_history if line["step"] == step]
+    return {name: value for line in lines for name, value in line.items() if name.startswith("eval_")}
 
 
 def dry_run(

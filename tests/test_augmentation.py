@@ -14,6 +14,7 @@ from hf_maskformer.data.augmentation import (
     class_areas,
 )
 from hf_maskformer.data.color import color_jitter
+from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.geometry import resize
 
 
@@ -137,6 +138,13 @@ def test_scales_are_those_of_the_paper_around_512():
 def test_scales_in_the_wrong_order_are_refused():
     with pytest.raises(ValueError, match=r"min_scale 2\.0 and max_scale 0\.5 must be"):
         RandomScaleCropFlip.from_scales(512, 2.0, 0.5)
+
+
+def test_without_a_crop_images_stay_whole():
+    augmentation = RandomScaleCropFlip.from_scales(32, 1.0, 1.0, crop=False)
+    sample = augmentation(GeneratedScenes(1, image_size=(64, 160))[0])
+    assert sample["image"].size == (80, 32)
+    assert sample["segmentation_map"].shape == (32, 80)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,15 @@ def test_a_saved_data_set_is_loaded_from_disk(tmp_path, classes_path):
     assert columns.label_source == str(classes_path)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_saved_file_that_was_cut_short_is_named(tmp_path, classes_path, streaming):
+    datasets.DatasetDict(train=make_dataset()).save_to_disk(tmp_path / "saved")
+    [path] = (tmp_path / "saved").rglob("*.arrow")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=rf"{path} is damaged"):
+        load_columns(str(tmp_path / "saved"), "train", classes_path=classes_path, streaming=streaming)
+
+
 def test_a_split_that_was_not_saved_names_those_there_are(tmp_path, classes_path):
     datasets.DatasetDict(train=make_dataset()).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"has no split 'val'. Its splits are: train"):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import scipy.io
-from coco_files import CATEGORIES, write_image, write_instances, write_panoptic
+from coco_files import CATEGORIES, write_image, write_instances, write_json, write_panoptic
 from PIL import Image
 from real_data import REAL_DATA, needs_real_data
 
@@ -89,6 +89,39 @@ def test_cityscapes_without_train_ids_says_how_to_make_them(tmp_path, label_name
         FileNotFoundError, match=r"holds no \*_gtFine_labelTrainIds.png. Make them .* cityscapesscripts"
     ):
         layouts.cityscapes(tmp_path, "train")
+
+
+def write_panoptic_cityscapes(root, ending=""):
+    json_path = write_panoptic(root, {"ulm_0_1": ([[4, 0]], [{"id": 4, "category_id": 90}])})
+    content = json.loads(json_path.read_text())
+    content["images"][0]["file_name"] = "ulm_0_1_gtFine_leftImg8bit.png"
+    (root / "gtFine").mkdir(exist_ok=True)
+    write_json(root / f"gtFine/cityscapes_panoptic_train{ending}.json", content)
+    (root / "annotations/panoptic_train").rename(root / f"gtFine/cityscapes_panoptic_train{ending}")
+    (root / "leftImg8bit/train/ulm").mkdir(parents=True, exist_ok=True)
+    (root / "images/train/ulm_0_1.png").rename(root / "leftImg8bit/train/ulm/ulm_0_1_leftImg8bit.png")
+    json_path.unlink()
+
+
+@pytest.mark.parametrize("ending", ["", "_trainId"])
+def test_panoptic_cityscapes_finds_its_images_in_the_folders_of_their_cities(tmp_path, ending):
+    write_panoptic_cityscapes(tmp_path, ending)
+    dataset = open_dataset(str(tmp_path), "train", format="cityscapes-panoptic")
+    check_samples(dataset)
+    assert dataset[0]["name"] == "ulm_0_1_leftImg8bit"
+    assert dataset[0]["segmentation_map"].tolist() == [[256, 255]]
+    assert dataset.labels.id2label[dataset[0]["instance_id_to_semantic_id"][256]] == "toothbrush"
+
+
+def test_cityscapes_with_both_kinds_of_annotations_asks_which(tmp_path):
+    write_panoptic_cityscapes(tmp_path)
+    with pytest.raises(ValueError, match=r"can be read as cityscapes or cityscapes-panoptic\. Say which by format"):
+        open_dataset(str(tmp_path), "train")
+
+
+def test_panoptic_cityscapes_without_its_json_file_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cityscapes_panoptic_val\.json does not exist\. .*createPanopticImgs"):
+        layouts.cityscapes_panoptic(tmp_path, "val")
 
 
 def write_coco_stuff(root, ids):

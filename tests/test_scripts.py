@@ -14,7 +14,7 @@ from models import tiny_config
 from PIL import Image
 from transformers import HfArgumentParser
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerTrainingArguments
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerTrainer, MaskFormerTrainingArguments
 from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.data.labels import LabelSet
 
@@ -67,6 +67,25 @@ def test_train_leaves_a_checkpoint_and_its_scores(checkpoint):
     assert json.loads((checkpoint / "train_results.json").read_text())["train_loss"] > 0
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
     assert (settings["segmentation_task"], settings["label_ids_to_fuse"]) == ("semantic", [0, 1, 2])
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_strategy": "steps", "eval_steps": 2}])
+def test_train_evaluates_the_final_model_once(config, data, tmp_path, monkeypatch, options):
+    calls = []
+    evaluate = MaskFormerTrainer.evaluate
+    monkeypatch.setattr(MaskFormerTrainer, "evaluate", lambda *args, **kw: calls.append(1) or evaluate(*args, **kw))
+    call("train", config=config, data=data, image_size=64, max_steps=2, output_dir=tmp_path, **options)
+    assert len(calls) == 1
+    assert json.loads((tmp_path / "eval_results.json").read_text()).keys() >= {"eval_mean_iou", "eval_mean_accuracy"}
+
+
+def test_the_best_checkpoint_is_reported_as_it_was_evaluated(config, data, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options = {"load_best_model_at_end": True, "max_steps": 3, "output_dir": tmp_path, **saving}
+    call("train", config=config, data=data, image_size=64, **options)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["eval_mean_iou"] == state["best_metric"]
 
 
 def test_evaluate_gives_the_score_that_training_ended_with(checkpoint, data, tmp_path, capsys):
@@ -219,6 +238,21 @@ def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path):
     with pytest.raises(ValueError, match="augmentation is 'imagenet'; known are ade20k"):
         call("train", augmentation="imagenet", **options)
     call("train", augmentation="coco-panoptic", image_size=64, per_device_train_batch_size=1, **options)
+
+
+def test_train_takes_whole_images(config, tmp_path, monkeypatch):
+    write_generated_scenes(tmp_path / "data", num_train=2, num_val=1, image_size=(64, 160))
+    sizes = []
+    compute_loss = MaskFormerTrainer.compute_loss
+
+    def observe(trainer, model, inputs, *args, **kwargs):
+        sizes.append(tuple(inputs["pixel_values"].shape[-2:]))
+        return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(MaskFormerTrainer, "compute_loss", observe)
+    options = {"crop": False, "min_scale": 1, "max_scale": 1, "max_steps": 1, "image_size": 64}
+    call("train", config=config, data=tmp_path / "data", output_dir=tmp_path / "run", **options)
+    assert sizes == [(64, 160)]
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "predict"])

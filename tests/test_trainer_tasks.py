@@ -9,7 +9,7 @@ from test_training import SCENES, arguments, our_trainer, scenes_model
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from hf_maskformer import MaskFormerDataCollator
+from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
 from hf_maskformer.evaluation.tasks import MAIN_FIGURES, TASKS, metric_for, reference_of
@@ -67,6 +67,17 @@ def test_labels_that_do_not_allow_the_task_are_named(tmp_path):
         trainer.evaluate()
 
 
+def test_without_a_collator_the_image_processor_makes_the_batches(tmp_path):
+    trainer = MaskFormerTrainer(
+        model=scenes_model(),
+        args=MaskFormerTrainingArguments(**arguments(tmp_path)),
+        train_dataset=SCENES,
+        processing_class=image_processor_for(SCENES.labels, image_size=64),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
 def test_losses_that_stay_nonfinite_end_training_with_step_and_terms(tmp_path):
     trainer = our_trainer(tmp_path, max_steps=9)
     forward, calls = trainer.model.forward, []
@@ -115,6 +126,16 @@ def test_pictures_go_to_tensorboard_and_nowhere_else(tmp_path, task):
     assert all(picture.ndim == 3 and picture.std() > 0 for picture in board.tb_writer.images.values())
     assert model.training
     assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_reads_the_pictures_back(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 1, "num_pictures": 2}
+    our_trainer(tmp_path, **options).train()
+    [path] = tmp_path.rglob("events.out.*")
+    events = accumulator.EventAccumulator(str(path)).Reload()
+    assert events.Tags()["images"] == ["eval/scene_00000", "eval/scene_00001"]
+    assert [picture.step for picture in events.Images("eval/scene_00000")] == [1, 2]
 
 
 @pytest.mark.parametrize("task", TASKS)

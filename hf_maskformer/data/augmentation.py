@@ -62,12 +62,15 @@ class RandomScaleCropFlip:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
 
     @classmethod
-    def from_scales(cls, image_size: int, min_scale: float, max_scale: float, change_colors: bool = True) -> Self:
+    def from_scales(
+        cls, image_size: int, min_scale: float, max_scale: float, change_colors: bool = True, crop: bool = True
+    ) -> Self:
         """The paper's augmentation around a size: scales in steps of 0.1, square crops of `image_size`.
 
         Scales of 0.5 to 2 around 512 are its recipe for ADE20K. No side gets longer than four times `image_size`.
+        `crop=False` keeps images whole.
         """
-        crop_size = (image_size, image_size)
+        crop_size = (image_size, image_size) if crop else None
         return cls(scales(image_size, min_scale, max_scale), 4 * image_size, crop_size, change_colors=change_colors)
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:

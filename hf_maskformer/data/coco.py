@@ -1,5 +1,6 @@
 """Reads COCO's panoptic and instance annotations, and those of other data sets in the same files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class CocoPanoptic(Dataset[Sample]):
         image_folder: where the images lie.
         png_folder: where the PNGs lie; by default the JSON file's path without its ending.
         labels: classes to which categories are matched by name; by default the file's categories.
+        image_name: gives the path of an image inside `image_folder` by its `file_name`, where the two differ.
 
     Attributes:
         labels, label_source: the classes, and the file they come from.
@@ -38,9 +40,10 @@ class CocoPanoptic(Dataset[Sample]):
         image_folder: str | Path,
         png_folder: str | Path | None = None,
         labels: LabelSet | None = None,
+        image_name: Callable[[str], str] = str,
     ) -> None:
         self._png_folder = Path(json_path).with_suffix("") if png_folder is None else Path(png_folder)
-        self._file = CocoFile(json_path, image_folder, self._png_folder, labels)
+        self._file = CocoFile(json_path, image_folder, self._png_folder, labels, image_name)
         self.labels, self.label_source = self._file.labels, str(json_path)
         counts = self._file.num_annotations()
         if (counts != 1).any():

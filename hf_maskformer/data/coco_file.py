@@ -2,6 +2,7 @@
 
 import os
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class CocoFile:
         image_folder: where the images lie.
         png_folder: where the PNGs of panoptic annotations lie; None for instances.
         labels: classes of which each category must have one by name; by default the file's categories, by their ids.
+        image_name: gives the path of an image inside `image_folder` by its `file_name`, where the two differ.
 
     Attributes:
         labels: the classes, whose `category_ids` are the file's.
@@ -33,13 +35,19 @@ class CocoFile:
     """
 
     def __init__(
-        self, path: str | Path, image_folder: str | Path, png_folder: Path | None = None, labels: LabelSet | None = None
+        self,
+        path: str | Path,
+        image_folder: str | Path,
+        png_folder: Path | None = None,
+        labels: LabelSet | None = None,
+        image_name: Callable[[str], str] = str,
     ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} does not exist.")
         self.image_folder = Path(image_folder)
-        found = _Contents(self.path, self.image_folder, png_folder)
+        self._image_name = image_name
+        found = _Contents(self.path, self.image_folder, png_folder, image_name)
         for key, value, span in walk_json(self.path, ("images", "annotations")):
             found.add(key, value, span)
         owners = found.owners()
@@ -58,7 +66,7 @@ class CocoFile:
 
     def image_path(self, index: int) -> Path:
         """Where an image lies."""
-        return self.image_folder / self.image(index)["file_name"]
+        return self.image_folder / self._image_name(self.image(index)["file_name"])
 
     def annotations(self, index: int) -> list[Any]:
         """Reads the annotations of an image, in the order of the file."""
@@ -73,9 +81,11 @@ class CocoFile:
 class _Contents:
     """What is kept while the file is walked; `owners` and `labels` check it at the end."""
 
-    def __init__(self, path: Path, image_folder: Path, png_folder: Path | None) -> None:
+    def __init__(
+        self, path: Path, image_folder: Path, png_folder: Path | None, image_name: Callable[[str], str]
+    ) -> None:
         self._path = path
-        self._images = _FileList("images", image_folder, path)
+        self._images = _FileList("images", image_folder, path, image_name)
         self._pngs = None if png_folder is None else _FileList("PNGs", png_folder, path)
         self._position_of_image: dict[Any, int] = {}
         self._images_of_annotations: list[Any] = []
@@ -146,13 +156,15 @@ class _Contents:
 class _FileList:
     """Looks up files that a JSON file lists in a folder, which is read once instead of asking for each file."""
 
-    def __init__(self, kind: str, folder: Path, json_path: Path) -> None:
-        self._kind, self._folder, self._json_path = kind, folder, json_path
+    def __init__(self, kind: str, folder: Path, json_path: Path, rename: Callable[[str], str] = str) -> None:
+        self._kind, self._folder, self._json_path, self._rename = kind, folder, json_path, rename
         self._names_in: dict[str, set[str]] = {}
         self._num_listed = 0
         self._missing: list[str] = []
 
     def look_up(self, name: Any) -> None:
+        check_file_name(name, self._folder, str(self._json_path))
+        name = self._rename(name)
         check_file_name(name, self._folder, str(self._json_path))
         parent, base = os.path.split(name)
         if parent not in self._names_in:

@@ -220,7 +220,8 @@ def load_columns(
         streaming: whether to read rows as they come instead of downloading all first.
 
     Raises:
-        ValueError: there is no such split; and what `SegmentationColumns` and `LabelSet.from_json` raise.
+        ValueError: there is no such split, or a file on disk was cut short; and what `SegmentationColumns` and
+            `LabelSet.from_json` raise.
     """
     reader: Any = StreamedColumns if streaming else SegmentationColumns
     return reader(
@@ -236,6 +237,7 @@ def load_columns(
 def _load_split(path: str, split: str, streaming: bool) -> Any:
     import datasets
 
+    _check_files(Path(path))
     if (Path(path) / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(path)
         if split not in splits:
@@ -251,7 +253,22 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
         raise
     # Damaged files meet their readers with many kinds of error, which do not name them.
     except Exception as error:
-        raise ValueError(f"Split '{split}' of {path} cannot be read ({error}).") from error
+        raise ValueError(f"Split '{split}' of {path} cannot be read ({error.__cause__ or error}).") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raises a ValueError that names a file which was cut short; a stream would come to it only in training."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]):
+        try:
+            if path.suffix == ".parquet":
+                pq.read_metadata(path)
+            else:
+                pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Download or write it again.") from error
 
 
 def _as_rows(cell: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Opens well-known semantic data sets in the folders that their downloads unpack to.
+"""Opens well-known data sets in the folders that their downloads unpack to.
 
 Each function takes the folder, a split ("train" or "val") and optionally the classes (see `LabelSet`), and raises a
 FileNotFoundError or ValueError that names what is missing or wrong.
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .coco import CocoPanoptic
 from .folder import IMAGE_SUFFIXES, MAP_SUFFIXES, SegmentationFiles, files_by_name
 from .labels import LabelSet
 
@@ -44,6 +45,28 @@ def cityscapes(root: str | Path, split: str, labels: LabelSet | None = None) -> 
             "createTrainIdLabelImgs.py of cityscapesscripts."
         )
     return SegmentationFiles(images, maps, labels, "Cityscapes' classes")
+
+
+def cityscapes_panoptic(root: str | Path, split: str, labels: LabelSet | None = None) -> CocoPanoptic:
+    """Cityscapes with panoptic annotations, 19 classes, 8 of them things.
+
+    Reads leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and what createPanopticImgs.py of cityscapesscripts makes:
+    gtFine/cityscapes_panoptic_SPLIT.json and a folder of that name with its PNGs, or both with the ending _trainId.
+    """
+    stem = Path(root) / "gtFine" / f"cityscapes_panoptic_{split}"
+    json_paths = [stem.with_name(f"{stem.name}{ending}.json") for ending in ("", "_trainId")]
+    json_path = next((path for path in json_paths if path.is_file()), None)
+    if json_path is None:
+        raise FileNotFoundError(
+            f"{json_paths[0]} does not exist. Make it from the polygons by createPanopticImgs.py of cityscapesscripts."
+        )
+    return CocoPanoptic(json_path, Path(root) / "leftImg8bit" / split, labels=labels, image_name=_cityscapes_image)
+
+
+def _cityscapes_image(file_name: str) -> str:
+    # That file leaves out the folder of the city, and names images after their annotations.
+    name = file_name.replace("_gtFine_leftImg8bit", "_leftImg8bit")
+    return name if "/" in name else f"{name.split('_')[0]}/{name}"
 
 
 def mapillary_vistas(root: str | Path, split: str, labels: LabelSet | None = None) -> SegmentationFiles:

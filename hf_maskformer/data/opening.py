@@ -9,7 +9,7 @@ from .coco import CocoInstances, CocoPanoptic
 from .columns import StreamedColumns, load_columns
 from .folder import SegmentationFolder
 from .labels import LabelSet
-from .layouts import CocoStuff10k, ade20k, cityscapes, mapillary_vistas
+from .layouts import CocoStuff10k, ade20k, cityscapes, cityscapes_panoptic, mapillary_vistas
 
 COLUMN_FORMATS = ("columns", "instance-columns")
 
@@ -117,6 +117,7 @@ FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
     "folder": SegmentationFolder,
     "ade20k": _with_labels(ade20k),
     "cityscapes": _with_labels(cityscapes),
+    "cityscapes-panoptic": _with_labels(cityscapes_panoptic),
     "coco-instances": _coco(CocoInstances, INSTANCE_FILES),
     "coco-panoptic": _coco(CocoPanoptic, PANOPTIC_FILES),
     "coco-stuff-10k": _with_labels(CocoStuff10k),
@@ -127,6 +128,7 @@ MARKS = {
     "folder": ("classes.json",),
     "ade20k": ("annotations/training", "annotations/validation"),
     "cityscapes": ("leftImg8bit",),
+    "cityscapes-panoptic": ("gtFine/cityscapes_panoptic_*.json",),
     "coco-instances": tuple(pattern.format("*") for pattern in INSTANCE_FILES),
     "coco-panoptic": tuple(pattern.format("*") for pattern in PANOPTIC_FILES),
     "coco-stuff-10k": ("imageLists",),

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..data.labels import LabelSet
 from ..data.sample import Sample
+from ..data.workers import dead_workers_named
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .processes import merge_over_processes
@@ -59,6 +60,7 @@ def evaluate(
 
     Raises:
         ValueError: the labels or the model do not allow the task.
+        ChildProcessError: a worker process died.
     """
     task = task or image_processor.segmentation_task or "semantic"
     check_model(task, model)
@@ -73,21 +75,24 @@ def evaluate(
     metric: Any = metric_for(task, dataset.labels)
     was_training = model.training
     model.eval()
-    try:
-        progress = tqdm(loader, desc="Evaluating", unit="batch", disable=not state.is_local_main_process)
-        for samples, batch, references in progress:
-            sizes = [(image.height, image.width) for _, _, image in samples]
-            if scale_averaging:
-                with autocast():
-                    results = [_averaged(model, image_processor, image) for _, _, image in samples]
-            else:
-                results = predict_batch(model, image_processor, batch, sizes, task, autocast)
-            metric.add_batch(predictions=[as_prediction(result, task) for result in results], references=references)
-            if on_result is not None:
-                for (index, name, _), result in zip(samples, results, strict=True):
-                    on_result(index, name, result)
-    finally:
-        model.train(was_training)
+    # Word of a worker's death may come anywhere, so the model's mode is restored inside too.
+    with dead_workers_named(num_workers):
+        try:
+            for samples, batch, references in tqdm(
+                loader, desc="Evaluating", unit="batch", disable=not state.is_local_main_process
+            ):
+                sizes = [(image.height, image.width) for _, _, image in samples]
+                if scale_averaging:
+                    with autocast():
+                        results = [_averaged(model, image_processor, image) for _, _, image in samples]
+                else:
+                    results = predict_batch(model, image_processor, batch, sizes, task, autocast)
+                metric.add_batch(predictions=[as_prediction(result, task) for result in results], references=references)
+                if on_result is not None:
+                    for (index, name, _), result in zip(samples, results, strict=True):
+                        on_result(index, name, result)
+        finally:
+            model.train(was_training)
     merge_over_processes(metric)
     return metric.compute()
 

@@ -16,7 +16,7 @@ PAPER, PACKAGE, COMPUTED, COMMAND_LINE = "paper", "package", "computed", "comman
 YIELDS_TO = {
     "max_steps": ("num_train_epochs",),
     **dict.fromkeys(("paper_schedule", "warmup_factor", "lr_milestones"), ("lr_scheduler_type",)),
-    "augmentation": ("image_size", "min_scale", "max_scale", "change_colors"),
+    "augmentation": ("image_size", "min_scale", "max_scale", "crop", "change_colors"),
 }
 
 logger = logging.get_logger(__name__)

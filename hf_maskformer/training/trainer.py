@@ -1,13 +1,21 @@
 """`Trainer` with the paper's parameter groups, its loss terms in the log and evaluation by the task's own metric."""
 
+import json
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
 
+from ..data.collator import MaskFormerDataCollator
+from ..data.workers import DEAD_WORKER, dead_workers_named
 from ..evaluation.evaluation import evaluate
 from ..evaluation.report import scalars
 from ..evaluation.tasks import MAIN_FIGURES, TASKS, Task, check_model
@@ -16,6 +24,7 @@ from ..loss_maskformer import count_items
 from .epochs import EpochCallback
 from .pictures import PictureCallback
 from .schedules import check_schedule, learning_rate_schedule
+from .starting_point import target_format
 
 BACKBONE = "pixel_level_module.encoder."
 PYRAMID = "pixel_level_module.encoder.levels."  # new layers on top of a pretrained vision transformer
@@ -104,11 +113,12 @@ class MaskFormerTrainer(Trainer):
 
     What differs: the optimiser's parameter groups (`parameter_groups`), every loss term by name in the log, batch norm
     that is synchronised over the processes of several GPUs (unless it is frozen), an end when the loss stays NaN or
-    infinite, and `evaluate`, which gives the metric of the image processor's `segmentation_task` at the resolution of
-    the ground truth without ever gathering masks. Under gradient accumulation the loss is that of the whole batch,
-    whereas `Trainer` takes the mean of the losses of its parts, in which a segment weighs more the fewer there are
-    beside it. Pass the image processor as `processing_class` and data sets of samples (see
-    `hf_maskformer.data.sample.Sample`). With "tensorboard" in report_to, it shows pictures of predictions.
+    infinite, checkpoints that are whole or not there, and `evaluate`, which gives the metric of the image processor's
+    `segmentation_task` at the resolution of the ground truth without ever gathering masks. Under gradient accumulation
+    the loss is that of the whole batch, whereas `Trainer` takes the mean of the losses of its parts, in which a segment
+    weighs more the fewer there are beside it. Pass the image processor as `processing_class` and data sets of samples
+    (see `hf_maskformer.data.sample.Sample`); without `data_collator`, a `MaskFormerDataCollator` makes the batches.
+    With "tensorboard" in report_to, it shows pictures of predictions.
     """
 
     args: MaskFormerTrainingArguments
@@ -121,7 +131,11 @@ class MaskFormerTrainer(Trainer):
             raise ValueError(
                 f"processing_class is {self.processing_class!r}, but evaluation needs a MaskFormerImageProcessor."
             )
-        check_model(self.task, self.accelerator.unwrap_model(self.model))
+        model: Any = self.accelerator.unwrap_model(self.model)
+        check_model(self.task, model)
+        # Trainer's own default stacks the fields of samples, which have images of all sizes.
+        if self.data_collator is default_data_collator:
+            self.data_collator = MaskFormerDataCollator(self.processing_class, target_format=target_format(model))
         if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
             self.args.metric_for_best_model = MAIN_FIGURES[self.task]
         self._check_metric_for_best_model()
@@ -170,6 +184,46 @@ class MaskFormerTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, as `Trainer` does.
+
+        `resume_from_checkpoint=True` takes the last checkpoint that is whole. Raises a ChildProcessError if a process
+        that reads data died.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_whole_checkpoint(self.args.output_dir) or True  # Trainer says there is none
+        with dead_workers_named(self.args.dataloader_num_workers):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves model and image processor. Raises a ValueError, and writes nothing, if a weight is NaN or infinite."""
+        model: Any = self.model
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(
+                    f"{name} is not finite in step {self.state.global_step}, so the model is not saved. "
+                    f"{_way_on(self.args.output_dir)}, with a lower learning_rate, a smaller max_grad_norm or in "
+                    "higher precision."
+                )
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        # A full disk is an OSError where Python writes, but not where safetensors and torch do.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # What follows the writing, such as an upload, or what happens meanwhile is no matter of the disk.
+            if _is_whole(folder) or str(error).startswith(DEAD_WORKER):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} cannot be written ({error}) and was removed. See that there is room; save_total_limit "
+                f"bounds how much checkpoints take. {_way_on(self.args.output_dir)}."
+            ) from error
 
     def compute_loss(
         self,
@@ -291,6 +345,27 @@ class MaskFormerTrainer(Trainer):
             if isinstance(dataset, dict):
                 dataset = next(iter(dataset.values()))
             self.add_callback(PictureCallback(dataset, self.processing_class, boards[0], self.args.num_pictures))
+
+
+def _is_whole(checkpoint: str | Path) -> bool:
+    # Trainer writes the state last.
+    try:
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _last_whole_checkpoint(folder: str | None) -> str | None:
+    checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
+    return next(filter(_is_whole, reversed(checkpoints)), None)
+
+
+def _way_on(folder: str | None) -> str:
+    checkpoint = _last_whole_checkpoint(folder)
+    if checkpoint is None:
+        return "There is no earlier checkpoint: start anew"
+    return f"{checkpoint} is whole: go on from there by resume_from_checkpoint"
 
 
 def parameter_groups(

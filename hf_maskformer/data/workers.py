@@ -1,0 +1,27 @@
+"""What is said when a process that reads data dies."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DEAD_WORKER = "DataLoader worker"  # how torch's message begins
+
+
+@contextmanager
+def dead_workers_named(num_workers: int) -> Iterator[None]:
+    """Turns the error of a `DataLoader` whose worker process died into one that says what to do.
+
+    Raises a ChildProcessError; errors that a worker reports itself pass unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A worker that dies while it hands over a batch is met as a broken connection.
+        is_cut_off = isinstance(error, ConnectionError | EOFError) and not str(error).startswith("Caught")
+        if not num_workers or not (is_cut_off or str(error).startswith(DEAD_WORKER)):
+            raise
+        raise ChildProcessError(
+            f"One of the {num_workers} processes that read data died ({error}). Most often memory was short and the "
+            "system killed it: take fewer of them (--dataloader_num_workers in training, --num_workers in evaluation) "
+            "or smaller batches, or give a container more memory and shared memory. If it dies with 0 of them too, "
+            "the reader of one of the files crashes; scripts/prepare_dataset.py check finds it."
+        ) from error

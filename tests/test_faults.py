@@ -1,0 +1,199 @@
+"""What ends a training, and what it leaves behind."""
+
+import errno
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from test_training import SCENES, our_trainer
+from transformers import TrainerState
+
+from hf_maskformer import MaskFormerForInstanceSegmentation
+from hf_maskformer.data.folder import SegmentationFolder
+from hf_maskformer.data.generated_scenes import write_generated_scenes
+from hf_maskformer.evaluation.evaluation import evaluate
+from hf_maskformer.training.starting_point import image_processor_for
+
+
+class DyingScenes:
+    """Samples of which the last kills the process that reads it."""
+
+    labels = SCENES.labels
+
+    def __len__(self):
+        return len(SCENES)
+
+    def __getitem__(self, index):
+        if index == len(self) - 1:
+            assert torch.utils.data.get_worker_info() is not None
+            os.kill(os.getpid(), signal.SIGKILL)
+        return SCENES[index]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def assert_goes_on(folder, **options):
+    trainer = our_trainer(folder, max_steps=4, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+def train_until_death(folder):
+    our_trainer(
+        folder,
+        DyingScenes(),
+        max_steps=4,
+        save_steps=1,
+        per_device_train_batch_size=1,
+        dataloader_num_workers=1,
+        dataloader_prefetch_factor=1,
+        train_sampling_strategy="sequential",
+    ).train()
+
+
+def evaluate_until_death(folder):
+    processor = image_processor_for(SCENES.labels, image_size=64)
+    evaluate(our_trainer(folder).model, processor, DyingScenes(), num_workers=1)
+
+
+def write_error(run, folder):
+    try:
+        run(folder)
+    except ChildProcessError as error:
+        (folder / "error").write_text(str(error))
+
+
+def error_of(run, folder):
+    # In a process of its own: torch may report a dead worker again at any later time.
+    process = multiprocessing.get_context("spawn").Process(target=write_error, args=(run, folder))
+    process.start()
+    process.join()
+    return (folder / "error").read_text()
+
+
+def test_a_worker_that_dies_ends_the_training_with_what_to_do(tmp_path):
+    error = error_of(train_until_death, tmp_path)
+    assert error.startswith("One of the 1 processes that read data died")
+    assert "dataloader_num_workers" in error
+    assert checkpoints(tmp_path)
+    assert_goes_on(tmp_path)
+
+
+def test_a_worker_that_dies_ends_the_evaluation_too(tmp_path):
+    assert error_of(evaluate_until_death, tmp_path).startswith("One of the 1 processes that read data died")
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "state"])
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, part):
+    def full(path):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(b"{")  # what still found room
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = our_trainer(tmp_path, max_steps=4, save_steps=1)
+    owner, name, place = {
+        "model": (MaskFormerForInstanceSegmentation, "save_pretrained", "model.safetensors"),
+        "optimizer": (torch, "save", ""),
+        "state": (TrainerState, "save_to_json", ""),
+    }[part]
+    save = getattr(owner, name)
+
+    def limited(value, path, **options):
+        return full(Path(path) / place) if "checkpoint-2" in str(path) else save(value, path, **options)
+
+    monkeypatch.setattr(owner, name, limited)
+    with pytest.raises(OSError, match=r"checkpoint-2 cannot be written .*No space left.*checkpoint-1 is whole"):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
+    monkeypatch.undo()
+    assert_goes_on(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_is_really_full_leaves_the_checkpoint_before_it(small_disk):
+    trainer = our_trainer(small_disk, max_steps=9, save_steps=1)
+    with pytest.raises(OSError, match=r"checkpoint-\d cannot be written .*checkpoint-\d is whole"):
+        trainer.train()
+    assert checkpoints(small_disk)
+    for name in checkpoints(small_disk):
+        MaskFormerForInstanceSegmentation.from_pretrained(small_disk / name)
+        torch.load(small_disk / name / "optimizer.pt")
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=2, save_steps=1)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()  # the last file of a checkpoint
+    assert_goes_on(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The .* cost of the matching is not finite")
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=4, save_steps=1, save_total_limit=1)
+    step = trainer.training_step
+
+    def diverging(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            trainer.model.class_predictor.weight.data[0, 0] = math.nan
+        return step(*args, **kwargs)
+
+    trainer.training_step = diverging
+    with pytest.raises(ValueError, match=r"is not finite in step 3, .* not saved\. .*checkpoint-2 is whole"):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    weights = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def damage(root, fault):
+    """Spoils the second sample of four."""
+    image, label_map = root / "images/train/scene_00001.png", root / "annotations/train/scene_00001.png"
+    if fault == "missing":
+        image.unlink()
+    elif fault == "truncated":
+        image.write_bytes(image.read_bytes()[:-2000])
+    elif fault == "truncated map":
+        label_map.write_bytes(label_map.read_bytes()[:-40])
+    elif fault == "size":
+        Image.open(label_map).resize((32, 32), Image.Resampling.NEAREST).save(label_map)
+    elif fault == "label":
+        Image.fromarray(np.full((64, 64), 77, dtype=np.uint8)).save(label_map)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing", r"images/train/scene_00001\.png cannot be read"),
+        ("truncated", r"images/train/scene_00001\.png cannot be read"),
+        ("truncated map", r"annotations/train/scene_00001\.png cannot be read"),
+        ("size", r"annotations/train/scene_00001\.png is 32 x 32 .*scene_00001\.png is 64 x 64"),
+        ("label", r"scene_00001.*77"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_that_nobody_looked_for_is_named_in_training(tmp_path, fault, message, num_workers):
+    write_generated_scenes(tmp_path / "data", num_train=4, num_val=1, image_size=(64, 64))
+    dataset = SegmentationFolder(tmp_path / "data", "train")
+    damage(tmp_path / "data", fault)
+    trainer = our_trainer(tmp_path / "run", dataset, dataloader_num_workers=num_workers)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
