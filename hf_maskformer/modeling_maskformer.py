@@ -194,6 +194,10 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         self._no_split_modules = [name for name in type(self)._no_split_modules if name in present]
         super().post_init()
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None: images have no vocabulary. Accelerate asks before it shards a model, and peft before it trains one."""
+        return None
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Every module knows its own initialisation; transformers calls this for those that no checkpoint has filled.

@@ -279,3 +279,17 @@ def test_output_on_a_read_only_disk_is_refused_before_training(tmp_path):
             trainer.train()
     finally:
         subprocess.run(["umount", tmp_path / "run"], check=True)
+
+
+def test_full_determinism_gives_equal_bits(tmp_path):
+    runs = []
+    try:
+        for _ in range(2):
+            trainer = trainer_with_chance(tmp_path, False, max_steps=6, save_strategy="no", full_determinism=True)
+            assert torch.are_deterministic_algorithms_enabled()
+            trainer.train()
+            runs.append((losses(trainer.state), trainer.model.state_dict()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[1][1][name], tensor) for name, tensor in runs[0][1].items())

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -272,6 +274,9 @@ class MaskFormerTrainer(Trainer):
                     f"{_way_on(self.args.output_dir)}, with a lower learning_rate, a smaller max_grad_norm or in "
                     "higher precision."
                 )
+        if self.is_fsdp_enabled and not _internal_call:
+            # What from_pretrained reads, also where checkpoints are saved in the shards of the processes.
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -382,7 +387,7 @@ class MaskFormerTrainer(Trainer):
             ]
             return {name: value for part in parts for name, value in part.items()}
         figures = evaluate(
-            self.accelerator.unwrap_model(self.model),
+            self._whole_model(),
             self.processing_class,
             eval_dataset,
             self.task,
@@ -400,6 +405,17 @@ class MaskFormerTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _whole_model(self) -> nn.Module:
+        """The model that a process can run by itself, whatever the others do: under FSDP2 a copy of all shards."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        is_sharded = isinstance(model, FSDPModule)
+        if not is_sharded:
+            return model
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        whole = type(model).__mro__[2](model.config)  # FSDP2 puts two classes of its own in front
+        whole.load_state_dict(weights)
+        return whole.to(self.args.device)
+
     def _check_metric_for_best_model(self) -> None:
         metric = self.args.metric_for_best_model
         if metric in ("loss", "eval_loss"):
@@ -416,7 +432,9 @@ class MaskFormerTrainer(Trainer):
 
     def _add_pictures(self) -> None:
         boards = [each for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
-        if boards and self.args.num_pictures > 0 and hasattr(self.eval_dataset, "__len__"):
+        # The first process alone draws them, which it cannot with a share of the weights.
+        is_sharded = self.is_fsdp_enabled
+        if boards and not is_sharded and self.args.num_pictures > 0 and hasattr(self.eval_dataset, "__len__"):
             dataset = self.eval_dataset
             if isinstance(dataset, dict):
                 dataset = next(iter(dataset.values()))
