@@ -147,7 +147,7 @@ class MaskFormerTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         check_model(self.task, model)
         # Trainer's own default stacks the fields of samples, which have images of all sizes.
-        if self.data_collator is default_data_collator:
+        if self.data_collator is default_data_collator and kwargs.get("data_collator") is None:
             self.data_collator = MaskFormerDataCollator(self.processing_class, target_format=target_format(model))
         if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
             self.args.metric_for_best_model = MAIN_FIGURES[self.task]
