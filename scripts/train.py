@@ -14,6 +14,9 @@ As the paper trained one of its models (docs/reproducing.md); --dry_run prints w
     accelerate launch scripts/train.py --preset ade20k-r50 --data DATA --backbone_weights resnet50.pth \
         --output_dir OUTPUT
 
+With --resume_from_checkpoint auto the same command starts a run and goes on with it. On SIGTERM a run saves a
+checkpoint and ends with exit code 75 (docs/distributed.md).
+
 A folder in another layout of docs/data.md is recognised; where it can be read in two ways, --format says how.
 
 Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ... The

@@ -171,5 +171,9 @@ def test_the_callback_tells_the_data_set_the_epoch():
     class State:
         epoch = 3.5
 
-    EpochCallback().on_epoch_begin(None, State(), None, train_dataloader=Loader())
-    assert Loader.dataset.epoch == 3
+    callback, epochs = EpochCallback(), []
+    callback.on_train_begin(None, State(), None)
+    for _ in range(2):
+        callback.on_epoch_begin(None, State(), None, train_dataloader=Loader())
+        epochs.append(Loader.dataset.epoch)
+    assert epochs == [3, 4]

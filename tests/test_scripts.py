@@ -390,14 +390,56 @@ def test_the_benchmark_refuses_to_keep_all_queries(benchmark, capsys):
 
 @pytest.mark.slow
 def test_two_processes_train_with_accelerate_launch(data, config, tmp_path):
+    """On the CPU --multi_gpu stands for torchrun; --cpu starts a single process, whatever --num_processes says."""
     options = {"config": config, "data": data, "image_size": 64, "max_steps": 2, "output_dir": tmp_path}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", SCRIPTS / "train.py"]
-    command += [f"--{name}={value}" for name, value in options.items()]
+    options |= {"save_steps": 1}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += [
+        "--main_process_port=0",
+        SCRIPTS / "train.py",
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
     subprocess.run([*command, "--report_to=none", "--use_cpu=true"], check=True, timeout=300)
+    assert sorted(path.name for path in (tmp_path / "checkpoint-2").glob("rng_state*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]
     alone = tmp_path / "metrics.json"
     call("evaluate", checkpoint=tmp_path, data=data, output=alone)
     together = json.loads((tmp_path / "eval_results.json").read_text())["eval_mean_iou"]
     assert together == pytest.approx(json.loads(alone.read_text())["mean_iou"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("ddp", ["--num_processes=8"], {"multi_gpu": True, "nproc_per_node": "8"}),
+        ("bf16", [], {"multi_gpu": True, "nproc_per_node": "2"}),
+        ("fsdp2", ["--mixed_precision=bf16"], {"use_fsdp": True, "nproc_per_node": "2"}),
+        (
+            "multi_node",
+            ["--machine_rank=1", "--main_process_ip=host"],
+            {"multi_gpu": True, "nproc_per_node": "8", "nnodes": "2", "node_rank": 1, "rdzv_endpoint": "host:29500"},
+        ),
+    ],
+)
+def test_the_configurations_for_accelerate_start_what_they_promise(name, options, expected):
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = SCRIPTS / f"configs/accelerate/{name}.yaml"
+    arguments = launch.launch_command_parser().parse_args([f"--config_file={file}", *options, "train.py"])
+    arguments, _, _ = launch._validate_launch_command(arguments)
+    environment = prepare_multi_gpu_env(arguments)
+    assert {key: getattr(arguments, key) for key in expected} == expected
+    is_bf16 = name == "bf16" or "--mixed_precision=bf16" in options
+    assert environment["ACCELERATE_MIXED_PRECISION"] == ("bf16" if is_bf16 else "no")
+    if name == "fsdp2":
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+        assert environment["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
+    else:
+        assert "ACCELERATE_USE_FSDP" not in environment
 
 
 def test_the_demo_leaves_all_it_promises(tmp_path):

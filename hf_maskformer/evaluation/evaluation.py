@@ -37,6 +37,7 @@ def evaluate(
     scale_averaging: bool = False,
     autocast: Context = nullcontext,
     on_result: Callable[[int, str, Any], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Predicts every sample at the size of its ground truth and counts.
 
@@ -55,6 +56,7 @@ def evaluate(
         scale_averaging: average predictions over scales of 0.5 to 1.75 and mirror images; semantic only.
         autocast: makes the context of each forward pass, for mixed precision.
         on_result: called with index, name and result (see `predict_batch`) of every sample of this process.
+        should_stop: asked after each batch; the rest of this process's share is left out once it says so.
 
     Returns:
         The figures of `MeanIoU.compute`, `PanopticQuality.compute` or `AveragePrecision.compute`.
@@ -72,7 +74,11 @@ def evaluate(
     state = PartialState()
     share = _share(dataset, state.process_index, state.num_processes)
     collate = partial(_collate, image_processor=image_processor, labels=dataset.labels, task=task)
-    loader: Iterable[Any] = DataLoader(share, batch_size, num_workers=num_workers, collate_fn=collate)
+    # A generator of its own: a training draws the same random numbers whether and when it is evaluated.
+    generator = torch.Generator()
+    loader: Iterable[Any] = DataLoader(
+        share, batch_size, num_workers=num_workers, collate_fn=collate, generator=generator
+    )
     metric: Any = metric_for(task, dataset.labels)
     was_training = model.training
     model.eval()
@@ -92,6 +98,8 @@ def evaluate(
                 if on_result is not None:
                     for (index, name, _), result in zip(samples, results, strict=True):
                         on_result(index, name, result)
+                if should_stop is not None and should_stop():
+                    break
         finally:
             model.train(was_training)
     merge_over_processes(metric)

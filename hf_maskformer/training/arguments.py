@@ -63,6 +63,10 @@ class MaskFormerTrainingArguments(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must be False: Trainer would remove image and segmentation_map from the samples."
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint must be False: MaskFormerTrainer saves a checkpoint on SIGTERM by itself."
+            )
         if self.paper_schedule is not None:
             check_schedule(self.paper_schedule, self.warmup_factor, self.lr_milestones)
         # Trainer takes the loss by default, which evaluation does not compute. The task is known to the trainer only.

@@ -11,10 +11,20 @@ class EpochCallback(TrainerCallback):
     Accelerate's data loaders do this for a single process only.
     """
 
+    def __init__(self) -> None:
+        self._epoch = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A training that goes on within an epoch begins at a fraction.
+        self._epoch = int(state.epoch or 0)
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         dataset: Any = getattr(kwargs["train_dataloader"], "dataset", None)
         if hasattr(dataset, "set_epoch"):
-            # A training that goes on within an epoch begins at a fraction.
-            dataset.set_epoch(int(state.epoch or 0))
+            dataset.set_epoch(self._epoch)
+        # Counted here: the passes over a stream, whose length nobody knows, are fractions of an epoch to Trainer.
+        self._epoch += 1

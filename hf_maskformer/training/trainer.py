@@ -2,17 +2,23 @@
 
 import json
 import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import Trainer, default_data_collator
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainerState, default_data_collator
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import has_length, sort_checkpoints
+from transformers.utils import logging
 
 from ..data.collator import MaskFormerDataCollator
 from ..data.workers import DEAD_WORKER, dead_workers_named
@@ -24,11 +30,14 @@ from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
 from .arguments import MaskFormerTrainingArguments
 from .epochs import EpochCallback
+from .interruption import EXIT_INTERRUPTED, InterruptionCallback
 from .parameter_groups import parameter_groups
 from .pictures import PictureCallback
 from .run_card import figures_of_weights, write_run_card
 from .schedules import learning_rate_schedule
 from .starting_point import target_format
+
+logger = logging.get_logger(__name__)
 
 
 class MaskFormerTrainer(Trainer):
@@ -36,12 +45,12 @@ class MaskFormerTrainer(Trainer):
 
     What differs: the optimiser's parameter groups (`parameter_groups`), every loss term by name in the log, batch norm
     that is synchronised over the processes of several GPUs (unless it is frozen), an end when the loss stays NaN or
-    infinite, checkpoints that are whole or not there, and `evaluate`, which gives the metric of the image processor's
-    `segmentation_task` at the resolution of the ground truth without ever gathering masks. Under gradient accumulation
-    the loss is that of the whole batch, whereas `Trainer` takes the mean of the losses of its parts, in which a segment
-    weighs more the fewer there are beside it. Pass the image processor as `processing_class` and data sets of samples
-    (see `hf_maskformer.data.sample.Sample`); without `data_collator`, a `MaskFormerDataCollator` makes the batches.
-    With "tensorboard" in report_to, it shows pictures of predictions.
+    infinite, checkpoints that are whole or not there and one on SIGTERM, and `evaluate`, which gives the metric of the
+    image processor's `segmentation_task` at the resolution of the ground truth without ever gathering masks. Under
+    gradient accumulation the loss is that of the whole batch, whereas `Trainer` takes the mean of the losses of its
+    parts, in which a segment weighs more the fewer there are beside it. Pass the image processor as `processing_class`
+    and data sets of samples (see `hf_maskformer.data.sample.Sample`); without `data_collator`, a
+    `MaskFormerDataCollator` makes the batches. With "tensorboard" in report_to, it shows pictures of predictions.
     """
 
     args: MaskFormerTrainingArguments
@@ -57,12 +66,14 @@ class MaskFormerTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         check_model(self.task, model)
         # Trainer's own default stacks the fields of samples, which have images of all sizes.
-        if self.data_collator is default_data_collator:
+        if self.data_collator is default_data_collator and kwargs.get("data_collator") is None:
             self.data_collator = MaskFormerDataCollator(self.processing_class, target_format=target_format(model))
         if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
             self.args.metric_for_best_model = MAIN_FIGURES[self.task]
         self._check_metric_for_best_model()
         self.add_callback(EpochCallback())
+        self._interruption = InterruptionCallback()
+        self.add_callback(self._interruption)
         self._add_pictures()
         # Statistics of a few images per process are too noisy to train with; CPUs have no synchronised form.
         if self.args.world_size > 1 and self.args.device.type != "cpu":
@@ -116,13 +127,66 @@ class MaskFormerTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, as `Trainer` does.
 
-        `resume_from_checkpoint=True` takes the last checkpoint that is whole. Raises a ChildProcessError if a process
-        that reads data died.
+        On SIGTERM it saves a checkpoint after the step under way and raises SystemExit(75) (`EXIT_INTERRUPTED`); an
+        evaluation under way is given up.
+
+        Args:
+            resume_from_checkpoint: a folder; True for the last checkpoint that is whole; "auto" for that too, but to
+                start anew if there is none.
+            args, kwargs: as in `Trainer.train`.
+
+        Raises:
+            OSError: `output_dir` cannot be written.
+            ValueError: the checkpoint is not whole.
+            ChildProcessError: a process that reads data died.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_whole_checkpoint(self.args.output_dir) or True  # Trainer says there is none
-        with dead_workers_named(self.args.dataloader_num_workers):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.should_save:
+            _check_writable(Path(self.args.output_dir or "."))
+        if resume_from_checkpoint is True or resume_from_checkpoint == "auto":
+            # Trainer says of True that there is none.
+            resume_from_checkpoint = _last_whole_checkpoint(self.args.output_dir) or resume_from_checkpoint is True
+        if isinstance(resume_from_checkpoint, str) and not _is_whole(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no whole checkpoint: it is not there, or its writing was cut off. "
+                f"{_way_on(self.args.output_dir)}."
+            )
+        with dead_workers_named(self.args.dataloader_num_workers), self._interruption:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._interruption.is_ending:
+            self._end_interrupted()
+        return result
+
+    def _end_interrupted(self) -> None:
+        logger.warning(
+            f"SIGTERM ended the training after step {self.state.global_step}. {_way_on(self.args.output_dir)}."
+        )
+        raise SystemExit(EXIT_INTERRUPTED)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        """The epoch in which training goes on, and how many of its batches were used: of a stream, pass and batches."""
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        if checkpoint is not None and self.train_dataset is not None and not has_length(self.train_dataset):
+            # Trainer takes a stream for endless, but begins anew where it ends; `epoch` counts passes.
+            saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            passes, share = divmod(saved.epoch or 0.0, 1)
+            epochs = int(passes)
+            if not self.args.ignore_data_skip:
+                batches = round(share * saved.max_steps) * self.args.gradient_accumulation_steps
+        return epochs, batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of one step of the optimiser; none where a stream ends before there are enough of them.
+
+        `Trainer` would add the gradient of such a rest to that of the first step after it.
+        """
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return (batch_samples, num_items_in_batch) if len(batch_samples) == num_batches else ([], None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves model, image processor and arguments; these also as training_args.json, without the Hub's token.
@@ -141,6 +205,9 @@ class MaskFormerTrainer(Trainer):
             folder = self._folder if output_dir is None else Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string())
+        if self.is_fsdp_enabled and not _internal_call:
+            # What from_pretrained reads, also where checkpoints are saved in the shards of the processes.
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -159,6 +226,11 @@ class MaskFormerTrainer(Trainer):
                 f"{folder} cannot be written ({error}) and was removed. See that there is room; save_total_limit "
                 f"bounds how much checkpoints take. {_way_on(self.args.output_dir)}."
             ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What follows is the state, which says that the checkpoint is whole: with the parts of all processes.
+        self.accelerator.wait_for_everyone()
 
     def compute_loss(
         self,
@@ -246,14 +318,19 @@ class MaskFormerTrainer(Trainer):
             ]
             return {name: value for part in parts for name, value in part.items()}
         figures = evaluate(
-            self.accelerator.unwrap_model(self.model),
+            self._whole_model(),
             self.processing_class,
             eval_dataset,
             self.task,
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             autocast=self.accelerator.autocast,
+            should_stop=lambda: self.is_in_train and self._interruption.is_asked,
         )
+        if self.is_in_train and self._interruption.agree_to_end():
+            assert self.model is not None
+            self._save_checkpoint(self.model, None)
+            self._end_interrupted()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scalars(figures).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -341,6 +418,17 @@ class MaskFormerTrainer(Trainer):
             return HfApi().run_as_future(publish, self._folder, repo_id, **arguments)
         return publish(self._folder, repo_id, **arguments)
 
+    def _whole_model(self) -> nn.Module:
+        """The model that a process can run by itself, whatever the others do: under FSDP2 a copy of all shards."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        is_sharded = isinstance(model, FSDPModule)
+        if not is_sharded:
+            return model
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        whole = type(model).__mro__[2](model.config)  # FSDP2 puts two classes of its own in front
+        whole.load_state_dict(weights)
+        return whole.to(self.args.device)
+
     def _check_metric_for_best_model(self) -> None:
         metric = self.args.metric_for_best_model
         if metric in ("loss", "eval_loss"):
@@ -357,7 +445,9 @@ class MaskFormerTrainer(Trainer):
 
     def _add_pictures(self) -> None:
         boards = [each for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
-        if boards and self.args.num_pictures > 0 and hasattr(self.eval_dataset, "__len__"):
+        # The first process alone draws them, which it cannot with a share of the weights.
+        is_sharded = self.is_fsdp_enabled
+        if boards and not is_sharded and self.args.num_pictures > 0 and hasattr(self.eval_dataset, "__len__"):
             dataset = self.eval_dataset
             if isinstance(dataset, dict):
                 dataset = next(iter(dataset.values()))
@@ -365,12 +455,26 @@ class MaskFormerTrainer(Trainer):
 
 
 def _is_whole(checkpoint: str | Path) -> bool:
-    # Trainer writes the state last.
+    # Trainer writes the state last. A power failure may still lose what was written before it: a file of safetensors
+    # says how long it is, and a file of torch is a zip archive, whose directory comes at its end.
+    folder = Path(checkpoint)
     try:
-        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return True
+    return all(zipfile.is_zipfile(path) for suffix in ("*.pt", "*.pth") for path in folder.glob(suffix))
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"output_dir {folder} cannot be written ({error}). Nothing was trained; name another.") from error
 
 
 def _last_whole_checkpoint(folder: str | None) -> str | None:

@@ -1,0 +1,246 @@
+"""Several processes train the model that one process would, and count every sample once."""
+
+import json
+import multiprocessing
+import os
+import signal
+import traceback
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, merge_fsdp_weights
+from models import ARCHITECTURES, tiny_batch, tiny_model
+from safetensors.torch import load_file
+from test_loss_distribution import collate, images
+from test_per_pixel_baseline import KINDS, batch_of_labels, tiny_baseline
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerTrainer, MaskFormerTrainingArguments
+from hf_maskformer.data.generated_scenes import GeneratedScenes
+from hf_maskformer.evaluation.evaluation import evaluate
+from hf_maskformer.training.starting_point import image_processor_for
+
+STEPS = 20
+BATCH = 4  # images of a step, over all processes; the second has no segment
+FIVE = GeneratedScenes(5, image_size=(64, 64))  # evaluated: a number that no number of processes divides
+
+
+def trainer_of(folder, num_processes=1, accumulation=1, train_dataset=None, **options):
+    torch.manual_seed(1)
+    arguments = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": BATCH // (num_processes * accumulation),
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "learning_rate": 1e-4,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        **options,
+    }
+    arguments = MaskFormerTrainingArguments(**arguments)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        # Accelerate shards on accelerators only; torch, which does it, on CPUs too.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+    return MaskFormerTrainer(
+        model=tiny_model(id2label=FIVE.labels.id2label),  # no dropout, frozen batch norm
+        args=arguments,
+        train_dataset=train_dataset or images() + images()[::-1],
+        eval_dataset=FIVE,
+        data_collator=collate,
+        processing_class=image_processor_for(FIVE.labels, image_size=64),
+    )
+
+
+def run_of(trainer, checkpoint=None):
+    """The loss of every step and the weights at the end."""
+    trainer.train(checkpoint)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # of shards on the first process only
+    return losses, {name: tensor.numpy() for name, tensor in weights.items()}
+
+
+def replicated(folder, num_processes):
+    """All at once, and in parts where a process has several images."""
+    accumulation = BATCH // num_processes
+    trainer = trainer_of(folder, num_processes)
+    runs = [run_of(trainer)]
+    if accumulation > 1:
+        runs.append(run_of(trainer_of(folder, num_processes, accumulation)))
+    # Six images: the last batch is short, or some process has none.
+    uneven = trainer_of(folder, num_processes, train_dataset=images() + images()[:2], max_steps=4)
+    uneven.train()
+    return runs, trainer.evaluate(), uneven.state.global_step
+
+
+def sharded(folder, num_processes):
+    """Saves shards and goes on from them; how the model was cut comes along."""
+    options = {"save_strategy": "steps", "save_steps": 10}
+    trainer = trainer_of(folder, num_processes, **options)
+    runs = [run_of(trainer)]
+    units = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
+    figures = trainer.evaluate()
+    trainer.save_model(str(folder / "final"))
+    # From step 10 on: losses of the first steps come from the state.
+    runs.append(run_of(trainer_of(folder, num_processes, **options), str(folder / "checkpoint-10")))
+    return runs, figures, units
+
+
+class Asked(TrainerCallback):
+    """The system asks this process to end, in the third step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted(folder, num_processes):
+    trainer = trainer_of(folder, num_processes, max_steps=5)
+    if PartialState().process_index == 1:
+        trainer.add_callback(Asked())
+    try:
+        trainer.train()
+    except SystemExit as end:
+        return end.code, trainer.state.global_step
+    return None
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+def all_architectures(folder, num_processes):
+    """Names those of which a step leaves no parameter without gradient, which DDP refuses in the step after it."""
+    batches = {name: tiny_batch(size=(64, 64)) for name in ARCHITECTURES}
+    models = {name: make() for name, make in ARCHITECTURES.items()}
+    models |= {name: tiny_baseline(kind) for name, kind in zip(("baseline", "baseline+"), KINDS, strict=True)}
+    batches |= {name: batch_of_labels() for name in ("baseline", "baseline+")}
+    for name, model in models.items():
+        model = DistributedDataParallel(model.train(), find_unused_parameters=False)
+        for _ in range(2):
+            model(**batches[name]).loss.backward()
+    return list(models)
+
+
+def _run(rank, num_processes, folder, environment, function, queue):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",  # Accelerate asks for it, nobody connects to it
+        "ACCELERATE_USE_CPU": "true",
+        **environment,
+    }
+    torch.set_num_threads(1)
+    # A rendezvous in a file: no port that another run of the tests could hold.
+    store = torch.distributed.FileStore(str(folder / f"rendezvous_{function.__name__}"), num_processes)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=num_processes)
+    try:
+        queue.put((rank, function(folder, num_processes)))
+        torch.distributed.barrier()
+    except Exception:
+        queue.put((rank, traceback.format_exc()))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run(function, num_processes, folder, **environment):
+    """What the function gives on each process, in their order."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_processes"])
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_run, args=(rank, num_processes, folder, environment, function, queue))
+        for rank in range(num_processes)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        results = {}
+        while len(results) < num_processes:
+            rank, result = queue.get(timeout=240)
+            assert not isinstance(result, str), result
+            results[rank] = result
+        return [results[rank] for rank in range(num_processes)]
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+
+
+def assert_same_run(found, expected):
+    (found_losses, found_weights), (expected_losses, expected_weights) = found, expected
+    assert found_losses == pytest.approx(expected_losses, abs=1e-5)
+    assert found_weights.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        assert found_weights[name] == pytest.approx(weight, abs=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    trainer = trainer_of(tmp_path_factory.mktemp("alone"))
+    return run_of(trainer), trainer.evaluate()
+
+
+def assert_same_figures(found, expected):
+    for name in ("eval_mean_iou", "eval_overall_accuracy", "eval_frequency_weighted_iou"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_processes_train_the_model_of_one(tmp_path, alone, num_processes):
+    results = run(replicated, num_processes, tmp_path)
+    assert len(results) == num_processes
+    for runs, figures, uneven_steps in results:
+        for found in runs:
+            assert_same_run(found, alone[0])
+        assert_same_figures(figures, alone[1])
+        assert uneven_steps == 4
+
+
+@pytest.mark.slow
+def test_sharded_processes_train_the_model_of_one(tmp_path, alone):
+    results = run(sharded, 2, tmp_path, **FSDP2)
+    runs, _, units = results[0]
+    for found in runs:
+        assert_same_run(found, alone[0])
+    for _, figures, _ in results:
+        assert_same_figures(figures, alone[1])
+    # Cut where it may be cut: at each layer of the decoder and each block of the backbone.
+    for part in ("transformer_module.decoder.layers.0", "encoder.stages.3.layers.0"):
+        assert any(name.endswith(part) for name in units), units
+
+    expected = {name: torch.from_numpy(weight) for name, weight in runs[0][1].items()}
+    merge_fsdp_weights(str(tmp_path / "checkpoint-20/pytorch_model_fsdp_0"), str(tmp_path / "merged"))
+    for folder in ("final", "merged"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    assert json.loads((tmp_path / "final/config.json").read_text())["architectures"] == [
+        "MaskFormerForInstanceSegmentation"
+    ]
+    model = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "final")
+    figures = evaluate(model, image_processor_for(FIVE.labels, image_size=64), FIVE)
+    assert figures["mean_iou"] == pytest.approx(alone[1]["eval_mean_iou"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_no_architecture_has_a_parameter_that_a_step_does_not_use(tmp_path):
+    assert len(run(all_architectures, 2, tmp_path)[0]) == len(ARCHITECTURES) + len(KINDS)
+
+
+@pytest.mark.slow
+def test_processes_of_which_one_is_asked_to_end_do_so_together(tmp_path):
+    assert run(interrupted, 2, tmp_path) == [(75, 3), (75, 3)]
+    assert (tmp_path / "checkpoint-3" / "rng_state_1.pth").is_file()
