@@ -186,7 +186,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, states: Tensor) -> Tensor:
-        height, width = (-(-length // 2) for length in states.shape[1:3])
+        height, width = (count_parts(length, 2) for length in states.shape[1:3])
         states = pad_to_multiple(states, 2, dims=(1, 2))
         neighbours = states.reshape(states.shape[0], height, 2, width, 2, states.shape[-1])
         return self.reduction(self.norm(neighbours.permute(0, 1, 3, 4, 2, 5).flatten(3)))
@@ -299,7 +299,7 @@ class WindowGrid:
         self.window_size = window_size
         # By whole windows, which the sizes of all that follows are products of: with remainders, those of a model that
         # is compiled or exported for any size grow into formulas that take minutes.
-        num_rows, num_columns = (-(-length // window_size) for length in size)
+        num_rows, num_columns = (count_parts(length, window_size) for length in size)
         self.num_windows = num_rows * num_columns
         self.num_positions = window_size**2
         self.padded_size = (num_rows * window_size, num_columns * window_size)
@@ -345,7 +345,7 @@ class Rearrange(torch.autograd.Function):
 
 def pad_to_multiple(states: Tensor, divisor: int, dims: tuple[int, int]) -> Tensor:
     """Appends zeros to rows and columns, the dimensions `dims`, until their numbers are multiples of the divisor."""
-    missing = [-(-states.shape[dim] // divisor) * divisor - states.shape[dim] for dim in dims]
+    missing = [count_parts(states.shape[dim], divisor) * divisor - states.shape[dim] for dim in dims]
     # A program for any size always pads: a branch would fix on which side of it the sizes are.
     if not (torch.compiler.is_compiling() or any(missing)):
         return states
@@ -353,6 +353,12 @@ def pad_to_multiple(states: Tensor, divisor: int, dims: tuple[int, int]) -> Tens
     for dim, length in zip(dims, missing, strict=True):
         padding[2 * (states.dim() - dim) - 1] = length
     return F.pad(states, padding)
+
+
+def count_parts(length: int, part: int) -> int:
+    """How many parts cover a length, which the last one may exceed."""
+    # Not -(-length // part): ONNX rounds the quotient of integers towards zero, and so loses the last part.
+    return (length + part - 1) // part
 
 
 def cut_into_windows(positions: Tensor, window_size: int) -> Tensor:

@@ -2,6 +2,8 @@
 
     python scripts/benchmark.py forward --backbone swin-tiny --size 512 --kept 20
     python scripts/benchmark.py forward --size 1024 --width 2048 --repeats 1
+    python scripts/benchmark.py forward --compile --onnx
+    python scripts/benchmark.py forward --plot docs/images/latency.png
     python scripts/benchmark.py photo
     python scripts/benchmark.py load --backbone swin-large
     python scripts/benchmark.py step --backbone resnet50 --freeze_batch_norm --json step.json
@@ -32,9 +34,10 @@ from hf_maskformer.command_line import OptionParser, errors_as_messages
 
 MODEL: dict[str, Any] = {"backbone": "resnet50", "size": 512, "bf16": False, "device": "cpu"}
 LOSS: dict[str, Any] = {"size": 512, "batch": 2, "segments": 15, "bf16": False, "device": "cpu"}
+FORWARD: dict[str, Any] = {"width": None, "batch": 1, "kept": None, "compile": False, "onnx": False, "plot": None}
 Subject = Callable[[argparse.Namespace], Iterator[Comparison]]
 SUBJECTS: dict[str, tuple[Subject, dict[str, Any]]] = {  # each with its options and their defaults
-    "forward": (models.forward, {**MODEL, "width": None, "batch": 1, "kept": None}),
+    "forward": (models.forward, {**MODEL, **FORWARD}),
     "photo": (serving.photo, {**MODEL, "size": 640}),
     "load": (serving.load, {"backbone": "swin-large"}),
     "step": (models.step, {**MODEL, **LOSS, "freeze_batch_norm": False}),
@@ -55,9 +58,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kept": {"type": int, "help": "measure `predict` too, with a threshold that keeps this many queries, 1 to 99"},
     "freeze_batch_norm": {"action": "store_true", "help": "freeze the backbone's batch norm in both"},
     "bf16": {"action": "store_true", "help": "run all under bfloat16 autocast"},
+    "compile": {"action": "store_true", "help": "measure both under torch.compile too"},
+    "onnx": {"action": "store_true", "help": "measure ONNX Runtime on the CPU too"},
     "device": {"help": "cpu or cuda"},
-    "plot": {"help": "measure ours at several sizes and numbers of segments and draw this file (needs matplotlib)"},
+    "plot": {"help": "measure at several sizes (the criterion: and numbers of segments), draw this file (matplotlib)"},
 }
+PLOTS = {"forward": models.draw_latency, "criterion": criterion.draw_growth}
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -76,7 +82,7 @@ def main(arguments: argparse.Namespace) -> None:
         settings = {**vars(arguments), "threads": torch.get_num_threads(), **environment(device)}
         Path(arguments.json).write_text(json.dumps({"settings": settings, "figures": figures}, indent=1))
     if getattr(arguments, "plot", None):
-        criterion.draw_growth(figures, arguments.plot)
+        PLOTS[arguments.subject](figures, arguments.plot)
 
 
 def parse_arguments() -> argparse.Namespace:

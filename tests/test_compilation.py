@@ -1,5 +1,6 @@
 """torch.compile: one graph for the whole model, for any size, compiled once for sizes seen before."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from models import ARCHITECTURES, tiny_batch, tiny_model
 from torch._dynamo.testing import CompileCounter
 
-from hf_maskformer import PerPixelBaselineConfig, PerPixelBaselineForSemanticSegmentation
+from hf_maskformer import (
+    MaskFormerDataCollator,
+    MaskFormerTrainer,
+    MaskFormerTrainingArguments,
+    PerPixelBaselineConfig,
+    PerPixelBaselineForSemanticSegmentation,
+)
+from hf_maskformer.data.generated_scenes import GeneratedScenes
+from hf_maskformer.training.starting_point import image_processor_for
 
 SIZES = [(2, 64, 96), (3, 75, 101), (2, 64, 96), (3, 75, 101)]
 
@@ -19,6 +28,12 @@ def tiny_baseline() -> PerPixelBaselineForSemanticSegmentation:
             backbone_config=config.backbone_config, fpn_feature_size=32, mask_feature_size=16, num_labels=4
         )
     )
+
+
+MODELS = {**ARCHITECTURES, "baseline": tiny_baseline}
+for_every_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "resnet" else pytest.mark.slow) for name in MODELS]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +53,9 @@ def logits(model: Callable, batch_size: int, height: int, width: int, with_mask:
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("build", [*ARCHITECTURES.values(), tiny_baseline], ids=[*ARCHITECTURES, "baseline"])
-def test_the_model_is_one_graph_that_is_not_compiled_again(build, with_mask):
-    model = build().eval()
+@for_every_model
+def test_the_model_is_one_graph_that_is_not_compiled_again(name, with_mask):
+    model = MODELS[name]().eval()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     for _ in range(2):
@@ -49,13 +64,15 @@ def test_the_model_is_one_graph_that_is_not_compiled_again(build, with_mask):
     assert counter.frame_count == 1
 
 
-def test_one_graph_serves_every_batch_and_size():
-    model = tiny_model().eval()
+@for_every_model
+def test_graphs_serve_every_batch_and_size(name):
+    model = MODELS[name]().eval()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for size in [(2, 141, 173), (3, 147, 169), (2, 205, 139)]:
         torch.testing.assert_close(logits(compiled, *size), logits(model, *size))
-    assert counter.frame_count == 1
+    # A Swin has another graph where a map divides into windows: its rows then follow each other in memory.
+    assert counter.frame_count == (2 if name == "swin" else 1)
 
 
 def test_a_training_step_leaves_the_graph_at_the_loss_only():
@@ -63,3 +80,66 @@ def test_a_training_step_leaves_the_graph_at_the_loss_only():
     explanation = torch._dynamo.explain(model)(**tiny_batch())
     assert explanation.graph_count == 2
     assert [reason.user_stack[-1].line for reason in explanation.break_reasons] == ["loss, loss_dict = self.criterion("]
+
+
+@pytest.mark.parametrize("name", ["resnet", pytest.param("swin", marks=pytest.mark.slow)])
+def test_a_compiled_model_gets_the_same_gradients(name):
+    torch.manual_seed(0)
+    model, batch = ARCHITECTURES[name]().train(), tiny_batch()
+    compiled = copy.deepcopy(model)
+    compiled.model.compile(backend="aot_eager", fullgraph=True)
+    losses = [one.forward(**batch).loss for one in (model, compiled)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for (name, parameter), other in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow
+def test_the_trainer_compiles_up_to_the_loss(tmp_path):
+    scenes = GeneratedScenes(4, image_size=(64, 64))
+    image_processor = image_processor_for(scenes.labels, image_size=64)
+    losses = {}
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.utils.counters.clear()
+        arguments = MaskFormerTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to="none",
+            torch_compile=is_compiled,
+            torch_compile_backend="aot_eager" if is_compiled else None,
+        )
+        trainer = MaskFormerTrainer(
+            model=tiny_model(id2label=scenes.labels.id2label),
+            args=arguments,
+            train_dataset=scenes,
+            data_collator=MaskFormerDataCollator(image_processor),
+            processing_class=image_processor,
+        )
+        trainer.train()
+        losses[is_compiled] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses[True]) == 3
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 1
+
+
+@pytest.mark.slow
+def test_predict_runs_around_compiled_parts():
+    model, pixel_values = tiny_model().eval(), torch.randn(2, 3, 64, 96)
+    expected = model.predict(pixel_values, threshold=0.3).masks_queries_logits
+    for module in (model.model.pixel_level_module, model.model.transformer_module):
+        module.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(model.predict(pixel_values, threshold=0.3).masks_queries_logits, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet", "swin"])
+def test_inductor_gives_equal_logits(name):
+    model = ARCHITECTURES[name]().eval()
+    torch.testing.assert_close(logits(torch.compile(model), *SIZES[0]), logits(model, *SIZES[0]), rtol=1e-4, atol=1e-4)

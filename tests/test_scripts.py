@@ -303,7 +303,16 @@ def benchmark(tmp_path, monkeypatch):
     [
         ("forward --size=64", {"forward": ["stock", "ours"]}),
         ("forward --size=64 --batch=2 --kept=20", {"forward": ["stock", "ours", "ours, 20 kept"]}),
-        ("forward --size=64 --width=96", {"forward": ["stock", "ours"]}),
+        ("forward --size=64 --width=96 --bf16", {"forward": ["stock", "ours"]}),
+        pytest.param(
+            "forward --size=64 --compile --onnx",
+            {
+                "forward": ["stock", "ours", "ONNX Runtime"],
+                "compiled": ["stock", "ours"],
+                "compiled, frozen": ["stock", "ours"],
+            },
+            marks=pytest.mark.slow,
+        ),
         ("photo --size=64", {"photo": ["stock", "ours"]}),
         ("load --backbone=resnet50", {"load": ["stock", "ours"]}),
         ("step --size=64", {"step": ["stock", "ours"]}),
@@ -354,6 +363,17 @@ def test_the_benchmark_draws_how_the_criterion_grows(benchmark, tmp_path, monkey
     figures = benchmark("criterion", "--size=64", f"--plot={tmp_path / 'growth.png'}")["figures"]
     assert list(figures) == ["size 64", "size 96", "segments 2", "segments 4"]
     assert Image.open(tmp_path / "growth.png").width > 500
+
+
+@pytest.mark.slow
+def test_the_benchmark_draws_how_latency_grows(benchmark, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(sys.modules["benchmarks.models"], "PLOT_SIZES", (64, 96))
+    figures = benchmark("forward", f"--plot={tmp_path / 'latency.png'}")["figures"]
+    assert list(figures) == ["size 64", "size 96"]
+    assert list(figures["size 64"]) == ["stock", "ours", "ONNX Runtime"]
+    assert Image.open(tmp_path / "latency.png").width > 500
 
 
 def test_the_benchmark_knows_transformers_fallback_from_its_processor_on_torchvision(benchmark, monkeypatch, capsys):

@@ -50,16 +50,13 @@ def export_model(
         The path of the file.
 
     Raises:
-        ValueError: Format or task is unknown, the model does not do the task, a size is too small, or a model with a
-            Swin has no size for ONNX.
+        ValueError: Format or task is unknown, the model does not do the task, or a size is too small.
         ImportError: What ONNX needs is not installed.
     """
     if format not in get_args(Format):
         raise ValueError(f"format is {format!r}, but must be one of {get_args(Format)}.")
     if format == "onnx":
         check_installed("onnx", "onnxscript")
-        if size is None and model.config.backbone_config.model_type in ("swin", "maskformer-swin"):
-            raise ValueError("A Swin goes to ONNX for one size of the images only: give size=(height, width).")
     if size is not None and min(size) < SMALLEST_SIDE:
         raise ValueError(f"size is {tuple(size)}, but both sides must have at least {SMALLEST_SIDE} pixels.")
     if output_size is not None and min(output_size) < 1:

@@ -3,16 +3,20 @@
 import argparse
 from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
+from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer.export.exporting import export_model
 from hf_maskformer.modeling_maskformer import likely_queries
 
 from .inputs import NUM_LABELS, autocast, check_equal, float_masks, random_segments
-from .measuring import Comparison
+from .measuring import Comparison, Figures
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -31,12 +35,46 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 
 
-def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
-    """An evaluation pass of each model; with `kept`, also ours with the masks of that many queries alone."""
-    stock, ours = (model.eval() for model in build_models(arguments, deep_supervision=False, freeze_batch_norm=True))
-    pixel_values = random_images(arguments, arguments.width)
+PLOT_SIZES = (256, 384, 512, 640, 768)
 
-    def run(model: torch.nn.Module) -> Any:
+
+def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
+    """An evaluation pass of each model.
+
+    With `kept`, also ours with the masks of that many queries alone; with `onnx`, also ours under ONNX Runtime; with
+    `compile`, both compiled in comparisons of their own; with `plot`, both and ONNX Runtime at several sizes.
+    """
+    if arguments.plot:
+        import matplotlib  # noqa: F401 - if it is missing, better before the minutes of measuring
+    stock, ours = (model.eval() for model in build_models(arguments, deep_supervision=False, freeze_batch_norm=True))
+    session = onnx_session(ours) if arguments.onnx or arguments.plot else None
+    if arguments.plot:
+        for size in PLOT_SIZES:
+            sized = argparse.Namespace(**{**vars(arguments), "size": size})
+            yield f"size {size}", passes(stock, ours, random_images(sized), sized, session)
+        return
+    pixel_values = random_images(arguments, arguments.width)
+    peers = passes(stock, ours, pixel_values, arguments, session)
+    if arguments.kept:
+        peers[f"ours, {arguments.kept} kept"] = late_bound(ours, pixel_values, arguments)
+    yield "forward", peers
+    if arguments.compile:
+        # Frozen weights are constants of the compiled code, which folds and rearranges them beforehand.
+        for name, options in (("compiled", {}), ("compiled, frozen", {"freezing": True})):
+            compiled = [torch.compile(model, dynamic=False, options=options) for model in (stock, ours)]
+            yield name, passes(*compiled, pixel_values, arguments)
+
+
+def passes(
+    stock: Callable[..., Any],
+    ours: Callable[..., Any],
+    pixel_values: torch.Tensor,
+    arguments: argparse.Namespace,
+    session: "InferenceSession | None" = None,
+) -> dict[str, Callable[[], object]]:
+    """A pass of each over these images, once they are seen to agree."""
+
+    def run(model: Callable[..., Any]) -> Any:
         with torch.no_grad(), autocast(arguments):
             return model(pixel_values)
 
@@ -44,9 +82,38 @@ def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
         expected, found = (model(pixel_values).masks_queries_logits for model in (stock, ours))
     check_equal(expected, found, tolerance(arguments))
     peers: dict[str, Callable[[], object]] = {"stock": lambda: run(stock), "ours": lambda: run(ours)}
-    if arguments.kept:
-        peers[f"ours, {arguments.kept} kept"] = late_bound(ours, pixel_values, arguments)
-    yield "forward", peers
+    if session is not None:
+        inputs = {"pixel_values": pixel_values.cpu().numpy()}
+        found = torch.from_numpy(session.run(["masks_queries_logits"], inputs)[0])
+        check_equal(expected.cpu(), found, tolerance(arguments))
+        peers["ONNX Runtime"] = lambda: session.run(None, inputs)
+    return peers
+
+
+def onnx_session(model: MaskFormerForInstanceSegmentation) -> "InferenceSession":
+    """ONNX Runtime with the model for any size, on as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with TemporaryDirectory() as folder:
+        path = export_model(model, MaskFormerImageProcessor(), folder)
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def draw_latency(figures: dict[str, Figures], path: str) -> None:
+    """Draws the time of a pass against the side of the images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5.5, 3.5), layout="constrained")
+    for name in next(iter(figures.values())):
+        axis.plot(PLOT_SIZES, [peers[name]["median_ms"] for peers in figures.values()], marker="o", label=name)
+    axis.set(xlabel="side of the image, pixels", ylabel="milliseconds", ylim=0, xticks=PLOT_SIZES)
+    axis.legend()
+    figure.savefig(path, dpi=110)
 
 
 def late_bound(
