@@ -130,7 +130,7 @@ def test_transformer_encoder_of_the_pixel_decoder(pre_norm: bool) -> None:
     model = lively_model(pixel_decoder_layers=3, pre_norm=pre_norm)
     features = [torch.randn(2, channels, 8 * size, 4 * size) for channels, size in ((8, 8), (16, 4), (32, 2), (64, 1))]
     with torch.no_grad():
-        pixel_embeddings, memory, *_ = model.model.pixel_level_module.decoder(features)
+        pixel_embeddings, memory, *_ = model.model.pixel_level_module.decoder([*features])
         weights = to_original(model.state_dict())
         name = "sem_seg_head.pixel_decoder"
         projected = F.conv2d(features[-1], weights[f"{name}.input_proj.weight"], weights[f"{name}.input_proj.bias"])

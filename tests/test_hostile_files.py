@@ -164,7 +164,7 @@ def test_a_model_beyond_any_memory_is_refused_before_it_is_built(tmp_path, field
         ({"image_mean": [float("nan")] * 3}, "image_mean is"),
         ({"rescale_factor": float("inf")}, "rescale_factor is inf"),
         ({"do_resize": "no"}, "do_resize is 'no', but must be true or false"),
-        ({"num_labels": 1.5}, "num_labels is '1.5', but must be an integer"),
+        ({"num_labels": 1.5}, "num_labels is 1.5, but must be an integer"),
         ({"panoptic_thresholds": {"threshold": "x"}}, "panoptic_thresholds is"),
     ],
 )
