@@ -153,7 +153,7 @@ class SwinBlock(GradientCheckpointingLayer):
             return states + self._drop_path(self._feed_forward(states))
         windows = grid.to_windows(self.layernorm_before(states))
         self._attend_in_parts(windows, grid)
-        states = states + grid.to_map(windows)
+        states = (states + grid.to_map(windows)).contiguous()  # so that its parts below are views of it
         for positions in states.flatten(0, 2).split(POSITIONS_AT_ONCE):
             positions += self._feed_forward(positions)
         return states
