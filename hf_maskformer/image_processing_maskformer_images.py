@@ -254,11 +254,18 @@ def empty_batch(sizes: Sequence[Size], padded_size: Size, device: str | torch.de
     """A batch for images of these sizes: all pixels 0, the mask complete."""
     # Zeros from the start, although images overwrite most of them: filling a fresh tensor in order, from its beginning,
     # is many times faster than touching its pages here and there first, as filling in the padding alone would.
-    pixel_values = torch.zeros(len(sizes), 3, *padded_size, device=device)
-    pixel_mask = torch.zeros(len(sizes), *padded_size, dtype=torch.int64, device=device)
+    pixel_values = zeros((len(sizes), 3, *padded_size), torch.float32, device)
+    pixel_mask = zeros((len(sizes), *padded_size), torch.int64, device)
     for mask, (height, width) in zip(pixel_mask, sizes, strict=True):
         mask[:height, :width] = 1
     return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device | None = None) -> Tensor:
+    """`torch.zeros`, on a CPU in memory that numpy asks the operating system for in large pages."""
+    if torch.device(device or "cpu").type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, dtype=str(dtype).removeprefix("torch.")))
 
 
 def _alike(images: Sequence[Tensor], sizes: Sequence[Size], device: str | torch.device | None) -> list[list[int]]:

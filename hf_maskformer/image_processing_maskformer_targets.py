@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .image_processing_maskformer_images import read_upright, resize_nearest
+from .image_processing_maskformer_images import read_upright, resize_nearest, zeros
 from .image_processing_maskformer_settings import ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
 
@@ -236,7 +236,7 @@ def pad_as_masks(
     all_masks = []
     for segment_map, labels in segments:
         height, width = segment_map.shape
-        masks = torch.zeros(len(labels), *size, dtype=torch.bool, device=device)
+        masks = zeros((len(labels), *size), torch.bool, device)
         masks[:, :height, :width] = segment_map.to(device) == torch.arange(len(labels), device=device)[:, None, None]
         all_masks.append(masks)
     return all_masks, [labels.to(device) for _, labels in segments]

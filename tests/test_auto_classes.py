@@ -23,7 +23,8 @@ from hf_maskformer import (
 from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
 
 PACKAGE = Path(hf_maskformer.__file__).parent
-SPINE = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py", "_torchvision.py", "command_line.py"}
+STAY = {"__init__.py", "__main__.py", "_torchvision.py", "command_line.py"}
+SPINE = {path.name for path in PACKAGE.glob("*.py")} - STAY
 SEGMENTATION = (
     "AutoModelForImageSegmentation",
     "AutoModelForInstanceSegmentation",
