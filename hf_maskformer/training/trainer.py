@@ -1,23 +1,20 @@
 """`Trainer` with the paper's parameter groups, its loss terms in the log and evaluation by the task's own metric."""
 
-import json
 import shutil
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerState, default_data_collator
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import has_length, sort_checkpoints
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data.collator import MaskFormerDataCollator
@@ -29,6 +26,7 @@ from ..hub.publishing import publish
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
 from .arguments import MaskFormerTrainingArguments
+from .checkpoints import check_writable, is_whole, last_whole_checkpoint, way_on
 from .epochs import EpochCallback
 from .interruption import EXIT_INTERRUPTED, InterruptionCallback
 from .parameter_groups import parameter_groups
@@ -141,14 +139,14 @@ class MaskFormerTrainer(Trainer):
             ChildProcessError: a process that reads data died.
         """
         if self.args.should_save:
-            _check_writable(Path(self.args.output_dir or "."))
+            check_writable(Path(self.args.output_dir or "."))
         if resume_from_checkpoint is True or resume_from_checkpoint == "auto":
             # Trainer says of True that there is none.
-            resume_from_checkpoint = _last_whole_checkpoint(self.args.output_dir) or resume_from_checkpoint is True
-        if isinstance(resume_from_checkpoint, str) and not _is_whole(resume_from_checkpoint):
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or resume_from_checkpoint is True
+        if isinstance(resume_from_checkpoint, str) and not is_whole(resume_from_checkpoint):
             raise ValueError(
                 f"{resume_from_checkpoint} is no whole checkpoint: it is not there, or its writing was cut off. "
-                f"{_way_on(self.args.output_dir)}."
+                f"{way_on(self.args.output_dir)}."
             )
         with dead_workers_named(self.args.dataloader_num_workers), self._interruption:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -158,7 +156,7 @@ class MaskFormerTrainer(Trainer):
 
     def _end_interrupted(self) -> None:
         logger.warning(
-            f"SIGTERM ended the training after step {self.state.global_step}. {_way_on(self.args.output_dir)}."
+            f"SIGTERM ended the training after step {self.state.global_step}. {way_on(self.args.output_dir)}."
         )
         raise SystemExit(EXIT_INTERRUPTED)
 
@@ -198,7 +196,7 @@ class MaskFormerTrainer(Trainer):
             if not parameter.isfinite().all():
                 raise ValueError(
                     f"{name} is not finite in step {self.state.global_step}, so the model is not saved. "
-                    f"{_way_on(self.args.output_dir)}, with a lower learning_rate, a smaller max_grad_norm or in "
+                    f"{way_on(self.args.output_dir)}, with a lower learning_rate, a smaller max_grad_norm or in "
                     "higher precision."
                 )
         if self.args.should_save:
@@ -219,12 +217,12 @@ class MaskFormerTrainer(Trainer):
         # A full disk is an OSError where Python writes, but not where safetensors and torch do.
         except (OSError, SafetensorError, RuntimeError) as error:
             # What follows the writing, such as an upload, or what happens meanwhile is no matter of the disk.
-            if _is_whole(folder) or str(error).startswith(DEAD_WORKER):
+            if is_whole(folder) or str(error).startswith(DEAD_WORKER):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
                 f"{folder} cannot be written ({error}) and was removed. See that there is room; save_total_limit "
-                f"bounds how much checkpoints take. {_way_on(self.args.output_dir)}."
+                f"bounds how much checkpoints take. {way_on(self.args.output_dir)}."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -452,41 +450,6 @@ class MaskFormerTrainer(Trainer):
             if isinstance(dataset, dict):
                 dataset = next(iter(dataset.values()))
             self.add_callback(PictureCallback(dataset, self.processing_class, boards[0], self.args.num_pictures))
-
-
-def _is_whole(checkpoint: str | Path) -> bool:
-    # Trainer writes the state last. A power failure may still lose what was written before it: a file of safetensors
-    # says how long it is, and a file of torch is a zip archive, whose directory comes at its end.
-    folder = Path(checkpoint)
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return all(zipfile.is_zipfile(path) for suffix in ("*.pt", "*.pth") for path in folder.glob(suffix))
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"output_dir {folder} cannot be written ({error}). Nothing was trained; name another.") from error
-
-
-def _last_whole_checkpoint(folder: str | None) -> str | None:
-    checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
-    return next(filter(_is_whole, reversed(checkpoints)), None)
-
-
-def _way_on(folder: str | None) -> str:
-    checkpoint = _last_whole_checkpoint(folder)
-    if checkpoint is None:
-        return "There is no earlier checkpoint: start anew"
-    return f"{checkpoint} is whole: go on from there by resume_from_checkpoint"
 
 
 def _as_list(names: str | list[str] | set[str] | None) -> list[str]:

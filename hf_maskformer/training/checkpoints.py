@@ -1,0 +1,45 @@
+"""Which checkpoints of a training are whole, and where the next can be written."""
+
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+
+def is_whole(checkpoint: str | Path) -> bool:
+    # Trainer writes the state last. A power failure may still lose what was written before it: a file of safetensors
+    # says how long it is, and a file of torch is a zip archive, whose directory comes at its end.
+    folder = Path(checkpoint)
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for suffix in ("*.pt", "*.pth") for path in folder.glob(suffix))
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"output_dir {folder} cannot be written ({error}). Nothing was trained; name another.") from error
+
+
+def last_whole_checkpoint(folder: str | None) -> str | None:
+    checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
+    return next(filter(is_whole, reversed(checkpoints)), None)
+
+
+def way_on(folder: str | None) -> str:
+    checkpoint = last_whole_checkpoint(folder)
+    if checkpoint is None:
+        return "There is no earlier checkpoint: start anew"
+    return f"{checkpoint} is whole: go on from there by resume_from_checkpoint"
