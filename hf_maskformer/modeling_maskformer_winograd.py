@@ -1,18 +1,20 @@
-"""3 x 3 convolution at inference on a CPU with a quarter of the multiplications (Winograd's way, arXiv 1509.09308).
+"""3 x 3 convolution on a CPU with a quarter of the multiplications (Winograd's way, arXiv 1509.09308).
 
 A tile of 4 x 4 outputs depends on 6 x 6 inputs. Both are evaluations of polynomials: taken at 6 x 6 points, inputs and
 kernel are multiplied point by point, 36 products where the definition has 144. Over channels and tiles that makes 36
-matrix products. float32 loses one bit on the way.
+matrix products. float32 loses one bit on the way. Gradients go the same way back.
 
-Letters: C input and O output channels, T tiles, h x w feature map.
+Letters: B images, C input and O output channels, T tiles, h x w feature map.
 """
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 TILE, KERNEL = 4, 3
 PATCH = TILE + KERNEL - 1
@@ -20,8 +22,9 @@ PATCH = TILE + KERNEL - 1
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
 # Of narrower or smaller maps the transforms cost what the products save.
 MIN_CHANNELS, MIN_TILES = 96, 100
-# Tiles at a time: enough for the matrix products, few enough for the cache.
-TILES_AT_ONCE = 160
+# Tiles at a time: enough for the matrix products, few enough for the cache. The gradient of the kernel sums over tiles
+# and writes its sum once for each of these times.
+TILES_AT_ONCE, TILES_AT_ONCE_FOR_KERNEL = 160, 512
 
 
 def convolve(
@@ -34,22 +37,26 @@ def convolve(
 ) -> Tensor:
     """`torch.nn.functional.conv2d`, in the way that is fast for what is given."""
     if stride == padding == dilation == (1, 1) and winograd_pays(states, weight):
-        return winograd(states, weight, bias)
+        return WinogradConvolution.apply(states, weight, bias)
     return F.conv2d(states, weight, bias, stride, padding, dilation)
 
 
 def winograd_pays(states: Tensor, weight: Tensor) -> bool:
-    # GPU libraries have it inside, compilers fuse and exported graphs are read by others: they get the plain operator.
-    if torch.is_grad_enabled() or is_traced():
-        return False
-    if states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    # GPU libraries have it inside, and exported graphs are read by others: they get the plain operator.
+    if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if type(weight) not in (Tensor, torch.nn.Parameter):  # quantised or sharded
         return False
     if not states.dtype == weight.dtype == torch.float32 or tuple(weight.shape[2:]) != (KERNEL, KERNEL):
         return False
-    num_tiles = -(-states.shape[2] // TILE) * -(-states.shape[3] // TILE)
-    return len(states) > 0 and min(weight.shape[:2]) >= MIN_CHANNELS and num_tiles >= MIN_TILES
+    if min(weight.shape[:2]) < MIN_CHANNELS:
+        return False
+    # One compiled graph serves all sizes: there the operator looks at them.
+    return torch.compiler.is_compiling() or has_enough_tiles(states)
+
+
+def has_enough_tiles(states: Tensor) -> bool:
+    return len(states) > 0 and -(-states.shape[2] // TILE) * -(-states.shape[3] // TILE) >= MIN_TILES
 
 
 def is_traced() -> bool:
@@ -57,32 +64,107 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolution with stride 1 and one pixel of zeros around.
+def is_exported() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
-    Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,); gives (B, O, h, w) in channels_last layout.
+
+class WinogradConvolution(torch.autograd.Function):
+    """Convolution with stride 1 and one pixel of zeros around, and its gradients.
+
+    Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,) or None; gives (B, O, h, w).
     """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _convolution(states, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        states, weight, bias = inputs
+        ctx.save_for_backward(states, weight)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for gradients of gradients
+            geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+            sizes = [len(weight)] if ctx.has_bias else None
+            return torch.ops.aten.convolution_backward(gradient, states, weight, sizes, *geometry, list(needed))
+        turned = weight.flip(2, 3).transpose(0, 1)
+        return (
+            _convolution(gradient, turned, None) if needed[0] else None,
+            _kernel_gradient(states, gradient) if needed[1] else None,
+            gradient.sum((0, 2, 3)) if needed[2] else None,
+        )
+
+
+def _convolution(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_maskformer.convolve_3x3(states, weight, bias)
+    return winograd(states, weight, bias)
+
+
+def _kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_maskformer.convolve_3x3_kernel_gradient(states, gradient)
+    return winograd_kernel_gradient(states, gradient)
+
+
+def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,); gives (B, O, h, w) in channels_last layout."""
     of_outputs, of_kernel, of_inputs = (matrix.to(states.dtype) for matrix in transforms())
     out_channels, in_channels = weight.shape[:2]
     kernel = (of_kernel @ weight.permute(2, 3, 1, 0).reshape(KERNEL**2, -1)).view(-1, in_channels, out_channels)
     batch_size, _, height, width = states.shape
+    num_columns = -(-width // TILE)
     output = None
     for index, image in enumerate(states.permute(0, 2, 3, 1)):
-        top = 0
-        for strip in _convolve_in_strips(image, kernel, of_inputs, of_outputs):
+        for top, bottom, patches in _patches_in_strips(image, TILES_AT_ONCE):
+            products = torch.bmm((of_inputs @ patches).view(PATCH**2, -1, in_channels), kernel)
+            tiles = (of_outputs @ products.flatten(1)).view(TILE, TILE, -1, num_columns, out_channels)
+            strip = tiles.permute(2, 0, 3, 1, 4).reshape(-1, num_columns * TILE, out_channels)
+            strip = strip[: bottom - top, :width]
             if output is None:  # made of a strip so that it is batched if one of the inputs is (`torch.vmap`)
                 output = strip.new_empty(batch_size, height, width, out_channels)
-            output[index, top : top + len(strip)] = strip if bias is None else strip.add_(bias)
-            top += len(strip)
+            output[index, top:bottom] = strip if bias is None else strip.add_(bias)
     assert output is not None
     return output.permute(0, 3, 1, 2)
 
 
-def _convolve_in_strips(image: Tensor, kernel: Tensor, of_inputs: Tensor, of_outputs: Tensor) -> Iterator[Tensor]:
-    """(h, w, C) to (h, w, O), a few rows of tiles at a time."""
+def winograd_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
+    """Takes inputs (B, C, h, w) and the gradient of the outputs (B, O, h, w); gives that of the kernel (O, C, 3, 3)."""
+    of_outputs, of_kernel, of_inputs = (matrix.to(states.dtype) for matrix in transforms())
+    in_channels, out_channels = states.shape[1], gradient.shape[1]
+    width = states.shape[3]
+    num_columns = -(-width // TILE)
+    products = None
+    for image, of_image in zip(states.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), strict=True):
+        for top, bottom, patches in _patches_in_strips(image, TILES_AT_ONCE_FOR_KERNEL):
+            missing = (0, 0, 0, num_columns * TILE - width, 0, -(bottom - top) % TILE)
+            tiles = F.pad(of_image[top:bottom], missing).view(-1, TILE, num_columns, TILE, out_channels)
+            tiles = of_outputs.T @ tiles.permute(1, 3, 0, 2, 4).reshape(TILE**2, -1)
+            factors = (of_inputs @ patches).view(PATCH**2, -1, in_channels), tiles.view(PATCH**2, -1, out_channels)
+            if products is None:
+                products = torch.bmm(factors[0].mT, factors[1])
+            else:
+                products.baddbmm_(factors[0].mT, factors[1])
+    assert products is not None
+    kernel = (of_kernel.T @ products.flatten(1)).view(KERNEL, KERNEL, in_channels, out_channels)
+    return kernel.permute(3, 2, 0, 1).contiguous()
+
+
+def _patches_in_strips(image: Tensor, tiles_at_once: int) -> Iterator[tuple[int, int, Tensor]]:
+    """What the tiles of an image (h, w, C) read, a few rows of tiles at a time.
+
+    Gives the first row of outputs, the one after the last, and the patches (36, T * C).
+    """
     height, width, _ = image.shape
     num_columns = -(-width // TILE)
-    rows_at_once = TILE * max(1, round(TILES_AT_ONCE / num_columns))
+    rows_at_once = TILE * max(1, round(tiles_at_once / num_columns))
     for top in range(0, height, rows_at_once):
         bottom = min(top + rows_at_once, height)
         num_rows = -(-(bottom - top) // TILE)
@@ -90,11 +172,7 @@ def _convolve_in_strips(image: Tensor, kernel: Tensor, of_inputs: Tensor, of_out
         missing = (max(-first, 0), max(last - height, 0))
         strip = F.pad(image[max(first, 0) : last], (0, 0, 1, num_columns * TILE + 1 - width, *missing))
         patches = strip.unfold(0, PATCH, TILE).unfold(1, PATCH, TILE)  # (rows, columns, C, 6, 6)
-        patches = patches.permute(3, 4, 0, 1, 2).reshape(PATCH**2, -1)
-        products = torch.bmm((of_inputs @ patches).view(PATCH**2, num_rows * num_columns, -1), kernel)
-        tiles = (of_outputs @ products.flatten(1)).view(TILE, TILE, num_rows, num_columns, -1)
-        strip = tiles.permute(2, 0, 3, 1, 4).reshape(num_rows * TILE, num_columns * TILE, -1)
-        yield strip[: bottom - top, :width]
+        yield top, bottom, patches.permute(3, 4, 0, 1, 2).reshape(PATCH**2, -1)
 
 
 @cache
@@ -114,3 +192,44 @@ def powers(count: int) -> Tensor:
     rows = [[point**exponent for exponent in range(count)] for point in POINTS]
     # Whatever the default device is at the first call: `transforms` keeps them.
     return torch.tensor([*rows, [0.0] * (count - 1) + [1.0]], dtype=torch.float64, device="cpu")
+
+
+def convolve_3x3(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a compiled graph calls: the compiler neither unrolls the loops nor asks for the size."""
+    if has_enough_tiles(states):
+        return winograd(states, weight, bias)
+    return F.conv2d(states, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
+
+
+def convolve_3x3_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
+    if has_enough_tiles(states):
+        return winograd_kernel_gradient(states, gradient)
+    shape = (gradient.shape[1], states.shape[1], KERNEL, KERNEL)
+    return conv2d_weight(states, shape, gradient, padding=1).contiguous()
+
+
+def _register_operators() -> None:
+    """Plain `torch.library.custom_op` would do, but takes longer per call than a small convolution."""
+    name = "hf_maskformer"
+    if hasattr(torch.ops.hf_maskformer, "convolve_3x3"):  # a copy of this file that a checkpoint brought along
+        return
+    library = torch.library.Library(name, "FRAGMENT")
+    _LIBRARIES.append(library)  # it takes its operators along when it goes
+    library.define("convolve_3x3(Tensor states, Tensor weight, Tensor? bias) -> Tensor")
+    library.define("convolve_3x3_kernel_gradient(Tensor states, Tensor gradient) -> Tensor")
+    library.impl("convolve_3x3", convolve_3x3, "CPU")
+    library.impl("convolve_3x3_kernel_gradient", convolve_3x3_kernel_gradient, "CPU")
+
+    def output_of_convolution(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        batch_size, _, height, width = states.shape
+        return states.new_empty(batch_size, height, width, weight.shape[0]).permute(0, 3, 1, 2)
+
+    def output_of_gradient(states: Tensor, gradient: Tensor) -> Tensor:
+        return states.new_empty(gradient.shape[1], states.shape[1], KERNEL, KERNEL)
+
+    torch.library.register_fake(f"{name}::convolve_3x3", output_of_convolution, lib=library)
+    torch.library.register_fake(f"{name}::convolve_3x3_kernel_gradient", output_of_gradient, lib=library)
+
+
+_LIBRARIES: list[torch.library.Library] = []
+_register_operators()

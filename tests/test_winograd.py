@@ -1,18 +1,28 @@
 """The fast way of a 3 x 3 convolution gives what torch's gives, and stays out of the way elsewhere."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_maskformer import modeling_maskformer_winograd
 from hf_maskformer.modeling_maskformer_pixel_decoder import XavierConv2d
-from hf_maskformer.modeling_maskformer_winograd import MIN_CHANNELS, convolve, winograd, winograd_pays
+from hf_maskformer.modeling_maskformer_winograd import (
+    MIN_CHANNELS,
+    WinogradConvolution,
+    convolve,
+    winograd,
+    winograd_pays,
+)
 
 WIDE = torch.randn(MIN_CHANNELS, MIN_CHANNELS, 3, 3)
 LARGE = torch.randn(1, MIN_CHANNELS, 40, 40)
+SIZES = [(1, 1), (3, 5), (4, 8), (23, 18), (90, 37)]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 8), (23, 18), (90, 37)])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_it_is_the_convolution_at_any_size(size, has_bias):
     states, weight, bias = torch.randn(2, 5, *size), torch.randn(7, 5, 3, 3), torch.randn(7) if has_bias else None
@@ -20,6 +30,44 @@ def test_it_is_the_convolution_at_any_size(size, has_bias):
     found = winograd(states, weight, bias)
     # float32's 1e-7 times the matrices' few bits
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_its_gradients_are_the_convolutions(size, has_bias):
+    inputs = [torch.randn(2, 5, *size), torch.randn(7, 5, 3, 3)] + ([torch.randn(7)] if has_bias else [])
+    direction = torch.randn(2, 7, *size)
+
+    def gradients(function, dtype):
+        arguments = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        output = function(*arguments, *([] if has_bias else [None]))
+        return torch.autograd.grad(output, arguments, direction.to(dtype))
+
+    expected = gradients(lambda *arguments: F.conv2d(*arguments, padding=1), torch.float64)
+    for found, tensor in zip(gradients(WinogradConvolution.apply, torch.float32), expected, strict=True):
+        assert (found - tensor).abs().max() < 1e-5 * tensor.abs().max()
+
+
+def test_a_gradient_that_nobody_needs_is_not_computed(monkeypatch):
+    weight = WIDE.clone().requires_grad_()
+    convolve(LARGE, weight, None).sum().backward()
+    monkeypatch.setattr(modeling_maskformer_winograd, "winograd_kernel_gradient", None)  # whoever calls it fails
+    states = LARGE.clone().requires_grad_()
+    convolve(states, WIDE, None).sum().backward()
+    expected = F.conv_transpose2d(torch.ones_like(LARGE), WIDE, padding=1)
+    torch.testing.assert_close(states.grad, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_gradients_of_gradients_are_the_convolutions():
+    def penalty(function):
+        states, weight = LARGE.clone().requires_grad_(), WIDE.clone().requires_grad_()
+        output = function(states, weight)
+        (slope,) = torch.autograd.grad(output.square().mean(), states, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), weight)[0]
+
+    expected = penalty(lambda states, weight: F.conv2d(states, weight, padding=1))
+    found = penalty(lambda states, weight: convolve(states, weight, None))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_the_layout_of_the_input_does_not_matter():
@@ -45,7 +93,6 @@ def test_it_is_taken_where_it_pays_only():
         assert not winograd_pays(LARGE.to("meta"), WIDE.to("meta"))
         with torch.autocast("cpu", torch.bfloat16):
             assert not winograd_pays(LARGE, WIDE)
-    assert not winograd_pays(LARGE, WIDE)
 
 
 @torch.no_grad()
@@ -73,14 +120,58 @@ def test_another_default_device_leaves_no_trace():
 
 
 @torch.no_grad()
-def test_compiled_and_exported_graphs_hold_the_plain_operator(monkeypatch):
+def test_exported_graphs_hold_the_plain_operator(monkeypatch):
     monkeypatch.setattr(modeling_maskformer_winograd, "winograd", None)  # whoever calls it fails
     layer = XavierConv2d(MIN_CHANNELS, MIN_CHANNELS, 3, padding=1)
     program = torch.export.export(layer, (LARGE,))
-    assert [node.name for node in program.graph.nodes if "conv" in str(node.target)]
+    assert [node.name for node in program.graph.nodes if "aten.conv" in str(node.target)]
     torch.jit.trace(layer, LARGE, check_trace=False)
     with pytest.raises(TypeError):
         layer(LARGE)
+
+
+def test_a_compiled_graph_serves_every_size_in_the_fast_way(monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(convolve, backend=counter, fullgraph=True, dynamic=True)
+    calls = []
+    for name in ("winograd", "winograd_kernel_gradient"):
+        function = getattr(modeling_maskformer_winograd, name)
+        monkeypatch.setattr(
+            modeling_maskformer_winograd,
+            name,
+            lambda *arguments, name=name, function=function: calls.append(name) or function(*arguments),
+        )
+    for size, expected_calls in (((40, 44), ["winograd", "winograd", "winograd_kernel_gradient"]), ((9, 7), [])):
+        inputs = [torch.randn(2, MIN_CHANNELS, *size), WIDE.clone(), torch.randn(MIN_CHANNELS)]
+        results = []
+        for function in (compiled, lambda *inputs: F.conv2d(*inputs, padding=1)):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            output = function(*leaves)
+            results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+        for found, expected in zip(*results, strict=True):
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert calls == expected_calls
+        calls.clear()
+    assert counter.frame_count == 1
+
+
+def test_the_operators_meet_torchs_rules():
+    operators = torch.ops.hf_maskformer
+    for size in ((40, 44), (9, 7)):
+        states, bias = torch.randn(2, MIN_CHANNELS, *size), torch.randn(MIN_CHANNELS)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            laid = states.contiguous(memory_format=layout)
+            torch.library.opcheck(operators.convolve_3x3.default, (laid, WIDE, bias))
+            torch.library.opcheck(operators.convolve_3x3_kernel_gradient.default, (laid, laid))
+
+
+def test_a_copy_of_the_file_uses_the_operators_that_are_there():
+    path = modeling_maskformer_winograd.__file__
+    spec = importlib.util.spec_from_file_location("copy_of_winograd", path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    compiled = torch.compile(copy.convolve, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(LARGE, WIDE, None), convolve(LARGE, WIDE, None))
 
 
 @torch.no_grad()
@@ -88,3 +179,14 @@ def test_models_with_weights_of_their_own_can_be_run_together():
     weights = torch.stack([WIDE, -WIDE])
     both = torch.vmap(lambda weight: convolve(LARGE, weight, None))(weights)
     torch.testing.assert_close(both[1], convolve(LARGE, -WIDE, None))
+
+
+def test_gradients_can_be_taken_through_such_models():
+    def loss(weight):
+        return convolve(LARGE, weight, None).square().mean()
+
+    weights = torch.stack([WIDE, -WIDE])
+    found = torch.vmap(torch.func.grad(loss))(weights)
+    expected = torch.func.grad(lambda weight: F.conv2d(LARGE, weight, padding=1).square().mean())(WIDE)
+    assert (found[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+    torch.testing.assert_close(found[1], -found[0])
