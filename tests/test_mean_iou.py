@@ -119,6 +119,13 @@ def test_images_of_different_size_add_up_in_one_batch_and_over_several():
     assert together.confusion_matrix.tolist() == apart.confusion_matrix.tolist() == [[1, 1, 0], [1, 2, 0]]
 
 
+def test_an_image_without_pixels_changes_nothing_for_those_beside_it():
+    metric, smooth = MeanIoU(2), np.repeat([[0, 1]], 50, axis=1)
+    with threads(1):
+        metric.add_batch(predictions=[smooth, smooth[:0], smooth], references=[smooth, smooth[:0], 1 - smooth])
+    assert metric.confusion_matrix.tolist() == [[50, 50, 0], [50, 50, 0]]
+
+
 def test_merging_equals_counting_in_one_place():
     first, second = MeanIoU(2), MeanIoU(2)
     first.add(prediction=np.array([[0, 1]]), reference=np.array([[0, 0]]))
@@ -232,11 +239,11 @@ def threads(number):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_an_unknown_label_within_a_batch_is_named_and_the_images_before_it_count(number):
+def test_an_unknown_label_within_a_batch_is_named_and_nothing_of_the_batch_counts(number):
     metric = MeanIoU(2)
     with threads(number), pytest.raises(ValueError, match="contains label -3"):
         metric.add_batch(predictions=np.zeros((3, 1, 2), int), references=np.array([[[0, 1]], [[0, -3]], [[1, 1]]]))
-    assert metric.confusion_matrix.tolist() == [[1, 0, 0], [1, 0, 0]]
+    assert not metric.confusion_matrix.any()
 
 
 def test_counting_goes_on_outside_of_the_inference_mode_it_began_in():

@@ -94,7 +94,8 @@ def new_metric(name):
 def every_pixel(monkeypatch):
     """What an accelerator counts, on the CPU: pixels, not runs of them."""
 
-    def pairs(predicted, expected):
+    def pairs(images):
+        ((predicted, expected),) = images
         return predicted.flatten(), expected.flatten(), None
 
     for module in (mean_iou, panoptic_quality):

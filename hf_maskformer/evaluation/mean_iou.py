@@ -1,6 +1,6 @@
 """Mean intersection over union of semantic segmentation, from one streaming confusion matrix."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from .segmentation_maps import SegmentationMap, in_pairs, pairs_with_counts, to_tensors
+
+# Pixels that a thread counts at a time.
+PIXELS_AT_ONCE = 2**20
 
 
 class MeanIoU:
@@ -49,20 +52,26 @@ class MeanIoU:
         `ignore_index`. Raises a ValueError if their shapes differ, values are no integers or a reference label is
         no class.
         """
-        self._add_pairs(*self._count(prediction, reference))
+        self.add_batch(predictions=[prediction], references=[reference])
 
     def add_batch(self, *, predictions: Iterable[SegmentationMap], references: Iterable[SegmentationMap]) -> None:
-        """Counts several images, whose sizes may differ, on the CPU with torch's number of threads. See `add`."""
-        images = list(in_pairs(predictions, references))
-        is_on_cpu = all(not isinstance(image[0], Tensor) or image[0].device.type == "cpu" for image in images)
+        """Counts several images, whose sizes may differ, on the CPU with torch's number of threads.
+
+        See `add`. If it raises an error, none of them counts.
+        """
+        images = [to_tensors(*maps) for maps in in_pairs(predictions, references)]
+        is_on_cpu = all(predicted.device.type == "cpu" for predicted, _ in images)
         num_threads = min(torch.get_num_threads(), len(images)) if is_on_cpu else 1
-        if num_threads <= 1:
-            for prediction, reference in images:
-                self.add(prediction=prediction, reference=reference)
-            return
-        with ThreadPoolExecutor(num_threads) as threads:
-            for pairs, counts in threads.map(self._count, *zip(*images, strict=True)):
-                self._add_pairs(pairs, counts)
+        # Several images at a time where they are small: threads wait for the interpreter after each step.
+        num_pixels = sum(predicted.numel() for predicted, _ in images)
+        num_parts = min(max(num_threads, -(-num_pixels // PIXELS_AT_ONCE)), len(images)) if is_on_cpu else len(images)
+        parts = [images[index::num_parts] for index in range(num_parts)]
+        matrix = self.confusion_matrix
+        with ThreadPoolExecutor(max(num_threads, 1)) as threads:
+            for counted in threads.map(self._count, parts) if num_threads > 1 else map(self._count, parts):
+                # Not in place: a matrix made in inference mode can be counted on outside of it.
+                matrix = matrix.to(counted.device) + counted
+        self.confusion_matrix = matrix
 
     def merge(self, other: "MeanIoU") -> None:
         """Adds the counts of another metric, for instance of another process."""
@@ -90,37 +99,32 @@ class MeanIoU:
         self.reset()
         return summarise(matrix)
 
-    def _count(self, prediction: SegmentationMap, reference: SegmentationMap) -> tuple[Tensor, Tensor]:
-        """Gives places in the flat confusion matrix (N,), possibly several times, and how often each counts (N,)."""
-        arrays: Iterable[Any] = pairs_with_counts(*to_tensors(prediction, reference))
-        predicted, expected, counts = arrays
+    def _count(self, images: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Gives the confusion matrix of a few images on one device."""
+        predicted: Any
+        expected: Any
+        predicted, expected, counts = pairs_with_counts(images)
         if predicted.device.type == "cpu":
             # All that follows reads the same in both, but numpy spends less on each of so many small steps.
             predicted, expected = predicted.numpy(), expected.numpy()
-            counts = None if counts is None else counts.numpy()
-        is_class = (expected >= 0) & (expected < self.num_labels)
         is_ignored = expected == self.ignore_index
-        is_unknown = ~(is_class | is_ignored)
+        is_unknown = ~((expected >= 0) & (expected < self.num_labels) | is_ignored)
         if is_unknown.any():
             raise ValueError(
                 f"A reference contains label {int(expected[is_unknown][0])}, but there are {self.num_labels} labels (0 "
                 f"to {self.num_labels - 1}) and ignore_index is {self.ignore_index}. Set num_labels and ignore_index "
                 "to those of the data set, and reduce its labels first if they count from 1."
             )
-        columns = predicted.clip(-1, self.num_labels)
+        # What is no class gets the last column, what is ignored a last row.
+        rows, columns = (values.clip(-1, self.num_labels) for values in (expected, predicted))
         columns[columns < 0] = self.num_labels
-        pairs = expected * (self.num_labels + 1) + columns
-        # What is ignored counts 0 times, in the first place: to select the others takes several times longer.
-        pairs[is_ignored] = 0
-        is_counted = torch.as_tensor(~is_ignored)
-        return torch.as_tensor(pairs).long(), is_counted.long() if counts is None else torch.as_tensor(
-            counts
-        ) * is_counted
-
-    def _add_pairs(self, pairs: Tensor, counts: Tensor) -> None:
-        # Not in place: a matrix made in inference mode can be counted on outside of it.
-        matrix = self.confusion_matrix.to(pairs.device)
-        self.confusion_matrix = matrix.view(-1).scatter_add(0, pairs, counts).view(matrix.shape)
+        rows[is_ignored] = self.num_labels
+        size = self.num_labels + 1
+        places = torch.as_tensor(rows * size + columns).long()
+        if counts is None:
+            counts = torch.ones_like(places)
+        matrix = counts.new_zeros(size * size).scatter_add_(0, places, counts)
+        return matrix.view(size, size)[:-1]
 
 
 def summarise(confusion_matrix: np.ndarray) -> dict[str, Any]:
