@@ -117,9 +117,10 @@ def test_masks_are_resized_with_their_image():
     assert batch["mask_labels"][0].float().mean(dim=1).tolist() == [[1] * 4 + [0] * 4, [0] * 4 + [1] * 4]
 
 
-def test_masks_without_a_pixel_and_crowds_are_left_out_with_their_labels():
+@pytest.mark.parametrize("convert", [np.array, list, lambda flags: np.array(flags, np.int64)])  # COCO writes 0 and 1
+def test_masks_without_a_pixel_and_crowds_are_left_out_with_their_labels(convert):
     sample = make_masks("a", [[[1, 0]], [[0, 0]], [[0, 1]], [[1, 1]]], [1, 2, 3, 4])
-    sample["iscrowd"] = np.array([False, False, False, True])
+    sample["iscrowd"] = convert([False, False, False, True])
     batch = collate([sample])
     assert batch["mask_labels"][0].tolist() == [[[1, 0]], [[0, 1]]]
     assert batch["class_labels"][0].tolist() == [1, 3]

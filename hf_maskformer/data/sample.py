@@ -42,7 +42,8 @@ class Sample(TypedDict):
 
 def crowds_of(sample: Sample) -> np.ndarray:
     """Which of a sample's masks are crowds, (N,) bool."""
-    return sample.get("iscrowd", np.zeros(len(sample["labels"]), dtype=bool))
+    # COCO's files hold 0 and 1, which numpy and torch would take for positions.
+    return np.asarray(sample.get("iscrowd", np.zeros(len(sample["labels"]))), dtype=bool)
 
 
 def load_image(path: Path) -> Image.Image:
