@@ -92,6 +92,19 @@ def test_samples_come_in_the_order_of_the_images_and_travel_to_workers(panoptic)
     assert [sample["name"] for sample in samples] == ["a", "b"]
 
 
+def test_samples_are_counted_from_the_end_too(panoptic, tmp_path):
+    annotations = [{"category_id": 1, "segmentation": SQUARE}]
+    instances = write_instances(tmp_path / "instances", {"a": ((2, 4), []), "b": ((2, 4), annotations)})
+    for dataset in (open_panoptic(panoptic), open_instances(instances)):
+        last, expected = dataset[-1], dataset[1]
+        assert last["name"] == expected["name"] == "b"
+        for field in ("segmentation_map", "masks"):
+            assert np.array_equal(last.get(field), expected.get(field))
+        for index in (2, -3):
+            with pytest.raises(IndexError):
+                dataset[index]
+
+
 def test_masks_come_from_polygons_and_both_kinds_of_run_lengths(tmp_path):
     mask = np.array([[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=bool)
     annotations = [

@@ -69,7 +69,8 @@ class CocoFile:
         return self.image_folder / self._image_name(self.image(index)["file_name"])
 
     def annotations(self, index: int) -> list[Any]:
-        """Reads the annotations of an image, in the order of the file."""
+        """Reads the annotations of an image, in the order of the file. Raises an IndexError past the last one."""
+        index = range(len(self))[index]  # counted from the end if negative
         places = slice(*self._first_annotation[[index, index + 1]])
         return read_entries(self.path, self._annotation_spans[places])
 
