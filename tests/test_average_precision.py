@@ -110,6 +110,8 @@ def test_no_reference_object_is_an_error(images):
         lambda masks: masks.astype(np.float32),
         lambda masks: torch.from_numpy(masks),
         lambda masks: list(torch.from_numpy(masks)),
+        lambda masks: np.ascontiguousarray(masks[..., ::-1])[..., ::-1],  # a mirrored view
+        lambda masks: list(masks.astype(">u2")),
         run_lengths,
         lambda masks: [{**mask, "counts": mask["counts"].decode()} for mask in run_lengths(masks)],
         lambda masks: [{"size": list(SIZE), "counts": runs_down_the_columns(mask)} for mask in masks],

@@ -207,9 +207,7 @@ def _to_run_lengths(masks: Masks, role: str) -> list[RunLengths]:
         return [
             encoder.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask for mask in masks
         ]
-    if not isinstance(masks, Tensor | np.ndarray):
-        masks = torch.stack([torch.as_tensor(mask) for mask in masks])
-    tensor = torch.as_tensor(masks)
+    tensor = _to_tensor(masks) if isinstance(masks, Tensor | np.ndarray) else torch.stack([*map(_to_tensor, masks)])
     if tensor.ndim != 3:
         raise ValueError(
             f"The masks of the {role} have the shape {tuple(tensor.shape)}, but (N, height, width) is due."
@@ -223,6 +221,14 @@ def _to_run_lengths(masks: Masks, role: str) -> list[RunLengths]:
         tensor = is_set
     # The encoder reads down the columns, (H, W, N) in Fortran's order.
     return encoder.encode(np.asfortranarray(tensor.permute(1, 2, 0).cpu().numpy().view(np.uint8)))
+
+
+def _to_tensor(values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    # torch refuses reversed axes and other byte orders, and warns of arrays that may not be written.
+    array = np.asarray(values)
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _to_list(values: Any, field: str, length: int, role: str) -> list[Any]:
