@@ -117,6 +117,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
                 check_samples(train_dataset)
             check_samples(eval_dataset)
 
+    if data.streaming:
+        train_dataset = train_dataset.shuffle(training.seed)
     set_seed(training.seed)
     model = model_arguments.model(labels)
     image_processor = model_arguments.image_processor(labels, data.image_size, model, task)

@@ -16,9 +16,15 @@ from models import tiny_config
 from PIL import Image
 from transformers import HfArgumentParser
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerTrainer, MaskFormerTrainingArguments
+from hf_maskformer import (
+    MaskFormerDataCollator,
+    MaskFormerForInstanceSegmentation,
+    MaskFormerTrainer,
+    MaskFormerTrainingArguments,
+)
 from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.data.opening import open_dataset
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -236,8 +242,20 @@ def test_train_and_evaluate_read_the_parquet_version_streamed_too(data, config, 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     parquet, output = tmp_path / "parquet", tmp_path / "run"
     assert prepare("parquet", data, parquet) == 0
-    options = {"config": config, "data": parquet, "image_size": 64, "max_steps": 2, "output_dir": output}
-    call("train", streaming=True, **options)
+    options = {"config": config, "data": parquet, "image_size": 64, "max_steps": 3, "output_dir": output}
+    passes = []
+    collate = MaskFormerDataCollator.__call__
+
+    def observe(collator, samples):
+        passes.append([sample["name"] for sample in samples])
+        return collate(collator, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskFormerDataCollator, "__call__", observe)
+        call("train", streaming=True, **options)
+    in_turn = [sample["name"] for sample in open_dataset(str(parquet), "train")]
+    assert all(sorted(names) == in_turn for names in passes)
+    assert len({tuple(names) for names in passes} | {tuple(in_turn)}) > 2  # in another order each time
     call("evaluate", checkpoint=output, data=parquet, output=tmp_path / "metrics.json")
     trained = json.loads((output / "eval_results.json").read_text())["eval_mean_iou"]
     assert json.loads((tmp_path / "metrics.json").read_text())["mean_iou"] == pytest.approx(trained, abs=1e-6)

@@ -1,6 +1,7 @@
 """Reads data sets of the `datasets` library, held on disk or streamed, whose columns hold images and labels."""
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 SEGMENTS_COLUMN = "segments_info"
 OBJECTS_COLUMN = "objects"
 NAME_COLUMN = "name"
+
+# Rows, still encoded, of which a shuffled stream draws the next: some hundred MB of photographs.
+SHUFFLE_BUFFER = 1000
 
 
 class SegmentationColumns(Dataset[Sample]):
@@ -121,6 +125,15 @@ class StreamedColumns(IterableDataset[Sample]):
                 raise ValueError(f"the stream cannot be read on after {index} rows ({error}).") from error
             yield self._reader.sample(row, index)
             index += 1
+
+    def shuffle(self, seed: int = 0, buffer_size: int = SHUFFLE_BUFFER) -> "StreamedColumns":
+        """The stream in an order that depends on seed and epoch: files at random, rows drawn from a buffer of so many.
+
+        Rows are then numbered as they come.
+        """
+        shuffled = copy(self)
+        shuffled._dataset = self._dataset.shuffle(seed=seed, buffer_size=buffer_size)
+        return shuffled
 
     def set_epoch(self, epoch: int) -> None:
         """Lets a shuffled stream come in another order; training loops call this."""
