@@ -76,6 +76,15 @@ def test_other_classes_want_another_folder(dataset, tmp_path):
         write_parquet(dataset, tmp_path / "out", "train")
 
 
+def test_files_of_an_earlier_writing_are_not_read_beside_the_new_ones(dataset, tmp_path):
+    write_parquet(dataset, tmp_path / "out", "train", samples_per_file=1)
+    write_parquet(dataset, tmp_path / "out", "train", samples_per_file=1)  # in their place
+    with pytest.raises(ValueError, match=r"holds files of an earlier train, such as train-00000-of-00003\.parquet"):
+        write_parquet(dataset, tmp_path / "out", "train")
+    write_parquet(dataset, tmp_path / "out", "val")
+    assert len(open_dataset(str(tmp_path / "out"), "train")) == len(dataset)
+
+
 def test_a_data_set_without_files_is_stored_without_loss(tmp_path):
     scenes = GeneratedScenes(2, image_size=(64, 64), task="panoptic")
     write_parquet(scenes, tmp_path / "out", "val")

@@ -33,7 +33,7 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
 
     Raises:
         ValueError: a sample cannot be read, a map holds values that a PNG cannot, samples are of both forms, or the
-            folder has other classes.
+            folder has other classes or other files of the split.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -44,6 +44,7 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
     features = _features(dataset[0])
     num_files = -(-len(dataset) // samples_per_file)
     paths = [folder / "data" / f"{split}-{number:05}-of-{num_files:05}.parquet" for number in range(num_files)]
+    _check_other_files(paths, split)
     bar = tqdm(total=len(dataset), desc="Writing samples", unit="sample")
     for number, path in enumerate(paths):
         indices = range(number * samples_per_file, min((number + 1) * samples_per_file, len(dataset)))
@@ -133,6 +134,17 @@ def _check_columns(rows: list[dict[str, Any]], features: "datasets.Features", pa
     for row in rows:
         if row.keys() != features.keys():
             raise ValueError(f"{path}: {row['name']} has {', '.join(row)}, but other samples {', '.join(features)}.")
+
+
+def _check_other_files(paths: list[Path], split: str) -> None:
+    # Whoever reads the folder would read these too.
+    digits = "[0-9]" * 5
+    others = sorted(set(paths[0].parent.glob(f"{split}-{digits}-of-{digits}.parquet")) - set(paths))
+    if others:
+        raise ValueError(
+            f"{others[0].parent} holds files of an earlier {split}, such as {others[0].name}. Remove them, or write to "
+            "another folder."
+        )
 
 
 def _write_classes(labels: LabelSet, path: Path) -> None:
