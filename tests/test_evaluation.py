@@ -240,6 +240,16 @@ def test_semantic_predictions_number_classes_as_the_files_do(tmp_path):
         writer(0, "../a", torch.tensor([[0, 1]]))
 
 
+def test_a_prediction_never_replaces_another(tmp_path):
+    dataset = Samples()
+    dataset.labels = LabelSet({0: "sky", 1: "road"})
+    writer = PredictionWriter(tmp_path, "semantic", dataset)
+    writer(0, "a", torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match="Several samples are called a"):
+        writer(1, "a", torch.tensor([[1, 1]]))
+    assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[0, 1]]
+
+
 def figures_of(metric):
     mask = np.eye(4, dtype=bool)[None]
     if isinstance(metric, AveragePrecision):

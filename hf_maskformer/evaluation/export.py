@@ -28,6 +28,8 @@ class PredictionWriter:
         folder: made if it does not exist; files of these names are replaced.
         task: of the evaluation.
         dataset: what is evaluated; if it has a method `image_id(index)`, that names the images.
+
+    Raises a ValueError, when called, for a name that leads out of the folder or that a sample before had.
     """
 
     def __init__(self, folder: str | Path, task: Task, dataset: Any) -> None:
@@ -35,6 +37,7 @@ class PredictionWriter:
         self._labels: LabelSet = dataset.labels
         self._category_ids = dict(enumerate(self._labels.category_ids)) or None
         self._entries: list[dict[str, Any]] = []
+        self._names: set[str] = set()
         (self._folder / "panoptic" if task == "panoptic" else self._folder).mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, name: str, result: Any) -> None:
@@ -63,6 +66,12 @@ class PredictionWriter:
     def _path(self, folder: Path, name: str) -> Path:
         # A column of a data set may name its samples in any way.
         check_file_name(f"{name}.png", folder, "The data set")
+        if name in self._names:
+            raise ValueError(
+                f"Several samples are called {name}, and one prediction would replace the other. Give each a name of "
+                "its own: another file name, or in columns another entry of `name`."
+            )
+        self._names.add(name)
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
