@@ -80,6 +80,13 @@ def test_given_classes_of_other_names_are_refused(panoptic, tmp_path):
         CocoPanoptic(panoptic, tmp_path / "images/train", labels=labels)
 
 
+def test_categories_of_one_name_cannot_be_matched_to_given_classes(panoptic, tmp_path):
+    edit(panoptic, lambda content: content["categories"].append({"id": 5, "name": "tree"}))
+    labels = LabelSet({0: "tree", 1: "person", 2: "toothbrush"})
+    with pytest.raises(ValueError, match=r"panoptic_train\.json names several categories tree"):
+        CocoPanoptic(panoptic, tmp_path / "images/train", labels=labels)
+
+
 def test_a_sound_data_set_passes_the_check_and_is_counted(panoptic):
     report = inspect_samples(open_panoptic(panoptic))
     assert (report.num_samples, report.problems, report.empty_segments) == (2, [], [])
@@ -163,6 +170,12 @@ def test_a_json_file_is_walked_in_pieces_of_any_size(tmp_path, monkeypatch, inde
 def test_a_damaged_json_file_is_named_with_the_place(tmp_path, text, message):
     (tmp_path / "file.json").write_text(text)
     with pytest.raises(ValueError, match=rf"file\.json: {message}"):
+        list(walk_json(tmp_path / "file.json", ("images",)))
+
+
+def test_text_in_another_encoding_is_named_with_the_place(tmp_path):
+    (tmp_path / "file.json").write_bytes(b'{"images": [{"file_name": "Stra\xdfe.jpg"}]}')
+    with pytest.raises(ValueError, match=r"file\.json: byte 12 begins a value that is not UTF-8"):
         list(walk_json(tmp_path / "file.json", ("images",)))
 
 

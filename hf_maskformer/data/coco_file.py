@@ -2,6 +2,7 @@
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,9 @@ def _category_names(categories: Any, path: Path) -> dict[int, str]:
 
 def _labels_by_name(names: dict[int, str], labels: LabelSet, path: Path) -> LabelSet:
     category_of_name = {name: category_id for category_id, name in names.items()}
+    if len(category_of_name) < len(names):
+        repeated = sorted(name for name, count in Counter(names.values()).items() if count > 1)
+        raise ValueError(f"{path} names several categories {shorten(repeated)}, so they cannot be matched by name.")
     wanted = set(labels.id2label.values())
     unknown = sorted(set(category_of_name) - wanted)
     missing = sorted(wanted - set(category_of_name))

@@ -75,7 +75,10 @@ class _Cursor:
                     raise self._error("is no complete JSON value") from error
         text = self._window[self._place : end]
         if not text.isascii():
-            value = json.loads(text.encode("latin-1"))
+            try:
+                value = json.loads(text.encode("latin-1"))
+            except UnicodeDecodeError as error:
+                raise self._error(f"begins a value that is not UTF-8 ({error})") from error
         span = (self._start + self._place, self._start + end)
         self._place = end
         return value, span
