@@ -260,6 +260,23 @@ def test_the_panoptic_augmentation_crops_half_of_the_samples():
     assert 10 < sizes.count((40, 40)) < 30
 
 
+def test_the_panoptic_augmentation_draws_every_edge_of_its_crop_range():
+    augment = RandomFlipCropScale([12], 100, early_short_edges=[8], crop_range=(2, 4), crop_probability=1)
+    torch.manual_seed(0)
+    # The shorter edge of a crop, of 2 to 4 pixels, becomes 12: the longer one tells what they were.
+    assert {max(augment(blocks(8, 8))["image"].size) for _ in range(100)} == {12, 16, 18, 24}
+    # A side that is shorter stays whole: 2 or 3 of 3 pixels, and 2 to 4 of 8.
+    augment = RandomFlipCropScale([12], 100, early_short_edges=[3], crop_range=(2, 4), crop_probability=1)
+    sizes = {augment(blocks(3, 8, block=1))["image"].size for _ in range(100)}
+    assert sizes == {(12, 12), (12, 18), (16, 12), (18, 12), (24, 12)}
+
+
+def test_no_side_gets_longer_than_the_panoptic_augmentation_allows():
+    for crop_probability in (0, 1):
+        augment = RandomFlipCropScale([40], 60, [40], crop_range=(200, 200), crop_probability=crop_probability)
+        assert augment(blocks(40, 100))["image"].size == (60, 24)
+
+
 def test_sizes_are_those_of_the_paper_for_each_data_set():
     found = {name: (min(a.short_edges), max(a.short_edges), a.max_size) for name, a in PAPER_AUGMENTATIONS.items()}
     assert found == {
@@ -306,6 +323,16 @@ def test_grey_stays_grey_and_colours_stay_in_their_range():
     assert 34 <= min(values) < 50
     assert 160 < max(values) <= 198
     assert 100 in values
+
+
+def test_brightness_and_contrast_change_once_each():
+    grey = Image.new("RGB", (1, 1), (60, 60, 60))
+    values = [color_jitter(grey, torch.Generator().manual_seed(n)).getpixel((0, 0))[0] for n in range(400)]
+    lowest, highest = 0.5 * (60 - 32), 1.5 * (60 + 32)
+    assert lowest <= min(values) < lowest + 8
+    assert highest - 20 < max(values) <= highest
+    # By chance of one half each: a quarter keeps its value, to four standard deviations.
+    assert values.count(60) / len(values) == pytest.approx(1 / 4, abs=0.09)
 
 
 def test_the_hue_of_red_turns_by_at_most_36_degrees():

@@ -67,6 +67,12 @@ def test_labels_are_the_categories_in_the_order_of_their_ids(panoptic):
     assert (labels.thing_ids, labels.category_ids, labels.ignore_index) == ((0, 1), (1, 90, 184), 255)
 
 
+def test_categories_that_do_not_say_so_are_things(tmp_path):
+    categories = [{"id": 4, "name": "person"}, {"id": 2, "name": "sky", "isthing": 0}]  # instances have no "isthing"
+    labels = open_instances(write_instances(tmp_path, {"a": ((2, 2), [])}, categories)).labels
+    assert (labels.id2label, labels.thing_ids) == ({0: "sky", 1: "person"}, (1,))
+
+
 def test_given_classes_are_matched_by_name(panoptic, tmp_path):
     labels = LabelSet({0: "tree", 1: "person", 2: "toothbrush"}, thing_ids=(1, 2))
     dataset = CocoPanoptic(panoptic, tmp_path / "images/train", labels=labels)

@@ -115,8 +115,7 @@ def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     edge = np.repeat(edges, lengths + 1)
     step = np.arange(len(edge)) - np.repeat(np.cumsum(lengths + 1) - lengths - 1, lengths + 1)
     step = np.where(is_reversed[edge], lengths[edge] - step, step)
-    # Truncated, not rounded down: below zero COCO's tools do so too.
-    cells = np.trunc(lower[edge] + slope[edge] * step[:, None] + 0.5).astype(np.int64)
+    cells = (lower[edge] + slope[edge] * step[:, None] + 0.5).astype(np.int64)
     cells[np.arange(len(edge)), long_axis[edge]] = lower[edge, long_axis[edge]] + step
     return cells[:, 0], cells[:, 1]
 
