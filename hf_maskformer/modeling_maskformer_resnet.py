@@ -5,6 +5,7 @@ not checkpoint gradients.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,20 @@ class ConvNorm(nn.Module):
         if is_fixed and is_untouched(self.convolution) and is_untouched(self.normalization):
             states = self._fused(states)
         else:
-            states = self.normalization(self.convolution(states))
+            states = self._normalized(self.convolution(states))
         return states if self.activation is None else self.activation(states)
+
+    def _normalized(self, states: Tensor) -> Tensor:
+        norm: Any = self.normalization  # or what takes its place on several GPUs
+        if not (norm.training and is_recomputed()):
+            return norm(states)
+        # The running statistics have counted this batch already.
+        momentum, counter = norm.momentum, norm.num_batches_tracked
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            return norm(states)
+        finally:
+            norm.momentum, norm.num_batches_tracked = momentum, counter
 
     def _fused(self, states: Tensor) -> Tensor:
         convolution, norm = self.convolution, self.normalization
@@ -212,6 +225,11 @@ class ResNetBackbone(nn.Module):
 def activation_in_place(name: str) -> nn.Module:
     """An activation that may overwrite its input, which nobody else reads here."""
     return nn.ReLU(inplace=True) if name == "relu" else ACT2FN[name]
+
+
+def is_recomputed() -> bool:
+    """Whether this forward runs within a backward pass, as gradient checkpointing repeats it there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def is_untouched(module: nn.Module) -> bool:

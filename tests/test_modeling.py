@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import re
@@ -369,6 +370,18 @@ def test_gradient_checkpointing_gives_the_same_gradient(backbone):
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_counts_the_statistics_of_a_batch_once(use_reentrant):
+    model, batches = tiny_model(freeze_batch_norm=False).train(), [tiny_batch(), tiny_batch()]
+    checkpointed = copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for batch in batches:
+        for each in (model, checkpointed):
+            each(**batch).loss.backward()
+    torch.testing.assert_close(dict(checkpointed.named_buffers()), dict(model.named_buffers()))
+    assert any(name.endswith("num_batches_tracked") and count == 2 for name, count in checkpointed.named_buffers())
 
 
 def test_eager_and_sdpa_attention_agree(tmp_path):
