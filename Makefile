@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test slow check format docs benchmark clean
+.PHONY: help demo test slow page check format docs benchmark clean
 
 help: ## Print these verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -21,6 +21,14 @@ test: $(INSTALLED) ## Run the tests
 
 slow: $(INSTALLED) ## Run the tests that take minutes: several processes, thousands of random cases, the demo's score
 	$(BIN)/python -m pytest -m slow
+
+# Gradio does not take the Pillow of the other environments.
+page: ## Test the page for the browser in Chromium, in an environment of its own (.venv-page)
+	$(PYTHON) -m venv .venv-page
+	.venv-page/bin/python -m pip install --quiet "$$(grep '^torch==' $(CONSTRAINTS))"
+	sed 's/^pillow==.*/pillow==12.3.0/' $(CONSTRAINTS) > .venv-page/constraints.txt
+	.venv-page/bin/python -m pip install --quiet --constraint .venv-page/constraints.txt --editable '.[demo]' playwright pytest
+	.venv-page/bin/python -m pytest tests/test_demo_page.py -m "slow or not slow" -rs
 
 check: $(INSTALLED) ## Lint, check formatting and types
 	$(BIN)/ruff check .
@@ -47,7 +55,7 @@ benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
 	$(BIN)/python scripts/benchmark.py metric
 
 clean: ## Remove the environment, caches and outputs
-	rm -rf .venv .venv-oldest outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-page outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch goes first and by its exact version, so that no other package chooses a build of it.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
