@@ -3,6 +3,7 @@
     python scripts/benchmark.py forward --backbone swin-tiny --size 512 --kept 20
     python scripts/benchmark.py forward --size 1024 --width 2048 --repeats 1
     python scripts/benchmark.py forward --compile --onnx
+    python scripts/benchmark.py forward --profile
     python scripts/benchmark.py forward --plot docs/images/latency.png
     python scripts/benchmark.py photo
     python scripts/benchmark.py load --backbone swin-large
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 from benchmarks import criterion, data, images, metric, models, serving
+from benchmarks.breakdown import add_breakdown
 from benchmarks.inputs import NUM_QUERIES
 from benchmarks.measuring import Comparison, Figures, environment, measure
 
@@ -35,12 +37,13 @@ from hf_maskformer.command_line import OptionParser, errors_as_messages
 MODEL: dict[str, Any] = {"backbone": "resnet50", "size": 512, "bf16": False, "device": "cpu"}
 LOSS: dict[str, Any] = {"size": 512, "batch": 2, "segments": 15, "bf16": False, "device": "cpu"}
 FORWARD: dict[str, Any] = {"width": None, "batch": 1, "kept": None, "compile": False, "onnx": False, "plot": None}
+PROFILE = {"profile": False}
 Subject = Callable[[argparse.Namespace], Iterator[Comparison]]
 SUBJECTS: dict[str, tuple[Subject, dict[str, Any]]] = {  # each with its options and their defaults
-    "forward": (models.forward, {**MODEL, **FORWARD}),
+    "forward": (models.forward, {**MODEL, **FORWARD, **PROFILE}),
     "photo": (serving.photo, {**MODEL, "size": 640}),
     "load": (serving.load, {"backbone": "swin-large"}),
-    "step": (models.step, {**MODEL, **LOSS, "freeze_batch_norm": False}),
+    "step": (models.step, {**MODEL, **LOSS, "freeze_batch_norm": False, **PROFILE}),
     "criterion": (criterion.criterion, {**LOSS, "points": 12544, "plot": None}),
     "postprocess": (images.postprocess, {"size": 640, "device": "cpu"}),
     "preprocess": (images.preprocess, {"batch": 8, "edges": [512, 800]}),
@@ -60,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"action": "store_true", "help": "run all under bfloat16 autocast"},
     "compile": {"action": "store_true", "help": "measure both under torch.compile too"},
     "onnx": {"action": "store_true", "help": "measure ONNX Runtime on the CPU too"},
+    "profile": {"action": "store_true", "help": "tell where the time goes, and the share of the speed of a product"},
     "device": {"help": "cpu or cuda"},
     "plot": {"help": "measure at several sizes (the criterion: and numbers of segments), draw this file (matplotlib)"},
 }
@@ -75,6 +79,8 @@ def main(arguments: argparse.Namespace) -> None:
     figures: dict[str, Figures] = {}
     for name, peers in subject(arguments):
         figures[name] = measure(peers, arguments.repeats, device)
+        if getattr(arguments, "profile", False):
+            add_breakdown(figures[name], peers, device, torch.bfloat16 if arguments.bf16 else torch.float32)
         for peer, values in figures[name].items():
             columns = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
             print(f"{name:<24}{peer:<20}{columns}", flush=True)

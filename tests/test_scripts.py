@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from models import tiny_config
 from PIL import Image
@@ -367,6 +368,29 @@ def test_every_subject_of_the_benchmark_gives_the_ratio_of_each_peer_to_stock(co
         assert [peer for peer in measured if peer != "stock, torchvision"] == peers
         for values in measured.values():
             assert values["ratio"] == pytest.approx(measured[peers[0]]["median_ms"] / values["median_ms"])
+
+
+@pytest.mark.parametrize("subject", ["forward", "step"])
+def test_the_benchmark_tells_where_the_time_goes(subject, benchmark):
+    for values in benchmark(subject, "--size=64", "--profile")["figures"][subject].values():
+        shares = {name: value for name, value in values.items() if name.endswith("_share")}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert min(shares[f"{kind}_share"] for kind in ("convolutions", "products", "norms")) > 0
+        assert values["of_peak"] > 0
+
+
+def test_the_share_of_the_peak_is_the_work_of_the_first_peer_in_the_time_of_each(benchmark, monkeypatch):
+    breakdown = sys.modules["benchmarks.breakdown"]
+    monkeypatch.setattr(breakdown, "products_per_second", lambda device, dtype: 4e9)
+    factor = torch.ones(100, 100)
+    figures = {"stock": {"median_ms": 1.0}, "ours": {"median_ms": 0.5}, "elsewhere": {"median_ms": 1.0}}
+    peers = {"stock": lambda: factor @ factor, "ours": lambda: factor + factor, "elsewhere": lambda: None}
+    breakdown.add_breakdown(figures, peers, "cpu", torch.float32)
+    # 2 million operations in a millisecond are half of 4 billion in a second.
+    assert [values["of_peak"] for values in figures.values()] == pytest.approx([0.5, 1.0, 0.5])
+    assert figures["stock"]["products_share"] > 0.5
+    assert figures["ours"]["others_share"] == 1
+    assert "others_share" not in figures["elsewhere"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process's memory")
