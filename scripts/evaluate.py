@@ -53,6 +53,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     state = PartialState()
+    if arguments.output is not None and Path(arguments.output).is_dir():
+        raise ValueError(f"--output {arguments.output} is a folder. Name a JSON file in it.")
     dataset = open_dataset(
         arguments.data,
         arguments.split,

@@ -5,9 +5,9 @@
     python scripts/prepare_dataset.py parquet DATA OUT
 
 `check` reads every sample and reports missing and damaged files, sizes that differ, labels out of range, segments
-without a pixel and how often each class occurs; it ends with status 1 if training would stop at something. `parquet`
-writes OUT/data/*.parquet and OUT/classes.json, which train.py, evaluate.py and the Hub read. DATA is a folder in a
-layout of docs/data.md, or with --image_column a data set of the Hub.
+without a pixel, how often each class occurs and which never does; it ends with status 1 if training would stop at
+something. `parquet` writes OUT/data/*.parquet and OUT/classes.json, which train.py, evaluate.py and the Hub read. DATA is
+a folder in a layout of docs/data.md, or with --image_column a data set of the Hub.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from hf_maskformer.command_line import OptionParser, errors_as_messages
-from hf_maskformer.data.check import DataReport, inspect_samples, report_as_json, report_as_table
+from hf_maskformer.data.check import DataReport, inspect_samples, missing_classes, report_as_json, report_as_table
 from hf_maskformer.data.opening import COLUMN_FORMATS, FORMATS, open_dataset
 from hf_maskformer.data.parquet import write_parquet
 
@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
                 continue
             report = inspect_samples(dataset, arguments.num_workers)
             print(report_as_table(report, dataset.labels))
-            print_findings(report)
+            print_findings(report, missing_classes(report, dataset.labels))
             results[split] = report_as_json(report, dataset.labels)
     if arguments.json:
         print(json.dumps(results, indent=1))
@@ -61,9 +61,11 @@ def open_split(arguments: argparse.Namespace, split: str):
     )
 
 
-def print_findings(report: DataReport) -> None:
+def print_findings(report: DataReport, missing: str) -> None:
     kinds = {"problems": report.problems, "samples with empty segments": report.empty_segments}
     print(f"{report.num_samples} samples, {', '.join(f'{len(lines)} {kind}' for kind, lines in kinds.items())}")
+    if missing:
+        print(missing)
     for kind, lines in kinds.items():
         if lines:
             print(f"{kind}{f', the first {MAX_LINES}' if len(lines) > MAX_LINES else ''}:")

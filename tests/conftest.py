@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from golden import Golden
@@ -6,6 +8,15 @@ from golden import Golden
 @pytest.fixture(scope="module", params=["resnet_semantic", "swin_semantic", "resnet_panoptic_enc"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
+
+
+@pytest.fixture
+def transformers_log(caplog):
+    """What transformers logs; it keeps that from the root logger."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(autouse=True)

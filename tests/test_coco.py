@@ -22,6 +22,7 @@ from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.coco_file import CocoFile
 from hf_maskformer.data.json_file import read_entries, walk_json
 from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.data.rle import encode_rle
 
 LARGE = 5 + 256 * 3 + 65536 * 2
@@ -78,6 +79,11 @@ def test_given_classes_are_matched_by_name(panoptic, tmp_path):
     dataset = CocoPanoptic(panoptic, tmp_path / "images/train", labels=labels)
     assert dataset.labels.category_ids == (184, 1, 90)
     assert dataset[0]["instance_id_to_semantic_id"] == {256: 2, 257: 0, 258: 1}
+
+
+def test_given_classes_that_do_not_say_which_are_things_leave_that_to_the_file(panoptic, tmp_path):
+    labels = LabelSet({0: "tree", 1: "person", 2: "toothbrush"})
+    assert CocoPanoptic(panoptic, tmp_path / "images/train", labels=labels).labels.thing_ids == (1, 2)
 
 
 def test_given_classes_of_other_names_are_refused(panoptic, tmp_path):
@@ -259,7 +265,23 @@ def test_a_segment_without_a_pixel_is_reported_but_no_problem(tmp_path):
     report = inspect_samples(open_panoptic(write_panoptic(tmp_path, {"a": ([[4]], segments)})))
     assert report.problems == []
     assert len(report.empty_segments) == 1
-    assert "a.png has no pixel of the segments 257" in report.empty_segments[0]
+    assert "a.png has no pixel of segments 1 of its list, counted from 0" in report.empty_segments[0]
+
+
+def test_a_data_set_without_any_object_is_a_problem_and_no_single_sample_of_it(tmp_path):
+    rectangle = {"category_id": 1, "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]]}
+    sizes = {"a": ((3, 4), []), "b": ((3, 4), [])}
+    write_instances(tmp_path, sizes)
+    with pytest.raises(ValueError, match="None of 2 samples has a pixel of any class"):
+        check_samples(open_dataset(str(tmp_path), "train"))
+    write_instances(tmp_path, sizes | {"b": ((3, 4), [rectangle])})
+    check_samples(open_dataset(str(tmp_path), "train"))
+
+
+def test_an_object_without_a_mask_is_named_with_what_to_do(tmp_path):
+    write_instances(tmp_path, {"a": ((3, 4), [{"category_id": 1, "segmentation": []}])})
+    with pytest.raises(ValueError, match=r"annotation 100 of image 7 has no polygon\. Draw its mask, or remove"):
+        open_dataset(str(tmp_path), "train")[0]
 
 
 def test_a_mask_that_does_not_fit_is_named_with_its_annotation(tmp_path):

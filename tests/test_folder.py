@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,19 @@ def test_label_files_without_image_are_named(root):
         SegmentationFolder(root, "train")
 
 
+def test_images_and_label_files_of_other_names_are_shown_side_by_side(root):
+    (root / "annotations/train/a.png").rename(root / "annotations/train/a_mask.png")
+    with pytest.raises(ValueError, match=r"in .*images/train there are only a.png, and in .* only a_mask.png. Rename"):
+        SegmentationFolder(root, "train")
+
+
+def test_names_from_different_systems_meet(root):
+    write_sample(root, unicodedata.normalize("NFC", "größe"))
+    path = root / "images/train" / unicodedata.normalize("NFC", "größe.png")
+    path.rename(path.with_name(unicodedata.normalize("NFD", "größe.png")))
+    assert SegmentationFolder(root, "train").names == ["a", "b", unicodedata.normalize("NFC", "größe")]
+
+
 def test_two_images_of_one_name_are_refused(root):
     Image.new("RGB", (3, 2)).save(root / "images/train/a.jpg")
     with pytest.raises(ValueError, match=r"both a.jpg and a.png"):
@@ -161,6 +175,12 @@ def test_a_missing_split_names_those_there_are(root):
 def test_a_missing_root_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere/images does not exist"):
         SegmentationFolder(tmp_path / "nowhere", "train")
+
+
+def test_a_folder_of_another_layout_is_told_by_what_it_holds(tmp_path):
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has another layout of docs/data.md; .* holds masks/\."):
+        SegmentationFolder(tmp_path, "train")
 
 
 def test_a_folder_without_images_is_refused(root):
@@ -252,6 +272,21 @@ def test_a_truncated_image_is_named(root, suffix):
     dataset = SegmentationFolder(root, "train")
     with pytest.raises(ValueError, match=rf"train/c{suffix} cannot be read as an image .*Replace the file"):
         check_samples(dataset)
+
+
+def test_masks_of_0_and_255_are_refused_instead_of_ignoring_what_they_show(root):
+    write_sample(root, "a", np.array([[0, 255, 0], [0, 0, 0]], dtype=np.uint8))
+    write_sample(root, "b", np.zeros((2, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"No sample has a pixel of class 1 \('road'\), but 8.33% of all"):
+        check_samples(SegmentationFolder(root, "train"))
+    write_sample(root, "b", np.ones((2, 3), np.uint8))
+    check_samples(SegmentationFolder(root, "train"))
+
+
+def test_classes_that_never_occur_are_named_without_stopping(root, transformers_log):
+    write_classes(root, id2label={"0": "sky", "1": "road", "2": "tree", "3": "car"})
+    check_samples(SegmentationFolder(root, "train"))
+    assert "2 of 4 classes have no pixel in any of 2 samples: tree, car." in transformers_log.text
 
 
 def test_a_file_that_is_no_image_is_named(root):

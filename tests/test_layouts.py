@@ -206,6 +206,20 @@ def test_coco_is_recognised_by_its_annotations(tmp_path, year):
     assert isinstance(open_dataset(str(tmp_path / "instances"), "train"), CocoInstances)
 
 
+def test_splits_of_coco_may_share_one_folder_of_images(tmp_path):
+    write_instances(tmp_path, {"a": ((1, 1), [])})
+    (tmp_path / "images/train/a.png").rename(tmp_path / "images/a.png")
+    (tmp_path / "images/train").rmdir()
+    assert open_dataset(str(tmp_path), "train")[0]["name"] == "a"
+
+
+def test_coco_may_have_its_annotations_among_the_images_of_a_split(tmp_path):
+    json_path = write_instances(tmp_path, {"a": ((1, 1), [])}, split="valid")
+    (tmp_path / "images/valid").rename(tmp_path / "valid")
+    json_path.rename(tmp_path / "valid/_annotations.coco.json")
+    assert open_dataset(str(tmp_path), "val")[0]["name"] == "a"
+
+
 def test_coco_with_both_kinds_of_annotations_asks_which(tmp_path):
     write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
     write_instances(tmp_path, {"a": ((1, 1), [])})

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import logging
 import pickle
 
 import pytest
@@ -32,15 +31,6 @@ def model(request) -> MaskFormerForInstanceSegmentation:
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
     return torch.randn(1, 3, 64, 96)
-
-
-@pytest.fixture
-def transformers_log(caplog):
-    """What transformers logs; it keeps that from the root logger."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_attention_can_be_switched_and_stays_the_same(model, pixel_values, transformers_log):

@@ -306,6 +306,12 @@ def test_a_checkpoint_that_does_not_exist_is_named(checkpoint, monkeypatch):
         pretrained_model(checkpoint, OTHER_LABELS)
 
 
+def test_a_configuration_file_that_is_not_there_is_not_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.setattr("transformers.utils.hub.cached_files", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(FileNotFoundError, match=r"configs/smal\.json does not exist\. Name a configuration file"):
+        pretrained_model("configs/smal.json", OTHER_LABELS)
+
+
 def test_an_incomplete_checkpoint_is_refused(tmp_path):
     model = tiny_model(id2label=OTHER_LABELS.id2label)
     tensors = {name: t for name, t in model.state_dict().items() if "queries_embedder" not in name}

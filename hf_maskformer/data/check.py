@@ -7,12 +7,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .labels import LabelSet, shorten
 from .sample import Sample, check_sizes, crowds_of
 
 # Samples that are handed to the threads at a time, so that a long data set makes no long queue.
 BLOCK = 1024
+
+logger = logging.get_logger(__name__)
 
 
 class LabelledDataset(Protocol):
@@ -35,6 +38,7 @@ class DataReport:
         empty_segments: segments that are listed but have no pixel, one line for each sample with such. They are left
             out of training.
         pixels: pixels of each class, (K,) int64.
+        num_ignored: pixels of maps that belong to no class.
         occurrences: samples in which each class occurs, (K,) int64.
     """
 
@@ -42,6 +46,7 @@ class DataReport:
     problems: list[str] = field(default_factory=list)
     empty_segments: list[str] = field(default_factory=list)
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    num_ignored: int = 0
     occurrences: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
@@ -49,8 +54,8 @@ def check_samples(dataset: LabelledDataset, num_workers: int = 8) -> None:
     """Reads every sample and raises one error that lists what is wrong with them.
 
     Found are damaged files, labels whose size is not their image's, maps with several channels, ids without a label,
-    and labels that are neither a class nor ignored. Shows a progress bar. A data set may name the origin of a map by a
-    method `map_source(index)` and that of its classes by an attribute `label_source`.
+    and labels that are neither a class nor ignored. Warns of classes that never occur. Shows a progress bar. A data set
+    may name the origin of a map by a method `map_source(index)` and that of its classes by an attribute `label_source`.
 
     Args:
         dataset: a data set of this package, or any other of the same sample form.
@@ -59,11 +64,15 @@ def check_samples(dataset: LabelledDataset, num_workers: int = 8) -> None:
     Raises:
         ValueError: the first 10 problems, and how many there are.
     """
-    problems = inspect_samples(dataset, num_workers).problems
+    report = inspect_samples(dataset, num_workers)
+    problems = report.problems
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         shown = f"{count}, of which the first 10" if len(problems) > 10 else count
         raise ValueError(f"The data set of {len(dataset)} samples has {shown}:\n  " + "\n  ".join(problems[:10]))
+    missing = missing_classes(report, dataset.labels)
+    if missing:
+        logger.warning(missing)
 
 
 def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataReport:
@@ -78,8 +87,38 @@ def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataRepor
         report.empty_segments.extend(finding.empty_segments)
         if len(finding.pixels):
             report.pixels += finding.pixels
+            report.num_ignored += finding.num_ignored
             report.occurrences += finding.pixels > 0
+    if not report.problems:
+        report.problems.extend(_problems_of_the_whole(report, dataset.labels))
     return report
+
+
+def missing_classes(report: DataReport, labels: LabelSet) -> str:
+    """Says which classes have no pixel in any sample; empty if all have."""
+    missing = [labels.id2label[label] for label in np.flatnonzero(report.pixels == 0).tolist()]
+    if not missing:
+        return ""
+    return (
+        f"{len(missing)} of {labels.num_labels} classes have no pixel in any of {report.num_samples} samples: "
+        f"{shorten(missing)}."
+    )
+
+
+def _problems_of_the_whole(report: DataReport, labels: LabelSet) -> Iterator[str]:
+    """What no single sample shows, although each is well formed."""
+    if report.num_samples and not report.pixels.any():
+        yield (
+            f"None of {report.num_samples} samples has a pixel of any class, so there is nothing to learn or to score. "
+            "Look for annotations that are missing, or for an ignore_index in the place of a class."
+        )
+    elif labels.num_labels == 2 and not report.pixels[1] and report.num_ignored:
+        share = report.num_ignored / (report.num_ignored + report.pixels.sum())
+        yield (
+            f"No sample has a pixel of class 1 ({labels.id2label[1]!r}), but {share:.2%} of all pixels are ignored, by "
+            f"the value {labels.ignore_index}. In masks of 0 and {labels.ignore_index}, write 1 in place of "
+            f"{labels.ignore_index}."
+        )
 
 
 def report_as_table(report: DataReport, labels: LabelSet) -> str:
@@ -143,6 +182,7 @@ def _inspect(sample: Sample, dataset: Any, source: str) -> DataReport:
 def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: str) -> DataReport:
     check_sizes(sample["image"], sample["segmentation_map"].shape, sample["name"], source)
     values, counts = np.unique(sample["segmentation_map"], return_counts=True)
+    num_pixels = counts.sum()
     present = values.tolist()
     id_to_label = sample.get("instance_id_to_semantic_id")
     empty: list[str] = []
@@ -153,16 +193,19 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
             raise ValueError(
                 f"{source} contains the ids {shorten(without_label)}, which instance_id_to_semantic_id lacks."
             )
-        if set(id_to_label) - set(present):
-            empty.append(f"{source} has no pixel of the segments {shorten(sorted(set(id_to_label) - set(present)))}.")
+        # Readers number segments anew, in the order of the list, so their place there tells which is meant.
+        without_pixel = [place for place, segment_id in enumerate(id_to_label) if segment_id not in present]
+        if without_pixel:
+            empty.append(f"{source} has no pixel of segments {shorten(without_pixel)} of its list, counted from 0.")
         has_label = np.array([value in id_to_label and value != labels.ignore_index for value in present], dtype=bool)
         values = np.array([id_to_label[value] for value in values[has_label].tolist()], dtype=np.int64)
         counts = counts[has_label]
     _check_labels(values, source, labels, label_source)
     classes = labels.class_map(values)
     is_class = classes != labels.ignore_index
+    num_ignored = num_pixels - counts[is_class].sum()
     pixels = np.bincount(classes[is_class], counts[is_class], minlength=labels.num_labels)
-    return DataReport(empty_segments=empty, pixels=pixels.astype(np.int64))
+    return DataReport(empty_segments=empty, pixels=pixels.astype(np.int64), num_ignored=int(num_ignored))
 
 
 def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: str) -> DataReport:
@@ -179,8 +222,9 @@ def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: 
         raise ValueError(f"{source} contains label {shorten(unknown)}, but {label_source} has {labels.num_labels}.")
     areas = masks.sum(axis=(1, 2))
     empty = np.flatnonzero(areas == 0).tolist()
+    line = f"{source} has no pixel of objects {shorten(empty)} of its list, counted from 0."
     return DataReport(
-        empty_segments=[f"{source} has no pixel of the objects {shorten(empty)}."] if empty else [],
+        empty_segments=[line] if empty else [],
         pixels=np.bincount(sample["labels"], areas, minlength=labels.num_labels).astype(np.int64),
     )
 

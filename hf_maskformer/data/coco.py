@@ -149,5 +149,6 @@ class CocoInstances(Dataset[Sample]):
             return decode_mask(annotation.get("segmentation"), size)
         except ValueError as error:
             raise ValueError(
-                f"{self._file.path}: annotation {annotation.get('id')} of image {annotation['image_id']} {error}."
+                f"{self._file.path}: annotation {annotation.get('id')} of image {annotation['image_id']} {error}. "
+                "Draw its mask, or remove the annotation."
             ) from error

@@ -140,10 +140,10 @@ class _Contents:
                     f"{self._path}: a segment of image {image_id} has the category_id {category_id!r}, which its "
                     "categories do not list."
                 )
-        if given is not None:
-            return _labels_by_name(names, given, self._path)
-        category_ids = tuple(sorted(names))
         things = {entry["id"] for entry in self._categories if entry.get("isthing", 1)}
+        if given is not None:
+            return _labels_by_name(names, things, given, self._path)
+        category_ids = tuple(sorted(names))
         try:
             return LabelSet(
                 {label: names[category_id] for label, category_id in enumerate(category_ids)},
@@ -195,7 +195,7 @@ def _category_names(categories: Any, path: Path) -> dict[int, str]:
     return names
 
 
-def _labels_by_name(names: dict[int, str], labels: LabelSet, path: Path) -> LabelSet:
+def _labels_by_name(names: dict[int, str], things: set[int], labels: LabelSet, path: Path) -> LabelSet:
     category_of_name = {name: category_id for category_id, name in names.items()}
     if len(category_of_name) < len(names):
         repeated = sorted(name for name, count in Counter(names.values()).items() if count > 1)
@@ -209,7 +209,9 @@ def _labels_by_name(names: dict[int, str], labels: LabelSet, path: Path) -> Labe
             f"the classes have {shorten(missing) or 'none'}. Rename the classes, or leave them to the file."
         )
     category_ids = tuple(category_of_name[labels.id2label[label]] for label in range(labels.num_labels))
-    return LabelSet(labels.id2label, labels.ignore_index, thing_ids=labels.thing_ids, category_ids=category_ids)
+    # A list of names alone does not take back what the file says of them.
+    thing_ids = labels.thing_ids or tuple(label for label, value in enumerate(category_ids) if value in things)
+    return LabelSet(labels.id2label, labels.ignore_index, thing_ids=thing_ids, category_ids=category_ids)
 
 
 def _field(entry: Any, name: str, path: Path, kind: str) -> Any:
@@ -217,5 +219,5 @@ def _field(entry: Any, name: str, path: Path, kind: str) -> Any:
         raise ValueError(f"{path}: {kind} is {str(entry)[:60]}, not an object.")
     value = entry.get(name)
     if not isinstance(value, int | str) or isinstance(value, bool):
-        raise ValueError(f"{path}: {kind} has the {name} {value!r}: {str(entry)[:80]}. Give it a number or a name.")
+        raise ValueError(f"{path}: {kind} has the {name} {value!r}: {str(entry)[:80]}. Give it an integer or a name.")
     return value

@@ -1,6 +1,7 @@
 """Reads folders of images and label maps."""
 
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,18 @@ def _check_pairs(images: Mapping[str, Path], maps: Mapping[str, Path]) -> None:
         raise FileNotFoundError(f"There are {len(images)} images and {len(maps)} label files. Both are needed.")
     image_folder, map_folder = (next(iter(files.values())).parent for files in (images, maps))
     without_map = [images[name].name for name in sorted(set(images) - set(maps))]
+    without_image = [maps[name].name for name in sorted(set(maps) - set(images))]
+    if without_map and without_image:
+        raise ValueError(
+            f"Images and label files must have the same names before the suffix, but in {image_folder} there are only "
+            f"{shorten(without_map)}, and in {map_folder} only {shorten(without_image)}. Rename them, or move away "
+            "what has no counterpart."
+        )
     if without_map:
         raise ValueError(
             f"{len(without_map)} of {len(images)} images in {image_folder} have no label file NAME.png in "
             f"{map_folder}: {shorten(without_map)}. Add the label files or move these images away."
         )
-    without_image = [maps[name].name for name in sorted(set(maps) - set(images))]
     if without_image:
         raise ValueError(
             f"{len(without_image)} of {len(maps)} label files in {map_folder} have no image in {image_folder}: "
@@ -153,12 +160,18 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
     if not folder.parent.is_dir():
         raise FileNotFoundError(
             f"{folder.parent} does not exist. A data set folder holds images/{split}, annotations/{split} and "
-            "classes.json."
+            f"classes.json, or has another layout of docs/data.md; {root} holds {_listed(root)}."
         )
     splits = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
     raise FileNotFoundError(
-        f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits) or 'none'}."
+        f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits) or 'none'}. Name one of "
+        "them, or make the folder."
     )
+
+
+def _listed(folder: Path) -> str:
+    found = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.glob("*"))
+    return shorten(found) or "nothing"
 
 
 def files_by_name(folder: Path, suffixes: tuple[str, ...], ending: str = "", pattern: str = "*") -> dict[str, Path]:
@@ -172,7 +185,8 @@ def files_by_name(folder: Path, suffixes: tuple[str, ...], ending: str = "", pat
         is_left_over = path.name.startswith(".")
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending) or is_left_over:
             continue
-        name = path.stem.removesuffix(ending)
+        # The same name from macOS and from elsewhere may be spelt in other bytes.
+        name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))
         if name in files:
             raise ValueError(f"{folder} holds both {files[name].name} and {path.name}. Keep one of them.")
         files[name] = path

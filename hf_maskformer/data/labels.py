@@ -75,6 +75,8 @@ class LabelSet:
         try:
             # Editors on Windows put a byte order mark in front, which plain utf-8 would not read.
             return cls(**_fields(json.loads(path.read_text(encoding="utf-8-sig"))))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in that encoding.") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 

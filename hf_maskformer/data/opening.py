@@ -15,9 +15,14 @@ COLUMN_FORMATS = ("columns", "instance-columns")
 
 # Where downloads unpack to, and what data sets in COCO's form are called elsewhere; {} is the split.
 PANOPTIC_FILES = ("annotations/panoptic_{}2017.json", "annotations/panoptic_{}.json", "ade20k_panoptic_{}.json")
-INSTANCE_FILES = ("annotations/instances_{}2017.json", "annotations/instances_{}.json", "ade20k_instance_{}.json")
+INSTANCE_FILES = (
+    "annotations/instances_{}2017.json",
+    "annotations/instances_{}.json",
+    "ade20k_instance_{}.json",
+    "{}/_annotations.coco.json",
+)
 IMAGE_FOLDERS = ("{}2017", "images/{}2017", "images/{}", "{}")
-LONG_NAMES = {"train": "training", "val": "validation"}
+OTHER_NAMES = {"train": ("training",), "val": ("validation", "valid")}
 
 
 def open_dataset(
@@ -76,7 +81,7 @@ def _detect(root: Path) -> str:
         found = [name for name in found if name not in ("folder", "ade20k")] or ["folder"]
     if len(found) == 1:
         return found[0]
-    raise ValueError(f"{root} can be read as {' or '.join(found)}. Say which by format.")
+    raise ValueError(f"{root} can be read as {' or '.join(found)}. Say which by format (--format).")
 
 
 def _own_classes(path: str) -> str:
@@ -99,18 +104,20 @@ def _with_labels(reader: Callable[..., Any]) -> Callable[[Path, str, str | None]
 
 def _coco(reader: Callable[..., Any], files: tuple[str, ...]) -> Callable[[Path, str, str | None], Any]:
     def read(root: Path, split: str, classes: str | None) -> Any:
-        json_path, image_folder = _existing(root, files, split), _existing(root, IMAGE_FOLDERS, split)
+        # One's own data often has one folder of images for all splits.
+        json_path, image_folder = _existing(root, files, split), _existing(root, IMAGE_FOLDERS, split, "images")
         return reader(json_path, image_folder, labels=_labels(classes))
 
     return read
 
 
-def _existing(root: Path, patterns: tuple[str, ...], split: str) -> Path:
-    names = [pattern.format(name) for name in (split, LONG_NAMES.get(split, split)) for pattern in patterns]
+def _existing(root: Path, patterns: tuple[str, ...], split: str, *others: str) -> Path:
+    splits = (split, *OTHER_NAMES.get(split, ()))
+    names = [*(pattern.format(name) for name in splits for pattern in patterns), *others]
     for name in names:
         if (root / name).exists():
             return root / name
-    raise FileNotFoundError(f"{root} has none of {', '.join(dict.fromkeys(names))}.")
+    raise FileNotFoundError(f"{root} has none of {', '.join(names)}.")
 
 
 FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
@@ -133,5 +140,5 @@ MARKS = {
     "coco-panoptic": tuple(pattern.format("*") for pattern in PANOPTIC_FILES),
     "coco-stuff-10k": ("imageLists",),
     "mapillary-vistas": ("training/images",),
-    "columns": ("*.parquet", "data/*.parquet", "dataset_dict.json"),
+    "columns": ("*.parquet", "data/*.parquet", "dataset_dict.json", "state.json"),
 }

@@ -44,10 +44,6 @@ logger = logging.get_logger(__name__)
 
 def new_model(config: str, labels: LabelSet) -> Model:
     """A model with random weights for these classes, from a configuration file or folder, or a name on the Hub."""
-    if config.endswith(".json") and not Path(config).is_file():
-        raise FileNotFoundError(
-            f"{config} does not exist. Name a configuration file, a folder with one or a checkpoint."
-        )
     model_class = model_class_of(config)
     model_config = model_class.config_class.from_pretrained(config, **_fields(model_class, labels))
     # A file may describe a model that no memory holds: without memory, it is refused by its number of parameters.
@@ -208,6 +204,11 @@ def model_class_of(checkpoint: str) -> Any:
     Raises a FileNotFoundError if there is no such checkpoint or the Hub does not let it be read, and a ValueError if it
     is of another model.
     """
+    # No name on the Hub looks like this, and asking takes long where there is no network.
+    if checkpoint.endswith(".json") and not Path(checkpoint).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} does not exist. Name a configuration file, a folder with one or a checkpoint."
+        )
     try:
         content, _ = MaskFormerConfig.get_config_dict(checkpoint)
     except (OSError, HFValidationError) as error:
