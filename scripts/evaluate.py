@@ -24,7 +24,7 @@ from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.export import PredictionWriter
 from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.report import as_json, as_table
-from hf_maskformer.evaluation.tasks import TASKS, task_of_data
+from hf_maskformer.evaluation.tasks import TASKS, check_sample, task_of_data
 from hf_maskformer.training.starting_point import model_class_of, renamed_classes
 
 
@@ -63,6 +63,8 @@ def main(arguments: Arguments) -> None:
         arguments.classes,
         format=arguments.format,
     )
+    task = arguments.task or task_of_data(dataset)
+    check_sample(task, dataset[0])
     options = loading_options(arguments.precision)
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(state.device)
     if model.config.num_labels != dataset.labels.num_labels:
@@ -75,7 +77,6 @@ def main(arguments: Arguments) -> None:
         print(f"warning: {arguments.checkpoint} names its classes otherwise: {shorten(renamed)}.", file=sys.stderr)
     if arguments.check_data and state.is_main_process:
         check_samples(dataset)
-    task = arguments.task or task_of_data(dataset)
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
     if image_processor.label_ids_to_fuse is None:  # transformers' files do not hold it
         image_processor.label_ids_to_fuse = list(dataset.labels.stuff_ids)

@@ -101,6 +101,14 @@ def test_semantic_evaluation_of_masks_ends_in_a_clear_error(data, config, tmp_pa
         call("train", config=config, data=data / "instance", task="semantic", max_steps=1, output_dir=tmp_path)
 
 
+def test_evaluation_finds_what_cannot_be_done_before_it_reads_the_data(data, tmp_path):
+    wrong = {"checkpoint": tmp_path / "nowhere", "data": data / "instance"}
+    with pytest.raises(ValueError, match="has masks, which may overlap, but panoptic segmentation"):
+        call("evaluate", task="panoptic", **wrong)
+    with pytest.raises(ValueError, match=r"--output .* is a folder\. Name a JSON file in it"):
+        call("evaluate", output=tmp_path, **wrong)
+
+
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
 def test_a_checkpoint_of_transformers_is_evaluated_on_any_task(data, tmp_path, task):
     labels = CocoPanoptic(
