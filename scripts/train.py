@@ -109,7 +109,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     model_arguments.check()
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
     labels, task = train_dataset.labels, data.task or task_of_data(eval_dataset)
-    model_arguments.check_data(eval_dataset)
+    model_arguments.check_data(eval_dataset, data.task)
     check_sample(task, eval_dataset[0])
     with training.main_process_first(desc="data check"):
         if data.check_data and training.process_index == 0:
@@ -153,7 +153,7 @@ def dry_run(
     train_dataset = None if data.data is None else data.open(data.train_split, data.streaming)
     labels = None if train_dataset is None else train_dataset.labels
     if labels is not None:
-        model_arguments.check_data(data.open(data.eval_split))
+        model_arguments.check_data(data.open(data.eval_split), data.task)
     num_images = None if train_dataset is None or data.streaming else len(train_dataset)
     config = model_arguments.planned_config(labels)
     image_processor = model_arguments.image_processor(labels, data.image_size)

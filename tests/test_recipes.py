@@ -24,6 +24,7 @@ from hf_maskformer.data.generated_scenes import GeneratedScenes, write_generated
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.training import presets
+from hf_maskformer.training.model_arguments import ModelArguments
 from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.presets import PRESETS
 from hf_maskformer.training.recipes import RECIPES, accumulation, check_data, recipe_image_processor
@@ -238,6 +239,15 @@ def test_data_must_fit_a_preset():
     for sample in (segments, {"name": "b", "masks": None}):
         with pytest.raises(ValueError, match=r"ade20k-r50 learns semantic .* but b has a mask for each object"):
             check_data(ade20k, Samples([sample], 150))
+
+
+def test_a_preset_has_its_own_task():
+    segments = Samples([{"name": "b", "instance_id_to_semantic_id": {}}], 133)
+    arguments = ModelArguments(preset="coco-panoptic-r50")
+    for task in (None, "panoptic"):
+        arguments.check_data(segments, task)
+    with pytest.raises(ValueError, match="--task is instance, but coco-panoptic-r50 learns panoptic segmentation"):
+        arguments.check_data(segments, "instance")
 
 
 @pytest.mark.parametrize("write", [write_pkl, write_pth])

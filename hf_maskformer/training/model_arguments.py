@@ -8,7 +8,7 @@ from ..data.labels import LabelSet
 from ..evaluation.tasks import Task
 from ..hub.conversion import Config
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from .presets import config_label_fields, find_preset
+from .presets import config_label_fields, find_preset, task_settings
 from .recipes import check_data, recipe_image_processor
 from .starting_point import (
     Model,
@@ -86,10 +86,18 @@ class ModelArguments:
             if checkpoint is not None:
                 model_class_of(checkpoint)
 
-    def check_data(self, dataset: Any) -> None:
-        """Finds out whether data fit the preset, if there is one; see `recipes.check_data`."""
-        if self.preset is not None:
-            check_data(find_preset(self.preset), dataset, is_fine_tuning=self.checkpoint is not None)
+    def check_data(self, dataset: Any, task: str | None = None) -> None:
+        """Finds out whether data, and a task that is asked for, fit the preset, if there is one.
+
+        Raises what `recipes.check_data` does, and a ValueError for another task than the preset's.
+        """
+        if self.preset is None:
+            return
+        preset = find_preset(self.preset)
+        own_task = task_settings(preset.data_set.panoptic_thresholds)["segmentation_task"]
+        if task not in (None, own_task):
+            raise ValueError(f"--task is {task}, but {preset.name} learns {own_task} segmentation. Leave --task out.")
+        check_data(preset, dataset, is_fine_tuning=self.checkpoint is not None)
 
     def model(self, labels: LabelSet) -> Model:
         """The model for these classes."""
