@@ -1,6 +1,8 @@
 """What the three tasks need of samples and models, what is counted, and what is written."""
 
 import json
+from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.evaluation import evaluation
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.export import PredictionWriter
+from hf_maskformer.evaluation.processes import merge_over_processes
 from hf_maskformer.evaluation.report import as_json, as_table, scalars
 from hf_maskformer.evaluation.scale_averaging import augmented_semantic_scores
 from hf_maskformer.evaluation.tasks import (
@@ -68,6 +71,37 @@ def model_for(labels, **fields):
 @pytest.mark.parametrize(("of", "task"), [(OF_CLASSES, "semantic"), (OF_SEGMENTS, "panoptic"), (OF_MASKS, "instance")])
 def test_the_form_of_the_labels_tells_the_task(of, task):
     assert task_of_data(Samples([of])) == task_of_data(Stream(Samples([of]))) == task
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_each_of_several_processes_evaluates_a_share_of_its_own(monkeypatch, is_stream):
+    model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 64, task="panoptic")
+    shares = []
+    for process in range(2):
+        state = SimpleNamespace(process_index=process, num_processes=2, is_local_main_process=True)
+        monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)
+        shares.append([])
+        evaluate(model, processor, Stream(SCENES) if is_stream else SCENES, on_result=lambda *of: shares[-1].append(of))
+    assert [(index, name) for share in shares for index, name, _ in share] == [
+        (0, SCENES.name(0)),
+        (2, SCENES.name(2)),
+        (1, SCENES.name(1)),
+    ]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_single_process_keeps_its_counts_when_they_are_brought_together(task):
+    metric = metric_for(task, LABELS)
+    reference = reference_of(
+        {"semantic": OF_CLASSES, "panoptic": OF_SEGMENTS, "instance": OF_MASKS}[task], LABELS, task
+    )
+    prediction = {**reference, "scores": [0.5, 0.5]} if task == "instance" else reference
+    metric.add(prediction=prediction, reference=reference)
+    before = deepcopy(vars(metric))
+    merge_over_processes(metric)
+    for name, value in before.items():
+        found = getattr(metric, name)
+        assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
 
 
 def test_an_empty_data_set_has_no_task():
