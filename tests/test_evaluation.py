@@ -73,20 +73,14 @@ def test_the_form_of_the_labels_tells_the_task(of, task):
     assert task_of_data(Samples([of])) == task_of_data(Stream(Samples([of]))) == task
 
 
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_each_of_several_processes_evaluates_a_share_of_its_own(monkeypatch, is_stream):
+def test_each_of_several_processes_evaluates_a_share_of_a_stream(monkeypatch):
     model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 64, task="panoptic")
-    shares = []
+    names = []
     for process in range(2):
         state = SimpleNamespace(process_index=process, num_processes=2, is_local_main_process=True)
         monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)
-        shares.append([])
-        evaluate(model, processor, Stream(SCENES) if is_stream else SCENES, on_result=lambda *of: shares[-1].append(of))
-    assert [(index, name) for share in shares for index, name, _ in share] == [
-        (0, SCENES.name(0)),
-        (2, SCENES.name(2)),
-        (1, SCENES.name(1)),
-    ]
+        evaluate(model, processor, Stream(SCENES), on_result=lambda index, name, result: names.append(name))
+    assert names == [SCENES.name(index) for index in (0, 2, 1)]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -70,8 +70,9 @@ def test_the_loss_falls_on_a_few_scenes(tmp_path, task):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_every_loss_term_is_logged_and_they_add_up(tmp_path):
-    trainer = our_trainer(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"max_steps": 3, "logging_steps": 3}, {"gradient_accumulation_steps": 2}])
+def test_every_loss_term_is_logged_and_they_add_up(tmp_path, options):
+    trainer = our_trainer(tmp_path, **options)
     trainer.train()
     line = next(entry for entry in trainer.state.log_history if "loss" in entry)
     terms = {name: value for name, value in line.items() if name.startswith("loss_")}
