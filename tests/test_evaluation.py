@@ -273,9 +273,14 @@ def test_a_prediction_never_replaces_another(tmp_path):
     dataset.labels = LabelSet({0: "sky", 1: "road"})
     writer = PredictionWriter(tmp_path, "semantic", dataset)
     writer(0, "a", torch.tensor([[0, 1]]))
-    with pytest.raises(ValueError, match="Several samples are called a"):
+    with pytest.raises(ValueError, match="Several samples have the name a"):
         writer(1, "a", torch.tensor([[1, 1]]))
     assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[0, 1]]
+    for task, segmentation in (("panoptic", torch.zeros(1, 2, dtype=torch.int32)), ("instance", [])):
+        writer = PredictionWriter(tmp_path, task, dataset)
+        writer(0, "a", {"segmentation": segmentation, "segments_info": []})
+        with pytest.raises(ValueError, match="Several samples have the image_id 0"):
+            writer(0, "b", {"segmentation": segmentation, "segments_info": []})
 
 
 def figures_of(metric):

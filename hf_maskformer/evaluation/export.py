@@ -29,7 +29,8 @@ class PredictionWriter:
         task: of the evaluation.
         dataset: what is evaluated; if it has a method `image_id(index)`, that names the images.
 
-    Raises a ValueError, when called, for a name that leads out of the folder or that a sample before had.
+    Raises a ValueError, when called, for a name that leads out of the folder, and for a name or id that a sample before
+    had: the worker processes of a stream each count their samples from 0.
     """
 
     def __init__(self, folder: str | Path, task: Task, dataset: Any) -> None:
@@ -37,16 +38,18 @@ class PredictionWriter:
         self._labels: LabelSet = dataset.labels
         self._category_ids = dict(enumerate(self._labels.category_ids)) or None
         self._entries: list[dict[str, Any]] = []
-        self._names: set[str] = set()
+        self._identities: set[str] = set()
         (self._folder / "panoptic" if task == "panoptic" else self._folder).mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, name: str, result: Any) -> None:
         """Writes or remembers the result of one sample."""
-        image_id = self._dataset.image_id(index) if hasattr(self._dataset, "image_id") else index
         if self._task == "semantic":
             label_map = np.asarray(result.cpu()) + int(self._labels.do_reduce_labels)
             semantic_image(label_map).save(self._path(self._folder, name))
-        elif self._task == "panoptic":
+            return
+        image_id = self._dataset.image_id(index) if hasattr(self._dataset, "image_id") else index
+        self._require_new(f"image_id {image_id}", "read a stream with no more than one worker process")
+        if self._task == "panoptic":
             result = {**result, "segmentation": result["segmentation"].cpu()}
             panoptic_image(result["segmentation"]).save(self._path(self._folder / "panoptic", name))
             self._entries.append(panoptic_annotation(result, image_id, f"{name}.png", self._category_ids))
@@ -66,12 +69,12 @@ class PredictionWriter:
     def _path(self, folder: Path, name: str) -> Path:
         # A column of a data set may name its samples in any way.
         check_file_name(f"{name}.png", folder, "The data set")
-        if name in self._names:
-            raise ValueError(
-                f"Several samples are called {name}, and one prediction would replace the other. Give each a name of "
-                "its own: another file name, or in columns another entry of `name`."
-            )
-        self._names.add(name)
+        self._require_new(f"name {name}", "rename the file, or in columns the entry of `name`")
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def _require_new(self, identity: str, remedy: str) -> None:
+        if identity in self._identities:
+            raise ValueError(f"Several samples have the {identity}, which must tell their predictions apart; {remedy}.")
+        self._identities.add(identity)
