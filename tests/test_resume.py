@@ -242,17 +242,17 @@ def test_the_script_ends_on_sigterm_with_its_own_exit_code(tmp_path, num_workers
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
 def test_a_checkpoint_of_which_a_file_is_cut_off_is_never_taken(tmp_path, file):
-    our_trainer(tmp_path, max_steps=2, save_steps=1).train()
-    path = tmp_path / "checkpoint-2" / file
+    our_trainer(tmp_path, max_steps=3, save_steps=1).train()
+    path = tmp_path / "checkpoint-3" / file
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"checkpoint-2 is no whole checkpoint.*checkpoint-1 is whole"):
-        our_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    trainer = our_trainer(tmp_path, max_steps=3, save_steps=3)
+    with pytest.raises(ValueError, match=r"checkpoint-3 is no whole checkpoint.*checkpoint-2 is whole"):
+        our_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    trainer = our_trainer(tmp_path, max_steps=4, save_steps=4)
     steps = []
     step = trainer.training_step
     trainer.training_step = lambda *args, **kwargs: (steps.append(trainer.state.global_step), step(*args, **kwargs))[1]
     trainer.train(resume_from_checkpoint="auto")
-    assert steps == [1, 2]
+    assert steps == [2, 3]
 
 
 def test_auto_starts_anew_where_there_is_no_checkpoint(tmp_path):
