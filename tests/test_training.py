@@ -275,6 +275,24 @@ def test_the_trainer_uses_the_groups_of_the_paper(tmp_path):
     )
 
 
+def test_what_is_new_on_top_of_a_vision_transformer_learns_at_the_full_rate():
+    backbone = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=16)
+    model = tiny_model(backbone)
+    groups = parameter_groups(model, 1e-4, 1e-4, backbone_learning_rate_factor=0.1)
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+    trained = {name: group_of[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    rates, decays = ({name: group[key] for name, group in trained.items()} for key in ("lr", "weight_decay"))
+    is_pretrained = {name: "encoder.backbone." in name for name in rates}
+    assert 0 < sum(is_pretrained.values()) < len(rates)
+    assert all(rates[name] == pytest.approx(1e-5 if is_pretrained[name] else 1e-4) for name in rates)
+    # Tokens, positions and scales of layers are no weights of layers.
+    undecayed = {name.rpartition(".")[2] for name, decay in decays.items() if is_pretrained[name] and decay == 0}
+    assert undecayed == {"cls_token", "position_embeddings", "lambda1", "weight", "bias"}
+    decayed = {name for name, decay in decays.items() if is_pretrained[name] and decay}
+    assert decayed
+    assert not any("norm" in name for name in decayed)
+
+
 def test_the_defaults_are_the_recipe_of_the_paper(tmp_path):
     args = MaskFormerTrainingArguments(**arguments(tmp_path))
     assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (1e-4, 1e-4, 0.01)
