@@ -87,6 +87,15 @@ def test_label_files_of_ade20k_count_from_one_and_panoptic_ones_do_not():
     assert not PRESETS["ade20k-panoptic-r50"].image_processor().do_reduce_labels
 
 
+def test_the_ignored_value_is_that_of_the_data_set_s_files():
+    others = {"ade20k-full": 65535, "mapillary-vistas": 65}
+    for preset in PRESETS.values():
+        (expected,) = {value for name, value in others.items() if preset.name.startswith(name)} or {255}
+        assert preset.image_processor().ignore_index == expected
+        config = preset.config()
+        assert getattr(config, "semantic_loss_ignore_index", expected) == expected
+
+
 def test_classes_without_known_names_can_be_named():
     preset = PRESETS["mapillary-vistas-r50"]
     assert preset.config().id2label[64] == "LABEL_64"
