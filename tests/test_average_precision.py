@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -138,11 +139,14 @@ def test_compute_starts_anew():
     assert metric.compute()["ap"] == 1
 
 
-def test_masks_are_kept_compressed():
-    metric = AveragePrecision(1)
-    metric.add(prediction=objects([FIRST], scores=[1.0]), reference=TRUTH)
-    (image,) = metric.images
-    assert all(len(each["segmentation"]["counts"]) < 30 for each in image["predictions"] + image["references"])
+def test_what_is_kept_is_a_few_bytes_for_each_prediction():
+    sizes = []
+    for num_images in (0, 300):
+        metric = AveragePrecision(1)
+        for _ in range(num_images):
+            metric.add(prediction=objects([FIRST, SECOND], scores=[1.0, 0.5]), reference=TRUTH)
+        sizes.append(len(pickle.dumps(metric)))
+    assert sizes[1] - sizes[0] < 24 * 2 * 300
 
 
 BAD = [
@@ -166,7 +170,7 @@ def test_what_does_not_fit_together_is_refused_and_adds_nothing(prediction, mess
     metric = AveragePrecision(1)
     with pytest.raises(ValueError, match=message):
         metric.add(prediction=prediction, reference=TRUTH)
-    assert metric.images == []
+    assert len(metric.records) == metric.num_objects.sum() == 0
 
 
 def test_metrics_of_different_labels_do_not_merge():
@@ -249,6 +253,27 @@ def test_random_images_agree_with_pycocotools_in_any_order_and_in_parts(batch):
         for label, scores in per_category.items():
             shown = precision[..., label].mean()
             assert scores["ap"] == pytest.approx(shown if shown >= 0 else math.nan, abs=1e-9, nan_ok=True)
+
+
+def test_more_predictions_than_count_agree_with_pycocotools():
+    draw = np.random.default_rng(0)
+    predictions, references = [], []
+    for image in range(2):
+        boxes = [draw.integers((0, 0, 3, 3), (20, 20, 20, 20)) for _ in range(130)]
+        references.append(objects([box(*place) for place in boxes[::5]], iscrowd=[0] * 26))
+        scores = ((draw.permutation(130) + image / 2) / 130).tolist()
+        predictions.append(objects([box(*(place + draw.integers(0, 2, 4))) for place in boxes], scores=scores))
+    metric = AveragePrecision(1)
+    metric.add_batch(predictions=predictions, references=references)
+    stats, _ = by_pycocotools(predictions, references, 1)
+    result = metric.compute()
+    assert [result[name] for name in NAMES] == pytest.approx(np.where(stats < 0, np.nan, stats), abs=1e-9, nan_ok=True)
+    assert result["ar1"] < result["ar10"] < result["ar100"] < 1
+
+
+def test_an_area_at_the_border_of_two_ranges_is_in_both():
+    result = figures(objects([FIRST], scores=[1.0]), objects([FIRST], area=[32.0**2]))
+    assert (result["ap_small"], result["ap_medium"]) == (1, 1)
 
 
 @pytest.mark.skipif(not (DATA / "metric_reference").is_dir(), reason="the reference data is not here")

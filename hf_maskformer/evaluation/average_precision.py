@@ -9,12 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .recall_and_precision import AREAS, RECALLS, THRESHOLDS, curve, is_outside, match
 from .segmentation_maps import in_pairs
 
 # A run-length encoding of COCO: "size", (height, width), and "counts", compressed to text or bytes, or a list.
 RunLengths: TypeAlias = Mapping[str, Any]
 Masks: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 Size: TypeAlias = tuple[int, int]
+
+MOST = (1, 10, 100)  # predictions of an image and label that count
+# What is remembered of a prediction: bits say whether it is a hit or a false alarm in each range of area and for each
+# IoU threshold, `rank` how many of its image and label have a higher score.
+BITS = (np.uint8, len(AREAS) * len(THRESHOLDS) // 8)
+RECORD = np.dtype([("score", "<f8"), ("label", "<u4"), ("rank", "u1"), ("is_hit", *BITS), ("is_false_alarm", *BITS)])
 
 
 class AveragePrecision:
@@ -24,16 +31,18 @@ class AveragePrecision:
     the references show. Of an image and label the 100 highest scores count. A prediction that lies in a crowd region
     of its label is not counted, and neither is the region.
 
-    Masks are kept as compressed run lengths, a few hundred bytes each, since precision needs all scores at the end. Has
-    the calls of `evaluate`'s metrics: `add_batch` (or `add`) for the images, then `compute`, after which all starts
-    anew. Predictions of exactly the same score in different images rank in the order in which they were added.
+    No mask is kept: predictions are matched with their image's objects at once, and of each that counts 23 bytes
+    remain, since precision needs all scores at the end. Has the calls of `evaluate`'s metrics: `add_batch` (or `add`)
+    for the images, then `compute`, after which all starts anew. Predictions of exactly the same score in different
+    images rank in the order in which they were added.
 
     Args:
         num_labels: number of labels, K.
 
     Attributes:
-        images: what was added: for each image its `size` and, as COCO annotations without ids, its `predictions` and
-            `references`.
+        num_objects: (K, 4) int64, the reference objects other than crowd by label and range of area: all, small,
+            medium, large.
+        records: what is remembered of the predictions, 23 bytes each, in the order in which they were added.
 
     Raises an ImportError if faster-coco-eval is not installed.
     """
@@ -47,10 +56,11 @@ class AveragePrecision:
 
     def reset(self) -> None:
         """Forgets all images."""
-        self.images: list[dict[str, Any]] = []
+        self.num_objects = np.zeros((self.num_labels, len(AREAS)), dtype=np.int64)
+        self.records = bytearray()
 
     def add(self, *, prediction: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-        """Keeps one image.
+        """Counts one image.
 
         Both are dictionaries of tensors, arrays or lists. They hold `masks`, (N, H, W) of 0 and 1 in any type, or
         N run-length encodings of COCO; and `labels`, (N,), 0 to K - 1. The prediction has `scores`, (N,). The
@@ -60,28 +70,46 @@ class AveragePrecision:
         Raises a ValueError if lengths or sizes do not agree, a label is unknown, a score is not finite or a mask is
         not binary.
         """
-        predicted, size = self._read_objects(prediction, "prediction")
-        scores = _to_list(prediction["scores"], "scores", len(predicted), "prediction")
+        masks, labels, areas, size = self._read_objects(prediction, "prediction")
+        scores = np.array(_to_list(prediction["scores"], "scores", len(masks), "prediction"), dtype=np.float64)
         if not np.isfinite(scores).all():
             raise ValueError("The prediction contains a score that is not finite. Has the model diverged?")
-        for annotation, score in zip(predicted, scores, strict=True):
-            annotation["score"] = float(score)
 
-        expected, expected_size = self._read_objects(reference, "reference")
-        if size and expected_size and size != expected_size:
+        true_masks, true_labels, true_areas, true_size = self._read_objects(reference, "reference")
+        if size and true_size and size != true_size:
             raise ValueError(
-                f"The predicted masks are {size} (height, width), those of the reference {expected_size}. Resize the "
+                f"The predicted masks are {size} (height, width), those of the reference {true_size}. Resize the "
                 "prediction to the reference's size."
             )
-        for field, convert in (("iscrowd", int), ("area", float)):
-            if reference.get(field) is not None:
-                values = _to_list(reference[field], field, len(expected), "reference")
-                for annotation, value in zip(expected, values, strict=True):
-                    annotation[field] = convert(value)
-        self.images.append({"size": size or expected_size or (0, 0), "predictions": predicted, "references": expected})
+        is_crowd = np.zeros(len(true_masks), dtype=bool)
+        if reference.get("iscrowd") is not None:
+            is_crowd = np.array(_to_list(reference["iscrowd"], "iscrowd", len(true_masks), "reference"), dtype=bool)
+        if reference.get("area") is not None:
+            true_areas = np.array(_to_list(reference["area"], "area", len(true_masks), "reference"), dtype=np.float64)
+
+        outside = is_outside(true_areas)
+        order = np.argsort(-scores, kind="stable")
+        added = bytearray()
+        for label in np.unique(labels):
+            found = order[labels[order] == label][: MOST[-1]]
+            expected = np.flatnonzero(true_labels == label)
+            ious = np.zeros((len(found), 0))
+            if expected.size:
+                crowd = is_crowd[expected].tolist()
+                ious = _coco().mask.iou(
+                    [masks[each] for each in found.tolist()], [true_masks[each] for each in expected.tolist()], crowd
+                )
+            is_hit, is_false_alarm = match(ious, outside[:, expected], is_crowd[expected], areas[found])
+            records = np.zeros(len(found), dtype=RECORD)
+            records["score"], records["label"], records["rank"] = scores[found], label, range(len(found))
+            records["is_hit"] = np.packbits(is_hit.reshape(len(found), -1), axis=1)
+            records["is_false_alarm"] = np.packbits(is_false_alarm.reshape(len(found), -1), axis=1)
+            added += records.tobytes()
+        self.records += added
+        np.add.at(self.num_objects, true_labels, (~(outside | is_crowd)).T)
 
     def add_batch(self, *, predictions: Iterable[Mapping[str, Any]], references: Iterable[Mapping[str, Any]]) -> None:
-        """Keeps several images, whose sizes may differ. See `add`."""
+        """Counts several images, whose sizes may differ. See `add`."""
         for prediction, reference in in_pairs(predictions, references):
             self.add(prediction=prediction, reference=reference)
 
@@ -89,7 +117,8 @@ class AveragePrecision:
         """Adds the images of another metric, for instance of another process."""
         if self.num_labels != other.num_labels:
             raise ValueError(f"The metrics count differently: num_labels {self.num_labels} and {other.num_labels}.")
-        self.images = self.images + other.images
+        self.num_objects = self.num_objects + other.num_objects
+        self.records = self.records + other.records
 
     def compute(self) -> dict[str, Any]:
         """Gives the figures as fractions in 0 to 1, and starts anew.
@@ -100,17 +129,19 @@ class AveragePrecision:
         single reference object is NaN.
         Raises a ValueError if no reference object, other than crowd, was added.
         """
-        if all(reference["iscrowd"] for image in self.images for reference in image["references"]):
+        if not self.num_objects.any():
             raise ValueError(
                 "No reference object was added since the start or the last compute(). Call add_batch() first, and see "
                 "that the references are not crowd throughout."
             )
-        evaluation = self._evaluate()
+        precision, recall = self._curves()
         self.reset()
-        return summarise(evaluation["precision"], evaluation["recall"])
+        return summarise(precision, recall)
 
-    def _read_objects(self, image: Mapping[str, Any], role: str) -> tuple[list[dict[str, Any]], Size | None]:
-        """Gives the objects of an image as COCO annotations, and the size of their masks, None without any."""
+    def _read_objects(
+        self, image: Mapping[str, Any], role: str
+    ) -> tuple[list[RunLengths], np.ndarray, np.ndarray, Size | None]:
+        """Gives the masks of an image, their labels, areas and size, None without any."""
         masks = _to_run_lengths(image["masks"], role)
         sizes = {tuple(mask["size"]) for mask in masks}
         if len(sizes) > 1:
@@ -123,63 +154,56 @@ class AveragePrecision:
                     f"{self.num_labels - 1}). Map the ids of the data set to these first."
                 )
         areas = _coco().mask.area(masks) if masks else []
-        annotations = [
-            {"category_id": int(label), "segmentation": mask, "area": float(area), "iscrowd": 0}
-            for label, mask, area in zip(labels, masks, areas, strict=True)
-        ]
-        return annotations, sizes.pop() if sizes else None
+        labels_array = np.array(labels, dtype=np.int64)
+        return masks, labels_array, np.array(areas, dtype=np.float64), sizes.pop() if sizes else None
 
-    def _evaluate(self) -> dict[str, np.ndarray]:
-        """Runs COCO's evaluation over all images."""
-        coco = _coco()
-        evaluation = coco.COCOeval_faster(self._as_coco("references"), self._as_coco("predictions"), "segm")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        return evaluation.eval
-
-    def _as_coco(self, role: str) -> Any:
-        annotations = [
-            {**annotation, "image_id": image_id}
-            for image_id, image in enumerate(self.images)
-            for annotation in image[role]
-        ]
-        # COCO takes the id 0 for "no match".
-        for annotation_id, annotation in enumerate(annotations, start=1):
-            annotation["id"] = annotation_id
-        images = [
-            {"id": image_id, "height": image["size"][0], "width": image["size"][1]}
-            for image_id, image in enumerate(self.images)
-        ]
-        categories = [{"id": label, "name": str(label)} for label in range(self.num_labels)]
-        return _coco().COCO({"images": images, "annotations": annotations, "categories": categories})
+    def _curves(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `summarise` takes."""
+        num_areas, num_thresholds = len(AREAS), len(THRESHOLDS)
+        precision = np.full((num_thresholds, len(RECALLS), self.num_labels, num_areas), -1.0)
+        recall = np.full((num_thresholds, self.num_labels, num_areas, len(MOST)), -1.0)
+        records = np.frombuffer(self.records, dtype=RECORD)
+        records = records[np.argsort(-records["score"], kind="stable")]
+        for label in np.flatnonzero(self.num_objects[:, 0]):
+            own = records[records["label"] == label]
+            is_hit, is_false_alarm = (
+                np.unpackbits(own[name], axis=1).astype(bool).reshape(-1, num_areas, num_thresholds)
+                for name in ("is_hit", "is_false_alarm")
+            )
+            for area, num_objects in enumerate(self.num_objects[label]):
+                for index, most in enumerate(MOST if num_objects else ()):
+                    counts = own["rank"] < most
+                    precision[:, :, label, area], recall[:, label, area, index] = curve(
+                        is_hit[counts, area], is_false_alarm[counts, area], num_objects
+                    )  # the precision that stays is that of the most predictions
+        return precision, recall
 
 
 def summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, Any]:
-    """Gives the figures of `AveragePrecision.compute` for the arrays that COCO's evaluation accumulates.
+    """Gives the figures of `AveragePrecision.compute` for curves of each label and range of area.
 
     T IoU thresholds, R recalls, K labels, A = 4 ranges of area (all, small, medium, large), M = 3 numbers of
     predictions that count (1, 10, 100). Entries without a reference object are -1.
 
     Shapes:
-        precision: (T, R, K, A, M).
+        precision: (T, R, K, A), of the most predictions.
         recall: (T, K, A, M).
     """
     at50, at75 = 0, 5
-    by_area = precision[..., -1]
     figures: dict[str, Any] = {
-        "ap": _mean(by_area[..., 0]),
-        "ap50": _mean(by_area[at50, ..., 0]),
-        "ap75": _mean(by_area[at75, ..., 0]),
+        "ap": _mean(precision[..., 0]),
+        "ap50": _mean(precision[at50, ..., 0]),
+        "ap75": _mean(precision[at75, ..., 0]),
     }
     sizes = ("small", "medium", "large")
-    figures |= {f"ap_{size}": _mean(by_area[..., index]) for index, size in enumerate(sizes, start=1)}
-    figures |= {f"ar{most}": _mean(recall[:, :, 0, index]) for index, most in enumerate((1, 10, 100))}
+    figures |= {f"ap_{size}": _mean(precision[..., index]) for index, size in enumerate(sizes, start=1)}
+    figures |= {f"ar{most}": _mean(recall[:, :, 0, index]) for index, most in enumerate(MOST)}
     figures |= {f"ar_{size}": _mean(recall[:, :, index, -1]) for index, size in enumerate(sizes, start=1)}
     figures["per_category"] = {
         label: {
-            "ap": _mean(by_area[:, :, label, 0]),
-            "ap50": _mean(by_area[at50, :, label, 0]),
-            "ap75": _mean(by_area[at75, :, label, 0]),
+            "ap": _mean(precision[:, :, label, 0]),
+            "ap50": _mean(precision[at50, :, label, 0]),
+            "ap75": _mean(precision[at75, :, label, 0]),
         }
         for label in range(precision.shape[2])
     }

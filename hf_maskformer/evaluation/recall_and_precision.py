@@ -1,0 +1,73 @@
+"""How COCO matches predictions with objects, and its curves of precision over recall: pure functions of arrays.
+
+D predictions and G reference objects of one label in one image, N predictions of one label in all images, T IoU
+thresholds, A = 4 ranges of area (all, small, medium, large), R recalls.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+# Both ends belong to a range, so that an object of just 32 x 32 pixels is small and medium.
+AREAS = np.array([[0, 1e10], *pairwise([0, 32**2, 96**2, 1e10])])
+
+
+def is_outside(areas: np.ndarray) -> np.ndarray:
+    """Which areas lie outside of each range, (A, N)."""
+    return (areas < AREAS[:, :1]) | (areas > AREAS[:, 1:])
+
+
+def match(
+    ious: np.ndarray, is_outside_of_range: np.ndarray, is_crowd: np.ndarray, areas: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Says which predictions are hits and which false alarms; those that are neither are not counted.
+
+    Each prediction, in the order of their scores, takes the object of the highest IoU that is still free, if the IoU
+    reaches the threshold: one that counts before one that does not. A crowd region is always free.
+
+    Args:
+        ious: (D, G), the predictions by falling score.
+        is_outside_of_range: (A, G), objects that do not count in a range of area.
+        is_crowd: (G,), objects that never count.
+        areas: (D,), of the predictions.
+
+    Returns hits and false alarms, (D, A, T) bool.
+    """
+    num_predictions, num_objects = ious.shape
+    shape = (len(AREAS), len(THRESHOLDS), num_objects)
+    counts = np.broadcast_to(~(is_outside_of_range | is_crowd)[:, None], shape)
+    is_free = np.ones(shape, dtype=bool)
+    is_hit = np.zeros((num_predictions, *shape[:2]), dtype=bool)
+    is_matched = is_hit.copy()
+    # What reaches the lowest threshold nowhere needs no look; most predictions of low score are such.
+    for prediction in np.flatnonzero((ious >= THRESHOLDS[0]).any(1)):
+        reaches = is_free & (ious[prediction] >= THRESHOLDS[:, None])
+        reaches_counted = reaches & counts
+        is_hit[prediction] = reaches_counted.any(-1)
+        is_matched[prediction] = reaches.any(-1)
+        reaches = np.where(is_hit[prediction][..., None], reaches_counted, reaches)
+        # Of several with the same IoU the last, as COCO's code does.
+        best = num_objects - 1 - np.where(reaches, ious[prediction], -1)[..., ::-1].argmax(-1)
+        taken = is_matched[prediction][..., None] & (np.arange(num_objects) == best[..., None])
+        is_free &= ~taken | is_crowd
+    is_false_alarm = ~is_matched & ~is_outside(areas).T[..., None]
+    return is_hit, is_false_alarm
+
+
+def curve(is_hit: np.ndarray, is_false_alarm: np.ndarray, num_objects: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gives the highest precision from each recall on, (T, R), and the recall of all predictions, (T,).
+
+    Args:
+        is_hit, is_false_alarm: (N, T), by falling score.
+        num_objects: reference objects, at least one.
+    """
+    hits, false_alarms = is_hit.cumsum(0), is_false_alarm.cumsum(0)
+    recall = hits / num_objects
+    precision = hits / np.maximum(hits + false_alarms, 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    precision = np.concatenate([precision, np.zeros((1, precision.shape[1]))])  # recalls that are never reached
+    places = np.array([np.searchsorted(column, RECALLS) for column in recall.T])
+    found = recall[-1] if len(recall) else np.zeros(is_hit.shape[1])
+    return np.take_along_axis(precision.T, places, axis=1), found
