@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from .post_processing_maskformer_inputs import Size
+from .post_processing_maskformer_inputs import MAX_EDGE, Size
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
-MAX_EDGE = 2**16
 MAX_PIXELS = 2**28  # 3.2 GB as float32
 SEGMENTATION_TASKS = ("semantic", "instance", "panoptic")
 # transformers' own.

@@ -5,8 +5,11 @@ width; H x W is the padded image, h x w = H/4 x W/4.
 """
 
 import itertools
+import json
+import os
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,6 +176,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
             ValueError: The configuration is one that no model can have.
             RuntimeError: Weights have another shape than the model's.
         """
+        check_weight_indices(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # What transformers passes on of the readers of weights and of their index.
@@ -472,6 +476,23 @@ def covered_part(image_sizes: Tensor, padded_sizes: Tensor, size: Sequence[int])
     """How many rows and columns of a feature map of this size hold at least a pixel of each image, (B, 2) int64."""
     scaled = image_sizes * torch.tensor(size, device=image_sizes.device)
     return (scaled + padded_sizes - 1) // padded_sizes
+
+
+def check_weight_indices(folder: Any, subfolder: str) -> None:
+    """Checks that each index of a folder's weights names files of this folder; transformers would read any others.
+
+    Raises an OSError; does nothing where no folder is given.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        return
+    for path in Path(folder, subfolder).glob("*.index.json"):
+        try:
+            names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            raise OSError(f"{path} is no index of weights ({str(error)[:200]}). Download it again.") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+                raise OSError(f"{path} names {str(name)[:200]!r}, which is no file of its folder; do not trust it.")
 
 
 def first_set(value: bool | None, default: bool | None) -> bool:

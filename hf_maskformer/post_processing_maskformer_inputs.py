@@ -1,12 +1,13 @@
 """What post-processing takes: the logits of a batch and the sizes that turn them into pixels, image by image."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Size = tuple[int, int]
+MAX_EDGE = 2**16
 
 
 class ImageSizes(NamedTuple):
@@ -42,16 +43,18 @@ def split_batch(
     image_size_list, padded_size_list = _as_sizes(image_sizes), _as_sizes(padded_sizes)
     try:
         targets = image_size_list if target_sizes is None else _as_sizes(target_sizes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"target_sizes is {target_sizes}; give a list with one (height, width) per image.") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"target_sizes is {target_sizes}; give a list with one (height, width) per image, in whole pixels."
+        ) from error
     if len(targets) != len(image_size_list):
         raise ValueError(
             f"target_sizes has {len(targets)} entries, but the batch has {len(image_size_list)} images; "
             "give one (height, width) for each image."
         )
     for index, (height, width) in enumerate(targets):
-        if height < 1 or width < 1:
-            raise ValueError(f"target_sizes[{index}] is ({height}, {width}); height and width must be positive.")
+        if not (1 <= height <= MAX_EDGE and 1 <= width <= MAX_EDGE):
+            raise ValueError(f"target_sizes[{index}] is ({height}, {width}); height and width must be 1 to {MAX_EDGE}.")
     sizes = map(ImageSizes, image_size_list, padded_size_list, targets)
     rows = zip(class_queries_logits, masks_queries_logits, sizes, strict=True)
     return [ImageLogits(*row) for row in rows]
@@ -76,4 +79,11 @@ def _check_logits(class_logits: Tensor, mask_logits: Tensor) -> None:
 
 def _as_sizes(sizes: Tensor | Sequence[Size]) -> list[Size]:
     rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-    return [(int(height), int(width)) for height, width in rows]
+    return [(_whole(height), _whole(width)) for height, width in rows]
+
+
+def _whole(number: Any) -> int:
+    # A fraction cut off, and the result would not fit the image it is meant for.
+    if int(number) != number:
+        raise ValueError(f"{number} is no whole number")
+    return int(number)

@@ -1,5 +1,6 @@
 """Files made to do harm, each by hand: what a stranger's checkpoint or data set may try."""
 
+import base64
 import io
 import json
 import shutil
@@ -20,6 +21,7 @@ from hf_maskformer.data.coco import CocoInstances
 from hf_maskformer.data.folder import SegmentationFolder
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.sample import load_image
+from hf_maskformer.evaluation.pipeline import _as_rgb
 from hf_maskformer.training.starting_point import new_model
 
 
@@ -212,6 +214,75 @@ def test_what_is_no_harmless_image_is_refused_whatever_it_is_called(tmp_path, co
         load_image(tmp_path / "photo.png")
     with pytest.raises(ValueError, match=rf"Image 0 .*photo\.png.* cannot be read.*{message}"):
         MaskFormerImageProcessor()(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(bomb(), "2500000000 pixels"), (eps(), "cannot identify"), (b"MZ\x90\x00", "cannot identify")],
+    ids=["bomb", "PostScript", "program"],
+)
+def test_what_is_no_harmless_image_is_refused_in_base64_too(content, message, prefix):
+    with pytest.raises(ValueError, match=rf"Image 0 .* cannot be read: .*{message}"):
+        _as_rgb(prefix + base64.b64encode(content).decode(), timeout=None, index=0)
+
+
+@pytest.mark.parametrize("text", ["no such file.png", "data:text/html;base64,AAAA", "data:image/png,AAAA", "a\0b", ""])
+def test_a_string_that_holds_no_image_is_refused(text):
+    with pytest.raises(ValueError, match=r"cannot be read: (there is no such file|cannot identify)"):
+        _as_rgb(text, timeout=None, index=0)
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+def test_an_image_in_base64_is_read_with_its_sixteen_bits(prefix):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((3, 4), 257 * 99, dtype=np.uint16)).save(buffer, "PNG")
+    image = _as_rgb(prefix + base64.encodebytes(buffer.getvalue()).decode(), timeout=None, index=0)
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (4, 3), (99, 99, 99))
+
+
+def index_of(files):
+    return json.dumps({"metadata": {}, "weight_map": {f"weight{n}": file for n, file in enumerate(files)}})
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        "[1]",
+        "3",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"w": 1}, "metadata": {}}',
+        '{"weight_map": {}, "metadata": {}}',
+        '{"weight_map": {"w": ["model.safetensors"]}, "metadata": {}}',
+        index_of(["missing.safetensors"]),
+        index_of(["../outside.safetensors"]),
+        index_of(["/etc/hostname"]),
+        index_of(["OUTSIDE"]),
+        index_of(["a\0b"]),
+        index_of([""]),
+        pytest.param("[" * 100_000, id="nesting"),
+        "",
+    ],
+)
+def test_an_index_of_weights_that_lies_is_refused(checkpoint, tmp_path, index):
+    folder = tmp_path / "indexed"
+    folder.mkdir()
+    shutil.copy(checkpoint / "config.json", folder)
+    shutil.copy(checkpoint / "model.safetensors", tmp_path / "outside.safetensors")
+    index = index.replace("OUTSIDE", str(tmp_path / "outside.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(OSError, match="indexed"):
+        MaskFormerForInstanceSegmentation.from_pretrained(folder)
+
+
+def test_shards_with_a_true_index_are_read(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_more_masks_than_memory_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Post-processing against the stored results of the paper's own implementation, and on cases worked out by hand."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,6 +250,14 @@ def test_target_sizes_that_do_not_fit_the_batch_are_refused(function):
     for sizes in ((4, 4), [None] * 3, [(4, 4, 3)] * 3):
         with pytest.raises(ValueError, match=r"give a list with one \(height, width\) per image"):
             function(*mixed_batch(), target_sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    "size", [(10.5, 20), (0, 5), (5, -1), (2**16 + 1, 5), (5, 10**9), (math.inf, 2), (math.nan, 2), 5]
+)
+def test_a_size_that_no_image_has_is_refused(size):
+    with pytest.raises(ValueError, match=r"target_sizes"):
+        semantic_segmentation(*mixed_batch(), target_sizes=[size] * len(mixed_batch()[0]))
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -1,11 +1,14 @@
 """transformers' image segmentation pipeline, thinly adapted to what MaskFormer can tell."""
 
+import base64
 import difflib
 import itertools
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ImageSegmentationPipeline
-from transformers.image_utils import load_image
 
 from ..image_processing_maskformer_images import download_image, is_url, open_image, to_rgb
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
@@ -225,20 +227,34 @@ def _stacked(inputs: list[Any]) -> Any:
 
 
 def _as_rgb(image: Any, timeout: float | None, index: int) -> Image.Image:
-    loaded = image
     try:
-        # transformers would cut grey images of 16 bits off at 255, and read what is behind a URL without a limit.
-        if isinstance(loaded, str | Path) and os.path.isfile(loaded):
-            loaded = open_image(loaded)
-        elif isinstance(loaded, str) and is_url(loaded):
-            loaded = download_image(loaded) if timeout is None else download_image(loaded, timeout)
-        if isinstance(loaded, Image.Image):
-            loaded = to_rgb(ImageOps.exif_transpose(loaded))
-        return load_image(loaded, timeout=timeout)
+        # transformers would cut grey images of 16 bits off at 255, read what is behind a URL without a limit, and hand
+        # PostScript to Ghostscript.
+        if isinstance(image, Image.Image):
+            opened = image
+        elif not isinstance(image, str | Path):
+            raise TypeError(f"it is a {type(image).__name__}; give a PIL image, a path, a URL or base64")
+        elif os.path.isfile(image):
+            opened = open_image(image)
+        elif is_url(image):
+            opened = download_image(str(image)) if timeout is None else download_image(str(image), timeout)
+        else:
+            opened = open_image(_from_base64(str(image)))
+        return to_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # decoders and clients have errors of many kinds
         # A string may also hold the image itself.
         source = f" ({str(image)[:200]})" if isinstance(image, str | Path) else ""
         raise ValueError(f"Image {index}{source} cannot be read: {error}") from error
+
+
+def _from_base64(text: str) -> BytesIO:
+    """The bytes of a data URL, or of what may stand behind its comma, alone."""
+    header, _, content = text.partition(",")
+    is_data_url = re.fullmatch(r"data:image/[\w.+-]+;base64", header)
+    try:
+        return BytesIO(base64.b64decode("".join((content if is_data_url else text).split()), validate=True))
+    except ValueError:
+        raise ValueError("there is no such file, and it is neither an http(s) URL nor base64") from None
 
 
 def _shares_of_labels(outputs: Any) -> tuple[list[Tensor], list[Size]]:
