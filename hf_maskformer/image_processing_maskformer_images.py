@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import get_session
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .image_processing_maskformer_settings import RESAMPLING, ImageProcessorSettings
@@ -124,7 +124,12 @@ def read_upright(source: str | Path) -> Image.Image:
 def open_image(file: str | Path | IO[bytes]) -> Image.Image:
     """Opens a file in one of the `IMAGE_FORMATS`. Raises errors of Pillow, of many kinds."""
     Image.init()  # not every build of Pillow has all of them
-    return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    try:
+        return Image.open(file, formats=formats)
+    except UnidentifiedImageError:
+        # Pillow's own words name an object in memory.
+        raise UnidentifiedImageError(f"cannot identify it as one of {', '.join(formats)}") from None
 
 
 def is_url(source: str | Path) -> bool:

@@ -233,3 +233,22 @@ def test_every_legend_entry_is_drawn_whole(image):
 def test_a_panel_of_another_size_is_refused(image):
     with pytest.raises(ValueError, match='Panel "truth" is'):
         draw_comparison(image, [("truth", image.resize((20, 20)))], [])
+
+
+def test_a_name_lies_in_the_middle_of_its_segment_in_a_large_picture_too():
+    ids = np.zeros((1100, 3100), dtype=int)
+    ids[400:900, 1500:2900] = 1
+    picture = draw_segmentation(Image.new("RGB", (3100, 1100)), ids, {0: "a", 1: "b"}, labels=True)
+    part = (np.asarray(picture)[400:900, 1500:2900] == 255).all(-1)
+    rows, columns = np.nonzero(part)
+    assert abs(rows.mean() - 250) < 8
+    assert 200 < columns.mean() < 1200  # anywhere on the line that is furthest from the border
+    assert 20 < np.ptp(rows) < 80
+
+
+@pytest.mark.parametrize("numbers", [[-1, 0, 7, 7], [5], [3, 2**24, 9, -4], [0, 255]])
+def test_ids_are_numbered_as_by_sorting(numbers):
+    ids = np.resize(np.array(numbers), (5, 6))
+    found, expected = label_placement.number_ids(ids), np.unique(ids, return_inverse=True)
+    assert found[0].tolist() == expected[0].tolist()
+    assert found[1].tolist() == expected[1].reshape(ids.shape).tolist()

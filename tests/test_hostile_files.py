@@ -210,8 +210,9 @@ def eps() -> bytes:
 )
 def test_what_is_no_harmless_image_is_refused_whatever_it_is_called(tmp_path, content, message):
     (tmp_path / "photo.png").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"photo\.png cannot be read as an image .*{message}"):
+    with pytest.raises(ValueError, match=rf"photo\.png cannot be read as an image .*{message}") as error:
         load_image(tmp_path / "photo.png")
+    assert "BytesIO" not in str(error.value)
     with pytest.raises(ValueError, match=rf"Image 0 .*photo\.png.* cannot be read.*{message}"):
         MaskFormerImageProcessor()(tmp_path / "photo.png")
 

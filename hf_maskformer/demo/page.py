@@ -20,6 +20,25 @@ NUM_EXAMPLES = 5
 EXAMPLE_SIDE = 128  # in pixels, that of the scenes which scripts/demo.py trains on
 COLUMNS = ("segment", "score", "area in %")
 NOT_SEMANTIC = "For instance and panoptic segmentation."
+DISPLAY_SIDE = 1280  # pixels; what the page shows of a larger picture, whose files keep its size
+OPACITY = 0.6  # of a segment over the picture
+# Gradio shows a picture of the mask of each segment over the image, in the order of the names below.
+SHOW_NAMES = """() => document.addEventListener("mousemove", event => {
+  const box = event.target.closest("#overlay .image-container");
+  if (!box) return;
+  const context = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const names = document.querySelectorAll("#overlay .legend button");
+  const found = [...box.querySelectorAll("img.mask")].findIndex(mask => {
+    const frame = mask.getBoundingClientRect();
+    const scale = Math.min(frame.width / mask.naturalWidth, frame.height / mask.naturalHeight);
+    const x = (event.clientX - frame.left - frame.width / 2) / scale + mask.naturalWidth / 2;
+    const y = (event.clientY - frame.top - frame.height / 2) / scale + mask.naturalHeight / 2;
+    context.clearRect(0, 0, 1, 1);
+    context.drawImage(mask, Math.floor(x), Math.floor(y), 1, 1, 0, 0, 1, 1);
+    return context.getImageData(0, 0, 1, 1).data[3] > 0;
+  });
+  box.title = found < 0 ? "" : names[found].textContent.trim();
+})"""
 
 
 def launch(checkpoint: str, **options: Any) -> Any:
@@ -31,7 +50,7 @@ def launch(checkpoint: str, **options: Any) -> Any:
     """
     # Of the fonts of the system, so that none is fetched from elsewhere.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return build_page(checkpoint).launch(theme=theme, footer_links=[], show_error=True, **options)
+    return build_page(checkpoint).launch(theme=theme, js=SHOW_NAMES, footer_links=[], show_error=True, **options)
 
 
 def build_page(checkpoint: str) -> gr.Blocks:
@@ -54,27 +73,31 @@ def build_page(checkpoint: str) -> gr.Blocks:
             raise gr.Error(message, duration=None, print_exception=False) from error
         output = Path(mkdtemp(dir=folder))
         labels, segments, overlay = write_prediction(prediction, image, names, task, output, name)
-        masks, colors = annotations(prediction, names)
+        image.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
+        masks, colors = annotations(prediction, names, image.size)
         files = [gr.DownloadButton(value=file, interactive=True) for file in (overlay, labels, segments)]
         return gr.AnnotatedImage((image, masks), color_map=colors), table(prediction), *files
 
     with gr.Blocks(title="MaskFormer", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# MaskFormer\n`{checkpoint}`: {len(names)} labels. Point at a name to see its segment.")
+        gr.Markdown(
+            f"# MaskFormer\n`{checkpoint}`: {len(names)} labels. Point at a segment to see its name, or at a name to "
+            "see its segment."
+        )
         with gr.Row():
             with gr.Column(scale=2):
-                # The path of the file as it is: `read_images` knows what cameras and scanners write.
-                picture = gr.Image(
-                    label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"],
-                    elem_id="picture", height=320,
-                )  # fmt: skip
+                picture: Any = gr.Image(
+                    label="Picture", type="filepath", sources=["upload", "clipboard"], elem_id="picture", height=320
+                )
+                # `read_images` knows what cameras and scanners write; of a file that is no picture, Gradio would say
+                # how its own code failed. (It writes a file beside this one for a class that derives from its own.)
+                picture.preprocess = lambda file: file and file.path
                 gr.Examples(draw_examples(folder), picture, label="Drawn examples", examples_per_page=NUM_EXAMPLES)
                 task = gr.Radio(tasks, value=image_processor.segmentation_task or tasks[0], label="Task")
+                options: Any = {"step": 0.01, "info": NOT_SEMANTIC, "interactive": task.value != "semantic"}
                 threshold = gr.Slider(
-                    0, 1, panoptic_threshold(image_processor), step=0.01, label="Smallest score", info=NOT_SEMANTIC
+                    0, 1, panoptic_threshold(image_processor), label="Smallest score", elem_id="threshold", **options
                 )
-                mask_threshold = gr.Slider(
-                    0.05, 0.95, 0.5, step=0.01, label="Smallest mask probability of a pixel", info=NOT_SEMANTIC
-                )
+                mask_threshold = gr.Slider(0.05, 0.95, 0.5, label="Smallest mask probability of a pixel", **options)
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column(scale=3):
                 overlay = gr.AnnotatedImage(label="Segments", elem_id="overlay", height=460)
@@ -84,15 +107,19 @@ def build_page(checkpoint: str) -> gr.Blocks:
                         gr.DownloadButton(title, interactive=False, elem_id=name)
                         for title, name in (("Picture (PNG)", "png"), ("Ids (PNG)", "ids"), ("Segments (JSON)", "json"))
                     ]
+        task.change(lambda task: [gr.Slider(interactive=task != "semantic")] * 2, task, [threshold, mask_threshold])
         button.click(segment, [picture, task, threshold, mask_threshold], [overlay, segments, *files])
     return page
 
 
-def annotations(prediction: Prediction, names: dict[int, str]) -> tuple[list[tuple[np.ndarray, str]], dict[str, str]]:
-    """For `gradio.AnnotatedImage`: mask (H, W) and title of each segment that has a pixel, and their colours."""
+def annotations(
+    prediction: Prediction, names: dict[int, str], size: tuple[int, int]
+) -> tuple[list[tuple[np.ndarray, str]], dict[str, str]]:
+    """For `gradio.AnnotatedImage`, of a size (width, height): mask and title of each segment, and their colours."""
+    ids = np.asarray(Image.fromarray(prediction.segmentation.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
     shades = segment_shades(prediction.segments, label_colors(max(names) + 1))
     titles = segment_titles(prediction)
-    masks = [((prediction.segmentation == number).astype(np.float32), title) for number, title in titles.items()]
+    masks = [(OPACITY * (ids == number), title) for number, title in titles.items()]
     colors = {title: "#" + "".join(f"{int(value):02x}" for value in shades[number]) for number, title in titles.items()}
     return masks, colors
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.rle import decode_mask
-from .label_placement import Color, font_for, write_labels
+from .label_placement import Color, font_for, number_ids, write_labels
 from .segmentation_maps import to_numpy
 
 MIN_PANEL_SIDE = 320
@@ -187,17 +187,23 @@ def segment_shades(segments: Sequence[Mapping[str, Any]], colors: np.ndarray) ->
 def _overlay(
     image: Image.Image, ids: np.ndarray, labelled: np.ndarray, shades: Mapping[int, np.ndarray], alpha: float
 ) -> Image.Image:
-    pixels = np.asarray(image.convert("RGB")).astype(np.float32)
-    values, places = np.unique(ids, return_inverse=True)
-    table = np.array([shades.get(int(value), np.zeros(3)) for value in values], dtype=np.float32)
-    colors = table[places.reshape(ids.shape)]
-    # Over grey, a label keeps the hue that the legend shows, whatever colours the photograph has.
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
-    pixels[labelled] = (grey + alpha * (colors - grey))[labelled]
+    numbers, places = number_ids(ids)
+    colors = np.array([shades.get(int(number), np.zeros(3)) for number in numbers], dtype=np.float32)
+    # Over grey, a label keeps the hue that the legend shows, whatever colours the photograph has. A table of what each
+    # label makes of each grey, since a photograph has millions of pixels.
+    greys = np.arange(256, dtype=np.float32)[:, None]
+    table = _as_bytes(greys + alpha * (colors[:, None] - greys)).reshape(-1, 3)
+    pixels = np.array(image.convert("RGB"))
+    drawn = table[places * 256 + np.asarray(image.convert("L"))]
+    np.copyto(pixels, drawn, where=labelled[..., None])
     # Darker than its own colour: a border then shows beside any neighbour.
     edge = labelled & _borders(ids, width=max(1, min(ids.shape) // 400))
-    pixels[edge] = 0.45 * colors[edge]
-    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+    pixels[edge] = _as_bytes(0.45 * colors)[places[edge]]
+    return Image.fromarray(pixels)
+
+
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    return np.clip(values + 0.5, 0, 255).astype(np.uint8)
 
 
 def _borders(ids: np.ndarray, width: int) -> np.ndarray:

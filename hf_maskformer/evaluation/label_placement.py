@@ -11,6 +11,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 _PAPER: Color = (255, 255, 255)
 _INK: Color = (20, 20, 20)
+_MAX_SIDE = 1024  # of the map in which names are placed, in pixels
 
 
 def font_for(size: tuple[int, int], smallest: int = 15) -> ImageFont.FreeTypeFont:
@@ -27,13 +28,20 @@ def write_labels(picture: Image.Image, ids: np.ndarray, names: Mapping[int, str]
     font = font_for(picture.size, smallest=9)
     pen = ImageDraw.Draw(picture)
     taken: list[Box] = []
-    boxes = _boxes(ids)
-    areas = dict(zip(*(values.tolist() for values in np.unique(ids, return_counts=True)), strict=True))
-    for number in sorted(areas.keys() & names.keys(), key=lambda number: (-areas[number], number)):
-        point = _widest_point(ids[boxes[number]] == number, smallest_radius=0.4 * font.size)
+    # A name, a twenty-eighth of the picture high, need not be placed to the pixel.
+    stride = -(-max(ids.shape) // _MAX_SIDE)
+    ids = ids[::stride, ::stride]
+    numbers, places = number_ids(ids)
+    boxes = _boxes(places)
+    areas = np.bincount(places.ravel()).tolist()
+    order = sorted(range(len(numbers)), key=lambda place: (-areas[place], place))
+    for number, place in ((int(numbers[place]), place) for place in order):
+        if number not in names:
+            continue
+        point = _widest_point(places[boxes[place]] == place, smallest_radius=0.4 * font.size / stride)
         if point is None:
             continue
-        row, column = (offset + part.start for offset, part in zip(point, boxes[number], strict=True))
+        row, column = (stride * (offset + part.start) for offset, part in zip(point, boxes[place], strict=True))
         width, height = font.getlength(names[number]) + 0.5 * font.size, 1.25 * font.size
         # Moved inwards from the edge of the picture, if need be.
         left = min(max(column - width / 2, 0), picture.width - width)
@@ -46,12 +54,23 @@ def write_labels(picture: Image.Image, ids: np.ndarray, names: Mapping[int, str]
         pen.text((left + width / 2, top + height / 2), names[number], _INK, font, anchor="mm")
 
 
-def _boxes(ids: np.ndarray) -> dict[int, tuple[slice, slice]]:
-    """Rows and columns of the smallest box around each id of a map (H, W)."""
+def number_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that occur in a map (H, W) of integers, ascending (N,), and which of them each pixel has, (H, W)."""
+    low, high = int(ids.min()), int(ids.max())
+    if high - low >= ids.size:
+        numbers, places = np.unique(ids, return_inverse=True)
+        return numbers, places.reshape(ids.shape)
+    # Counting takes a fraction of the time of sorting.
+    offsets = ids.astype(np.int64) - low
+    occurs = np.bincount(offsets.ravel()) > 0
+    return np.flatnonzero(occurs) + low, (np.cumsum(occurs) - 1)[offsets]
+
+
+def _boxes(places: np.ndarray) -> list[tuple[slice, slice]]:
+    """Rows and columns of the smallest box around each number of a map (H, W) from 0 on, of which none is left out."""
     from scipy.ndimage import find_objects
 
-    numbers, places = np.unique(ids, return_inverse=True)
-    return dict(zip(numbers.tolist(), find_objects(places.reshape(ids.shape) + 1), strict=True))
+    return find_objects(places + 1)
 
 
 def _widest_point(mask: np.ndarray, smallest_radius: float) -> tuple[int, int] | None:
