@@ -53,6 +53,11 @@ def test_two_cars_are_one_class_or_two_segments(image, image_processor):
     assert panoptic.segmentation[25, [5, 65]].tolist() == [1, 2]
 
 
+def test_thresholds_that_would_do_nothing_are_refused(image, image_processor):
+    with pytest.raises(ValueError, match="gives every pixel a class and knows no threshold"):
+        predict(TwoCars(), image_processor, image, "semantic", threshold=0.5)
+
+
 def test_thresholds_of_the_processor_outweigh_the_defaults(image, image_processor):
     image_processor.panoptic_thresholds = {"threshold": 1.0}
     assert predict(TwoCars(), image_processor, image, "panoptic").segments == []

@@ -56,9 +56,11 @@ def predict(
         thresholds: for instances and panoptic segments, those of the image processor's post-processing.
 
     Raises:
-        ValueError: the model has no segments for this task.
+        ValueError: the model has no segments for this task, or thresholds are given for the semantic one.
     """
     check_model(task, model)
+    if task == "semantic" and thresholds:
+        raise ValueError(f"Semantic segmentation gives every pixel a class and knows no {', '.join(thresholds)}.")
     inputs = image_processor(images=image, return_tensors="pt")
     parameter = next(model.parameters())
     pixel_values = inputs["pixel_values"].to(parameter.device, parameter.dtype)
