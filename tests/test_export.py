@@ -132,6 +132,8 @@ def test_onnx_without_its_packages_says_what_to_install(image_processor, tmp_pat
 def test_a_program_of_torch_export_runs_at_any_size(name, image_processor, tmp_path):
     model = ARCHITECTURES[name]().eval()
     path = export_model(model, image_processor, tmp_path, "torch_export")
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert weights < path.stat().st_size < weights + 5e6
     program = torch.export.load(path).module()
     for batch_size, height, width in SIZES:
         pixel_values = torch.randn(batch_size, 3, height, width)

@@ -69,6 +69,7 @@ def export_model(
     image_processor.save_pretrained(folder)
     path = folder / {"onnx": "model.onnx", "torch_export": "model.pt2"}[format]
     if format == "torch_export":
+        program.example_inputs = None  # 17 million numbers, which would be saved with it
         torch.export.save(program, path)
         return path
     onnx_program: Any = torch.onnx.export(
