@@ -1,6 +1,10 @@
-"""What pyproject.toml cannot say: the scripts are part of the installed package, where its command finds them."""
+"""What pyproject.toml cannot say: the installed package has the scripts, for its command, and the pages they name."""
 
 from setuptools import find_packages, setup
 
-SCRIPTS = {"hf_maskformer.scripts": "scripts", "hf_maskformer.scripts.benchmarks": "scripts/benchmarks"}
-setup(packages=[*find_packages(include=["hf_maskformer*"]), *SCRIPTS], package_dir=SCRIPTS)
+FOLDERS = {
+    "hf_maskformer.scripts": "scripts",
+    "hf_maskformer.scripts.benchmarks": "scripts/benchmarks",
+    "hf_maskformer.docs": "docs",
+}
+setup(packages=[*find_packages(include=["hf_maskformer*"]), *FOLDERS], package_dir=FOLDERS)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -30,11 +31,12 @@ COMMANDS = {
 
 
 def as_commands(text: str) -> str:
-    """The text of a script with commands of PROGRAM for scripts, and the folder of configurations where it is."""
+    """The text of a script with commands of PROGRAM for scripts, and where configurations and pages of docs/ are."""
     for name, words in COMMANDS.items():
         text = text.replace(f"accelerate launch scripts/{words} ", f"accelerate launch -m hf_maskformer {name} ")
         for script in (f"python scripts/{words}", f"scripts/{words}"):
             text = text.replace(script, f"{PROGRAM} {name}")
+    text = re.sub(r"\bdocs/(?=\w+\.md)", f"{SCRIPTS.parent}/docs/", text)
     return text.replace("scripts/configs/", f"{SCRIPTS}/configs/")
 
 
@@ -106,7 +108,8 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        message = as_commands(str(error)) if sys.argv[0].startswith(PROGRAM) else str(error)
+        print(f"\nerror: {message}", file=sys.stderr)
         sys.exit(1)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)

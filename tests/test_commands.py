@@ -1,7 +1,9 @@
 """The command `hf-maskformer`: the scripts by name."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from test_scripts import call, checkpoint, config, data  # noqa: F401  (fixtures)
@@ -47,6 +49,7 @@ def test_the_help_of_a_command_shows_an_example_and_its_options(run, command):
     assert output.startswith(f"usage: hf-maskformer {command} ")
     assert f"\n    hf-maskformer {command} " in output
     assert "python scripts/" not in output
+    assert all(Path(page).is_file() for page in re.findall(r"[^\s(]*docs/\w+\.md", output))
     assert "--help" in output
 
 
@@ -82,6 +85,12 @@ def test_wrong_input_ends_with_1_and_a_message(run, words, tmp_path, monkeypatch
     assert code == 1
     assert "nowhere" in output + errors
     assert not any(tmp_path.iterdir())
+
+
+def test_a_message_names_commands_and_the_pages_where_they_are(run, tmp_path):
+    _, _, errors = run("evaluate", "--checkpoint=nowhere", f"--data={tmp_path / 'nowhere'}")
+    (page,) = re.findall(r"\S+data\.md", errors)
+    assert Path(page).is_file()
 
 
 def test_evaluate_prints_the_figures_of_its_file_as_json_alone(run, checkpoint, data, tmp_path):  # noqa: F811

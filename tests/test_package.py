@@ -55,10 +55,9 @@ def test_the_wheel_holds_the_code_and_what_it_reads_and_nothing_else(built):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {name for name in names if not re.match(r"hf_maskformer-[^/]*\.dist-info/", name)}
     expected = {path.relative_to(source).as_posix() for path in (source / "hf_maskformer").rglob("*") if path.is_file()}
-    for pattern in ("*.py", "benchmarks/*.py", "configs/*.json"):
-        expected |= {
-            f"hf_maskformer/{path.relative_to(source).as_posix()}" for path in (source / "scripts").glob(pattern)
-        }
+    for folder in ("scripts", "docs"):  # whole: the command runs those and names these
+        files = (path for path in (source / folder).rglob("*") if path.is_file())
+        expected |= {f"hf_maskformer/{path.relative_to(source).as_posix()}" for path in files}
     assert package == expected
     assert {"hf_maskformer/py.typed", "hf_maskformer/hub/model_card_template.md"} <= package
     assert any(re.fullmatch(r"hf_maskformer/data/label_names/\w+\.json", name) for name in package)
@@ -70,6 +69,7 @@ def test_the_source_distribution_holds_what_belongs_to_a_release(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "scripts/train.py"} <= names
+    assert {"docs/data.md", "docs/images/demo.png", "Makefile", "constraints.txt", "model_cards/README.md"} <= names
     assert not any(name.startswith("tests") for name in names)
 
 
@@ -104,6 +104,8 @@ def test_the_installed_package_trains_evaluates_and_predicts_by_its_command(inst
     assert not Path(where).is_relative_to(ROOT)
     assert installed("hf-maskformer", "--version").strip() == PROJECT["version"]
     (config,) = re.findall(r"--config (\S+small\.json)", installed("hf-maskformer", "--help"))
+    (page,) = re.findall(r"\S+data\.md", installed("hf-maskformer", "check", "--help"))
+    assert Path(page).is_file()
     write_generated_scenes(tmp_path / "data", num_train=2, num_val=1, image_size=(64, 64))
     data, output = f"--data={tmp_path / 'data'}", tmp_path / "run"
     installed(
