@@ -6,8 +6,8 @@
 
 `check` reads every sample and reports missing and damaged files, sizes that differ, labels out of range, segments
 without a pixel, how often each class occurs and which never does; it ends with status 1 if training would stop at
-something. `parquet` writes OUT/data/*.parquet and OUT/classes.json, which train.py, evaluate.py and the Hub read. DATA is
-a folder in a layout of docs/data.md, or with --image_column a data set of the Hub.
+something. `parquet` writes OUT/data/*.parquet and OUT/classes.json, which train.py, evaluate.py and the Hub read. DATA
+is a folder in a layout of docs/data.md, or with --image_column a data set of the Hub.
 """
 
 import argparse

@@ -107,6 +107,8 @@ class DataArguments:
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments) -> None:
     model_arguments.check()
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("A stream does not say how long it is. Give --max_steps.")
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
     labels, task = train_dataset.labels, data.task or task_of_data(eval_dataset)
     model_arguments.check_data(eval_dataset, data.task)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from golden import Golden
 from models import NUM_LABELS, convnext_config, resnet_config, swin_config, tiny_config, tiny_model
 from PIL import Image
+from torch.utils.data import Subset
 from transformers import (
     ConvNextForImageClassification,
     Dinov2Config,
@@ -25,8 +27,9 @@ from hf_maskformer import (
     MaskFormerTrainer,
     MaskFormerTrainingArguments,
 )
+from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.generated_scenes import GeneratedScenes
-from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.data.labels import LabelSet, labels_of
 from hf_maskformer.evaluation import evaluation
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.hub.key_table import to_original
@@ -302,6 +305,43 @@ def test_the_defaults_are_the_recipe_of_the_paper(tmp_path):
         trainer.optimizer.step()
         scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(1e-4 * 0.5**0.9)
+
+
+def test_the_trainer_says_at_once_what_does_not_fit_together(tmp_path):
+    def trainer(**changes):
+        return MaskFormerTrainer(
+            **{
+                "model": scenes_model(),
+                "args": MaskFormerTrainingArguments(**arguments(tmp_path)),
+                "train_dataset": SCENES,
+                "processing_class": image_processor_for(SCENES.labels, image_size=64),
+                **changes,
+            }
+        )
+
+    trainer()
+    with pytest.raises(ValueError, match=r"args are TrainingArguments\. Give MaskFormerTrainingArguments"):
+        trainer(args=TrainingArguments(str(tmp_path)))
+    with pytest.raises(ValueError, match="evaluates by itself, without compute_metrics"):
+        trainer(compute_metrics=lambda prediction: {})
+    with pytest.raises(ValueError, match="The model has 2 classes, but train_dataset has 8"):
+        trainer(model=tiny_model(id2label={0: "sky", 1: "road"}))
+    processor = image_processor_for(replace(SCENES.labels, do_reduce_labels=True), image_size=64)
+    with pytest.raises(ValueError, match="has do_reduce_labels=True, but train_dataset False"):
+        trainer(processing_class=processor)
+    with pytest.raises(ValueError, match="nothing to evaluate on"):
+        trainer().evaluate()
+
+
+def test_a_part_of_a_data_set_has_its_classes_and_what_has_none_says_what_to_do(tmp_path):
+    trainer = our_trainer(tmp_path)
+    part = Subset(SCENES, [0, 1])
+    assert labels_of(part) == labels_of(Subset(part, [0])) == SCENES.labels
+    check_samples(part)
+    first_two = GeneratedScenes(2, image_size=(64, 64))
+    assert trainer.evaluate(part)["eval_mean_iou"] == trainer.evaluate(first_two)["eval_mean_iou"]
+    with pytest.raises(ValueError, match=r"of type list, does not say which classes it has\. Open it by a reader"):
+        trainer.evaluate([SCENES[0]])
 
 
 def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):

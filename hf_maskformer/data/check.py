@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .labels import LabelSet, shorten
+from .labels import LabelSet, labels_of, shorten
 from .sample import Sample, check_sizes, crowds_of
 
 # Samples that are handed to the threads at a time, so that a long data set makes no long queue.
@@ -70,14 +70,14 @@ def check_samples(dataset: LabelledDataset, num_workers: int = 8) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         shown = f"{count}, of which the first 10" if len(problems) > 10 else count
         raise ValueError(f"The data set of {len(dataset)} samples has {shown}:\n  " + "\n  ".join(problems[:10]))
-    missing = missing_classes(report, dataset.labels)
+    missing = missing_classes(report, labels_of(dataset))
     if missing:
         logger.warning(missing)
 
 
 def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataReport:
     """Reads every sample as `check_samples` does, and reports instead of raising. Takes streamed data sets too."""
-    num_labels = dataset.labels.num_labels
+    num_labels = labels_of(dataset).num_labels
     report = DataReport(pixels=np.zeros(num_labels, np.int64), occurrences=np.zeros(num_labels, np.int64))
     findings = _inspect_all(dataset, num_workers) if hasattr(dataset, "__len__") else _inspect_stream(dataset)
     total = len(dataset) if hasattr(dataset, "__len__") else None
@@ -90,7 +90,7 @@ def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataRepor
             report.num_ignored += finding.num_ignored
             report.occurrences += finding.pixels > 0
     if not report.problems:
-        report.problems.extend(_problems_of_the_whole(report, dataset.labels))
+        report.problems.extend(_problems_of_the_whole(report, labels_of(dataset)))
     return report
 
 
@@ -173,8 +173,8 @@ def _inspect(sample: Sample, dataset: Any, source: str) -> DataReport:
     label_source = getattr(dataset, "label_source", "id2label")
     try:
         if "masks" in sample:
-            return _inspect_masks(sample, dataset.labels, source, label_source)
-        return _inspect_map(sample, dataset.labels, source, label_source)
+            return _inspect_masks(sample, labels_of(dataset), source, label_source)
+        return _inspect_map(sample, labels_of(dataset), source, label_source)
     except ValueError as error:
         return DataReport(problems=[str(error)])
 

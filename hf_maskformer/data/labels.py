@@ -162,6 +162,23 @@ class LabelSet:
             raise ValueError(f"category_ids is {list(self.category_ids)!r}; it must be a list of integers.")
 
 
+def labels_of(dataset: Any) -> LabelSet:
+    """The `labels` of a data set, or of the one that it is a part or a variation of, such as `torch.utils.data.Subset`.
+
+    Raises a ValueError if there are none.
+    """
+    source = dataset
+    while not isinstance(getattr(source, "labels", None), LabelSet):
+        source = getattr(source, "dataset", None)
+        if source is None:
+            raise ValueError(
+                f"The data set, of type {type(dataset).__name__}, does not say which classes it has. Open it by a "
+                "reader of hf_maskformer.data, such as SegmentationColumns for a `datasets` data set, or give it an "
+                "attribute `labels`, a LabelSet (docs/data.md, your own reader)."
+            )
+    return source.labels
+
+
 def _fields(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("id2label"), dict):
         raise ValueError('there is no object "id2label". Write it as {"id2label": {"0": "sky", "1": "road"}}.')

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from ..data.labels import LabelSet
+from ..data.labels import LabelSet, labels_of
 from ..data.sample import Sample
 from ..data.workers import dead_workers_named
 from ..image_processing_maskformer import MaskFormerImageProcessor
@@ -48,8 +48,9 @@ def evaluate(
         model: a `MaskFormerForInstanceSegmentation`, or for the semantic task a per-pixel baseline, on its device.
         image_processor: a `MaskFormerImageProcessor`, which prepares images and post-processes outputs, panoptic
             ones by its thresholds.
-        dataset: samples with their `labels`, map-style or iterable; the references have original size. With workers, an
-            iterable one must give each worker a share of its own, or its samples are counted several times.
+        dataset: samples with their `labels` (see `labels_of`), map-style or iterable; the references have original
+            size. With workers, an iterable one must give each worker a share of its own, or its samples are counted
+            several times.
         task: by default the image processor's `segmentation_task`, and "semantic" where it does not say.
         batch_size: images in a batch, of each process.
         num_workers: worker processes that read and prepare.
@@ -62,10 +63,10 @@ def evaluate(
         The figures of `MeanIoU.compute`, `PanopticQuality.compute` or `AveragePrecision.compute`.
 
     Raises:
-        ValueError: the labels or the model do not allow the task.
+        ValueError: there are no `labels`, or they or the model do not allow the task.
         ChildProcessError: a worker process died.
     """
-    task = task or image_processor.segmentation_task or "semantic"
+    task, labels = task or image_processor.segmentation_task or "semantic", labels_of(dataset)
     check_model(task, model)
     if scale_averaging and (task != "semantic" or isinstance(model, PerPixelBaselineForSemanticSegmentation)):
         raise ValueError(
@@ -73,13 +74,13 @@ def evaluate(
         )
     state = PartialState()
     share = _share(dataset, state.process_index, state.num_processes)
-    collate = partial(_collate, image_processor=image_processor, labels=dataset.labels, task=task)
+    collate = partial(_collate, image_processor=image_processor, labels=labels, task=task)
     # A generator of its own: a training draws the same random numbers whether and when it is evaluated.
     generator = torch.Generator()
     loader: Iterable[Any] = DataLoader(
         share, batch_size, num_workers=num_workers, collate_fn=collate, generator=generator
     )
-    metric: Any = metric_for(task, dataset.labels)
+    metric: Any = metric_for(task, labels)
     was_training = model.training
     model.eval()
     # Word of a worker's death may come anywhere, so the model's mode is restored inside too.

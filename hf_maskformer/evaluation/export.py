@@ -8,7 +8,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..data.labels import LabelSet
+from ..data.labels import labels_of
 from ..data.sample import check_file_name
 from .formats import coco_results, panoptic_annotation, panoptic_image, semantic_image
 from .tasks import Task
@@ -35,7 +35,7 @@ class PredictionWriter:
 
     def __init__(self, folder: str | Path, task: Task, dataset: Any) -> None:
         self._folder, self._task, self._dataset = Path(folder), task, dataset
-        self._labels: LabelSet = dataset.labels
+        self._labels = labels_of(dataset)
         self._category_ids = dict(enumerate(self._labels.category_ids)) or None
         self._entries: list[dict[str, Any]] = []
         self._identities: set[str] = set()

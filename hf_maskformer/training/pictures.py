@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..data.labels import LabelSet
+from ..data.labels import LabelSet, labels_of
 from ..data.sample import Sample
 from ..evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
 from ..evaluation.prediction import predict
@@ -49,7 +49,7 @@ class PictureCallback(TrainerCallback):
         model.eval()
         for index in range(min(self._num_pictures, len(self._dataset))):
             sample = self._dataset[index]
-            picture = picture_of(model, self._image_processor, sample, self._dataset.labels)
+            picture = picture_of(model, self._image_processor, sample, labels_of(self._dataset))
             writer.add_image(f"eval/{sample['name']}", np.asarray(picture), state.global_step, dataformats="HWC")
         model.train(was_training)
 
@@ -69,7 +69,7 @@ def write_pictures(model: Any, image_processor: Any, dataset: Any, num_pictures:
     model.eval()
     pictures = []
     for index in range(min(num_pictures, len(dataset))):
-        drawn = picture_of(model, image_processor, dataset[index], dataset.labels)
+        drawn = picture_of(model, image_processor, dataset[index], labels_of(dataset))
         drawn.thumbnail((MAX_SIDE, MAX_SIDE))
         # The names of samples may say more than their owner wants to tell.
         pictures.append(Picture("Image, truth and prediction", f"{FOLDER}/sample_{index + 1}.jpg"))

@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data.collator import MaskFormerDataCollator
+from ..data.labels import labels_of
 from ..data.workers import DEAD_WORKER, dead_workers_named
 from ..evaluation.evaluation import evaluate
 from ..evaluation.report import scalars
@@ -57,12 +58,23 @@ class MaskFormerTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, MaskFormerTrainingArguments):
+            raise ValueError(
+                f"args are {type(self.args).__name__}. Give MaskFormerTrainingArguments, which have the same fields "
+                "and some more."
+            )
+        if self.compute_metrics is not None:
+            raise ValueError(
+                "MaskFormerTrainer evaluates by itself, without compute_metrics. Leave it out; or use transformers' "
+                "Trainer with hf_maskformer.evaluation.compute_metrics.ComputeMetrics."
+            )
         if not isinstance(self.processing_class, MaskFormerImageProcessor):
             raise ValueError(
                 f"processing_class is {self.processing_class!r}, but evaluation needs a MaskFormerImageProcessor."
             )
         model: Any = self.accelerator.unwrap_model(self.model)
         check_model(self.task, model)
+        self._check_classes(model)
         # Trainer's own default stacks the fields of samples, which have images of all sizes.
         if self.data_collator is default_data_collator and kwargs.get("data_collator") is None:
             self.data_collator = MaskFormerDataCollator(self.processing_class, target_format=target_format(model))
@@ -87,6 +99,25 @@ class MaskFormerTrainer(Trainer):
     def task(self) -> Task:
         """What is evaluated: the `segmentation_task` of the image processor, "semantic" where it does not say."""
         return self.processing_class.segmentation_task or "semantic"
+
+    def _check_classes(self, model: Any) -> None:
+        try:
+            labels = labels_of(self.train_dataset)
+        except ValueError:
+            return  # which training itself does not need
+        if model.config.num_labels != labels.num_labels:
+            raise ValueError(
+                f"The model has {model.config.num_labels} classes, but train_dataset has {labels.num_labels}. Make the "
+                "model with these: pretrained_model(checkpoint, train_dataset.labels, reinitialize_head=True) of "
+                "hf_maskformer.training.starting_point."
+            )
+        image_processor = getattr(self.data_collator, "image_processor", self.processing_class)
+        if labels.do_reduce_labels != bool(image_processor.do_reduce_labels):
+            raise ValueError(
+                f"The image processor has do_reduce_labels={image_processor.do_reduce_labels}, but train_dataset "
+                f"{labels.do_reduce_labels}, so that each class would be taken for its neighbour. Make the image "
+                "processor by image_processor_for(train_dataset.labels, ...) of hf_maskformer.training.starting_point."
+            )
 
     @property
     def _folder(self) -> Path:
@@ -315,6 +346,8 @@ class MaskFormerTrainer(Trainer):
                 for name, dataset in eval_dataset.items()
             ]
             return {name: value for part in parts for name, value in part.items()}
+        if eval_dataset is None:
+            raise ValueError("There is nothing to evaluate on. Give eval_dataset to evaluate or to the trainer.")
         figures = evaluate(
             self._whole_model(),
             self.processing_class,
