@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from models import tiny_config
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from hf_maskformer import (
@@ -26,6 +27,7 @@ from hf_maskformer import (
 from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.opening import open_dataset
+from hf_maskformer.evaluation import evaluation
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -260,6 +262,18 @@ def test_train_and_evaluate_read_the_parquet_version_streamed_too(data, config, 
     call("evaluate", checkpoint=output, data=parquet, output=tmp_path / "metrics.json")
     trained = json.loads((output / "eval_results.json").read_text())["eval_mean_iou"]
     assert json.loads((tmp_path / "metrics.json").read_text())["mean_iou"] == pytest.approx(trained, abs=1e-6)
+
+
+def test_evaluate_reads_with_the_processes_and_in_the_batches_that_are_asked_for(checkpoint, data, monkeypatch):
+    asked = []
+
+    def observe(dataset, batch_size, num_workers, **options):
+        asked.append((batch_size, num_workers))
+        return DataLoader(dataset, batch_size, num_workers=num_workers, **options)
+
+    monkeypatch.setattr(evaluation, "DataLoader", observe)
+    call("evaluate", checkpoint=checkpoint, data=data, batch_size=2, num_workers=1)
+    assert asked == [(2, 1)]
 
 
 def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path):
