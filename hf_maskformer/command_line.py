@@ -44,6 +44,8 @@ class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHel
     """Leaves the examples of a description as they are, and names the defaults that there are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action, argparse._StoreFalseAction):  # --no_NAME, beside a --NAME that is true by default
+            return f"The same as --{action.dest} false."
         return action.help if action.default is None else super()._get_help_string(action)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from hf_maskformer.command_line import OptionParser
 from hf_maskformer.hub.conversion_card import AUTHORS_TABLE, data_set_name, reported_results, reported_text
 from hf_maskformer.hub.model_card import AUTHORS_LICENCE, AUTHORS_LICENCE_TEXT, describe, make_card
 from hf_maskformer.training.presets import PRESETS, Preset
@@ -65,4 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    OptionParser(description=__doc__).parse_args()
     main()

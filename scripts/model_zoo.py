@@ -8,6 +8,7 @@ Models are built and run on torch's meta device: nothing is computed and no weig
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_maskformer.command_line import OptionParser
 from hf_maskformer.hub.conversion import model_class
 from hf_maskformer.training.presets import MASKFORMER, PRESETS, Preset
 
@@ -82,4 +83,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    OptionParser(description=__doc__).parse_args()
     main()

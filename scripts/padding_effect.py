@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import HfArgumentParser
 from transformers import MaskFormerForInstanceSegmentation as StockModel
 from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
-from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.evaluation.prediction import read_images
 
 STRIDE = 4  # pixels between two mask logits
@@ -88,4 +87,4 @@ def predict_first(model: Any, image_processor: Any, images: list[Image.Image]) -
 
 if __name__ == "__main__":
     with errors_as_messages():
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*OptionParser(Arguments, description=__doc__).parse_args_into_dataclasses())

@@ -53,6 +53,13 @@ def test_the_help_of_a_command_shows_an_example_and_its_options(run, command):
     assert "--help" in output
 
 
+def test_the_help_says_of_both_forms_of_an_option_what_they_do(run):
+    _, output, _ = run("evaluate", "--help")
+    words = " ".join(output.split())
+    assert "--check-data [CHECK_DATA] Read every sample once before. (default: True)" in words
+    assert "--no-check-data The same as --check_data false." in words
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -17,6 +17,15 @@ from hf_maskformer.hub.publishing import publish
 
 __all__ = ["hub"]  # a fixture
 README = Path(__file__).parents[1] / "README.md"
+# The files of a repository with a saved model, its card and figures.
+EVALUATED = {
+    ".gitattributes",
+    "README.md",
+    "config.json",
+    "eval_results.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+}
 EXPIRED = "expired or is wrong. Nothing was published. Log in"
 
 
@@ -77,14 +86,7 @@ def test_checkpoints_logs_and_pickles_stay_at_home(hub, tmp_path):
         (tmp_path / path).write_text("private")
     (tmp_path / "eval_results.json").write_text("{}")
     publish(tmp_path, "ada/name")
-    assert hub.repositories["ada/name"].files().keys() == {
-        ".gitattributes",
-        "README.md",
-        "config.json",
-        "eval_results.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    }
+    assert hub.repositories["ada/name"].files().keys() == EVALUATED
 
 
 def test_what_the_folder_no_longer_has_leaves_an_existing_repository_in_the_same_commit(hub, tmp_path):
@@ -281,12 +283,5 @@ def test_the_script_publishes_without_code_what_belongs_to_the_model(hub, tmp_pa
     (tmp_path / "model" / "notes.txt").write_text("private")
     script = load("push_to_hub")
     script.main(script.parse_arguments([str(tmp_path / "model"), "ada/name"]))
-    assert hub.repositories["ada/name"].files().keys() == {
-        ".gitattributes",
-        "README.md",
-        "config.json",
-        "eval_results.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    }
+    assert hub.repositories["ada/name"].files().keys() == EVALUATED
     assert not hub.repositories["ada/name"].private
