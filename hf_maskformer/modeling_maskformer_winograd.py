@@ -20,6 +20,8 @@ TILE, KERNEL = 4, 3
 PATCH = TILE + KERNEL - 1
 # Five points and infinity; 0, 1, -1 and a pair of other size and sign keep the rounding errors small.
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
+# At 1 in both directions, where each output counts once: what is added to that product is added to all outputs.
+POINT_OF_BIAS = PATCH * POINTS.index(1.0) + POINTS.index(1.0)
 # Of narrower or smaller maps the transforms cost what the products save.
 MIN_CHANNELS, MIN_TILES = 96, 100
 # Tiles at a time: enough for the matrix products, few enough for the cache. The gradient of the kernel sums over tiles
@@ -120,19 +122,20 @@ def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out_channels, in_channels = weight.shape[:2]
     kernel = (of_kernel @ weight.permute(2, 3, 1, 0).reshape(KERNEL**2, -1)).view(-1, in_channels, out_channels)
     batch_size, _, height, width = states.shape
-    num_columns = -(-width // TILE)
+    num_rows, num_columns = -(-height // TILE), -(-width // TILE)
     output = None
     for index, image in enumerate(states.permute(0, 2, 3, 1)):
         for top, bottom, patches in _patches_in_strips(image, TILES_AT_ONCE):
             products = torch.bmm((of_inputs @ patches).view(PATCH**2, -1, in_channels), kernel)
+            if bias is not None:
+                products[POINT_OF_BIAS] += bias
             tiles = (of_outputs @ products.flatten(1)).view(TILE, TILE, -1, num_columns, out_channels)
-            strip = tiles.permute(2, 0, 3, 1, 4).reshape(-1, num_columns * TILE, out_channels)
-            strip = strip[: bottom - top, :width]
-            if output is None:  # made of a strip so that it is batched if one of the inputs is (`torch.vmap`)
-                output = strip.new_empty(batch_size, height, width, out_channels)
-            output[index, top:bottom] = strip if bias is None else strip.add_(bias)
+            if output is None:  # made of tiles so that it is batched if one of the inputs is (`torch.vmap`)
+                output = tiles.new_empty(batch_size, num_rows, TILE, num_columns, TILE, out_channels)
+            output[index, top // TILE : -(-bottom // TILE)] = tiles.permute(2, 0, 3, 1, 4)
     assert output is not None
-    return output.permute(0, 3, 1, 2)
+    output = output.view(batch_size, num_rows * TILE, num_columns * TILE, out_channels)
+    return output[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
 def winograd_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
