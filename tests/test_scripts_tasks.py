@@ -101,6 +101,11 @@ def test_semantic_evaluation_of_masks_ends_in_a_clear_error(data, config, tmp_pa
         call("train", config=config, data=data / "instance", task="semantic", max_steps=1, output_dir=tmp_path)
 
 
+def test_a_stream_without_a_number_of_steps_is_refused_before_it_is_opened(config, tmp_path):
+    with pytest.raises(ValueError, match=r"A stream does not say how long it is\. Give --max_steps"):
+        call("train", config=config, data=tmp_path / "nowhere", streaming=True, output_dir=tmp_path)
+
+
 def test_evaluation_finds_what_cannot_be_done_before_it_reads_the_data(data, tmp_path):
     wrong = {"checkpoint": tmp_path / "nowhere", "data": data / "instance"}
     with pytest.raises(ValueError, match="has masks, which may overlap, but panoptic segmentation"):
