@@ -89,6 +89,17 @@ def test_checkpoints_logs_and_pickles_stay_at_home(hub, tmp_path):
     assert hub.repositories["ada/name"].files().keys() == EVALUATED
 
 
+def test_what_a_training_leaves_for_its_card_goes_along(hub, tmp_path):
+    save(tmp_path)
+    results = {f"{name}_results.json" for name in ("train", "eval", "all")}
+    left = {"pictures/sample_1.jpg", "loss_curve.png", "training_args.json", "metrics.json", *results}
+    for path in left:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("{}")
+    publish(tmp_path, "ada/name")
+    assert left <= hub.repositories["ada/name"].files().keys()
+
+
 def test_what_the_folder_no_longer_has_leaves_an_existing_repository_in_the_same_commit(hub, tmp_path):
     save(tmp_path / "sharded", "50KB")
     model = save(tmp_path / "whole")
