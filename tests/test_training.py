@@ -455,6 +455,18 @@ def test_the_small_configuration_is_a_model_for_any_classes():
     assert json.loads(json.dumps(model.config.to_dict()))["model_type"] == "maskformer"
 
 
+def test_maps_are_read_as_the_labels_say(tmp_path):
+    labels = LabelSet({0: "sky", 1: "road"}, ignore_index=200, do_reduce_labels=True)
+    our_processor = image_processor_for(OTHER_LABELS, 16)
+    our_processor.save_pretrained(tmp_path)
+    for checkpoint in (None, str(tmp_path)):  # which may be of other data
+        processor = image_processor_for(labels, 16, checkpoint)
+        label_map = np.array([[0, 1], [2, 200]]).repeat(8, axis=0).repeat(8, axis=1)
+        batch = processor([Image.new("RGB", (16, 16))], label_map, target_format="label_map", return_tensors="pt")
+        # Classes count from 0, and both 0 and 200 are void.
+        assert batch["labels"][0, :16:8, :16:8].tolist() == [[200, 0], [1, 200]]
+
+
 def test_images_for_a_plain_vision_transformer_are_padded_to_whole_patches():
     backbone = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
     model = scenes_model(backbone=backbone)
