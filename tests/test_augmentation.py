@@ -335,6 +335,16 @@ def test_brightness_and_contrast_change_once_each():
     assert values.count(60) / len(values) == pytest.approx(1 / 4, abs=0.09)
 
 
+def test_the_saturation_changes_by_half_at_most():
+    brown = Image.new("RGB", (1, 1), (80, 60, 60))
+    pixels = [color_jitter(brown, torch.Generator().manual_seed(n)).getpixel((0, 0)) for n in range(400)]
+    saturations = [(max(pixel) - min(pixel)) / max(pixel) for pixel in pixels]
+    # Brightness shifts all channels by 32 at most before; contrast changes nothing of it.
+    lowest, highest = 0.5 * 20 / (80 + 32), 1.5 * 20 / (80 - 32)
+    assert lowest - 0.03 < min(saturations) < lowest + 0.04
+    assert highest - 0.12 < max(saturations) < highest + 0.05
+
+
 def test_the_hue_of_red_turns_by_at_most_36_degrees():
     red = Image.new("RGB", (1, 1), (200, 0, 0))
     hues = {color_jitter(red, torch.Generator().manual_seed(n)).convert("HSV").getpixel((0, 0))[0] for n in range(300)}

@@ -84,7 +84,8 @@ def test_semantic_images_hold_labels_and_show_colours(tmp_path):
     image = Image.open(tmp_path / "labels.png")
     assert np.asarray(image).tolist() == [[0, 2], [1, 1]]
     assert image.convert("RGB").getpixel((1, 0)) == (0, 200, 0)
-    assert np.asarray(semantic_image([[0, 300]])).tolist() == [[0, 300]]
+    for highest in (255, 256, 65535):
+        assert np.asarray(semantic_image([[0, highest]])).tolist() == [[0, highest]]
     assert semantic_image(np.full((2, 2), 255)).getpixel((0, 0)) == 255
     with pytest.raises(ValueError, match="labels from -1 to 0"):
         semantic_image([[-1, 0]])

@@ -87,12 +87,12 @@ def test_written_files_hold_the_prediction(tmp_path, image, image_processor, tas
 
 
 def test_ids_beyond_eight_bits_survive(tmp_path):
-    segmentation = np.array([[3, 300]])
-    segments = [{"id": number, "label_id": 0, "label": "sky", "area": 1} for number in (3, 300)]
+    segmentation = np.array([[3, 256]])
+    segments = [{"id": number, "label_id": 0, "label": "sky", "area": 1} for number in (3, 256)]
     paths = write_prediction(
         Prediction(segmentation, segments), Image.new("RGB", (2, 1)), ID2LABEL, "panoptic", tmp_path, "x"
     )
-    assert np.asarray(Image.open(paths[0])).tolist() == [[3, 300]]
+    assert np.asarray(Image.open(paths[0])).tolist() == [[3, 256]]
 
 
 def test_a_folder_is_read_in_order_and_other_files_are_left_alone(tmp_path):

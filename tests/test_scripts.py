@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from models import tiny_config
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
@@ -276,11 +278,39 @@ def test_evaluate_reads_with_the_processes_and_in_the_batches_that_are_asked_for
     assert asked == [(2, 1)]
 
 
-def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path):
+def test_train_begins_with_the_weights_of_its_seed(config, data, tmp_path):
+    weights = []
+    for run, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(run)  # what ran before does not matter
+        options = {"seed": seed, "image_size": 64, "max_steps": 1, "num_pictures": 0, "check_data": False}
+        call("train", config=config, data=data, output_dir=tmp_path / str(run), **options)
+        weights.append(load_file(tmp_path / str(run) / "model.safetensors")["class_predictor.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_evaluate_names_every_damaged_sample_before_it_begins(checkpoint, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data/annotations/val").iterdir():
+        Image.new("L", (64, 64), 77).save(path)
+    with pytest.raises(ValueError, match=r"The data set of 2 samples has 2 problems:(\n.*scene_0.*label 77.*){2}"):
+        call("evaluate", checkpoint=checkpoint, data=tmp_path / "data")
+
+
+def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path, monkeypatch):
     options = {"config": config, "data": data, "max_steps": 1, "output_dir": tmp_path / "run"}
     with pytest.raises(ValueError, match="augmentation is 'imagenet'; known are ade20k"):
         call("train", augmentation="imagenet", **options)
+    sizes = []
+    compute_loss = MaskFormerTrainer.compute_loss
+
+    def observe(trainer, model, inputs, *args, **kwargs):
+        sizes.append(tuple(inputs["pixel_values"].shape[-2:]))
+        return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(MaskFormerTrainer, "compute_loss", observe)
     call("train", augmentation="coco-panoptic", image_size=64, per_device_train_batch_size=1, **options)
+    assert min(sizes[0]) >= 480  # as augmented, which is not the size at evaluation
 
 
 def test_train_takes_whole_images(config, tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.data.coco import CocoPanoptic
 from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.data.parquet import write_parquet
-from hf_maskformer.evaluation.tasks import reference_of
+from hf_maskformer.evaluation import evaluation
+from hf_maskformer.evaluation.tasks import predict_batch, reference_of
 
 
 class Instances:
@@ -115,7 +116,7 @@ def test_evaluation_finds_what_cannot_be_done_before_it_reads_the_data(data, tmp
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
-def test_a_checkpoint_of_transformers_is_evaluated_on_any_task(data, tmp_path, task):
+def test_a_checkpoint_of_transformers_is_evaluated_on_any_task(data, tmp_path, monkeypatch, task):
     labels = CocoPanoptic(
         data / "scenes/panoptic_val.json", data / "scenes/images/val", data / "scenes/panoptic/val"
     ).labels
@@ -125,5 +126,15 @@ def test_a_checkpoint_of_transformers_is_evaluated_on_any_task(data, tmp_path, t
     stock.save_pretrained(tmp_path)
     transformers.MaskFormerImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 256}).save_pretrained(tmp_path)
     options = {"tta": True} if task == "semantic" else {}
+    fused = []
+
+    def observe(model, image_processor, *args):
+        fused.append(image_processor.label_ids_to_fuse)
+        return predict_batch(model, image_processor, *args)
+
+    monkeypatch.setattr(evaluation, "predict_batch", observe)
     call("evaluate", checkpoint=tmp_path, data=data / "panoptic", task=task, output=tmp_path / "m.json", **options)
     assert json.loads((tmp_path / "m.json").read_text())
+    # Its files do not say which classes are stuff, but the data do.
+    assert all(ids == list(labels.stuff_ids) for ids in fused)
+    assert bool(fused) == (task != "semantic")

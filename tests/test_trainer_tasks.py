@@ -13,7 +13,7 @@ from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerT
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
 from hf_maskformer.evaluation.tasks import MAIN_FIGURES, TASKS, metric_for, reference_of
-from hf_maskformer.training.pictures import PictureCallback
+from hf_maskformer.training.pictures import PictureCallback, _as_id_map
 from hf_maskformer.training.starting_point import image_processor_for
 
 PANOPTIC = GeneratedScenes(4, image_size=(64, 64), task="panoptic")
@@ -126,6 +126,13 @@ def test_pictures_go_to_tensorboard_and_nowhere_else(tmp_path, task):
     assert all(picture.ndim == 3 and picture.std() > 0 for picture in board.tb_writer.images.values())
     assert model.training
     assert not list(tmp_path.iterdir())
+
+
+def test_the_smallest_of_overlapping_objects_is_drawn_on_top():
+    large, small = np.ones((2, 3), dtype=bool), np.array([[0, 1, 0], [0, 0, 0]], dtype=bool)
+    for masks, number in (([large, small], 2), ([small, large], 1)):
+        truth = _as_id_map({"masks": np.array(masks), "labels": [0, 0]}, (2, 3))
+        assert truth["segmentation"].tolist() == [[3 - number, number, 3 - number], [3 - number] * 3]
 
 
 def test_tensorboard_reads_the_pictures_back(tmp_path):
