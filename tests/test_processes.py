@@ -59,11 +59,13 @@ def trainer_of(folder, num_processes=1, accumulation=1, train_dataset=None, **op
 
 
 def run_of(trainer, checkpoint=None):
-    """The loss of every step and the weights at the end."""
+    """The loss and the terms of every step, and the weights at the end."""
     trainer.train(checkpoint)
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    losses = [line["loss"] for line in lines]
+    terms = [line[name] for line in lines for name in sorted(line) if name.startswith("loss_")]
     weights = trainer.accelerator.get_state_dict(trainer.model)  # of shards on the first process only
-    return losses, {name: tensor.numpy() for name, tensor in weights.items()}
+    return losses, terms, {name: tensor.numpy() for name, tensor in weights.items()}
 
 
 def replicated(folder, num_processes):
@@ -179,8 +181,10 @@ def run(function, num_processes, folder, **environment):
 
 
 def assert_same_run(found, expected):
-    (found_losses, found_weights), (expected_losses, expected_weights) = found, expected
+    (found_losses, found_terms, found_weights), (expected_losses, expected_terms, expected_weights) = found, expected
     assert found_losses == pytest.approx(expected_losses, abs=1e-5)
+    assert len(found_terms) >= 6 * len(found_losses)  # of each decoder layer
+    assert found_terms == pytest.approx(expected_terms, abs=1.1e-4)  # rounded to four digits
     assert found_weights.keys() == expected_weights.keys()
     for name, weight in expected_weights.items():
         assert found_weights[name] == pytest.approx(weight, abs=1e-5), name
@@ -221,7 +225,7 @@ def test_sharded_processes_train_the_model_of_one(tmp_path, alone):
     for part in ("transformer_module.decoder.layers.0", "encoder.stages.3.layers.0"):
         assert any(name.endswith(part) for name in units), units
 
-    expected = {name: torch.from_numpy(weight) for name, weight in runs[0][1].items()}
+    expected = {name: torch.from_numpy(weight) for name, weight in runs[0][-1].items()}
     merge_fsdp_weights(str(tmp_path / "checkpoint-20/pytorch_model_fsdp_0"), str(tmp_path / "merged"))
     for folder in ("final", "merged"):
         saved = load_file(tmp_path / folder / "model.safetensors")
