@@ -216,6 +216,29 @@ def test_sigterm_within_an_evaluation_gives_it_up(tmp_path):
     assert not any("eval_mean_iou" in line for line in trainer.state.log_history)
 
 
+def test_sigterm_leaves_out_the_evaluation_that_is_due(tmp_path):
+    read = []
+
+    class Counted:
+        labels = SCENES.labels
+
+        def __len__(self):
+            return len(SCENES)
+
+        def __getitem__(self, index):
+            read.append(index)
+            return SCENES[index]
+
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    trainer = our_trainer(tmp_path, eval_dataset=Counted(), **options)
+    trainer.add_callback(Signal(signal.SIGTERM, 2))
+    read.clear()
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert read == []
+    assert steps_saved(tmp_path) == [2]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_script_ends_on_sigterm_with_its_own_exit_code(tmp_path, num_workers):
     """The signal goes to the workers too, as a scheduler sends it."""
