@@ -1,10 +1,15 @@
 """Several processes train the model that one process would, and count every sample once."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import tempfile
+import time
 import traceback
+from functools import partial
+from queue import Empty
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from models import ARCHITECTURES, tiny_batch, tiny_model
 from safetensors.torch import load_file
 from test_loss_distribution import collate, images
 from test_per_pixel_baseline import KINDS, batch_of_labels, tiny_baseline
+from test_resume import Signal, kill_when_opening, trainer_with_chance
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
@@ -24,7 +30,7 @@ from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.training.starting_point import image_processor_for
 
 STEPS = 20
-BATCH = 4  # images of a step, over all processes; the second has no segment
+BATCH = 8  # images of a step, over all processes; the second and the last but one have no segment
 FIVE = GeneratedScenes(5, image_size=(64, 64))  # evaluated: a number that no number of processes divides
 
 
@@ -69,14 +75,11 @@ def run_of(trainer, checkpoint=None):
 
 
 def replicated(folder, num_processes):
-    """All at once, and in parts where a process has several images."""
-    accumulation = BATCH // num_processes
+    """All at once and in two parts; then figures, and the steps of a training whose last batch is short."""
     trainer = trainer_of(folder, num_processes)
-    runs = [run_of(trainer)]
-    if accumulation > 1:
-        runs.append(run_of(trainer_of(folder, num_processes, accumulation)))
-    # Six images: the last batch is short, or some process has none.
-    uneven = trainer_of(folder, num_processes, train_dataset=images() + images()[:2], max_steps=4)
+    runs = [run_of(trainer), run_of(trainer_of(folder, num_processes, accumulation=2))]
+    # Ten images: the second batch is short, or some process has none.
+    uneven = trainer_of(folder, num_processes, train_dataset=images() + images() + images()[:2], max_steps=4)
     uneven.train()
     return runs, trainer.evaluate(), uneven.state.global_step
 
@@ -91,6 +94,7 @@ def sharded(folder, num_processes):
     trainer.save_model(str(folder / "final"))
     # From step 10 on: losses of the first steps come from the state.
     runs.append(run_of(trainer_of(folder, num_processes, **options), str(folder / "checkpoint-10")))
+    runs.append(run_of(trainer_of(folder, num_processes, accumulation=2)))
     return runs, figures, units
 
 
@@ -134,7 +138,19 @@ def all_architectures(folder, num_processes):
     return list(models)
 
 
-def _run(rank, num_processes, folder, environment, function, queue):
+def with_chance(folder, num_processes, is_stream, kind=None, rank=0, when=0):
+    """Trains with augmentation, dropout and points drawn at random; ended on one process, as in `test_resume`."""
+    trainer = trainer_with_chance(folder, is_stream, max_steps=12)
+    if PartialState().process_index == rank and kind == "file":
+        kill_when_opening(folder, when)
+    elif PartialState().process_index == rank and kind is not None:
+        trainer.add_callback(Signal(kind, when))
+    trainer.train("auto")
+    losses = {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
+    return losses, {name: tensor.numpy() for name, tensor in trainer.model.state_dict().items()}
+
+
+def _run(rank, num_processes, folder, rendezvous, environment, function, queue):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -145,7 +161,7 @@ def _run(rank, num_processes, folder, environment, function, queue):
     }
     torch.set_num_threads(1)
     # A rendezvous in a file: no port that another run of the tests could hold.
-    store = torch.distributed.FileStore(str(folder / f"rendezvous_{function.__name__}"), num_processes)
+    store = torch.distributed.FileStore(rendezvous, num_processes)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=num_processes)
     try:
         queue.put((rank, function(folder, num_processes)))
@@ -157,27 +173,36 @@ def _run(rank, num_processes, folder, environment, function, queue):
 
 
 def run(function, num_processes, folder, **environment):
-    """What the function gives on each process, in their order."""
+    """What the function gives on each process, in their order; None if one is killed, which ends the others."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_processes"])
     queue = context.Queue()
-    processes = [
-        context.Process(target=_run, args=(rank, num_processes, folder, environment, function, queue))
-        for rank in range(num_processes)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        results = {}
-        while len(results) < num_processes:
-            rank, result = queue.get(timeout=240)
-            assert not isinstance(result, str), result
-            results[rank] = result
-        return [results[rank] for rank in range(num_processes)]
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            process.kill()
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        arguments = (num_processes, folder, f"{place}/rendezvous", environment, function, queue)
+        processes = [context.Process(target=_run, args=(rank, *arguments)) for rank in range(num_processes)]
+        try:
+            for process in processes:
+                process.start()
+            results = {}
+            end, error = time.monotonic() + 240, None
+            while len(results) < num_processes:
+                with contextlib.suppress(Empty):
+                    rank, result = queue.get(timeout=0.2)
+                    results[rank] = result
+                    if isinstance(result, str) and error is None:
+                        # Of a process that was killed, others may hear before we do.
+                        end, error = time.monotonic() + 10, result
+                if any(process.exitcode == -signal.SIGKILL for process in processes):
+                    return None
+                assert time.monotonic() < end, error
+            assert error is None, error
+            return [results[rank] for rank in range(num_processes)]
+        finally:
+            for process in processes:
+                process.join(timeout=10 if len(results) == num_processes else 0)
+                process.kill()
+                process.join()
 
 
 def assert_same_run(found, expected):
@@ -199,6 +224,11 @@ def alone(tmp_path_factory):
 def assert_same_figures(found, expected):
     for name in ("eval_mean_iou", "eval_overall_accuracy", "eval_frequency_weighted_iou"):
         assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_one_process_trains_the_same_model_in_parts(tmp_path, alone, accumulation):
+    assert_same_run(run_of(trainer_of(tmp_path, accumulation=accumulation)), alone[0])
 
 
 @pytest.mark.slow
@@ -248,3 +278,19 @@ def test_no_architecture_has_a_parameter_that_a_step_does_not_use(tmp_path):
 def test_processes_of_which_one_is_asked_to_end_do_so_together(tmp_path):
     assert run(interrupted, 2, tmp_path) == [(75, 3), (75, 3)]
     assert (tmp_path / "checkpoint-3" / "rng_state_1.pth").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_processes_of_which_one_is_killed_go_on_as_if_undisturbed(tmp_path, is_stream):
+    whole = run(partial(with_chance, is_stream=is_stream), 2, tmp_path / "whole")
+    # Before the first checkpoint, after it, and while each of them writes its part of one.
+    for kind, rank, when in ((signal.SIGKILL, 0, 2), (signal.SIGKILL, 1, 5), ("file", 1, 1), ("file", 0, 4)):
+        assert run(partial(with_chance, is_stream=is_stream, kind=kind, rank=rank, when=when), 2, tmp_path) is None
+    assert any(tmp_path.glob("checkpoint-*"))
+    ended = run(partial(with_chance, is_stream=is_stream), 2, tmp_path)
+    for (found_losses, found_weights), (losses, weights) in zip(ended, whole, strict=True):
+        assert list(found_losses) == list(range(1, 13))
+        assert found_losses == pytest.approx(losses, abs=1e-6)
+        for name, weight in weights.items():
+            assert found_weights[name] == pytest.approx(weight, abs=1e-6), name

@@ -74,6 +74,10 @@ class MaskFormerTrainingArguments(TrainingArguments):
         if self.takes_main_figure and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = MAIN_FIGURES["semantic"]
         super().__post_init__()
+        # Where one process reads a stream for all, it joins batches, which must be alike in their numbers of segments.
+        accelerator_config: Any = self.accelerator_config
+        if accelerator_config.dispatch_batches is None:
+            accelerator_config.dispatch_batches = False
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
         # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
