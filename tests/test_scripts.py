@@ -278,8 +278,15 @@ def test_evaluate_reads_with_the_processes_and_in_the_batches_that_are_asked_for
     assert asked == [(2, 1)]
 
 
-def test_train_begins_with_the_weights_of_its_seed(config, data, tmp_path):
-    weights = []
+def test_train_begins_with_the_weights_of_its_seed_and_augments_by_it(config, data, tmp_path, monkeypatch):
+    weights, seeds = [], []
+    prepare_trainer = MaskFormerTrainer.__init__
+
+    def observe(trainer, **arguments):
+        seeds.append(arguments["train_dataset"].seed)
+        prepare_trainer(trainer, **arguments)
+
+    monkeypatch.setattr(MaskFormerTrainer, "__init__", observe)
     for run, seed in enumerate((1, 1, 2)):
         torch.manual_seed(run)  # what ran before does not matter
         options = {"seed": seed, "image_size": 64, "max_steps": 1, "num_pictures": 0, "check_data": False}
@@ -287,6 +294,7 @@ def test_train_begins_with_the_weights_of_its_seed(config, data, tmp_path):
         weights.append(load_file(tmp_path / str(run) / "model.safetensors")["class_predictor.weight"])
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+    assert seeds == [1, 1, 2]
 
 
 def test_evaluate_names_every_damaged_sample_before_it_begins(checkpoint, data, tmp_path):
