@@ -271,6 +271,13 @@ def test_more_predictions_than_count_agree_with_pycocotools():
     assert result["ar1"] < result["ar10"] < result["ar100"] < 1
 
 
+def test_of_objects_of_the_same_iou_the_last_is_taken():
+    halves = [box(0, 0, 10, 10), box(0, 10, 10, 10)]
+    both = objects([box(0, 0, 10, 20), halves[0]], scores=[0.9, 0.8])
+    assert figures(both, objects(halves))["ap50"] == 1
+    assert figures(both, objects(halves[::-1]))["ap50"] == pytest.approx(51 / 101)
+
+
 def test_an_area_at_the_border_of_two_ranges_is_in_both():
     result = figures(objects([FIRST], scores=[1.0]), objects([FIRST], area=[32.0**2]))
     assert (result["ap_small"], result["ap_medium"]) == (1, 1)
