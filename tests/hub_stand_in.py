@@ -7,7 +7,7 @@
 
 Large files (`hub.lfs_from` bytes or more) go by LFS, in parts of `hub.part_size` bytes, if that is set.
 `hub.expires_at` is a pattern of the paths of requests at which all tokens expire, `hub.breaks_at` one of those in the
-midst of whose bodies the connection drops.
+midst of whose bodies the connection drops, `hub.fails_at` one of those which the Hub itself fails to answer.
 """
 
 import base64
@@ -73,6 +73,7 @@ class HubStandIn:
         self.part_size: int | None = None
         self.expires_at: str | None = None
         self.breaks_at: str | None = None
+        self.fails_at: str | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
 
@@ -129,6 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
         try:
+            if self.hub.fails_at is not None and re.search(self.hub.fails_at, path):
+                self._body()
+                raise RefusalError(500, "Internal Error")
             if method == "PUT":
                 return self._store(path)
             body = self._body()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hub_stand_in import hub
 from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HTTPError
 from models import needs_auto_image_processor, swin_config, tiny_model
 from test_auto_classes import TRAVELLING, load_in_clean_process
 from test_scripts import load
@@ -105,7 +106,7 @@ def test_what_the_folder_no_longer_has_leaves_an_existing_repository_in_the_same
     model = save(tmp_path / "whole")
     publish(tmp_path / "sharded", "ada/name")
     repository = hub.repositories["ada/name"]
-    by_hand = {"notes.txt", "float16/model.safetensors", "tools/mine.py"}
+    by_hand = {"notes.txt", "float16/model.safetensors", "tools/mine.py", "pictures/of/mine.png"}
     repository.files().update(dict.fromkeys(by_hand, b"by hand"))
     publish(tmp_path / "whole", "ada/name")
     assert len(repository.branches["main"]) == 3
@@ -135,12 +136,22 @@ def test_what_shall_be_private_does_not_go_into_a_public_repository(hub, tmp_pat
     assert len(hub.repositories["ada/name"].branches["main"]) == 2
 
 
-def test_a_branch_is_made(hub, tmp_path):
-    save(tmp_path)
-    publish(tmp_path, "ada/name", revision="second")
+def test_a_branch_is_made_and_keeps_no_shards_that_the_folder_no_longer_has(hub, tmp_path):
+    save(tmp_path / "sharded", "50KB")
+    save(tmp_path / "whole")
+    publish(tmp_path / "sharded", "ada/name", revision="second")
+    publish(tmp_path / "whole", "ada/name", revision="second")
     repository = hub.repositories["ada/name"]
-    assert "model.safetensors" in repository.files("second")
-    assert "model.safetensors" not in repository.files("main")
+    assert [path for path in repository.files("second") if "safetensors" in path] == ["model.safetensors"]
+    assert repository.files("main").keys() == {".gitattributes"}
+
+
+def test_the_weights_of_adapters_are_published_too(hub, tmp_path):
+    save(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    publish(tmp_path, "ada/name")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= hub.repositories["ada/name"].files().keys()
 
 
 def test_an_expired_token_is_named_and_nothing_is_published(hub, tmp_path):
@@ -193,6 +204,14 @@ def test_a_connection_that_drops_on_the_way_leaves_the_repository_as_it_was(hub,
     assert len(repository.branches["main"]) == 3
     loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_error_of_the_hub_itself_leaves_the_repository_as_it_was(hub, tmp_path):
+    save(tmp_path)
+    hub.fails_at = "/commit/"
+    with pytest.raises(ConnectionError, match=r"ada/name broke off .* Run the same again"):
+        publish(tmp_path, "ada/name")
+    assert hub.repositories["ada/name"].files().keys() == {".gitattributes"}
 
 
 def test_a_repeated_upload_sends_only_what_has_not_arrived(hub, tmp_path):
@@ -258,6 +277,19 @@ def test_model_and_processor_push_themselves_with_their_code_as_the_readme_says(
 def test_a_model_shards_large_weights_when_it_pushes_itself(hub, tmp_path):
     save(tmp_path / "model").push_to_hub("ada/name", max_shard_size="50KB")
     assert "model.safetensors.index.json" in hub.repositories["ada/name"].files()
+
+
+@pytest.mark.parametrize("request_path", ["^/lfs/", "/commit/"])
+def test_a_model_that_pushes_itself_goes_on_after_a_dropped_connection(hub, tmp_path, request_path):
+    model = save(tmp_path / "model")
+    hub.breaks_at = request_path
+    with pytest.raises((OSError, RuntimeError, HTTPError)):
+        model.push_to_hub("ada/name", max_shard_size="50KB")
+    assert hub.repositories["ada/name"].files().keys() == {".gitattributes"}
+    hub.breaks_at = None
+    model.push_to_hub("ada/name", max_shard_size="50KB")
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_card_whose_metadata_cannot_be_read_is_refused(hub, tmp_path):
