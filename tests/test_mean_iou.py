@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_maskformer.evaluation.mean_iou import MeanIoU
+from hf_maskformer.evaluation.processes import merge_over_processes
 
 DATA = Path(os.environ.get("HF_MASKFORMER_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -270,3 +271,11 @@ def test_stored_reference_values_are_met():
     assert 100 * result["frequency_weighted_iou"] == pytest.approx(expected["fwIoU"], abs=1e-6)
     assert (100 * result["per_category_iou"]).tolist() == pytest.approx(expected["IoU"], abs=1e-6)
     assert (100 * result["per_category_accuracy"]).tolist() == pytest.approx(expected["ACC"], abs=1e-6)
+
+
+def test_merging_over_a_single_process_changes_nothing():
+    metric = MeanIoU(2)
+    metric.add_batch(predictions=[torch.tensor([[0, 1]])], references=[torch.tensor([[0, 0]])])
+    counted = metric.confusion_matrix.clone()
+    merge_over_processes(metric)
+    assert torch.equal(metric.confusion_matrix, counted)
