@@ -1,8 +1,12 @@
 import logging
+import os
 
 import pytest
 import torch
 from golden import Golden
+
+# Scripts that tests start as processes of their own; pyproject.toml says it of what runs within the tests.
+os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning:__main__,error::FutureWarning:__main__"
 
 
 @pytest.fixture(scope="module", params=["resnet_semantic", "swin_semantic", "resnet_panoptic_enc"])

@@ -9,6 +9,7 @@ import sysconfig
 import tarfile
 import tomllib
 import venv
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -118,3 +119,14 @@ def test_the_installed_package_trains_evaluates_and_predicts_by_its_command(inst
     installed("hf-maskformer", "predict", f"--checkpoint={output}", f"--input={image}", f"--output={tmp_path / 'out'}")
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert "benchmark forward" in installed("hf-maskformer", "benchmark", "forward", "--help")
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_what_is_deprecated_is_an_error_in_our_own_code(category):
+    for module in ("hf_maskformer", "hf_maskformer.data.rle", "script_train", "__main__"):
+        with pytest.raises(category):
+            warnings.warn_explicit("old", category, "file.py", 1, module=module)
+    code = f"import warnings; warnings.warn('old', {category.__name__})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"{category.__name__}: old" in done.stderr
+    assert done.returncode == 1
