@@ -95,12 +95,15 @@ class FakeLogits(Logits):
 @pytest.mark.parametrize("width", range(60, 72))
 def test_the_panoptic_head_gives_what_post_processing_gives(width):
     logits, pixel_values = FakeLogits(tiny_model()), torch.zeros(2, 3, 50, width)
-    settings = {"overlap_mask_area_threshold": 0.4, "label_ids_to_fuse": FUSED}
-    segmentation, segment_ids, labels, scores = Panoptic(logits, **settings)(pixel_values)
+    settings = {"overlap_mask_area_threshold": 0.4 if width % 2 else 0.0, "label_ids_to_fuse": FUSED}
+    output_size = (75, 2 * width) if width % 3 == 0 else None
+    head = Panoptic(logits, output_size=output_size, **settings)
+    segmentation, segment_ids, labels, scores = head(pixel_values)
     sizes = torch.tensor([[50, width]] * 2)
-    expected = panoptic_segmentation(*logits(pixel_values), sizes, sizes, **settings)
+    target_sizes = output_size and [output_size] * 2
+    expected = panoptic_segmentation(*logits(pixel_values), sizes, sizes, **settings, target_sizes=target_sizes)
     for index, result in enumerate(expected):
-        assert (segmentation[index] == result["segmentation"]).float().mean() > 0.999
+        assert (segmentation[index] == result["segmentation"]).float().mean() > 0.9995
         info = {int(segment): int(label) for segment, label in zip(segment_ids[index], labels[index], strict=True)}
         info.pop(0, None)
         assert info == {segment["id"]: segment["label_id"] for segment in result["segments_info"]}
@@ -116,6 +119,8 @@ def test_what_the_model_or_the_file_cannot_do_is_refused(image_processor, tmp_pa
         export_model(tiny_baseline(), image_processor, tmp_path, "torch_export", "panoptic")
     with pytest.raises(ValueError, match="at least 33 pixels"):
         export_model(tiny_model(), image_processor, tmp_path, "torch_export", size=(32, 64))
+    with pytest.raises(ValueError, match=r"output_size is .*must be positive"):
+        export_model(tiny_model(), image_processor, tmp_path, "torch_export", "semantic", output_size=(0, 64))
     with pytest.raises(ValueError, match="output_size needs a segmentation"):
         export_model(tiny_model(), image_processor, tmp_path, "torch_export", output_size=(32, 64))
 

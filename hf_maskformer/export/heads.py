@@ -79,7 +79,8 @@ class Panoptic(nn.Module):
         logits: A `Logits`.
         threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse: As in `panoptic_segmentation`; fixed
             in the graph.
-        output_size: (height, width) that the mask logits are resized to; by default the size of the input.
+        output_size: (height, width) that the mask logits are resized to, from the size of the input, which they keep by
+            default.
 
     Shapes of what it returns:
         segmentation: (B, H, W) int32, the id of the segment that owns each pixel, 0 for void.
@@ -114,7 +115,10 @@ class Panoptic(nn.Module):
         class_logits, mask_logits = self.logits(pixel_values)
         scores, labels = class_logits.float().softmax(-1).max(-1)
         is_kept = (labels != class_logits.shape[-1] - 1) & (scores > self.threshold)
-        masks = resize(mask_logits.float(), self.output_size or pixel_values.shape[-2:]).sigmoid()
+        masks = resize(mask_logits.float(), pixel_values.shape[-2:])
+        if self.output_size is not None:
+            masks = resize(masks, self.output_size)
+        masks = masks.sigmoid()
         # No query that is left out wins a pixel of one that is kept.
         claims = torch.where(is_kept, scores, -1.0)[..., None, None] * masks
         owners = claims.argmax(1)  # (B, H, W)
