@@ -9,7 +9,7 @@ import pytest
 from test_scripts import call, checkpoint, config, data  # noqa: F401  (fixtures)
 
 from hf_maskformer.__main__ import main
-from hf_maskformer.command_line import COMMANDS
+from hf_maskformer.command_line import COMMANDS, errors_as_messages
 
 
 @pytest.fixture
@@ -92,6 +92,19 @@ def test_wrong_input_ends_with_1_and_a_message(run, words, tmp_path, monkeypatch
     assert code == 1
     assert "nowhere" in output + errors
     assert not any(tmp_path.iterdir())
+
+
+def test_options_may_be_shortened(run):
+    code, _, errors = run("predict", "--check=nowhere", "--inp=nowhere", "--outp=nowhere", "--tas=depth")
+    assert code == 2
+    assert "invalid choice: 'depth'" in errors
+
+
+def test_an_interruption_ends_with_130_and_no_traceback(capsys):
+    with pytest.raises(SystemExit) as end, errors_as_messages():
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_a_message_names_commands_and_the_pages_where_they_are(run, tmp_path):

@@ -101,6 +101,17 @@ def test_what_a_training_leaves_for_its_card_goes_along(hub, tmp_path):
     assert left <= hub.repositories["ada/name"].files().keys()
 
 
+def test_the_figures_arguments_and_pictures_of_a_training_are_published(hub, tmp_path):
+    names = {f"{name}.json" for name in ("training_args", "train_results", "eval_results", "all_results", "metrics")}
+    names |= {"loss_curve.png", "pictures/sample_1.jpg"}
+    save(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    publish(tmp_path, "ada/name")
+    assert names <= hub.repositories["ada/name"].files().keys()
+
+
 def test_what_the_folder_no_longer_has_leaves_an_existing_repository_in_the_same_commit(hub, tmp_path):
     save(tmp_path / "sharded", "50KB")
     model = save(tmp_path / "whole")

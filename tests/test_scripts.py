@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 from hf_maskformer import (
     MaskFormerDataCollator,
     MaskFormerForInstanceSegmentation,
+    MaskFormerImageProcessor,
     MaskFormerTrainer,
     MaskFormerTrainingArguments,
 )
@@ -633,3 +634,40 @@ def test_the_help_of_training_is_its_own_options_and_all_only_if_asked(monkeypat
         assert shown in helps["--help"]
     assert "--fsdp" not in helps["--help"]
     assert "--fsdp" in helps["--help_all"]
+
+
+def test_the_export_script_hands_on_sizes_and_the_thresholds_of_panoptic_segments(checkpoint, tmp_path, monkeypatch):
+    calls = []
+
+    def export_model(model, image_processor, *arguments, **options):
+        calls.append((arguments, options))
+        (tmp_path / "model").touch()
+        return tmp_path / "model"
+
+    script = load("export")
+    monkeypatch.setattr(script, "export_model", export_model)
+    for task in ("panoptic", "semantic"):
+        script.main(script.Arguments(str(checkpoint), "out", task=task, size=[64, 96], threshold=0.25))
+    thresholds = {"threshold": 0.25, "mask_threshold": 0.5, "overlap_mask_area_threshold": 0.8}
+    sizes = {"size": (64, 96), "output_size": None}
+    assert calls == [
+        (("out", "onnx", "panoptic"), {**sizes, **thresholds}),
+        (("out", "onnx", "semantic"), sizes),
+    ]
+    with pytest.raises(ValueError, match="--size takes a height and a width"):
+        script.main(script.Arguments(str(checkpoint), "out", size=[64]))
+
+
+def test_prediction_does_what_the_checkpoint_was_trained_for(checkpoint, data, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    processor = MaskFormerImageProcessor.from_pretrained(model)
+    processor.segmentation_task = "panoptic"
+    processor.save_pretrained(model)
+    image = data / "images" / "val" / "scene_00000.png"
+    for folder, options in (("default", {}), ("named", {"task": "semantic"})):
+        call("predict", checkpoint=model, input=image, output=tmp_path / folder, **options)
+    tasks = [
+        json.loads((tmp_path / folder / "scene_00000_segments.json").read_text())["task"]
+        for folder in ("default", "named")
+    ]
+    assert tasks == ["panoptic", "semantic"]
