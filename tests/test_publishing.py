@@ -340,3 +340,8 @@ def test_the_script_publishes_without_code_what_belongs_to_the_model(hub, tmp_pa
     script.main(script.parse_arguments([str(tmp_path / "model"), "ada/name"]))
     assert hub.repositories["ada/name"].files().keys() == EVALUATED
     assert not hub.repositories["ada/name"].private
+    (tmp_path / "model" / "eval_results.json").write_text('{"mean_iou": 0.5}')  # what is equal makes no commit
+    options = ["--revision", "second", "--message", "Another"]
+    script.main(script.parse_arguments([str(tmp_path / "model"), "ada/name", *options]))
+    branches = hub.repositories["ada/name"].branches
+    assert [branch[-1].title for branch in (branches["main"], branches["second"])] == ["Upload model", "Another"]
