@@ -47,14 +47,17 @@ def winograd_pays(states: Tensor, weight: Tensor) -> bool:
     # GPU libraries have it inside, and exported graphs are read by others: they get the plain operator.
     if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if type(weight) not in (Tensor, torch.nn.Parameter):  # quantised or sharded
+    if {type(states), type(weight)} - {Tensor, torch.nn.Parameter}:  # quantised, sharded or without values
         return False
     if not states.dtype == weight.dtype == torch.float32 or tuple(weight.shape[2:]) != (KERNEL, KERNEL):
         return False
     if min(weight.shape[:2]) < MIN_CHANNELS:
         return False
     # One compiled graph serves all sizes: there the operator looks at them.
-    return torch.compiler.is_compiling() or has_enough_tiles(states)
+    if torch.compiler.is_compiling():
+        return True
+    # Forward-mode derivatives are left to torch: the compiler refuses functions that define their own.
+    return torch.autograd.forward_ad._current_level < 0 and has_enough_tiles(states)
 
 
 def has_enough_tiles(states: Tensor) -> bool:

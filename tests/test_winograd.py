@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_maskformer import modeling_maskformer_winograd
 from hf_maskformer.modeling_maskformer_pixel_decoder import XavierConv2d
@@ -70,6 +71,18 @@ def test_gradients_of_gradients_are_the_convolutions():
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_derivatives_forward_are_the_convolutions(has_bias):
+    inputs = (LARGE, WIDE, torch.randn(MIN_CHANNELS))[: 2 + has_bias]
+    directions = tuple(torch.randn_like(tensor) for tensor in inputs)
+
+    def derivative(function):
+        return torch.func.jvp(lambda *inputs: function(*inputs, *([] if has_bias else [None])), inputs, directions)[1]
+
+    found, expected = derivative(convolve), derivative(lambda *inputs: F.conv2d(*inputs, padding=1))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_the_layout_of_the_input_does_not_matter():
     states, weight = torch.randn(2, 5, 9, 6), torch.randn(7, 5, 3, 3)
     other = winograd(states.contiguous(memory_format=torch.channels_last), weight, None)
@@ -93,6 +106,15 @@ def test_it_is_taken_where_it_pays_only():
         assert not winograd_pays(LARGE.to("meta"), WIDE.to("meta"))
         with torch.autocast("cpu", torch.bfloat16):
             assert not winograd_pays(LARGE, WIDE)
+
+
+@torch.no_grad()
+def test_a_run_without_values_leaves_no_trace():
+    modeling_maskformer_winograd.transforms.cache_clear()
+    weight = torch.nn.Parameter(WIDE)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        convolve(mode.from_tensor(LARGE), weight, None)
+    assert type(convolve(LARGE, weight, None)) is torch.Tensor
 
 
 @torch.no_grad()
