@@ -77,7 +77,7 @@ class ConvNorm(nn.Module):
             return norm(states)
         # The running statistics have counted this batch already.
         momentum, counter = norm.momentum, norm.num_batches_tracked
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum, norm.num_batches_tracked = 0.0, None if counter is None else counter.clone()
         try:
             return norm(states)
         finally:

@@ -373,8 +373,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(backbone):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_counts_the_statistics_of_a_batch_once(use_reentrant):
-    model, batches = tiny_model(freeze_batch_norm=False).train(), [tiny_batch(), tiny_batch()]
+@pytest.mark.parametrize("convert", [lambda model: model, torch.nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_gradient_checkpointing_counts_the_statistics_of_a_batch_once(use_reentrant, convert):
+    model, batches = convert(tiny_model(freeze_batch_norm=False).train()), [tiny_batch(), tiny_batch()]
     checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     for batch in batches:
