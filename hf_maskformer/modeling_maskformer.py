@@ -485,7 +485,7 @@ def check_weight_indices(folder: Any, subfolder: str) -> None:
     """
     if not isinstance(folder, str | os.PathLike):
         return
-    for path in Path(folder, subfolder).glob("*.index.json"):
+    for path in Path(folder, subfolder).glob("*.index*.json"):  # a variant's name stands in between
         try:
             names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:

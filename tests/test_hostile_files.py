@@ -278,6 +278,18 @@ def test_an_index_of_weights_that_lies_is_refused(checkpoint, tmp_path, index):
         MaskFormerForInstanceSegmentation.from_pretrained(folder)
 
 
+def test_an_index_of_a_variant_of_weights_that_lies_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "indexed"
+    folder.mkdir()
+    shutil.copy(checkpoint / "config.json", folder)
+    shutil.copy(checkpoint / "model.safetensors", tmp_path / "outside.safetensors")
+    names = MaskFormerForInstanceSegmentation.from_pretrained(checkpoint).state_dict()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../outside.safetensors")}
+    (folder / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    with pytest.raises(OSError, match="no file of its folder"):
+        MaskFormerForInstanceSegmentation.from_pretrained(folder, variant="fp16")
+
+
 def test_shards_with_a_true_index_are_read(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
