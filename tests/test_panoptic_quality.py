@@ -34,6 +34,14 @@ def metric_of(prediction, reference, num_labels=2):
     return metric
 
 
+def test_counting_goes_on_outside_of_the_inference_mode_it_began_in():
+    one = image([[1]], {1: THING})
+    with torch.inference_mode():
+        metric = metric_of(one, one)
+    metric.add(prediction=one, reference=one)
+    assert metric.totals.tolist() == [[2, 2, 0, 0], [0, 0, 0, 0]]
+
+
 def counts(prediction, reference, label=THING):
     """IoU sum, true positives, false positives and false negatives of one label."""
     return metric_of(prediction, reference).totals[label].tolist()

@@ -63,7 +63,8 @@ class PanopticQuality:
         expected = self._read_segments(reference, "reference")
         maps = to_tensors(prediction["segmentation"], reference["segmentation"])
         areas = _shared_areas(*maps, predicted, expected)
-        self.totals += torch.from_numpy(_match(areas, predicted, expected, self.num_labels))
+        # Not in place: totals made in inference mode can be added to outside of it.
+        self.totals = self.totals + torch.from_numpy(_match(areas, predicted, expected, self.num_labels))
 
     def add_batch(self, *, predictions: Iterable[Mapping[str, Any]], references: Iterable[Mapping[str, Any]]) -> None:
         """Counts several images, whose sizes may differ. See `add`."""
