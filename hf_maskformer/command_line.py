@@ -29,15 +29,17 @@ COMMANDS = {
     "benchmark": "benchmark.py",
 }
 
+_WHOLE = r"(?<![\w./\\-])"  # what follows is no part of a longer path, which a message may quote
+
 
 def as_commands(text: str) -> str:
     """The text of a script with commands of PROGRAM for scripts, and where configurations and pages of docs/ are."""
     for name, words in COMMANDS.items():
         text = text.replace(f"accelerate launch scripts/{words} ", f"accelerate launch -m hf_maskformer {name} ")
-        for script in (f"python scripts/{words}", f"scripts/{words}"):
-            text = text.replace(script, f"{PROGRAM} {name}")
-    text = re.sub(r"\bdocs/(?=\w+\.md)", f"{SCRIPTS.parent}/docs/", text)
-    return text.replace("scripts/configs/", f"{SCRIPTS}/configs/")
+        text = re.sub(rf"(python )?{_WHOLE}scripts/{re.escape(words)}", f"{PROGRAM} {name}", text)
+    return re.sub(
+        rf"{_WHOLE}(docs/(?=\w+\.md)|scripts/configs/)", lambda found: f"{SCRIPTS.parent}/{found.group()}", text
+    )
 
 
 class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

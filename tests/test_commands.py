@@ -9,7 +9,7 @@ import pytest
 from test_scripts import call, checkpoint, config, data  # noqa: F401  (fixtures)
 
 from hf_maskformer.__main__ import main
-from hf_maskformer.command_line import COMMANDS, errors_as_messages
+from hf_maskformer.command_line import COMMANDS, as_commands, errors_as_messages
 
 
 @pytest.fixture
@@ -111,6 +111,13 @@ def test_a_message_names_commands_and_the_pages_where_they_are(run, tmp_path):
     _, _, errors = run("evaluate", "--checkpoint=nowhere", f"--data={tmp_path / 'nowhere'}")
     (page,) = re.findall(r"\S+data\.md", errors)
     assert Path(page).is_file()
+
+
+def test_files_of_the_user_keep_their_paths_in_messages():
+    message = "my/docs/notes.md, /home/ada/scripts/train.py and x-scripts/configs/a.json"
+    assert as_commands(message) == message
+    text = "python scripts/train.py --config scripts/configs/small.json, see docs/data.md"
+    assert as_commands(as_commands(text)) == as_commands(text)
 
 
 def test_evaluate_prints_the_figures_of_its_file_as_json_alone(run, checkpoint, data, tmp_path):  # noqa: F811
