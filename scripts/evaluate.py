@@ -63,7 +63,8 @@ def main(arguments: Arguments) -> None:
         arguments.classes,
         format=arguments.format,
     )
-    task = arguments.task or task_of_data(dataset)
+    own_task = task_of_data(dataset)
+    task = arguments.task or own_task
     check_sample(task, dataset[0])
     options = loading_options(arguments.precision)
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(state.device)

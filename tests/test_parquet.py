@@ -76,6 +76,12 @@ def test_other_classes_want_another_folder(dataset, tmp_path):
         write_parquet(dataset, tmp_path / "out", "train")
 
 
+def test_an_empty_data_set_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="The val split is empty, so there is nothing to write"):
+        write_parquet(GeneratedScenes(0, image_size=(64, 64)), tmp_path / "out", "val")
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_of_an_earlier_writing_are_not_read_beside_the_new_ones(dataset, tmp_path):
     write_parquet(dataset, tmp_path / "out", "train", samples_per_file=1)
     write_parquet(dataset, tmp_path / "out", "train", samples_per_file=1)  # in their place

@@ -32,12 +32,14 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
         The files.
 
     Raises:
-        ValueError: a sample cannot be read, a map holds values that a PNG cannot, samples are of both forms, or the
-            folder has other classes or other files of the split.
+        ValueError: there is no sample or one cannot be read, a map holds values that a PNG cannot, samples are of both
+            forms, or the folder has other classes or other files of the split.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if len(dataset) == 0:
+        raise ValueError(f"The {split} split is empty, so there is nothing to write.")
     folder = Path(folder)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     _write_classes(dataset.labels, folder / "classes.json")
