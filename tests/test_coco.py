@@ -111,6 +111,17 @@ def test_samples_come_in_the_order_of_the_images_and_travel_to_workers(panoptic)
     assert [sample["name"] for sample in samples] == ["a", "b"]
 
 
+def test_images_of_one_name_in_several_folders_are_told_apart(tmp_path):
+    for write, open_file in ((write_panoptic, open_panoptic), (write_instances, open_instances)):
+        root = tmp_path / write.__name__
+        images = {"a/1": ([[0]], []), "b/1": ([[0]], []), "c": ([[0]], [])}
+        if write is write_instances:
+            images = dict.fromkeys(images, ((1, 1), []))
+        for folder in "ab":
+            (root / "annotations/panoptic_train" / folder).mkdir(parents=True)
+        assert [sample["name"] for sample in open_file(write(root, images))] == ["a/1", "b/1", "c"]
+
+
 def test_samples_are_counted_from_the_end_too(panoptic, tmp_path):
     annotations = [{"category_id": 1, "segmentation": SQUARE}]
     instances = write_instances(tmp_path / "instances", {"a": ((2, 4), []), "b": ((2, 4), annotations)})

@@ -1,6 +1,7 @@
 """What the three tasks need of samples and models, what is counted, and what is written."""
 
 import json
+from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from coco_files import CATEGORIES, write_instances, write_panoptic
 from models import resnet_config, tiny_model
 from PIL import Image
+from torch.utils.data import Subset
 
 from hf_maskformer import (
     AveragePrecision,
@@ -21,7 +23,7 @@ from hf_maskformer import (
 from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
-from hf_maskformer.evaluation import evaluation
+from hf_maskformer.evaluation import evaluation, export
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.export import PredictionWriter
 from hf_maskformer.evaluation.processes import merge_over_processes
@@ -254,6 +256,31 @@ def test_instances_are_written_as_coco_results(tmp_path):
     assert entries
     assert {entry["category_id"] for entry in entries} <= {category["id"] for category in CATEGORIES}
     assert COCO(str(tmp_path / "data/annotations/instances_train.json")).loadRes(str(tmp_path / "out/instances.json"))
+
+
+def test_parts_of_a_data_set_keep_the_ids_of_their_images(tmp_path):
+    dataset = CocoInstances(
+        write_instances(tmp_path, {name: ((1, 2), []) for name in "abc"}), tmp_path / "images/train"
+    )
+    part = Subset(Subset(dataset, [2, 1]), [1, 0])
+    writer = PredictionWriter(tmp_path / "out", "panoptic", part)
+    for index in range(2):
+        segmentation = torch.zeros(1, 2, dtype=torch.int32)
+        writer(index, f"{index}", {"segmentation": segmentation, "segments_info": []})
+    writer.finish()
+    entries = json.loads((tmp_path / "out/panoptic.json").read_text())["annotations"]
+    assert [entry["image_id"] for entry in entries] == [dataset.image_id(1), dataset.image_id(2)]
+
+
+def test_predictions_of_one_name_by_several_processes_are_an_error_in_each(tmp_path, monkeypatch):
+    dataset = Samples()
+    dataset.labels = LABELS
+    monkeypatch.setattr(export, "gather_object", lambda mine: [*mine, "name b", "name c"])  # the other's
+    for name in "ab":
+        writer = PredictionWriter(tmp_path, "semantic", dataset)
+        writer(0, name, torch.tensor([[0, 1]]))
+        with pytest.raises(ValueError, match="name b") if name == "b" else nullcontext():
+            writer.finish()
 
 
 def test_semantic_predictions_number_classes_as_the_files_do(tmp_path):

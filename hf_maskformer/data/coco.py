@@ -67,7 +67,7 @@ class CocoPanoptic(Dataset[Sample]):
         )
         return {
             "image": fit_image(load_image(image_path), ids.shape, str(image_path), str(map_path)),
-            "name": image_path.stem,
+            "name": self._file.sample_name(index),
             "segmentation_map": segmentation_map,
             "instance_id_to_semantic_id": id_to_label,
             "crowd_ids": crowd_ids,
@@ -126,7 +126,7 @@ class CocoInstances(Dataset[Sample]):
         labels = [self.labels.label_of(annotation["category_id"], self.label_source) for annotation in annotations]
         return {
             "image": image,
-            "name": image_path.stem,
+            "name": self._file.sample_name(index),
             "masks": masks,
             "labels": np.array(labels, dtype=np.int64),
             "iscrowd": np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool),

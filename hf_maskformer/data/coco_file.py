@@ -69,6 +69,11 @@ class CocoFile:
         """Where an image lies."""
         return self.image_folder / self._image_name(self.image(index)["file_name"])
 
+    def sample_name(self, index: int) -> str:
+        """What tells a sample from others: its image's name, after the folder that the file says, if any."""
+        file_name = self.image(index)["file_name"]
+        return Path(file_name).with_name(Path(self._image_name(file_name)).stem).as_posix()
+
     def annotations(self, index: int) -> list[Any]:
         """Reads the annotations of an image, in the order of the file. Raises an IndexError past the last one."""
         index = range(len(self))[index]  # counted from the end if negative

@@ -1,14 +1,16 @@
 """Writes the predictions of an evaluation in the files that other tools read."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.utils.data import Subset
 
-from ..data.labels import labels_of
+from ..data.labels import labels_of, shorten
 from ..data.sample import check_file_name
 from .formats import coco_results, panoptic_annotation, panoptic_image, semantic_image
 from .tasks import Task
@@ -27,10 +29,11 @@ class PredictionWriter:
     Args:
         folder: made if it does not exist; files of these names are replaced.
         task: of the evaluation.
-        dataset: what is evaluated; if it has a method `image_id(index)`, that names the images.
+        dataset: what is evaluated; if it, or what it is a `torch.utils.data.Subset` of, has a method `image_id(index)`,
+            that names the images.
 
     Raises a ValueError, when called, for a name that leads out of the folder, and for a name or id that a sample before
-    had: the worker processes of a stream each count their samples from 0.
+    had: the worker processes of a stream each count their samples from 0. `finish` raises it if another process had it.
     """
 
     def __init__(self, folder: str | Path, task: Task, dataset: Any) -> None:
@@ -47,7 +50,7 @@ class PredictionWriter:
             label_map = np.asarray(result.cpu()) + int(self._labels.do_reduce_labels)
             semantic_image(label_map).save(self._path(self._folder, name))
             return
-        image_id = self._dataset.image_id(index) if hasattr(self._dataset, "image_id") else index
+        image_id = _image_id(self._dataset, index)
         self._require_new(f"image_id {image_id}", "read a stream with no more than one worker process")
         if self._task == "panoptic":
             result = {**result, "segmentation": result["segmentation"].cpu()}
@@ -58,6 +61,12 @@ class PredictionWriter:
 
     def finish(self) -> None:
         """Writes the JSON file of all processes' entries; to be called by all of them once."""
+        counts = Counter(gather_object(sorted(self._identities)))
+        repeated = [identity for identity, count in counts.items() if count > 1]
+        if repeated:
+            raise ValueError(
+                f"Samples of several processes have the {shorten(repeated)}, so predictions were replaced."
+            )
         if self._task == "semantic":
             return
         entries = gather_object(self._entries)
@@ -78,3 +87,11 @@ class PredictionWriter:
         if identity in self._identities:
             raise ValueError(f"Several samples have the {identity}, which must tell their predictions apart; {remedy}.")
         self._identities.add(identity)
+
+
+def _image_id(dataset: Any, index: int) -> Any:
+    while not hasattr(dataset, "image_id"):
+        if not isinstance(dataset, Subset):
+            return index
+        dataset, index = dataset.dataset, dataset.indices[index]
+    return dataset.image_id(index)
