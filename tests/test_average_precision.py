@@ -278,6 +278,24 @@ def test_of_objects_of_the_same_iou_the_last_is_taken():
     assert figures(both, objects(halves[::-1]))["ap50"] == pytest.approx(51 / 101)
 
 
+def test_of_predictions_of_the_same_score_the_one_given_first_ranks_first():
+    one, other, truth = objects([FIRST], scores=[0.5]), objects([ELSEWHERE], scores=[0.5]), objects([FIRST])
+    empty = objects([], scores=[])
+    for first, second, ap in ((FIRST, ELSEWHERE, 1), (ELSEWHERE, FIRST, 0.5)):
+        assert figures(objects([first, second], scores=[0.5, 0.5]), truth)["ap"] == pytest.approx(ap)
+    above = objects([FIRST], scores=[0.5 + 1e-12])
+    for predictions, references, ap in (
+        ([one, other], [truth, empty], 1),
+        ([other, one], [empty, truth], 0.5),
+        ([other, above], [empty, truth], 1),
+    ):
+        metric, later = AveragePrecision(1), AveragePrecision(1)
+        metric.add(prediction=predictions[0], reference=references[0])
+        later.add(prediction=predictions[1], reference=references[1])
+        metric.merge(later)
+        assert metric.compute()["ap"] == pytest.approx(ap)
+
+
 def test_an_area_at_the_border_of_two_ranges_is_in_both():
     result = figures(objects([FIRST], scores=[1.0]), objects([FIRST], area=[32.0**2]))
     assert (result["ap_small"], result["ap_medium"]) == (1, 1)
