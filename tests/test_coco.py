@@ -291,6 +291,12 @@ def test_a_data_set_without_any_object_is_a_problem_and_no_single_sample_of_it(t
     check_samples(open_dataset(str(tmp_path), "train"))
 
 
+def test_void_beside_segments_hides_no_class(tmp_path):
+    segments = [{"id": 4, "category_id": 1}]
+    path = write_panoptic(tmp_path, {"a": ([[4, 0]], segments)}, categories=CATEGORIES[:2])
+    assert inspect_samples(open_panoptic(path)).problems == []
+
+
 def test_an_object_without_a_mask_is_named_with_what_to_do(tmp_path):
     write_instances(tmp_path, {"a": ((3, 4), [{"category_id": 1, "segmentation": []}])})
     with pytest.raises(ValueError, match=r"annotation 100 of image 7 has no polygon\. Draw its mask, or remove"):

@@ -283,6 +283,13 @@ def test_masks_of_0_and_255_are_refused_instead_of_ignoring_what_they_show(root)
     check_samples(SegmentationFolder(root, "train"))
 
 
+def test_the_0_that_reduced_labels_ignore_hides_no_class(root):
+    write_classes(root, do_reduce_labels=True)
+    for name in ("a", "b"):
+        write_sample(root, name, np.array([[0, 1, 1], [1, 1, 1]], dtype=np.uint8))
+    check_samples(SegmentationFolder(root, "train"))
+
+
 def test_classes_that_never_occur_are_named_without_stopping(root, transformers_log):
     write_classes(root, id2label={"0": "sky", "1": "road", "2": "tree", "3": "car"})
     check_samples(SegmentationFolder(root, "train"))

@@ -38,7 +38,7 @@ class DataReport:
         empty_segments: segments that are listed but have no pixel, one line for each sample with such. They are left
             out of training.
         pixels: pixels of each class, (K,) int64.
-        num_ignored: pixels of maps that belong to no class.
+        num_ignored: pixels of maps of classes that hold the value `ignore_index`.
         occurrences: samples in which each class occurs, (K,) int64.
     """
 
@@ -182,7 +182,6 @@ def _inspect(sample: Sample, dataset: Any, source: str) -> DataReport:
 def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: str) -> DataReport:
     check_sizes(sample["image"], sample["segmentation_map"].shape, sample["name"], source)
     values, counts = np.unique(sample["segmentation_map"], return_counts=True)
-    num_pixels = counts.sum()
     present = values.tolist()
     id_to_label = sample.get("instance_id_to_semantic_id")
     empty: list[str] = []
@@ -203,7 +202,7 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
     _check_labels(values, source, labels, label_source)
     classes = labels.class_map(values)
     is_class = classes != labels.ignore_index
-    num_ignored = num_pixels - counts[is_class].sum()
+    num_ignored = 0 if id_to_label is not None else counts[values == labels.ignore_index].sum()
     pixels = np.bincount(classes[is_class], counts[is_class], minlength=labels.num_labels)
     return DataReport(empty_segments=empty, pixels=pixels.astype(np.int64), num_ignored=int(num_ignored))
 
