@@ -170,12 +170,11 @@ class AveragePrecision:
                 np.unpackbits(own[name], axis=1).astype(bool).reshape(-1, num_areas, num_thresholds)
                 for name in ("is_hit", "is_false_alarm")
             )
-            for area, num_objects in enumerate(self.num_objects[label]):
-                for index, most in enumerate(MOST if num_objects else ()):
-                    counts = own["rank"] < most
-                    precision[:, :, label, area], recall[:, label, area, index] = curve(
-                        is_hit[counts, area], is_false_alarm[counts, area], num_objects
-                    )  # the precision that stays is that of the most predictions
+            for area in np.flatnonzero(self.num_objects[label]):
+                num_objects = self.num_objects[label, area]
+                precision[:, :, label, area] = curve(is_hit[:, area], is_false_alarm[:, area], num_objects)
+                for index, most in enumerate(MOST):
+                    recall[:, label, area, index] = is_hit[own["rank"] < most, area].sum(0) / num_objects
         return precision, recall
 
 

@@ -1,4 +1,4 @@
-"""How COCO matches predictions with objects, and its curves of precision over recall: pure functions of arrays.
+"""How COCO matches predictions with objects, and its curve of precision over recall: pure functions of arrays.
 
 D predictions and G reference objects of one label in one image, N predictions of one label in all images, T IoU
 thresholds, A = 4 ranges of area (all, small, medium, large), R recalls.
@@ -56,8 +56,8 @@ def match(
     return is_hit, is_false_alarm
 
 
-def curve(is_hit: np.ndarray, is_false_alarm: np.ndarray, num_objects: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gives the highest precision from each recall on, (T, R), and the recall of all predictions, (T,).
+def curve(is_hit: np.ndarray, is_false_alarm: np.ndarray, num_objects: int) -> np.ndarray:
+    """Gives the highest precision from each recall on, (T, R).
 
     Args:
         is_hit, is_false_alarm: (N, T), by falling score.
@@ -69,5 +69,4 @@ def curve(is_hit: np.ndarray, is_false_alarm: np.ndarray, num_objects: int) -> t
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     precision = np.concatenate([precision, np.zeros((1, precision.shape[1]))])  # recalls that are never reached
     places = np.array([np.searchsorted(column, RECALLS) for column in recall.T])
-    found = recall[-1] if len(recall) else np.zeros(is_hit.shape[1])
-    return np.take_along_axis(precision.T, places, axis=1), found
+    return np.take_along_axis(precision.T, places, axis=1)
