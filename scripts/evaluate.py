@@ -63,8 +63,7 @@ def main(arguments: Arguments) -> None:
         arguments.classes,
         format=arguments.format,
     )
-    own_task = task_of_data(dataset)
-    task = arguments.task or own_task
+    task = arguments.task or task_of_data(dataset)
     check_sample(task, dataset[0])
     options = loading_options(arguments.precision)
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(state.device)
@@ -92,14 +91,14 @@ def main(arguments: Arguments) -> None:
         scale_averaging=arguments.tta,
         on_result=writer,
     )
-    if writer is not None:
-        writer.finish()
     if state.is_main_process:
         content = json.dumps(as_json(figures, dataset.labels.id2label), indent=1)
         print(content if arguments.json else as_table(figures, dataset.labels.id2label))
         if arguments.output is not None:
             Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.output).write_text(content)
+    if writer is not None:  # last, since the figures are right even if predictions have replaced each other
+        writer.finish()
 
 
 if __name__ == "__main__":

@@ -110,8 +110,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream does not say how long it is. Give --max_steps.")
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
-    labels, own_task = train_dataset.labels, task_of_data(eval_dataset)
-    task = data.task or own_task
+    labels, task = train_dataset.labels, data.task or task_of_data(eval_dataset)
     model_arguments.check_data(eval_dataset, data.task)
     check_sample(task, eval_dataset[0])
     with training.main_process_first(desc="data check"):
