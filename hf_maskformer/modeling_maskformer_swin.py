@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .modeling_maskformer_linear import Linear
 from .modeling_maskformer_winograd import is_traced
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
@@ -28,7 +29,7 @@ SEPARATION = -100.0
 POSITIONS_AT_ONCE = 800
 
 
-class SwinLinear(nn.Linear):
+class SwinLinear(Linear):
     """A linear layer with the initialisation of Swin's authors."""
 
     def reset_parameters(self) -> None:

@@ -17,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
+from .modeling_maskformer_linear import Linear
 
 
-class AttentionProjection(nn.Linear):
+class AttentionProjection(Linear):
     """A projection of an attention layer, initialised as in the paper's code: Xavier, bias 0.
 
     Args:
@@ -36,7 +37,7 @@ class AttentionProjection(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class FeedForwardLinear(nn.Linear):
+class FeedForwardLinear(Linear):
     """A layer of the feed-forward network: Xavier, as in the paper's code."""
 
     def reset_parameters(self) -> None:

@@ -14,6 +14,7 @@ from hf_maskformer.modeling_maskformer_winograd import (
     MIN_CHANNELS,
     WinogradConvolution,
     convolve,
+    outruns_products,
     winograd,
     winograd_pays,
 )
@@ -21,6 +22,11 @@ from hf_maskformer.modeling_maskformer_winograd import (
 WIDE = torch.randn(MIN_CHANNELS, MIN_CHANNELS, 3, 3)
 LARGE = torch.randn(1, MIN_CHANNELS, 40, 40)
 SIZES = [(1, 1), (3, 5), (4, 8), (23, 18), (90, 37)]
+
+
+@pytest.fixture(autouse=True)
+def _a_processor_where_it_pays(monkeypatch):
+    monkeypatch.setattr(modeling_maskformer_winograd, "CONVOLUTIONS_OUTRUN_PRODUCTS", False)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -108,6 +114,24 @@ def test_it_is_taken_where_it_pays_only():
             assert not winograd_pays(LARGE, WIDE)
 
 
+@pytest.mark.parametrize(
+    ("vendor", "family", "outruns"),
+    [
+        ("AuthenticAMD", 26, True),
+        ("AuthenticAMD", 25, False),
+        ("GenuineIntel", 26, False),
+        ("AuthenticAMD", None, False),
+    ],
+)
+def test_it_is_left_where_convolutions_outrun_products(vendor, family, outruns, monkeypatch):
+    said = (
+        f"processor\t: 0\nvendor_id\t: {vendor}\n" + (f"cpu family\t: {family}\n" if family else "") + "model\t\t: 2\n"
+    )
+    assert outruns_products(said) == outruns
+    monkeypatch.setattr(modeling_maskformer_winograd, "CONVOLUTIONS_OUTRUN_PRODUCTS", outruns)
+    assert winograd_pays(LARGE, WIDE) != outruns
+
+
 @torch.no_grad()
 def test_a_run_without_values_leaves_no_trace():
     modeling_maskformer_winograd.transforms.cache_clear()
@@ -192,6 +216,7 @@ def test_a_copy_of_the_file_uses_the_operators_that_are_there():
     spec = importlib.util.spec_from_file_location("copy_of_winograd", path)
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
+    copy.CONVOLUTIONS_OUTRUN_PRODUCTS = False
     compiled = torch.compile(copy.convolve, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(LARGE, WIDE, None), convolve(LARGE, WIDE, None))
 

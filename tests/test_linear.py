@@ -1,0 +1,78 @@
+"""Linear layers computed as convolutions give what torch's give, and stay out of the way elsewhere."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+
+from hf_maskformer.modeling_maskformer_linear import MIN_POSITIONS, Linear, convolution_pays
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="here products are not left to MKL")
+
+STATES = torch.randn(2, MIN_POSITIONS, 12)
+
+
+@pytest.mark.parametrize("shape", [(MIN_POSITIONS,), (3, MIN_POSITIONS), (2, 8, MIN_POSITIONS // 4), (1, 1)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_values_and_gradients_are_the_linear_layers(shape, has_bias):
+    layer = Linear(12, 7, bias=has_bias)
+    states, direction = torch.randn(*shape, 12), torch.randn(*shape, 7)
+    results = []
+    for dtype, function in ((torch.float32, lambda states, *weights: layer(states)), (torch.float64, F.linear)):
+        leaves = [states.to(dtype).requires_grad_(), *(layer.parameters())]
+        if dtype == torch.float64:
+            leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        output = function(*leaves)
+        assert output.is_contiguous()
+        results.append([output, *torch.autograd.grad(output, leaves, direction.to(dtype))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layout_of_the_input_does_not_matter():
+    layer, turned = Linear(12, 7), torch.randn(12, MIN_POSITIONS).T
+    torch.testing.assert_close(layer(turned), F.linear(turned, layer.weight, layer.bias))
+
+
+def test_it_is_taken_where_it_pays_only():
+    weight = torch.randn(7, 12)
+    assert convolution_pays(STATES, weight)
+    assert not convolution_pays(STATES[:1, 1:], weight)
+    assert not convolution_pays(STATES[:0], weight)
+    assert not convolution_pays(STATES.double(), weight.double())
+    assert not convolution_pays(STATES.to("meta"), weight.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not convolution_pays(STATES, weight)
+
+    class Quantised(torch.Tensor):
+        pass
+
+    assert not convolution_pays(STATES, weight.as_subclass(Quantised))
+
+
+@torch.no_grad()
+def test_exported_graphs_hold_the_plain_operator():
+    program = torch.export.export(Linear(12, 7), (STATES,))
+    assert [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
+
+
+def test_a_compiled_graph_serves_every_number_of_positions():
+    layer = Linear(12, 7)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for states in (STATES, STATES[:1, :5], torch.randn(4, 33, 12)):
+        torch.testing.assert_close(compiled(states), F.linear(states, layer.weight, layer.bias))
+    assert counter.frame_count == 1
+
+
+def test_models_with_weights_of_their_own_can_be_run_and_trained_together():
+    layer = Linear(12, 7)
+
+    def loss(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (STATES,)).square().mean()
+
+    weights = torch.stack([layer.weight.detach(), -layer.weight.detach()])
+    found = torch.vmap(torch.func.grad(loss))(weights)
+    for gradient, weight in zip(found, weights, strict=True):
+        expected = torch.func.grad(lambda weight: F.linear(STATES, weight, layer.bias).square().mean())(weight)
+        torch.testing.assert_close(gradient, expected)
