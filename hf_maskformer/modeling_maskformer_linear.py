@@ -8,6 +8,7 @@ from .modeling_maskformer_winograd import is_exported
 
 # Of fewer positions, to arrange the weights takes as long as the product.
 MIN_POSITIONS = 64
+PRODUCTS_BY_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):
@@ -36,6 +37,4 @@ def convolution_pays(states: Tensor, weight: Tensor) -> bool:
         return False
     if not states.dtype == weight.dtype == torch.float32:
         return False
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    return torch.compiler.is_compiling() or states.numel() >= MIN_POSITIONS * states.shape[-1] > 0
+    return PRODUCTS_BY_MKL and (torch.compiler.is_compiling() or states.numel() >= MIN_POSITIONS * states.shape[-1] > 0)
