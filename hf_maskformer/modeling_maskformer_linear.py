@@ -23,10 +23,17 @@ class Linear(nn.Linear):
         """Takes (..., C) and gives (..., O)."""
         if not convolution_pays(input, self.weight):
             return super().forward(input)
-        # One image of one row of positions; with the channels of each side by side, as they are, nothing is copied.
-        positions = input.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
-        output = F.conv2d(positions, self.weight[:, :, None, None], self.bias)
-        return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+        if torch.compiler.is_compiling():
+            return torch.ops.hf_maskformer.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
+
+
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear` by a convolution."""
+    # One image of one row of positions; with the channels of each side by side, as they are, nothing is copied.
+    positions = states.reshape(1, 1, -1, states.shape[-1]).permute(0, 3, 1, 2)
+    output = F.conv2d(positions, weight[:, :, None, None], bias)
+    return output.permute(0, 2, 3, 1).reshape(*states.shape[:-1], len(weight))
 
 
 def convolution_pays(states: Tensor, weight: Tensor) -> bool:
@@ -35,6 +42,33 @@ def convolution_pays(states: Tensor, weight: Tensor) -> bool:
         return False
     if type(weight) not in (Tensor, nn.Parameter):  # quantised or sharded
         return False
-    if not states.dtype == weight.dtype == torch.float32:
+    if not states.dtype == weight.dtype == torch.float32 or not PRODUCTS_BY_MKL:
         return False
-    return PRODUCTS_BY_MKL and (torch.compiler.is_compiling() or states.numel() >= MIN_POSITIONS * states.shape[-1] > 0)
+    if torch.compiler.is_compiling():
+        return not torch.is_grad_enabled()
+    return states.numel() >= MIN_POSITIONS * states.shape[-1] > 0
+
+
+def linear_for_compiler(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a compiled graph calls: a convolution in sight of the compiler would have it rearrange all around it."""
+    if not states.numel():
+        return F.linear(states, weight, bias)
+    return linear(states, weight, bias).contiguous()
+
+
+def _register_operator() -> None:
+    if hasattr(torch.ops.hf_maskformer, "linear"):  # a copy of this file that a checkpoint brought along
+        return
+    library = torch.library.Library("hf_maskformer", "FRAGMENT")
+    _LIBRARIES.append(library)  # it takes its operator along when it goes
+    library.define("linear(Tensor states, Tensor weight, Tensor? bias) -> Tensor")
+    library.impl("linear", linear_for_compiler, "CPU")
+
+    def output_of_linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return states.new_empty(*states.shape[:-1], weight.shape[0])
+
+    torch.library.register_fake("hf_maskformer::linear", output_of_linear, lib=library)
+
+
+_LIBRARIES: list[torch.library.Library] = []
+_register_operator()

@@ -56,6 +56,7 @@ def test_exported_graphs_hold_the_plain_operator():
     assert [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
 
 
+@torch.no_grad()
 def test_a_compiled_graph_serves_every_number_of_positions():
     layer = Linear(12, 7)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -63,6 +64,18 @@ def test_a_compiled_graph_serves_every_number_of_positions():
     for states in (STATES, torch.randn(2, 5, 12), torch.randn(4, 33, 12)):
         torch.testing.assert_close(compiled(states), F.linear(states, layer.weight, layer.bias))
     assert counter.frame_count == 1
+
+
+def test_a_compiled_graph_is_trained_with_the_plain_operator():
+    layer = Linear(12, 7)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    gradients = [torch.autograd.grad(run(STATES).square().sum(), layer.parameters()) for run in (compiled, layer)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_operator_meets_torchs_rules():
+    for states in (STATES, STATES[:, :5], STATES[:0]):
+        torch.library.opcheck(torch.ops.hf_maskformer.linear.default, (states, torch.randn(7, 12), torch.randn(7)))
 
 
 def test_models_with_weights_of_their_own_can_be_run_and_trained_together():
