@@ -216,7 +216,7 @@ def _checked_size(name: str, size: Any, forms: Sequence[set[str]]) -> dict[str, 
     if not isinstance(size, Mapping) or set(size) not in forms:
         known = " or ".join(str(sorted(form)) for form in forms)
         raise ValueError(f"{name} is {size!r}; give a dictionary with {known}.")
-    if not all(isinstance(edge, int) and 0 < edge <= MAX_EDGE for edge in size.values()):
+    if not all(type(edge) is int and 0 < edge <= MAX_EDGE for edge in size.values()):  # True is an int too
         raise ValueError(f"{name} is {size}; every edge must be a positive integer, at most {MAX_EDGE}.")
     return dict(size)
 

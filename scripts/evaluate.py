@@ -99,6 +99,7 @@ def main(arguments: Arguments) -> None:
             Path(arguments.output).write_text(content)
     if writer is not None:  # last, since the figures are right even if predictions have replaced each other
         writer.finish()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

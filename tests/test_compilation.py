@@ -93,7 +93,13 @@ def test_a_compiled_model_gets_the_same_gradients(name):
     for loss in losses:
         loss.backward()
     for (name, parameter), other in zip(model.named_parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+        gradient, found = parameter.grad, other.grad
+        if parameter.requires_grad:
+            # Linear layers take their sums in another order: all of a gradient may be off by the rounding of its
+            # largest numbers.
+            scale = max(1, abs(gradient).max().item())
+            gradient, found = gradient / scale, found / scale
+        torch.testing.assert_close(found, gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.slow

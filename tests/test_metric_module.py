@@ -143,6 +143,7 @@ def count_a_share(name, folder):
     merge_over_processes(metric)
     figures = metric.compute()
     (Path(folder) / f"{state.process_index}.json").write_text(json.dumps(figures[FIGURES[name][0]]))
+    state.destroy_process_group()  # without it, torch may abort a process that ends
 
 
 @pytest.mark.slow
