@@ -143,6 +143,8 @@ def test_settings_that_change_nothing_are_accepted():
         ({"size_divisibility": 16, "size_divisor": 64}, "size_divisibility=16 contradicts size_divisor=64"),
         ({"size": {"height": 3, "width": 3}, "max_size": 9}, "max_size=9 contradicts size"),
         ({"size": {"longest_edge": 3}}, "size is .* give a dictionary with"),
+        ({"size": True}, "every edge must be a positive integer"),
+        ({"pad_size": {"height": 64, "width": True}}, "every edge must be a positive integer"),
         ({"size": {"shortest_edge": 0}}, "every edge must be a positive integer"),
         ({"pad_size": {"shortest_edge": 9}}, "pad_size is .* give a dictionary with"),
         ({"size_divisor": -1}, "size_divisor is -1"),

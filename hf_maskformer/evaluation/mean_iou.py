@@ -108,7 +108,7 @@ class MeanIoU:
             # All that follows reads the same in both, but numpy spends less on each of so many small steps.
             predicted, expected = predicted.numpy(), expected.numpy()
         is_ignored = expected == self.ignore_index
-        is_unknown = ~((expected >= 0) & (expected < self.num_labels) | is_ignored)
+        is_unknown = (expected != expected.clip(0, self.num_labels - 1)) > is_ignored
         if is_unknown.any():
             raise ValueError(
                 f"A reference contains label {int(expected[is_unknown][0])}, but there are {self.num_labels} labels (0 "

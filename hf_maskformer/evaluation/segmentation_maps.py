@@ -12,6 +12,8 @@ SegmentationMap: TypeAlias = Tensor | np.ndarray | Image.Image
 
 WORD = 8  # flags that are looked at together, as one number of 64 bits
 MAX_OCCUPIED = 0.9  # share of words in which a run ends, up to which runs are worth more than pixels
+# torch does next to nothing with unsigned types but uint8.
+_SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
 
 def to_tensors(prediction: SegmentationMap, reference: SegmentationMap) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ def pairs_with_counts(images: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, 
         ends, lengths = _runs([values.numpy() for values in predicted], [values.numpy() for values in expected])
     if lengths is not None:
         predicted, expected = (
-            [torch.from_numpy(values.numpy()[at]) for values, at in zip(maps, ends, strict=True)]
+            [values.index_select(0, torch.from_numpy(at)) for values, at in zip(maps, ends, strict=True)]
             for maps in (predicted, expected)
         )
     return _join(predicted), _join(expected), lengths
@@ -103,12 +105,12 @@ def _to_tensor(segmentation_map: SegmentationMap, role: str) -> Tensor:
             raise ValueError(f"The {role} holds {array.dtype}, but ids are integers.")
         # Only what torch can share is left uncopied: it warns of read-only arrays, such as those of PIL images, and
         # refuses other byte orders and reversed axes.
-        return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+        segmentation_map = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
     if segmentation_map.is_floating_point() or segmentation_map.is_complex():
         raise ValueError(f"The {role} holds {segmentation_map.dtype}, but ids are integers. Take the argmax first.")
-    return segmentation_map
+    return segmentation_map.to(_SIGNED.get(segmentation_map.dtype, segmentation_map.dtype))
 
 
 def _join(maps: list[Tensor]) -> Tensor:
-    # Unsigned and small types cannot hold the bounds and products that follow.
+    # Small types cannot hold the bounds and products that follow.
     return torch.cat([values.to(torch.int32 if values.element_size() < 4 else torch.int64) for values in maps])
