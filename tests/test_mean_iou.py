@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hf_maskformer.evaluation import mean_iou
 from hf_maskformer.evaluation.mean_iou import MeanIoU
 from hf_maskformer.evaluation.processes import merge_over_processes
 
@@ -122,8 +124,7 @@ def test_images_of_different_size_add_up_in_one_batch_and_over_several():
 
 def test_an_image_without_pixels_changes_nothing_for_those_beside_it():
     metric, smooth = MeanIoU(2), np.repeat([[0, 1]], 50, axis=1)
-    with threads(1):
-        metric.add_batch(predictions=[smooth, smooth[:0], smooth], references=[smooth, smooth[:0], 1 - smooth])
+    metric.add_batch(predictions=[smooth, smooth[:0], smooth], references=[smooth, smooth[:0], 1 - smooth])
     assert metric.confusion_matrix.tolist() == [[50, 50, 0], [50, 50, 0]]
 
 
@@ -204,7 +205,7 @@ INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torc
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_counts_equal_a_plain_bincount_of_the_pixels(data):
-    """Smooth maps and noise, of any integer type and layout, alone and in a batch counted by two threads."""
+    """Smooth maps and noise, of any integer type and layout: alone, all at once and a few at a time by two threads."""
     num_labels = data.draw(st.integers(1, 120))
     ignore_index = data.draw(st.integers(0, 127))
     random = np.random.default_rng(data.draw(st.integers(0, 99)))
@@ -220,21 +221,21 @@ def test_counts_equal_a_plain_bincount_of_the_pixels(data):
         expected += np.bincount(places, minlength=expected.size).reshape(expected.shape)
         pair = (torch.from_numpy(values).to(data.draw(st.sampled_from(INTEGERS))) for values in (prediction, reference))
         images.append([values.T.contiguous().T if data.draw(st.booleans()) else values for values in pair])
-    alone, together = MeanIoU(num_labels, ignore_index), MeanIoU(num_labels, ignore_index)
-    for prediction, reference in images:
-        alone.add(prediction=prediction, reference=reference)
-    with threads(2):
-        together.add_batch(predictions=[image[0] for image in images], references=[image[1] for image in images])
-    assert (alone.confusion_matrix.numpy() == expected).all()
-    assert (together.confusion_matrix.numpy() == expected).all()
+    predictions, references = zip(*images, strict=True)
+    for num_threads, pixels_at_once in [(1, 1), (1, 10**6), (2, 1), (2, 1000)]:
+        metric = MeanIoU(num_labels, ignore_index)
+        with threads(num_threads, pixels_at_once):
+            metric.add_batch(predictions=predictions, references=references)
+        assert (metric.confusion_matrix.numpy() == expected).all()
 
 
 @contextmanager
-def threads(number):
+def threads(number, pixels_at_once):
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
-        yield
+        with mock.patch.object(mean_iou, "PIXELS_AT_ONCE", pixels_at_once):
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -242,7 +243,7 @@ def threads(number):
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_unknown_label_within_a_batch_is_named_and_nothing_of_the_batch_counts(number):
     metric = MeanIoU(2)
-    with threads(number), pytest.raises(ValueError, match="contains label -3"):
+    with threads(number, pixels_at_once=2), pytest.raises(ValueError, match="contains label -3"):
         metric.add_batch(predictions=np.zeros((3, 1, 2), int), references=np.array([[[0, 1]], [[0, -3]], [[1, 1]]]))
     assert not metric.confusion_matrix.any()
 

@@ -1,17 +1,20 @@
 """Mean intersection over union of semantic segmentation, from one streaming confusion matrix."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .segmentation_maps import SegmentationMap, in_pairs, pairs_with_counts, to_tensors
+from .segmentation_maps import SegmentationMap, flag_run_ends, in_pairs, pairs_with_counts, to_tensors
 
-# Pixels that a thread counts at a time.
+# Pixels that are counted at a time.
 PIXELS_AT_ONCE = 2**20
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class MeanIoU:
@@ -55,22 +58,21 @@ class MeanIoU:
         self.add_batch(predictions=[prediction], references=[reference])
 
     def add_batch(self, *, predictions: Iterable[SegmentationMap], references: Iterable[SegmentationMap]) -> None:
-        """Counts several images, whose sizes may differ, on the CPU with torch's number of threads.
+        """Counts several images, whose sizes may differ, on the CPU with up to two threads, as torch may use.
 
         See `add`. If it raises an error, none of them counts.
         """
         images = [to_tensors(*maps) for maps in in_pairs(predictions, references)]
+        # Several images at a time where they are small, since each of many short steps takes its time to begin.
         is_on_cpu = all(predicted.device.type == "cpu" for predicted, _ in images)
-        num_threads = min(torch.get_num_threads(), len(images)) if is_on_cpu else 1
-        # Several images at a time where they are small: threads wait for the interpreter after each step.
         num_pixels = sum(predicted.numel() for predicted, _ in images)
-        num_parts = min(max(num_threads, -(-num_pixels // PIXELS_AT_ONCE)), len(images)) if is_on_cpu else len(images)
+        num_parts = min(max(1, -(-num_pixels // PIXELS_AT_ONCE)), len(images)) if is_on_cpu else len(images)
         parts = [images[index::num_parts] for index in range(num_parts)]
         matrix = self.confusion_matrix
-        with ThreadPoolExecutor(max(num_threads, 1)) as threads:
-            for counted in threads.map(self._count, parts) if num_threads > 1 else map(self._count, parts):
-                # Not in place: a matrix made in inference mode can be counted on outside of it.
-                matrix = matrix.to(counted.device) + counted
+        for part, ends_run in zip(parts, _one_ahead(flag_run_ends, parts), strict=True):
+            counted = self._count(part, ends_run)
+            # Not in place: a matrix made in inference mode can be counted on outside of it.
+            matrix = matrix.to(counted.device) + counted
         self.confusion_matrix = matrix
 
     def merge(self, other: "MeanIoU") -> None:
@@ -99,11 +101,11 @@ class MeanIoU:
         self.reset()
         return summarise(matrix)
 
-    def _count(self, images: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Gives the confusion matrix of a few images on one device."""
+    def _count(self, images: Sequence[tuple[Tensor, Tensor]], ends_run: np.ndarray | None) -> Tensor:
+        """Gives the confusion matrix of a few images on one device, for which `flag_run_ends` gave `ends_run`."""
         predicted: Any
         expected: Any
-        predicted, expected, counts = pairs_with_counts(images)
+        predicted, expected, counts = pairs_with_counts(images, ends_run)
         if predicted.device.type == "cpu":
             # All that follows reads the same in both, but numpy spends less on each of so many small steps.
             predicted, expected = predicted.numpy(), expected.numpy()
@@ -125,6 +127,20 @@ class MeanIoU:
             counts = torch.ones_like(places)
         matrix = counts.new_zeros(size * size).scatter_add_(0, places, counts)
         return matrix.view(size, size)[:-1]
+
+
+def _one_ahead(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Like `map`, but a thread is at the next item while the caller uses a result, if torch may use two."""
+    if len(items) < 2 or torch.get_num_threads() == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(function, items[0])
+        for item in items[1:]:
+            result = coming.result()
+            coming = thread.submit(function, item)
+            yield result
+        yield coming.result()
 
 
 def summarise(confusion_matrix: np.ndarray) -> dict[str, Any]:

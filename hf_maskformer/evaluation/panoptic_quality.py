@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .segmentation_maps import in_pairs, pairs_with_counts, to_tensors
+from .segmentation_maps import flag_run_ends, in_pairs, pairs_with_counts, to_tensors
 
 VOID = 0
 
@@ -129,7 +129,8 @@ class _Segments(NamedTuple):
 
 def _shared_areas(predicted_map: Tensor, expected_map: Tensor, predicted: _Segments, expected: _Segments) -> np.ndarray:
     """Counts the pixels of each pair of segments: (E + 1, P + 1), where row and column 0 are void."""
-    predicted_ids, expected_ids, counts = pairs_with_counts([(predicted_map, expected_map)])
+    images = [(predicted_map, expected_map)]
+    predicted_ids, expected_ids, counts = pairs_with_counts(images, flag_run_ends(images))
     columns, rows = _positions(predicted_ids, predicted), _positions(expected_ids, expected)
     shape = (len(expected.ids) + 1, len(predicted.ids) + 1)
     pairs = torch.bincount(rows * shape[1] + columns, counts, minlength=shape[0] * shape[1])
