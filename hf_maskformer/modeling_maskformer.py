@@ -71,9 +71,8 @@ class PixelLevelModule(nn.Module):
 
         Without features the pixel decoder frees each map of the backbone but the last once it has used it.
         """
-        # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout. On a CPU,
-        # torch 2.13 corrupts memory in the backward pass of such convolutions in bfloat16.
-        if pixel_values.is_cuda or not torch.is_grad_enabled():
+        # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
+        if self._is_safe_with_channels_last(pixel_values):
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         is_foreign = isinstance(self.encoder, PreTrainedModel)
         # A list of our own: the pixel decoder empties it.
@@ -83,6 +82,14 @@ class PixelLevelModule(nn.Module):
             memory_sizes = covered_part(*sizes_in_batch(pixel_values, pixel_mask), features[-1].shape[-2:])
         returned = tuple(features) if with_features else (features[-1],)
         return returned, self.decoder(features, memory_sizes, with_embeddings)
+
+    def _is_safe_with_channels_last(self, pixel_values: Tensor) -> bool:
+        if pixel_values.is_cuda or not torch.is_grad_enabled():
+            return True
+        # On a CPU, torch 2.13 corrupts memory in the backward pass of some such convolutions: in bfloat16, and of 1 x 1
+        # pixels with a stride, which backbones of others may have.
+        is_half = pixel_values.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        return pixel_values.device.type == "cpu" and isinstance(self.encoder, ResNetBackbone) and not is_half
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
         super().train(mode)

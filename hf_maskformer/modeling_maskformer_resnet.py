@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -25,6 +26,14 @@ class Convolution(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1) and input.device.type == "cpu" and torch.is_grad_enabled():
+            # On a CPU, torch 2.13 corrupts memory in the backward pass of such convolutions with a stride, if the
+            # channels of a pixel lie side by side.
+            rows, columns = self.stride
+            return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
+        return super().forward(input)
 
 
 class BatchNorm(nn.BatchNorm2d):

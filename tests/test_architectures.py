@@ -1,5 +1,7 @@
 """Architectures of which no numbers are stored, against a plain reading of the paper's code in PyTorch's own layers."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from hf_maskformer.configuration_maskformer_parts import (
     SimpleFeaturePyramidConfig,
 )
 from hf_maskformer.hub.key_table import from_original, to_original
+from hf_maskformer.modeling_maskformer_resnet import Convolution
 from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
 
 TRANSFORMER = {
@@ -215,6 +218,27 @@ def test_our_resnet_is_the_resnet_of_transformers(layer_type: str, downsampling:
         for a, b in zip(ours(pixel_values), stock(pixel_values).feature_maps, strict=True):
             assert close(a, b)
     assert ours.channels == stock.channels
+    # Gradients too, in the layout in which the model trains and in the plain one.
+    stock_maps = stock(pixel_values).feature_maps
+    sum((features**2).sum() for features in stock_maps).backward()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours.zero_grad()
+        sum((features**2).sum() for features in ours(pixel_values.contiguous(memory_format=layout))).backward()
+        for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+            assert not a.requires_grad or close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("channels", [3, 8, 64])
+def test_a_narrow_convolution_with_a_stride_leaves_memory_alone(channels: int) -> None:
+    """torch's own ends the process within a few of these."""
+    convolution = Convolution(channels, 16, 1, stride=2, bias=False)
+    for batch_size, height, width in itertools.product((1, 2, 3), (7, 33, 60, 66), (9, 32, 47, 64)):
+        states = torch.randn(batch_size, channels, height, width, requires_grad=True)
+        output = convolution(states.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(output, F.conv2d(states, convolution.weight, stride=2))
+        output.sum().backward()
+        expected = convolution.weight.sum(0).expand_as(states[0, :, ::2, ::2])
+        torch.testing.assert_close(states.grad[-1, :, ::2, ::2], expected)
 
 
 OTHER_BACKBONES = {
