@@ -86,10 +86,10 @@ class PixelLevelModule(nn.Module):
     def _is_safe_with_channels_last(self, pixel_values: Tensor) -> bool:
         if pixel_values.is_cuda or not torch.is_grad_enabled():
             return True
-        # On a CPU, torch 2.13 corrupts memory in the backward pass of some such convolutions: in bfloat16, and of 1 x 1
-        # pixels with a stride, which backbones of others may have.
-        is_half = pixel_values.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        return pixel_values.device.type == "cpu" and isinstance(self.encoder, ResNetBackbone) and not is_half
+        # On a CPU, torch 2.13 corrupts memory in the backward pass of some narrow convolutions in that layout: of 1 x 1
+        # pixels with a stride, which backbones of others may have, and in bfloat16 of dilated ones.
+        is_single = pixel_values.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return pixel_values.device.type == "cpu" and isinstance(self.encoder, ResNetBackbone) and is_single
 
     def train(self, mode: bool = True) -> "PixelLevelModule":
         super().train(mode)

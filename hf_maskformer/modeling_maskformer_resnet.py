@@ -28,9 +28,10 @@ class Convolution(nn.Conv2d):
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1) and input.device.type == "cpu" and torch.is_grad_enabled():
-            # On a CPU, torch 2.13 corrupts memory in the backward pass of such convolutions with a stride, if the
-            # channels of a pixel lie side by side.
+        is_strided = self.kernel_size == (1, 1) != self.stride
+        if is_strided and input.device.type == "cpu" and torch.is_grad_enabled():
+            # On a CPU, torch 2.13 corrupts memory in the backward pass of such convolutions, if their input has fewer
+            # than 16 channels, side by side. Without padding, only the pixels taken here count.
             rows, columns = self.stride
             return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
         return super().forward(input)

@@ -199,7 +199,7 @@ def test_windows_are_the_map_shifted_and_cut_and_come_back(size, shift):
 
 
 def test_half_precision_trains_on_a_cpu_with_narrow_convolutions():
-    """In the layout of inference, torch's bfloat16 convolutions corrupt memory in their backward pass."""
+    """In the layout of inference, some of torch's bfloat16 convolutions corrupt memory in their backward pass."""
     model, batch = tiny_model(freeze_batch_norm=False).train(), tiny_batch()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch).loss

@@ -69,7 +69,8 @@ class MeanIoU:
         num_parts = min(max(1, -(-num_pixels // PIXELS_AT_ONCE)), len(images)) if is_on_cpu else len(images)
         parts = [images[index::num_parts] for index in range(num_parts)]
         matrix = self.confusion_matrix
-        for part, ends_run in zip(parts, _one_ahead(flag_run_ends, parts), strict=True):
+        flags = _one_ahead(flag_run_ends, parts) if is_on_cpu else map(flag_run_ends, parts)
+        for part, ends_run in zip(parts, flags, strict=True):
             counted = self._count(part, ends_run)
             # Not in place: a matrix made in inference mode can be counted on outside of it.
             matrix = matrix.to(counted.device) + counted

@@ -109,7 +109,7 @@ def pairs_with_counts(
 
 
 def _places(flags: np.ndarray) -> np.ndarray | None:
-    """Where flags are true, if these are few: what `np.flatnonzero` gives, in half the time."""
+    """Where flags, of whole words, are true, if these are few: what `np.flatnonzero` gives, in half the time."""
     words = flags.view(np.uint64)
     occupied = np.flatnonzero(words != 0)
     if len(occupied) > MAX_OCCUPIED * len(words):
@@ -129,7 +129,7 @@ def _to_tensor(segmentation_map: SegmentationMap, role: str) -> Tensor:
         segmentation_map = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
     if segmentation_map.is_floating_point() or segmentation_map.is_complex():
         raise ValueError(f"The {role} holds {segmentation_map.dtype}, but ids are integers. Take the argmax first.")
-    return segmentation_map.to(_SIGNED.get(segmentation_map.dtype, segmentation_map.dtype))
+    return segmentation_map.to(_SIGNED.get(segmentation_map.dtype, segmentation_map.dtype)).contiguous()
 
 
 def _join(maps: list[Tensor]) -> Tensor:
