@@ -21,7 +21,7 @@ FOCAL_GAMMA = 2.0  # the closed forms of the gradient below are those of an expo
 # The logit of a pixel that shall not count outside: its probability, 2e-35, and focal loss add nothing to any sum.
 NEVER = -80.0
 # Pixels in work at once: small enough for a CPU's cache, large enough to keep a GPU busy.
-CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**18, 2**23
+CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**19, 2**23
 BLOCK_SIZE = 32
 # Logits at points to choose from in work at once: 16 MiB.
 MANY_POINTS = 2**22

@@ -4,7 +4,6 @@ Letters: B images, L decoder layers, Q queries, N segments in one image, P pixel
 """
 
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -57,30 +56,6 @@ def pairwise_mask_costs(mask_logits: Tensor, masks: Tensor, left_out: Tensor | N
         area.append(probabilities.sum(1, keepdim=True))
     dice = 1 - (2 * torch.cat(overlap) + 1) / (torch.cat(area) + inside.sum(0) + 1)
     return torch.cat(focal)[:, :num_segments] / num_counted, dice[:, :num_segments]
-
-
-def mask_logits_of_image(
-    mask_logits: Tensor | None, embeddings: tuple[Tensor, Tensor] | None, image: int, pixels: Tensor | None
-) -> Iterator[Tensor]:
-    """Mask logits of an image after each layer, (Q, P), at some pixels or all (None).
-
-    If there are no logits they are made from embeddings, after one layer at a time and at those pixels only.
-
-    Args:
-        mask_logits: (L, B, Q, h, w).
-        embeddings: Of masks (L, B, Q, C) and pixels (B, C, h, w).
-        image: Which one.
-        pixels: (P,), positions in h * w.
-    """
-    if mask_logits is not None:
-        for logits in mask_logits[:, image].flatten(2):
-            yield logits if pixels is None else logits.index_select(1, pixels)
-    elif embeddings is not None:
-        pixel_embeddings = embeddings[1][image].flatten(1)
-        if pixels is not None:
-            pixel_embeddings = pixel_embeddings.index_select(1, pixels)
-        for mask_embeddings in embeddings[0][:, image]:
-            yield mask_embeddings @ pixel_embeddings
 
 
 def assign(costs: Tensor, num_segments: list[int]) -> list[list[Match]]:

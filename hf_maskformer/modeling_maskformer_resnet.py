@@ -32,8 +32,8 @@ class Convolution(nn.Conv2d):
         if is_strided and input.device.type == "cpu" and torch.is_grad_enabled():
             # On a CPU, torch 2.13 corrupts memory in the backward pass of such convolutions, if their input has fewer
             # than 16 channels, side by side. Without padding, only the pixels taken here count.
-            rows, columns = self.stride
-            return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
+            # Pooling of single pixels takes them, and keeps the layout of the gradient, which slicing does not.
+            return F.conv2d(F.avg_pool2d(input, 1, self.stride), self.weight, self.bias)
         return super().forward(input)
 
 
@@ -223,6 +223,7 @@ class ResNetBackbone(nn.Module):
         self.channels = [sizes[name] for name in self.out_features]
         self.embedder = ResNetStem(config)
         self.encoder = ResNetEncoder(config)
+        self.is_dilated = is_of_type(config, MaskFormerResNetConfig) and max(config.last_stage_dilations) > 1
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         states = self.embedder(pixel_values)
@@ -244,5 +245,9 @@ def is_recomputed() -> bool:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether a module's call does what its class does: adapters replace modules, offloading and others hook in."""
-    is_hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
-    return type(module) in (Convolution, BatchNorm, nn.SyncBatchNorm) and not is_hooked
+    return type(module) in (Convolution, BatchNorm, nn.SyncBatchNorm) and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return hasattr(module, "_hf_hook") or any(hooks)

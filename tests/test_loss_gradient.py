@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_maskformer import MaskFormerLoss
+from hf_maskformer.loss_maskformer_logits import Projection, matched_mask_logits
 from hf_maskformer.loss_maskformer_masks import (
     DenseMaskLosses,
     Enlargement,
@@ -150,6 +151,64 @@ def test_embeddings_and_logits_give_the_same_loss_and_gradient(void_in_loss):
     found = torch.autograd.grad(from_embeddings, embeddings)
     assert from_embeddings.item() == pytest.approx(from_logits.item(), rel=1e-6)
     assert_same_gradients(dict(enumerate(found)), dict(enumerate(expected)))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0]])
+@pytest.mark.parametrize("frozen", [None, "level", "weight", "bias"])
+def test_mask_logits_have_the_same_gradient_around_the_pixel_embeddings(counts, frozen):
+    operands = {
+        "mask_embeddings": torch.randn(sum(counts), 8),
+        "level": torch.randn(3, 5, 7, 6),
+        "weight": torch.randn(8, 5, 3, 3),
+        "bias": torch.randn(8),
+    }
+    leaves = [operand.double().requires_grad_(name != frozen) for name, operand in operands.items()]
+    mask_embeddings, *projection = leaves
+    pixel_embeddings = F.conv2d(*projection, padding=1)
+    folded, plain = (
+        matched_mask_logits(mask_embeddings, pixel_embeddings, counts, *given)
+        for given in ([Projection(*projection)], [])
+    )
+    assert torch.equal(folded, plain)
+    assert isinstance(folded.grad_fn, torch.autograd.function.BackwardCFunction)
+    learning, upstream = [leaf for leaf in leaves if leaf.requires_grad], torch.randn_like(plain)
+    found, expected = (torch.autograd.grad(logits, learning, upstream) for logits in (folded, plain))
+    for gradient, expected_gradient in zip(found, expected, strict=True):
+        assert torch.allclose(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_rounds_mask_logits_and_their_gradient_once():
+    mask_embeddings, level, weight, bias = leaves = [
+        torch.randn(*shape, requires_grad=True) for shape in ((4, 16), (1, 8, 9, 9), (16, 8, 3, 3), (16,))
+    ]
+    upstream = torch.randn(4, 9, 9)
+    plain = torch.einsum("mc,bchw->mhw", mask_embeddings, F.conv2d(level, weight, bias, padding=1))
+    expected = torch.autograd.grad(plain, leaves, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        pixel_embeddings = F.conv2d(level, weight, bias, padding=1)
+        logits = matched_mask_logits(mask_embeddings, pixel_embeddings, [4], Projection(level, weight, bias))
+    assert logits.dtype == torch.bfloat16
+    for found, of_plain in zip(torch.autograd.grad(logits, leaves, upstream.bfloat16()), expected, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - of_plain).norm() < 0.01 * of_plain.norm()
+
+
+def test_a_hook_on_the_projection_sees_its_gradient():
+    """The gradient goes around the pixel embeddings, but not where somebody looks at it there."""
+    batch, seen, work, gradients = tiny_batch(), [], [], []
+    model = tiny_model(mask_feature_size=32).train()
+    for is_hooked in (False, True):
+        if is_hooked:
+            projection = model.model.pixel_level_module.decoder.mask_projection
+            projection.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            model(**batch).loss.backward()
+        work.append(counter.get_total_flops())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert seen == [(2, 32, 16, 24)]
+    assert work[0] < work[1]
+    assert_same_gradients(*gradients)
 
 
 def test_without_logits_they_are_made_from_the_embeddings():

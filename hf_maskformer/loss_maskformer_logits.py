@@ -1,0 +1,134 @@
+"""Mask logits from the embeddings of queries and pixels: of all queries for matching, of matched ones to learn from.
+
+Letters: B images, L decoder layers, Q queries, M matched pairs of the batch, m those of one image, C pixel feature
+width, F channels of the pyramid, P pixels; h x w = H/4 x W/4 for the H x W padded image.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Projection(NamedTuple):
+    """The convolution, of stride 1, that made pixel embeddings.
+
+    Args:
+        level: Its input, (B, F, h, w).
+        weight: (C, F, 3, 3), or another size; padded so that the map keeps its own.
+        bias: (C,).
+    """
+
+    level: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def mask_logits_of_image(
+    mask_logits: Tensor | None, embeddings: tuple[Tensor, Tensor] | None, image: int, pixels: Tensor | None
+) -> Iterator[Tensor]:
+    """Mask logits of an image after each layer, (Q, P), at some pixels or all (None).
+
+    If there are no logits they are made from embeddings, after one layer at a time and at those pixels only.
+
+    Args:
+        mask_logits: (L, B, Q, h, w).
+        embeddings: Of masks (L, B, Q, C) and pixels (B, C, h, w).
+        image: Which one.
+        pixels: (P,), positions in h * w.
+    """
+    if mask_logits is not None:
+        for logits in mask_logits[:, image].flatten(2):
+            yield logits if pixels is None else logits.index_select(1, pixels)
+    elif embeddings is not None:
+        pixel_embeddings = embeddings[1][image].flatten(1)
+        if pixels is not None:
+            pixel_embeddings = pixel_embeddings.index_select(1, pixels)
+        for mask_embeddings in embeddings[0][:, image]:
+            yield mask_embeddings @ pixel_embeddings
+
+
+def matched_mask_logits(
+    mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int], projection: Projection | None = None
+) -> Tensor:
+    """Mask logits (M, h, w) of matched queries, differentiable.
+
+    With a projection the gradient passes by the pixel embeddings if there are at most half as many masks: see
+    `FoldedMaskLogits`.
+
+    Args:
+        mask_embeddings: (M, C), sorted by image.
+        pixel_embeddings: (B, C, h, w).
+        counts: How many of the M belong to each image.
+        projection: What made the pixel embeddings.
+    """
+    if projection is not None and 2 * len(mask_embeddings) <= pixel_embeddings.shape[:2].numel():
+        return FoldedMaskLogits.apply(mask_embeddings, pixel_embeddings.detach(), counts, *projection)
+    return _products(mask_embeddings, pixel_embeddings, counts)
+
+
+def _products(mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int]) -> Tensor:
+    # Each image by itself, so that the gradient of its pixels is made by one product for all layers.
+    products = [
+        of_image @ pixels.flatten(1)
+        for of_image, pixels in zip(mask_embeddings.split(counts), pixel_embeddings.unbind(), strict=True)
+    ]
+    return torch.cat(products).unflatten(1, pixel_embeddings.shape[-2:])
+
+
+class FoldedMaskLogits(torch.autograd.Function):
+    """Mask logits whose gradient does not go through the pixel embeddings.
+
+    Mask embeddings and the projection make one convolution from the pyramid to the masks of an image, with m output
+    channels instead of C. Its gradient is that of both, and costs m / C of the projection's alone.
+
+    Shapes:
+        mask_embeddings: (M, C), sorted by image; `counts` says how many each image has.
+        pixel_embeddings: (B, C, h, w), without gradient.
+        level, weight, bias: Those of `Projection`.
+        returns: (M, h, w), differentiable once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mask_embeddings: Tensor,
+        pixel_embeddings: Tensor,
+        counts: list[int],
+        level: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(mask_embeddings, pixel_embeddings, level, weight, bias)
+        ctx.counts = counts
+        return _products(mask_embeddings, pixel_embeddings, counts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        mask_embeddings, pixel_embeddings, level, weight, bias = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        padding = [size // 2 for size in weight.shape[2:]]
+        geometry = ([1, 1], padding, [1, 1], False, [0, 0], 1)
+        of_masks = torch.empty_like(mask_embeddings)
+        of_level = torch.zeros_like(level) if needed[0] else None
+        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        stop = 0
+        for image, count in enumerate(ctx.counts):
+            if count == 0:
+                continue
+            rows = slice(stop, stop := stop + count)
+            embeddings = mask_embeddings[rows].to(weight.dtype)
+            of_masks[rows] = gradient[rows].flatten(1) @ pixel_embeddings[image].flatten(1).T.to(gradient.dtype)
+            # Folded in the precision of the weights, convolved in that of the logits (autocast).
+            kernels = (embeddings @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+            operands = (gradient[rows][None], level[image][None].to(gradient.dtype), kernels.to(gradient.dtype))
+            of_image, of_kernels, of_biases = torch.ops.aten.convolution_backward(*operands, [count], *geometry, needed)
+            if of_level is not None:
+                of_level[image] = of_image[0]
+            if needed[1]:
+                of_weight += (embeddings.T @ of_kernels.flatten(1).to(weight.dtype)).view_as(weight)
+            if needed[2]:
+                of_bias += embeddings.T @ of_biases.to(bias.dtype)
+        return of_masks, None, None, of_level, of_weight if needed[1] else None, of_bias if needed[2] else None
