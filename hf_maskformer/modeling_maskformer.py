@@ -8,100 +8,25 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .configuration_maskformer import MaskFormerConfig
-from .configuration_maskformer_parts import MaskFormerTransformerConfig, errors_as_value_errors, is_of_type
 from .loss_maskformer import MaskFormerLoss
 from .loss_maskformer_logits import Projection
-from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid, build_foreign_backbone, switch_attention
+from .modeling_maskformer_feature_pyramid import switch_attention
 from .modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput, MaskFormerModelOutput
-from .modeling_maskformer_pixel_decoder import MaskProjection, PixelDecoder, PixelDecoderOutput
-from .modeling_maskformer_resnet import ResNetBackbone, is_hooked
-from .modeling_maskformer_swin import SwinBackbone
+from .modeling_maskformer_pixel_decoder import MaskProjection
+from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
+from .modeling_maskformer_resnet import is_hooked
 from .modeling_maskformer_transformer_decoder import TransformerModule
 
 MAX_PARAMETERS = 10**10  # 40 GB; the largest backbone of transformers has 7e9
-STRIDES = (4, 8, 16, 32)  # of the backbone's feature maps
-OWN_BACKBONES: dict[str, type[nn.Module]] = {
-    "resnet": ResNetBackbone,
-    "maskformer-resnet": ResNetBackbone,
-    "swin": SwinBackbone,
-    "maskformer-swin": SwinBackbone,
-    "maskformer-simple-feature-pyramid": SimpleFeaturePyramid,
-}
-
-
-class PixelLevelModule(nn.Module):
-    """Backbone and pixel decoder.
-
-    Shapes:
-        pixel_values: (B, 3, H, W).
-        returns: the backbone's four feature maps, or the last alone, and what the pixel decoder makes of them.
-    """
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.encoder = build_backbone(config.backbone_config)
-        self.freeze_batch_norm = config.freeze_batch_norm
-        transformer = config.decoder_config
-        has_encoder = is_of_type(transformer, MaskFormerTransformerConfig) and transformer.pixel_decoder_layers > 0
-        self.decoder = PixelDecoder(
-            self.encoder.channels,
-            config.fpn_feature_size,
-            config.mask_feature_size,
-            transformer if has_encoder else None,
-        )
-        self.train(self.training)
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        with_embeddings: bool = True,
-        with_features: bool = False,
-    ) -> tuple[tuple[Tensor, ...], PixelDecoderOutput]:
-        """With a `pixel_mask` (B, H, W), transformer encoder layers leave the padding out.
-
-        Without features the pixel decoder frees each map of the backbone but the last once it has used it.
-        """
-        # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
-        if self._is_safe_with_channels_last(pixel_values):
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        is_foreign = isinstance(self.encoder, PreTrainedModel)
-        # A list of our own: the pixel decoder empties it.
-        features = list(foreign_feature_maps(self.encoder, pixel_values) if is_foreign else self.encoder(pixel_values))
-        memory_sizes = None
-        if pixel_mask is not None:
-            memory_sizes = covered_part(*sizes_in_batch(pixel_values, pixel_mask), features[-1].shape[-2:])
-        returned = tuple(features) if with_features else (features[-1],)
-        return returned, self.decoder(features, memory_sizes, with_embeddings)
-
-    def _is_safe_with_channels_last(self, pixel_values: Tensor) -> bool:
-        if pixel_values.is_cuda or not torch.is_grad_enabled():
-            return True
-        # On a CPU, torch 2.13 corrupts memory in the backward pass of some narrow convolutions in that layout: of 1 x 1
-        # pixels with a stride, which backbones of others may have, and in bfloat16 of dilated ones.
-        if pixel_values.device.type != "cpu" or not isinstance(self.encoder, ResNetBackbone):
-            return False
-        is_single = pixel_values.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return is_single or not self.encoder.is_dilated
-
-    def train(self, mode: bool = True) -> "PixelLevelModule":
-        super().train(mode)
-        if self.freeze_batch_norm:
-            for module in self.encoder.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    # Here rather than once: loading replaces the parameters, then calls eval().
-                    module.eval().requires_grad_(False)
-        return self
 
 
 class MaskEmbedder(nn.Module):
@@ -444,68 +369,6 @@ def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:
     scores = class_logits.float().softmax(-1)[..., :-1].amax(-1)
     count = max(int((scores >= threshold).sum(1).max()), 1)
     return scores.topk(count, dim=1).indices.sort(dim=1).values
-
-
-def build_backbone(config: PreTrainedConfig) -> Any:
-    """The backbone of a configuration: one of ours, or what `AutoBackbone` builds. All have `channels`.
-
-    Raises:
-        ValueError: There is no such backbone.
-    """
-    own = OWN_BACKBONES.get(config.model_type)
-    # Each type has its own rules for its fields, of which only its modules know some.
-    with errors_as_value_errors("backbone_config"):
-        return build_foreign_backbone(config) if own is None else own(config)
-
-
-def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Sequence[Tensor]:
-    """The feature maps of a backbone that is not ours, whose strides only its maps tell.
-
-    Raises:
-        ValueError: The image is too small for it, or its strides are not 4, 8, 16 and 32.
-    """
-    height, width = pixel_values.shape[-2:]
-    if min(height, width) < STRIDES[-1]:
-        raise ValueError(
-            f"pixel_values are {height} x {width} pixels, but a {type(backbone).__name__} needs at least "
-            f"{STRIDES[-1]} each way. Pad them: size_divisor={STRIDES[-1]} of the image processor."
-        )
-    feature_maps = backbone(pixel_values).feature_maps
-    heights = [feature_map.shape[-2] for feature_map in feature_maps]
-    # Sides that do not divide are rounded either way.
-    fits = [height // stride <= found <= -(-height // stride) for found, stride in zip(heights, STRIDES, strict=False)]
-    if len(fits) != len(STRIDES) or not all(fits):
-        found = tuple(round(height / found) for found in heights)
-        raise ValueError(
-            f"The feature maps of {type(backbone).__name__} have the strides {found}, but the pixel decoder needs "
-            f"{STRIDES}. Choose other out_features in backbone_config, or another backbone."
-        )
-    return feature_maps
-
-
-def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(height, width) of each image without and with its padding, both (B, 2) int64.
-
-    Images lie at the top left, so the mask's rows and columns that hold any image give the size. Raises a ValueError
-    for a mask of another shape than the images'.
-    """
-    shape = (pixel_values.shape[0], *pixel_values.shape[-2:])
-    if pixel_mask is not None and pixel_mask.shape != shape:
-        raise ValueError(
-            f"pixel_mask has the shape {tuple(pixel_mask.shape)}, but the images are {tuple(pixel_values.shape)}: give "
-            f"one number for each pixel, {shape}, 1 in the image and 0 in its padding."
-        )
-    padded_sizes = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).repeat(pixel_values.shape[0], 1)
-    if pixel_mask is None:
-        return padded_sizes, padded_sizes
-    is_image = pixel_mask.bool()
-    return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=1), padded_sizes
-
-
-def covered_part(image_sizes: Tensor, padded_sizes: Tensor, size: Sequence[int]) -> Tensor:
-    """How many rows and columns of a feature map of this size hold at least a pixel of each image, (B, 2) int64."""
-    scaled = image_sizes * torch.tensor(size, device=image_sizes.device)
-    return (scaled + padded_sizes - 1) // padded_sizes
 
 
 def check_weight_indices(folder: Any, subfolder: str) -> None:

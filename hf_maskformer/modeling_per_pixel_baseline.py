@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .configuration_per_pixel_baseline import PerPixelBaselineConfig
-from .modeling_maskformer import MaskEmbedder, MaskFormerPreTrainedModel, PixelLevelModule, first_set, sizes_in_batch
+from .modeling_maskformer import MaskEmbedder, MaskFormerPreTrainedModel, first_set
+from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
 from .modeling_maskformer_transformer_decoder import TransformerModule
 from .post_processing_per_pixel_baseline import enlarge_per_pixel_logits
 

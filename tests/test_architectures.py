@@ -241,6 +241,24 @@ def test_a_narrow_convolution_with_a_stride_leaves_memory_alone(channels: int) -
         torch.testing.assert_close(states.grad[-1, :, ::2, ::2], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_dilated_resnet_trains_in_the_plain_layout_in_half_precision(dilation: int, dtype: torch.dtype) -> None:
+    """The backward pass of torch's narrow dilated convolutions writes beyond its memory in the other one, on a CPU."""
+    backbone = MaskFormerResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1], last_stage_dilations=[dilation]
+    )
+    model, is_channels_last = tiny_model(backbone).train(), []
+    model.model.pixel_level_module.encoder.register_forward_pre_hook(
+        lambda module, inputs: is_channels_last.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    batch = tiny_batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(**batch).loss.backward()
+    model.to(dtype)(batch["pixel_values"].to(dtype))
+    assert is_channels_last == [dilation == 1 or dtype == torch.float32] * 2
+
+
 OTHER_BACKBONES = {
     "convnext": convnext_config,
     "swinv2": swinv2_config,

@@ -20,7 +20,7 @@ from models import (
 )
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerModel
-from hf_maskformer.modeling_maskformer import covered_part
+from hf_maskformer.modeling_maskformer_pixel_level import covered_part
 from hf_maskformer.modeling_maskformer_swin import SwinBlock
 from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
 

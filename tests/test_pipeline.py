@@ -15,7 +15,8 @@ from transformers import pipeline
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.evaluation.pipeline import MaskFormerPipeline
-from hf_maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput, sizes_in_batch
+from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput
+from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
 from hf_maskformer.modeling_per_pixel_baseline import PerPixelBaselineOutput
 
 THRESHOLDS = {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}

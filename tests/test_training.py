@@ -33,7 +33,8 @@ from hf_maskformer.data.labels import LabelSet, labels_of
 from hf_maskformer.evaluation import evaluation
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.hub.key_table import to_original
-from hf_maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput, sizes_in_batch
+from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput
+from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
 from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.starting_point import image_processor_for, model_on_backbone, new_model, pretrained_model
 
