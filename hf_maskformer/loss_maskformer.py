@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_maskformer_parts import check_loss
-from .loss_maskformer_logits import Projection, mask_logits_of_image, matched_mask_logits
+from .loss_maskformer_logits import mask_logits_of_image, matched_mask_logits
 from .loss_maskformer_masks import DenseMaskLosses, MatchedMasks, PointSampling, SampledMaskLosses
 from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask_costs
 from .loss_maskformer_targets import (
@@ -132,7 +132,6 @@ class MaskFormerLoss(nn.Module):
         size: Sequence[int] | None = None,
         *,
         embeddings: tuple[Tensor, Tensor] | None = None,
-        projection: Projection | None = None,
         image_sizes: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -149,8 +148,6 @@ class MaskFormerLoss(nn.Module):
                 are. Those of all queries are then never held at once, or computed for pixels that matching does not
                 look at; those of the matched queries are computed again, with gradient. If logits are given too,
                 matching takes them as they are.
-            projection: What made the pixel embeddings. The gradient may then reach its input and weights, rather than
-                the pixel embeddings, on a shorter way.
             image_sizes: (B, 2), (height, width) of each image without its padding, if known: masks in lists that end
                 neither there nor where the batch does are then refused. Otherwise the largest must have the size of
                 the batch, and smaller ones are taken to end where their image does.
@@ -207,8 +204,7 @@ class MaskFormerLoss(nn.Module):
         )
         counts = [sum(len(layer_matches[image][0]) for layer_matches in matches) for image in range(batch_size)]
         if embeddings is not None:
-            of_matched = embeddings[0][layers, images, queries]
-            mask_logits = matched_mask_logits(of_matched, embeddings[1], counts, projection)
+            mask_logits = matched_mask_logits(embeddings[0][layers, images, queries], embeddings[1], counts)
         else:
             mask_logits = cast(Tensor, masks_queries_logits)[layers, images, queries]
 

@@ -10,19 +10,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Of a tensor of pixel embeddings, see `remember_projection`.
+ATTRIBUTE = "_made_by_projection"
+
 
 class Projection(NamedTuple):
-    """The convolution, of stride 1, that made pixel embeddings.
+    """The 3 x 3 convolution, of stride 1 with one pixel of zeros around, that made pixel embeddings.
 
     Args:
         level: Its input, (B, F, h, w).
-        weight: (C, F, 3, 3), or another size; padded so that the map keeps its own.
+        weight: (C, F, 3, 3).
         bias: (C,).
+        version: What torch counted of changes to the pixel embeddings when they were made.
     """
 
     level: Tensor
     weight: Tensor
     bias: Tensor
+    version: int
+
+
+def remember_projection(pixel_embeddings: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Notes on pixel embeddings what made them, so that the gradient of a loss may go around them."""
+    setattr(pixel_embeddings, ATTRIBUTE, Projection(level, weight, bias, pixel_embeddings._version))
+
+
+def take_projection(pixel_embeddings: Tensor) -> Projection | None:
+    """What made pixel embeddings, if they are as it made them and nobody waits for their gradient.
+
+    What a hook or an adapter puts in their place has no such note; in-place changes are counted; and whoever gathers
+    weights only for the backward pass, as sharding does, has a hook on the tensor. The note is gone afterwards: it
+    keeps the pyramid in memory.
+    """
+    projection = pixel_embeddings.__dict__.pop(ATTRIBUTE, None)
+    if projection is None or projection.version != pixel_embeddings._version or pixel_embeddings._backward_hooks:
+        return None
+    return projection
 
 
 def mask_logits_of_image(
@@ -49,22 +72,19 @@ def mask_logits_of_image(
             yield mask_embeddings @ pixel_embeddings
 
 
-def matched_mask_logits(
-    mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int], projection: Projection | None = None
-) -> Tensor:
+def matched_mask_logits(mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int]) -> Tensor:
     """Mask logits (M, h, w) of matched queries, differentiable.
-
-    With a projection the gradient passes by the pixel embeddings if there are at most half as many masks: see
-    `FoldedMaskLogits`.
 
     Args:
         mask_embeddings: (M, C), sorted by image.
         pixel_embeddings: (B, C, h, w).
         counts: How many of the M belong to each image.
-        projection: What made the pixel embeddings.
     """
+    projection = take_projection(pixel_embeddings)
+    # Going around them costs M / (B * C) of their own gradient in convolutions, and some smaller products: at a half
+    # it saves a third of the time or more.
     if projection is not None and 2 * len(mask_embeddings) <= pixel_embeddings.shape[:2].numel():
-        return FoldedMaskLogits.apply(mask_embeddings, pixel_embeddings.detach(), counts, *projection)
+        return FoldedMaskLogits.apply(mask_embeddings, pixel_embeddings.detach(), counts, *projection[:3])
     return _products(mask_embeddings, pixel_embeddings, counts)
 
 
@@ -81,7 +101,7 @@ class FoldedMaskLogits(torch.autograd.Function):
     """Mask logits whose gradient does not go through the pixel embeddings.
 
     Mask embeddings and the projection make one convolution from the pyramid to the masks of an image, with m output
-    channels instead of C. Its gradient is that of both, and costs m / C of the projection's alone.
+    channels instead of C. The gradient is that of this convolution.
 
     Shapes:
         mask_embeddings: (M, C), sorted by image; `counts` says how many each image has.
@@ -109,9 +129,8 @@ class FoldedMaskLogits(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         mask_embeddings, pixel_embeddings, level, weight, bias = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
-        padding = [size // 2 for size in weight.shape[2:]]
-        geometry = ([1, 1], padding, [1, 1], False, [0, 0], 1)
-        of_masks = torch.empty_like(mask_embeddings)
+        geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        of_masks = torch.empty_like(mask_embeddings) if ctx.needs_input_grad[0] else None
         of_level = torch.zeros_like(level) if needed[0] else None
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         stop = 0
@@ -119,9 +138,11 @@ class FoldedMaskLogits(torch.autograd.Function):
             if count == 0:
                 continue
             rows = slice(stop, stop := stop + count)
+            if of_masks is not None:
+                pixels = pixel_embeddings[image].flatten(1).to(gradient.dtype)
+                of_masks[rows] = gradient[rows].flatten(1) @ pixels.T
+            # Folded in the precision of the weights, convolved in that of the logits, which autocast may have chosen.
             embeddings = mask_embeddings[rows].to(weight.dtype)
-            of_masks[rows] = gradient[rows].flatten(1) @ pixel_embeddings[image].flatten(1).T.to(gradient.dtype)
-            # Folded in the precision of the weights, convolved in that of the logits (autocast).
             kernels = (embeddings @ weight.flatten(1)).unflatten(1, weight.shape[1:])
             operands = (gradient[rows][None], level[image][None].to(gradient.dtype), kernels.to(gradient.dtype))
             of_image, of_kernels, of_biases = torch.ops.aten.convolution_backward(*operands, [count], *geometry, needed)

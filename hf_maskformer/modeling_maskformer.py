@@ -18,12 +18,10 @@ from transformers import PreTrainedModel
 
 from .configuration_maskformer import MaskFormerConfig
 from .loss_maskformer import MaskFormerLoss
-from .loss_maskformer_logits import Projection
 from .modeling_maskformer_feature_pyramid import switch_attention
 from .modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput, MaskFormerModelOutput
 from .modeling_maskformer_pixel_decoder import MaskProjection
 from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
-from .modeling_maskformer_resnet import is_hooked
 from .modeling_maskformer_transformer_decoder import TransformerModule
 
 MAX_PARAMETERS = 10**10  # 40 GB; the largest backbone of transformers has 7e9
@@ -147,7 +145,6 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        with_levels: bool = False,
         **kwargs: object,
     ) -> MaskFormerModelOutput | tuple:
         """Runs backbone, pixel decoder and transformer decoder.
@@ -157,7 +154,6 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
             pixel_mask: (B, H, W), 1 = image, 0 = padding. Like the paper's code, the network does not read it unless
                 the configuration's `mask_padding` is set.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
-            with_levels: Give `pixel_decoder_hidden_states`, if no other hidden states.
         """
         output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = first_set(output_attentions, self.config.output_attentions)
@@ -173,10 +169,9 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
             attentions=queries.attentions,
             transformer_decoder_intermediate_states=queries.intermediate_states,
         )
-        if with_levels or output_hidden_states:
-            output.pixel_decoder_hidden_states = tuple(levels)
         if output_hidden_states:
             output.encoder_hidden_states = features
+            output.pixel_decoder_hidden_states = tuple(levels)
             output.transformer_decoder_hidden_states = queries.hidden_states
             output.hidden_states = (*features, *levels, *queries.hidden_states)
         return output if first_set(return_dict, self.config.return_dict) else output.to_tuple()
@@ -253,7 +248,6 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
-            with_levels=has_labels,
         )
         pixel_embeddings = outputs.pixel_decoder_last_hidden_state
         queries = outputs.transformer_decoder_intermediate_states
@@ -277,7 +271,6 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
                 class_labels,
                 pixel_values.shape[-2:],
                 embeddings=(mask_embeddings[supervised], pixel_embeddings),
-                projection=self._projection(outputs.pixel_decoder_hidden_states[-1]),
                 image_sizes=image_sizes,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -288,32 +281,17 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
                 {"masks_queries_logits": masks, "class_queries_logits": classes}
                 for masks, classes in zip(mask_logits[:-1], class_logits[:-1], strict=True)
             ]
-        internal = ["transformer_decoder_intermediate_states"]
-        if outputs.hidden_states is None:
-            internal.append("pixel_decoder_hidden_states")  # which only the loss asked for
         output = MaskFormerForInstanceSegmentationOutput(
             loss=loss,
             class_queries_logits=class_logits[-1],
             masks_queries_logits=mask_logits[-1],
             auxiliary_logits=auxiliary_logits,
-            **{name: value for name, value in outputs.items() if name not in internal},
+            **{name: value for name, value in outputs.items() if name != "transformer_decoder_intermediate_states"},
             loss_dict=loss_dict,
             image_sizes=image_sizes,
             padded_sizes=padded_sizes,
         )
         return output if first_set(return_dict, self.config.return_dict) else output.to_tuple()
-
-    def _projection(self, level: Tensor) -> Projection | None:
-        """What makes the pixel embeddings, from the finest level of the pyramid, if the loss may go around it.
-
-        On a CPU only: on others nobody has measured whether that pays. And not where an adapter, an offloaded weight or
-        somebody's hook is in its place.
-        """
-        module = self.model.pixel_level_module.decoder.mask_projection
-        is_plain = type(module) is MaskProjection and type(module.weight) is nn.Parameter and not is_hooked(module)
-        if level.device.type != "cpu" or not torch.is_grad_enabled() or not is_plain:
-            return None
-        return Projection(level, module.weight, module.bias)
 
     @torch.no_grad()
     def predict(

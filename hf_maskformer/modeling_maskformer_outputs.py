@@ -47,7 +47,8 @@ class MaskFormerForInstanceSegmentationOutput(ModelOutput):
         class_queries_logits: (B, Q, K + 1); the last class is "no object".
         masks_queries_logits: (B, Q, h, w), before the sigmoid. Detached if labels were given: the loss has its own.
         auxiliary_logits: One dictionary with the two logits for each decoder layer but the last, if asked for.
-        encoder_last_hidden_state: This and all that follow up to `attentions` as in `MaskFormerModelOutput`.
+        encoder_last_hidden_state: This and all that follow up to `attentions` as in `MaskFormerModelOutput`. On a CPU
+            the gradient of the loss may go around the pixel embeddings: hook them in the model, not here, to see it.
         loss_dict: Every weighted loss term by name, detached, if labels were given: `loss_cross_entropy`,
             `loss_mask`, `loss_dice` for the last layer, the same with `_0`, `_1`, ... for the layers before it.
         image_sizes: (B, 2) int64, (height, width) of each image inside the padded batch, from `pixel_mask`.

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
+from .loss_maskformer_logits import remember_projection
 from .modeling_maskformer_transformer_layers import TransformerEncoder
-from .modeling_maskformer_winograd import convolve
+from .modeling_maskformer_winograd import convolve, is_traced
 
 
 class XavierConv2d(nn.Conv2d):
@@ -37,7 +38,12 @@ class MaskProjection(XavierConv2d):
     def forward(self, level: Tensor, mask_embeddings: Tensor | None = None) -> Tensor:
         """Takes (B, C_pyramid, h, w) and mask embeddings (B, Q, C); gives (B, C, h, w), or masks (B, Q, h, w)."""
         if mask_embeddings is None:
-            return super().forward(level)
+            pixel_embeddings = super().forward(level)
+            # Where it was measured, on CPUs; and a compiled graph has a backward pass of its own.
+            can_go_around = level.device.type == "cpu" and pixel_embeddings.requires_grad and not is_traced()
+            if can_go_around and self.bias is not None and {type(self.weight), type(self.bias)} == {nn.Parameter}:
+                remember_projection(pixel_embeddings, level, self.weight, self.bias)
+            return pixel_embeddings
         kernels = torch.einsum("bqc,cfyx->bqfyx", mask_embeddings, self.weight)
         biases = torch.einsum("bqc,c->bq", mask_embeddings, self.bias)
         return torch.cat(

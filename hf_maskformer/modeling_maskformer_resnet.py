@@ -245,9 +245,5 @@ def is_recomputed() -> bool:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether a module's call does what its class does: adapters replace modules, offloading and others hook in."""
-    return type(module) in (Convolution, BatchNorm, nn.SyncBatchNorm) and not is_hooked(module)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return hasattr(module, "_hf_hook") or any(hooks)
+    is_hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
+    return type(module) in (Convolution, BatchNorm, nn.SyncBatchNorm) and not is_hooked

@@ -233,17 +233,22 @@ def test_a_narrow_convolution_with_a_stride_leaves_memory_alone(channels: int) -
     """torch's own ends the process within a few of these."""
     convolution = Convolution(channels, 16, 1, stride=2, bias=False)
     for batch_size, height, width in itertools.product((1, 2, 3), (7, 33, 60, 66), (9, 32, 47, 64)):
-        states = torch.randn(batch_size, channels, height, width, requires_grad=True)
-        output = convolution(states.contiguous(memory_format=torch.channels_last))
+        states, gradients = torch.randn(batch_size, channels, height, width, requires_grad=True), []
+        side_by_side = states.contiguous(memory_format=torch.channels_last)
+        side_by_side.register_hook(gradients.append)
+        output = convolution(side_by_side)
         torch.testing.assert_close(output, F.conv2d(states, convolution.weight, stride=2))
         output.sum().backward()
         expected = convolution.weight.sum(0).expand_as(states[0, :, ::2, ::2])
         torch.testing.assert_close(states.grad[-1, :, ::2, ::2], expected)
+        assert gradients[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_a_dilated_resnet_trains_in_the_plain_layout_in_half_precision(dilation: int, dtype: torch.dtype) -> None:
+def test_a_resnet_trains_with_channels_side_by_side_unless_dilated_in_half_precision(
+    dilation: int, dtype: torch.dtype
+) -> None:
     """The backward pass of torch's narrow dilated convolutions writes beyond its memory in the other one, on a CPU."""
     backbone = MaskFormerResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1], last_stage_dilations=[dilation]

@@ -14,10 +14,11 @@ from models import (
     tiny_model,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_maskformer import MaskFormerLoss
-from hf_maskformer.loss_maskformer_logits import Projection, matched_mask_logits
+from hf_maskformer.loss_maskformer_logits import matched_mask_logits
 from hf_maskformer.loss_maskformer_masks import (
     DenseMaskLosses,
     Enlargement,
@@ -28,6 +29,7 @@ from hf_maskformer.loss_maskformer_masks import (
     plain_mask_losses,
 )
 from hf_maskformer.loss_maskformer_targets import are_owned, prepare_targets
+from hf_maskformer.modeling_maskformer_pixel_decoder import MaskProjection
 
 TOLERANCE = 1e-5  # relative L2 per tensor
 FLOOR = 1e-6  # of the total norm: some true gradients are zero
@@ -154,61 +156,107 @@ def test_embeddings_and_logits_give_the_same_loss_and_gradient(void_in_loss):
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0]])
-@pytest.mark.parametrize("frozen", [None, "level", "weight", "bias"])
+@pytest.mark.parametrize("frozen", [None, "mask_embeddings", "level", "weight", "bias"])
 def test_mask_logits_have_the_same_gradient_around_the_pixel_embeddings(counts, frozen):
-    operands = {
-        "mask_embeddings": torch.randn(sum(counts), 8),
-        "level": torch.randn(3, 5, 7, 6),
-        "weight": torch.randn(8, 5, 3, 3),
-        "bias": torch.randn(8),
+    projection = MaskProjection(5, 8, kernel_size=3, padding=1).double()
+    leaves = {
+        "mask_embeddings": torch.randn(sum(counts), 8).double(),
+        "level": torch.randn(3, 5, 7, 6).double(),
+        **dict(projection.named_parameters()),
     }
-    leaves = [operand.double().requires_grad_(name != frozen) for name, operand in operands.items()]
-    mask_embeddings, *projection = leaves
-    pixel_embeddings = F.conv2d(*projection, padding=1)
-    folded, plain = (
-        matched_mask_logits(mask_embeddings, pixel_embeddings, counts, *given)
-        for given in ([Projection(*projection)], [])
-    )
-    assert torch.equal(folded, plain)
-    assert isinstance(folded.grad_fn, torch.autograd.function.BackwardCFunction)
-    learning, upstream = [leaf for leaf in leaves if leaf.requires_grad], torch.randn_like(plain)
-    found, expected = (torch.autograd.grad(logits, learning, upstream) for logits in (folded, plain))
-    for gradient, expected_gradient in zip(found, expected, strict=True):
-        assert torch.allclose(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != frozen)
+    learning = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    upstream = torch.randn(sum(counts), 7, 6).double()
+    results = []
+    for goes_around in (True, False):
+        pixel_embeddings = projection(leaves["level"])
+        pixel_embeddings = pixel_embeddings if goes_around else pixel_embeddings.view_as(pixel_embeddings)
+        logits = matched_mask_logits(leaves["mask_embeddings"], pixel_embeddings, counts)
+        assert (type(logits.grad_fn).__name__ == "FoldedMaskLogitsBackward") == goes_around
+        results.append([logits, *torch.autograd.grad(logits, learning, upstream)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "goes_around"), [(4, True), (5, False)])
+def test_many_masks_send_their_gradient_through_the_pixel_embeddings(count, goes_around):
+    pixel_embeddings = MaskProjection(5, 8, kernel_size=3, padding=1)(torch.randn(1, 5, 7, 6))
+    logits = matched_mask_logits(torch.randn(count, 8), pixel_embeddings, [count])
+    assert (type(logits.grad_fn).__name__ == "FoldedMaskLogitsBackward") == goes_around
 
 
 def test_autocast_rounds_mask_logits_and_their_gradient_once():
-    mask_embeddings, level, weight, bias = leaves = [
-        torch.randn(*shape, requires_grad=True) for shape in ((4, 16), (1, 8, 9, 9), (16, 8, 3, 3), (16,))
-    ]
-    upstream = torch.randn(4, 9, 9)
-    plain = torch.einsum("mc,bchw->mhw", mask_embeddings, F.conv2d(level, weight, bias, padding=1))
+    projection = MaskProjection(8, 16, kernel_size=3, padding=1)
+    mask_embeddings, level = torch.randn(4, 16, requires_grad=True), torch.randn(1, 8, 9, 9, requires_grad=True)
+    leaves, upstream = [mask_embeddings, level, *projection.parameters()], torch.randn(4, 9, 9)
+    plain = torch.einsum("mc,bchw->mhw", mask_embeddings, projection(level))
     expected = torch.autograd.grad(plain, leaves, upstream)
     with torch.autocast("cpu", torch.bfloat16):
-        pixel_embeddings = F.conv2d(level, weight, bias, padding=1)
-        logits = matched_mask_logits(mask_embeddings, pixel_embeddings, [4], Projection(level, weight, bias))
+        logits = matched_mask_logits(mask_embeddings, projection(level), [4])
     assert logits.dtype == torch.bfloat16
     for found, of_plain in zip(torch.autograd.grad(logits, leaves, upstream.bfloat16()), expected, strict=True):
         assert found.dtype == torch.float32
         assert (found - of_plain).norm() < 0.01 * of_plain.norm()
 
 
+class BackwardWork(TorchDispatchMode):
+    """Counts the products in the backward pass of convolutions, once for the two gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            gradient, _, weight, *_ = args
+            self.num_products += gradient.numel() * weight[0].numel()
+        return function(*args, **(kwargs or {}))
+
+
+def gradients_and_work(model, batch) -> tuple[dict[str, Tensor], int]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    with BackwardWork() as work:
+        loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, work.num_products
+
+
 def test_a_hook_on_the_projection_sees_its_gradient():
-    """The gradient goes around the pixel embeddings, but not where somebody looks at it there."""
-    batch, seen, work, gradients = tiny_batch(), [], [], []
-    model = tiny_model(mask_feature_size=32).train()
-    for is_hooked in (False, True):
-        if is_hooked:
-            projection = model.model.pixel_level_module.decoder.mask_projection
-            projection.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
-        model.zero_grad()
-        with FlopCounterMode(display=False) as counter:
-            model(**batch).loss.backward()
-        work.append(counter.get_total_flops())
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    batch, seen, model = tiny_batch(), [], tiny_model(mask_feature_size=32).train()
+    around, less_work = gradients_and_work(model, batch)
+    projection = model.model.pixel_level_module.decoder.mask_projection
+    projection.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    through, work = gradients_and_work(model, batch)
     assert seen == [(2, 32, 16, 24)]
-    assert work[0] < work[1]
-    assert_same_gradients(*gradients)
+    assert less_work < work
+    assert_same_gradients(around, through)
+
+
+@pytest.mark.parametrize("change", [Tensor.tanh, Tensor.tanh_], ids=["replaced", "in place"])
+def test_what_changes_the_pixel_embeddings_has_its_part_in_the_gradient(change):
+    """A hook of the pixel decoder; the loss by its definition takes what comes out."""
+    model, batch = tiny_model(mask_feature_size=32).train(), as_mask_list(tiny_batch())
+    decoder = model.model.pixel_level_module.decoder
+    decoder.register_forward_hook(
+        lambda module, inputs, output: output._replace(pixel_embeddings=change(output.pixel_embeddings))
+    )
+    found, _ = gradients_and_work(model, batch)
+    model.zero_grad()
+    outputs = model(batch["pixel_values"], output_auxiliary_logits=True)
+    layers = [*outputs.auxiliary_logits, outputs]
+    logits = [torch.stack([layer[f"{kind}_queries_logits"] for layer in layers]) for kind in ("class", "masks")]
+    plain_loss(model.criterion, *logits, batch["mask_labels"], batch["class_labels"]).backward()
+    assert_same_gradients(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def test_a_hook_on_the_pixel_embeddings_is_called():
+    """So does sharding, which gathers weights for the backward pass when the gradient of an output is there."""
+    model, seen = tiny_model(mask_feature_size=32).train(), []
+    decoder = model.model.pixel_level_module.decoder
+    decoder.register_forward_hook(lambda module, inputs, output: output[0].register_hook(seen.append) and None)
+    model(**tiny_batch()).loss.backward()
+    assert len(seen) == 1
 
 
 def test_without_logits_they_are_made_from_the_embeddings():
