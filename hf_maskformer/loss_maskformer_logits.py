@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-# Of a tensor of pixel embeddings, see `remember_projection`.
-ATTRIBUTE = "_made_by_projection"
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Projection(NamedTuple):
@@ -30,9 +28,13 @@ class Projection(NamedTuple):
     version: int
 
 
+# What made which pixel embeddings. Not an attribute of theirs, which would be saved and copied along.
+_PROJECTIONS = WeakTensorKeyDictionary()
+
+
 def remember_projection(pixel_embeddings: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Notes on pixel embeddings what made them, so that the gradient of a loss may go around them."""
-    setattr(pixel_embeddings, ATTRIBUTE, Projection(level, weight, bias, pixel_embeddings._version))
+    _PROJECTIONS[pixel_embeddings] = Projection(level, weight, bias, pixel_embeddings._version)
 
 
 def take_projection(pixel_embeddings: Tensor) -> Projection | None:
@@ -42,7 +44,7 @@ def take_projection(pixel_embeddings: Tensor) -> Projection | None:
     weights only for the backward pass, as sharding does, has a hook on the tensor. The note is gone afterwards: it
     keeps the pyramid in memory.
     """
-    projection = pixel_embeddings.__dict__.pop(ATTRIBUTE, None)
+    projection = _PROJECTIONS.pop(pixel_embeddings, None)
     if projection is None or projection.version != pixel_embeddings._version or pixel_embeddings._backward_hooks:
         return None
     return projection

@@ -250,6 +250,13 @@ def test_what_changes_the_pixel_embeddings_has_its_part_in_the_gradient(change):
     assert_same_gradients(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
+def test_outputs_of_training_are_saved_as_tensors_alone(tmp_path):
+    pixel_embeddings = tiny_model().train()(tiny_batch()["pixel_values"]).pixel_decoder_last_hidden_state
+    assert pixel_embeddings.requires_grad
+    torch.save(pixel_embeddings, tmp_path / "saved.pt")
+    assert torch.equal(torch.load(tmp_path / "saved.pt", weights_only=True), pixel_embeddings)
+
+
 def test_a_hook_on_the_pixel_embeddings_is_called():
     """So does sharding, which gathers weights for the backward pass when the gradient of an output is there."""
     model, seen = tiny_model(mask_feature_size=32).train(), []
