@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modeling_maskformer_winograd import is_exported
+from .modeling_maskformer_winograd import HAS_MKL_AND_ONEDNN, is_exported
 
 # Of fewer positions, to arrange the weights takes as long as the product.
 MIN_POSITIONS = 64
-PRODUCTS_BY_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):
@@ -42,7 +41,7 @@ def convolution_pays(states: Tensor, weight: Tensor) -> bool:
         return False
     if type(weight) not in (Tensor, nn.Parameter):  # quantised or sharded
         return False
-    if not states.dtype == weight.dtype == torch.float32 or not PRODUCTS_BY_MKL:
+    if not states.dtype == weight.dtype == torch.float32 or not HAS_MKL_AND_ONEDNN:
         return False
     if torch.compiler.is_compiling():
         return not torch.is_grad_enabled()
