@@ -146,7 +146,7 @@ class FoldedMaskLogits(torch.autograd.Function):
             # Folded in the precision of the weights, convolved in that of the logits, which autocast may have chosen.
             embeddings = mask_embeddings[rows].to(weight.dtype)
             kernels = (embeddings @ weight.flatten(1)).unflatten(1, weight.shape[1:])
-            operands = (gradient[rows][None], level[image][None].to(gradient.dtype), kernels.to(gradient.dtype))
+            operands = (gradient[rows][None], level[image : image + 1].to(gradient.dtype), kernels.to(gradient.dtype))
             of_image, of_kernels, of_biases = torch.ops.aten.convolution_backward(*operands, [count], *geometry, needed)
             if of_level is not None:
                 of_level[image] = of_image[0]

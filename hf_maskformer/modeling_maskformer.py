@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .configuration_maskformer import MaskFormerConfig
 from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer_feature_pyramid import switch_attention
+from .modeling_maskformer_linear import products_with_pixels
 from .modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput, MaskFormerModelOutput
 from .modeling_maskformer_pixel_decoder import MaskProjection
 from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
@@ -259,7 +260,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         # The loss computes the masks that it needs by itself: with gradient only those that matched.
         shown = slice(None) if output_auxiliary_logits else slice(-1, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not has_labels):
-            mask_logits = torch.einsum("lbqc,bchw->lbqhw", mask_embeddings[shown], pixel_embeddings)
+            mask_logits = products_with_pixels(mask_embeddings[shown], pixel_embeddings)
 
         loss, loss_dict = None, None
         if has_labels:

@@ -1,4 +1,4 @@
-"""Linear layers whose products are taken where they are fastest."""
+"""Linear layers and mask logits, whose products are taken where they are fastest."""
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,28 @@ def convolution_pays(states: Tensor, weight: Tensor) -> bool:
     return states.numel() >= MIN_POSITIONS * states.shape[-1] > 0
 
 
+def products_with_pixels(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
+    """Products of the embeddings of queries, after each layer, and pixels (paper, section 3.3).
+
+    Takes (L, B, Q, C) and (B, C, h, w); gives (L, B, Q, h, w), contiguous on a CPU.
+    """
+    if not convolution_pays(pixel_embeddings.movedim(1, -1), embeddings):
+        return torch.einsum("lbqc,bchw->lbqhw", embeddings, pixel_embeddings)
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_maskformer.products_with_pixels(embeddings, pixel_embeddings)
+    return products_by_convolutions(embeddings, pixel_embeddings)
+
+
+def products_by_convolutions(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
+    """`products_with_pixels`, by one convolution per image with the embeddings of all its queries as kernels."""
+    kernels = embeddings.transpose(0, 1).flatten(1, 2)[..., None, None]  # (B, L * Q, C, 1, 1)
+    # Split, since of a part that gets its first dimension back torch no longer sees that it is channels_last.
+    images = [F.conv2d(image, kernel) for image, kernel in zip(pixel_embeddings.split(1), kernels, strict=True)]
+    # Masks one after the other, as products of matrices give them.
+    logits = torch.cat([image.contiguous() for image in images])
+    return logits.unflatten(1, (len(embeddings), -1)).transpose(0, 1).contiguous()
+
+
 def linear_for_compiler(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What a compiled graph calls: a convolution in sight of the compiler would have it rearrange all around it."""
     if not states.numel():
@@ -55,19 +77,32 @@ def linear_for_compiler(states: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return linear(states, weight, bias).contiguous()
 
 
-def _register_operator() -> None:
+def products_for_compiler(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
+    """What a compiled graph calls: the compiler neither unrolls the loop over images nor asks for their number."""
+    if not (pixel_embeddings.numel() and embeddings.numel()):
+        return torch.einsum("lbqc,bchw->lbqhw", embeddings, pixel_embeddings)
+    return products_by_convolutions(embeddings, pixel_embeddings)
+
+
+def _register_operators() -> None:
     if hasattr(torch.ops.hf_maskformer, "linear"):  # a copy of this file that a checkpoint brought along
         return
     library = torch.library.Library("hf_maskformer", "FRAGMENT")
-    _LIBRARIES.append(library)  # it takes its operator along when it goes
+    _LIBRARIES.append(library)  # it takes its operators along when it goes
     library.define("linear(Tensor states, Tensor weight, Tensor? bias) -> Tensor")
+    library.define("products_with_pixels(Tensor embeddings, Tensor pixel_embeddings) -> Tensor")
     library.impl("linear", linear_for_compiler, "CPU")
+    library.impl("products_with_pixels", products_for_compiler, "CPU")
 
     def output_of_linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return states.new_empty(*states.shape[:-1], weight.shape[0])
 
+    def output_of_products(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
+        return embeddings.new_empty(*embeddings.shape[:3], *pixel_embeddings.shape[2:])
+
     torch.library.register_fake("hf_maskformer::linear", output_of_linear, lib=library)
+    torch.library.register_fake("hf_maskformer::products_with_pixels", output_of_products, lib=library)
 
 
 _LIBRARIES: list[torch.library.Library] = []
-_register_operator()
+_register_operators()

@@ -46,10 +46,11 @@ class MaskProjection(XavierConv2d):
             return pixel_embeddings
         kernels = torch.einsum("bqc,cfyx->bqfyx", mask_embeddings, self.weight)
         biases = torch.einsum("bqc,c->bq", mask_embeddings, self.bias)
+        # Split, since of a part that gets its first dimension back torch no longer sees that it is channels_last.
         return torch.cat(
             [
-                convolve(image[None], kernel, bias, padding=self.padding)
-                for image, kernel, bias in zip(level, kernels, biases, strict=True)
+                convolve(image, kernel, bias, padding=self.padding)
+                for image, kernel, bias in zip(level.split(1), kernels, biases, strict=True)
             ]
         )
 

@@ -132,7 +132,7 @@ def _kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
 
 def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,); gives (B, O, h, w) in channels_last layout."""
-    of_outputs, of_kernel, of_inputs = (matrix.to(states.dtype) for matrix in transforms())
+    of_outputs, of_kernel, _ = (matrix.to(states.dtype) for matrix in transforms())
     out_channels, in_channels = weight.shape[:2]
     kernel = (of_kernel @ weight.permute(2, 3, 0, 1).reshape(KERNEL**2, -1)).view(-1, in_channels, 1, 1)
     batch_size, _, height, width = states.shape
@@ -141,9 +141,9 @@ def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     geometry = ([0, 0], [1, 1], [1, 1], PATCH**2)  # padding, stride, dilation, groups
     arranged = None
     for image, output_of_image in zip(states.permute(0, 2, 3, 1), output, strict=True):
-        for top, bottom, patches in _patches_in_strips(image, TILES_AT_ONCE):
+        for top, bottom, values in _inputs_in_strips(image, TILES_AT_ONCE):
             # One image of one column of tiles, with all points and channels of a tile side by side.
-            values = (of_inputs @ patches).view(1, -1, 1, PATCH**2 * in_channels).permute(0, 3, 1, 2)
+            values = values.view(1, -1, 1, PATCH**2 * in_channels).permute(0, 3, 1, 2)
             if arranged is None:
                 arranged = torch.ops.mkldnn._reorder_convolution_weight(kernel, *geometry, values.shape)
             products = torch.ops.mkldnn._convolution_pointwise(values, arranged, None, *geometry, "none", [], "")
@@ -158,26 +158,27 @@ def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def winograd_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
     """Takes inputs (B, C, h, w) and the gradient of the outputs (B, O, h, w); gives that of the kernel (O, C, 3, 3)."""
-    of_outputs, of_kernel, of_inputs = (matrix.to(states.dtype) for matrix in transforms())
+    of_outputs, of_kernel, _ = (matrix.to(states.dtype) for matrix in transforms())
     in_channels, out_channels = states.shape[1], gradient.shape[1]
     width = states.shape[3]
     num_columns = -(-width // TILE)
     products = states.new_zeros(PATCH**2, in_channels, out_channels)
     for image, of_image in zip(states.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), strict=True):
-        for top, bottom, patches in _patches_in_strips(image, TILES_AT_ONCE_FOR_KERNEL):
+        for top, bottom, values in _inputs_in_strips(image, TILES_AT_ONCE_FOR_KERNEL):
             missing = (0, 0, 0, num_columns * TILE - width, 0, -(bottom - top) % TILE)
             tiles = F.pad(of_image[top:bottom], missing).view(-1, TILE, num_columns, TILE, out_channels)
             tiles = tiles.permute(0, 2, 1, 3, 4).reshape(-1, TILE**2, out_channels)
-            products.baddbmm_((of_inputs @ patches).permute(1, 2, 0), (of_outputs.T @ tiles).transpose(0, 1))
+            products.baddbmm_(values.permute(1, 2, 0), (of_outputs.T @ tiles).transpose(0, 1))
     kernel = (of_kernel.T @ products.flatten(1)).view(KERNEL, KERNEL, in_channels, out_channels)
     return kernel.permute(3, 2, 0, 1).contiguous()
 
 
-def _patches_in_strips(image: Tensor, tiles_at_once: int) -> Iterator[tuple[int, int, Tensor]]:
-    """What the tiles of an image (h, w, C) read, a few rows of tiles at a time.
+def _inputs_in_strips(image: Tensor, tiles_at_once: int) -> Iterator[tuple[int, int, Tensor]]:
+    """The inputs of an image (h, w, C) at the points, a few rows of tiles at a time.
 
-    Gives the first row of outputs, the one after the last, and the patches (T, 36, C).
+    Gives the first row of outputs, the one after the last, and the values (T, 36, C).
     """
+    of_inputs = transforms()[2].to(image.dtype)
     height, width, channels = image.shape
     num_columns = -(-width // TILE)
     rows_at_once = TILE * max(1, round(tiles_at_once / num_columns))
@@ -187,20 +188,23 @@ def _patches_in_strips(image: Tensor, tiles_at_once: int) -> Iterator[tuple[int,
         first, last = top - 1, top + num_rows * TILE + 1  # what the tiles read, beyond the image too
         missing = (max(-first, 0), max(last - height, 0))
         strip = F.pad(image[max(first, 0) : last], (0, 0, 1, num_columns * TILE + 1 - width, *missing))
-        patches = strip.unfold(0, PATCH, TILE).unfold(1, PATCH, TILE)  # (rows, columns, C, 6, 6)
-        yield top, bottom, patches.permute(0, 1, 3, 4, 2).reshape(-1, PATCH**2, channels)
+        # Rows first, then columns. The first product reads the strip where it lies.
+        rows = strip.flatten(1).unfold(0, PATCH, TILE).mT  # (rows of tiles, 6, columns * C)
+        values = torch.bmm(of_inputs.expand(num_rows, -1, -1), rows).unflatten(2, (-1, channels))
+        columns = values.unfold(2, PATCH, TILE).permute(0, 2, 1, 4, 3).reshape(-1, PATCH, channels)
+        yield top, bottom, torch.bmm(of_inputs.expand(len(columns), -1, -1), columns).view(-1, PATCH**2, channels)
 
 
 @cache
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices for outputs (16, 36), kernel (36, 9) and inputs (36, 36), float64.
+    """The matrices for outputs (16, 36), kernel (36, 9) and rows or columns of inputs (6, 6), float64.
 
     Multiplying polynomials: both factors at the points, the values multiplied, the product from its values.
     Correlation, which neural networks call convolution, is the transpose of that in one factor.
     """
     outputs, kernel, inputs = powers(TILE).T, powers(KERNEL), torch.linalg.inv(powers(PATCH)).T
-    # Rows first, then columns: together the Kronecker product.
-    return tuple(torch.kron(matrix.contiguous(), matrix.contiguous()) for matrix in (outputs, kernel, inputs))  # type: ignore[return-value]
+    # Rows first, then columns: together the Kronecker product. Of the inputs, which are most, each by itself.
+    return torch.kron(outputs.contiguous(), outputs.contiguous()), torch.kron(kernel, kernel), inputs.contiguous()
 
 
 def powers(count: int) -> Tensor:

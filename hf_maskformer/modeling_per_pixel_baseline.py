@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_per_pixel_baseline import PerPixelBaselineConfig
 from .modeling_maskformer import MaskEmbedder, MaskFormerPreTrainedModel, first_set
+from .modeling_maskformer_linear import products_with_pixels
 from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
 from .modeling_maskformer_transformer_decoder import TransformerModule
 from .post_processing_per_pixel_baseline import enlarge_per_pixel_logits
@@ -128,7 +129,7 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
             attentions = queries.attentions
             hidden_states = (*hidden_states, *(queries.hidden_states or ()))
             embeddings: Tensor = self.mask_embedder(queries.intermediate_states)  # type: ignore[misc]
-            logits = torch.einsum("lbkc,bchw->lbkhw", embeddings, pixel_embeddings)
+            logits = products_with_pixels(embeddings, pixel_embeddings)
 
         loss, loss_dict = None, None
         if labels is not None:

@@ -1,15 +1,16 @@
-"""Linear layers computed as convolutions give what torch's give, and stay out of the way elsewhere."""
+"""Linear layers and mask logits computed as convolutions are torch's, and plain operators stay elsewhere."""
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
-from hf_maskformer.modeling_maskformer_linear import MIN_POSITIONS, Linear, convolution_pays
+from hf_maskformer.modeling_maskformer_linear import MIN_POSITIONS, Linear, convolution_pays, products_with_pixels
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="here products are not left to MKL")
 
 STATES = torch.randn(2, MIN_POSITIONS, 12)
+EMBEDDINGS, PIXELS = torch.randn(3, 2, 5, 12), torch.randn(2, 12, 8, MIN_POSITIONS // 4)
 
 
 @pytest.mark.parametrize("shape", [(MIN_POSITIONS,), (3, MIN_POSITIONS), (2, 8, MIN_POSITIONS // 4), (1, 1)])
@@ -50,6 +51,21 @@ def test_it_is_taken_where_it_pays_only():
     assert not convolution_pays(STATES, weight.as_subclass(Quantised))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_products_with_pixels_and_their_gradients_are_einsteins_sums(layout):
+    embeddings, pixels = EMBEDDINGS.clone().requires_grad_(), PIXELS.clone(memory_format=layout).requires_grad_()
+    assert convolution_pays(pixels.movedim(1, -1), embeddings)
+    found = products_with_pixels(embeddings, pixels)
+    expected = torch.einsum("lbqc,bchw->lbqhw", embeddings, pixels)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    for one, other in zip(
+        *(torch.autograd.grad(each, (embeddings, pixels), direction) for each in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_exported_graphs_hold_the_plain_operator():
     program = torch.export.export(Linear(12, 7), (STATES,))
@@ -66,6 +82,16 @@ def test_a_compiled_graph_serves_every_number_of_positions():
     assert counter.frame_count == 1
 
 
+@torch.no_grad()
+def test_a_compiled_graph_serves_every_number_of_images_and_pixels():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(products_with_pixels, backend=counter, fullgraph=True, dynamic=True)
+    for images, height in ((2, 8), (3, 7), (4, 9)):
+        embeddings, pixels = torch.randn(3, images, 5, 12), torch.randn(images, 12, height, 13)
+        torch.testing.assert_close(compiled(embeddings, pixels), torch.einsum("lbqc,bchw->lbqhw", embeddings, pixels))
+    assert counter.frame_count == 1
+
+
 def test_a_compiled_graph_is_trained_with_the_plain_operator():
     layer = Linear(12, 7)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -73,7 +99,9 @@ def test_a_compiled_graph_is_trained_with_the_plain_operator():
     torch.testing.assert_close(*gradients)
 
 
-def test_the_operator_meets_torchs_rules():
+def test_the_operators_meet_torchs_rules():
+    for embeddings, pixels in ((EMBEDDINGS, PIXELS), (EMBEDDINGS[:1], PIXELS), (EMBEDDINGS[:, :0], PIXELS[:0])):
+        torch.library.opcheck(torch.ops.hf_maskformer.products_with_pixels.default, (embeddings, pixels))
     for states in (STATES, STATES[:, :5], STATES[:0]):
         torch.library.opcheck(torch.ops.hf_maskformer.linear.default, (states, torch.randn(7, 12), torch.randn(7)))
 
