@@ -3,7 +3,8 @@
 A tile of 4 x 4 outputs depends on 6 x 6 inputs. Both are evaluations of polynomials: taken at 6 x 6 points, inputs and
 kernel are multiplied point by point, 36 products where the definition has 144. Over channels and tiles that makes 36
 matrix products, which are computed as one grouped 1 x 1 convolution: on an AMD Zen 5 torch's convolutions are twice as
-fast as its matrix products, elsewhere as fast. float32 loses one bit on the way. Gradients go the same way back.
+fast as its matrix products, on a Zen 4 as fast. float32 loses one or two bits on the way. Gradients go the same way
+back.
 
 Letters: B images, C input and O output channels, T tiles, h x w feature map.
 """

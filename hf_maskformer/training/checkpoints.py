@@ -1,13 +1,18 @@
 """Which checkpoints of a training are whole, and where the next can be written."""
 
 import json
+import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
+
+from ..data.workers import DEAD_WORKER
 
 
 def is_whole(checkpoint: str | Path) -> bool:
@@ -43,3 +48,20 @@ def way_on(folder: str | None) -> str:
     if checkpoint is None:
         return "There is no earlier checkpoint: start anew"
     return f"{checkpoint} is whole: go on from there by resume_from_checkpoint"
+
+
+@contextmanager
+def removed_if_cut_off(checkpoint: Path, output_dir: str | None) -> Iterator[None]:
+    """Removes a checkpoint whose writing fails, as on a full disk, and raises an OSError that names the way on."""
+    try:
+        yield
+    # A full disk is an OSError where Python writes, but not where safetensors and torch do.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # What follows the writing, such as an upload, or what happens meanwhile is no matter of the disk.
+        if is_whole(checkpoint) or str(error).startswith(DEAD_WORKER):
+            raise
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise OSError(
+            f"{checkpoint} cannot be written ({error}) and was removed. See that there is room; save_total_limit "
+            f"bounds how much checkpoints take. {way_on(output_dir)}."
+        ) from error

@@ -1,13 +1,11 @@
 """`Trainer` with the paper's parameter groups, its loss terms in the log and evaluation by the task's own metric."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -18,18 +16,19 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data.collator import MaskFormerDataCollator
-from ..data.labels import labels_of
-from ..data.workers import DEAD_WORKER, dead_workers_named
+from ..data.workers import dead_workers_named
 from ..evaluation.evaluation import evaluate
 from ..evaluation.report import scalars
-from ..evaluation.tasks import MAIN_FIGURES, TASKS, Task, check_model
+from ..evaluation.tasks import MAIN_FIGURES, Task, check_model
 from ..hub.publishing import publish
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
 from .arguments import MaskFormerTrainingArguments
-from .checkpoints import check_writable, is_whole, last_whole_checkpoint, way_on
+from .checkpoints import check_writable, is_whole, last_whole_checkpoint, removed_if_cut_off, way_on
+from .checks import check_classes, check_metric_for_best_model, check_weights
 from .epochs import EpochCallback
 from .interruption import EXIT_INTERRUPTED, InterruptionCallback
+from .loss_terms import LossTerms
 from .parameter_groups import parameter_groups
 from .pictures import PictureCallback
 from .run_card import figures_of_weights, write_run_card
@@ -74,13 +73,13 @@ class MaskFormerTrainer(Trainer):
             )
         model: Any = self.accelerator.unwrap_model(self.model)
         check_model(self.task, model)
-        self._check_classes(model)
+        check_classes(model, self.train_dataset, getattr(self.data_collator, "image_processor", self.processing_class))
         # Trainer's own default stacks the fields of samples, which have images of all sizes.
         if self.data_collator is default_data_collator and kwargs.get("data_collator") is None:
             self.data_collator = MaskFormerDataCollator(self.processing_class, target_format=target_format(model))
         if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
             self.args.metric_for_best_model = MAIN_FIGURES[self.task]
-        self._check_metric_for_best_model()
+        check_metric_for_best_model(self.args.metric_for_best_model, self.task)
         self.add_callback(EpochCallback())
         self._interruption = InterruptionCallback()
         self.add_callback(self._interruption)
@@ -90,34 +89,13 @@ class MaskFormerTrainer(Trainer):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         # The model is given `num_items_in_batch` that mean something to it, see below.
         self.model_accepts_loss_kwargs = True
-        self._loss_terms: dict[str, Tensor] = {}
-        self._step_of_first_term = 0
-        self._terms_of_batch: dict[str, Tensor] = {}
+        self._loss_terms = LossTerms()
         self._num_nonfinite = 0
 
     @property
     def task(self) -> Task:
         """What is evaluated: the `segmentation_task` of the image processor, "semantic" where it does not say."""
         return self.processing_class.segmentation_task or "semantic"
-
-    def _check_classes(self, model: Any) -> None:
-        try:
-            labels = labels_of(self.train_dataset)
-        except ValueError:
-            return  # which training itself does not need
-        if model.config.num_labels != labels.num_labels:
-            raise ValueError(
-                f"The model has {model.config.num_labels} classes, but train_dataset has {labels.num_labels}. Make the "
-                "model with these: pretrained_model(checkpoint, train_dataset.labels, reinitialize_head=True) of "
-                "hf_maskformer.training.starting_point."
-            )
-        image_processor = getattr(self.data_collator, "image_processor", self.processing_class)
-        if labels.do_reduce_labels != bool(image_processor.do_reduce_labels):
-            raise ValueError(
-                f"The image processor has do_reduce_labels={image_processor.do_reduce_labels}, but train_dataset "
-                f"{labels.do_reduce_labels}, so that each class would be taken for its neighbour. Make the image "
-                "processor by image_processor_for(train_dataset.labels, ...) of hf_maskformer.training.starting_point."
-            )
 
     @property
     def _folder(self) -> Path:
@@ -222,14 +200,8 @@ class MaskFormerTrainer(Trainer):
 
         Raises a ValueError, and writes nothing, if a weight is NaN or infinite.
         """
-        model: Any = self.model
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                raise ValueError(
-                    f"{name} is not finite in step {self.state.global_step}, so the model is not saved. "
-                    f"{way_on(self.args.output_dir)}, with a lower learning_rate, a smaller max_grad_norm or in "
-                    "higher precision."
-                )
+        assert self.model is not None
+        check_weights(self.model, self.state.global_step, self.args.output_dir)
         if self.args.should_save:
             folder = self._folder if output_dir is None else Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -243,18 +215,8 @@ class MaskFormerTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        try:
+        with removed_if_cut_off(folder, self.args.output_dir):
             super()._save_checkpoint(model, trial)
-        # A full disk is an OSError where Python writes, but not where safetensors and torch do.
-        except (OSError, SafetensorError, RuntimeError) as error:
-            # What follows the writing, such as an upload, or what happens meanwhile is no matter of the disk.
-            if is_whole(folder) or str(error).startswith(DEAD_WORKER):
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(
-                f"{folder} cannot be written ({error}) and was removed. See that there is room; save_total_limit "
-                f"bounds how much checkpoints take. {way_on(self.args.output_dir)}."
-            ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -277,14 +239,9 @@ class MaskFormerTrainer(Trainer):
                 "the per-pixel baselines."
             )
         if model.training:
-            if not self._loss_terms:
-                self._step_of_first_term = self.state.global_step
             # As Trainer does with the loss: without the numbers of the whole batch, each part has a loss of its own.
             share = 1 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
-            self._terms_of_batch = outputs.loss_dict
-            for name, term in outputs.loss_dict.items():
-                term = share * term.mean()  # one per GPU in DataParallel
-                self._loss_terms[name] = self._loss_terms.get(name, 0.0) + term
+            self._loss_terms.add(outputs.loss_dict, share, self.state.global_step)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -293,11 +250,11 @@ class MaskFormerTrainer(Trainer):
         # Matching waits for the model in every step and Trainer looks at the loss too: this costs no time.
         self._num_nonfinite = 0 if loss.isfinite() else self._num_nonfinite + 1
         if self._num_nonfinite and self._num_nonfinite == self.args.max_nonfinite_losses:
-            terms = ", ".join(f"{name} {term.mean().item():.4g}" for name, term in self._terms_of_batch.items())
             raise ValueError(
                 f"The loss was not finite for {self._num_nonfinite} batches in a row, the last in step "
-                f"{self.state.global_step + 1}: {terms}. Go on from an earlier checkpoint with a lower learning_rate, "
-                "a smaller max_grad_norm or in higher precision; max_nonfinite_losses says how many are let pass."
+                f"{self.state.global_step + 1}: {self._loss_terms.of_last_batch()}. Go on from an earlier checkpoint "
+                "with a lower learning_rate, a smaller max_grad_norm or in higher precision; max_nonfinite_losses says "
+                "how many are let pass."
             )
         return loss
 
@@ -317,11 +274,7 @@ class MaskFormerTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss term since the last line that reported the loss, over steps and processes."""
         if "loss" in logs and self._loss_terms:
-            num_steps = max(self.state.global_step - self._step_of_first_term, 1)
-            means = torch.stack(list(self._loss_terms.values())) / num_steps
-            means = self.accelerator.reduce(means, reduction="mean")
-            logs |= {name: round(mean, 4) for name, mean in zip(self._loss_terms, means.tolist(), strict=True)}
-            self._loss_terms = {}
+            logs |= self._loss_terms.take_means(self.state.global_step, self.accelerator)
         super().log(logs, start_time)
 
     def evaluate(
@@ -459,20 +412,6 @@ class MaskFormerTrainer(Trainer):
         whole = type(model).__mro__[2](model.config)  # FSDP2 puts two classes of its own in front
         whole.load_state_dict(weights)
         return whole.to(self.args.device)
-
-    def _check_metric_for_best_model(self) -> None:
-        metric = self.args.metric_for_best_model
-        if metric in ("loss", "eval_loss"):
-            raise ValueError(
-                f"metric_for_best_model is the loss, which evaluation does not compute. Use {MAIN_FIGURES[self.task]}."
-            )
-        other = {MAIN_FIGURES[task]: task for task in TASKS if task != self.task}
-        name = (metric or "").removeprefix("eval_")
-        if name in other:
-            raise ValueError(
-                f"metric_for_best_model is {metric}, a figure of {other[name]} segmentation, but segmentation_task of "
-                f"the image processor is {self.task}. Use {MAIN_FIGURES[self.task]}."
-            )
 
     def _add_pictures(self) -> None:
         boards = [each for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]

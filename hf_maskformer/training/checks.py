@@ -1,0 +1,54 @@
+"""Faults that a trainer can name before they cost time: of data, of arguments, of what it would save."""
+
+from typing import Any
+
+from torch import nn
+
+from ..data.labels import labels_of
+from ..evaluation.tasks import MAIN_FIGURES, TASKS, Task
+from .checkpoints import way_on
+
+
+def check_classes(model: Any, dataset: Any, image_processor: Any) -> None:
+    """Raises a ValueError if a data set that knows its classes has others than the model or the image processor."""
+    try:
+        labels = labels_of(dataset)
+    except ValueError:
+        return  # which training itself does not need
+    if model.config.num_labels != labels.num_labels:
+        raise ValueError(
+            f"The model has {model.config.num_labels} classes, but train_dataset has {labels.num_labels}. Make the "
+            "model with these: pretrained_model(checkpoint, train_dataset.labels, reinitialize_head=True) of "
+            "hf_maskformer.training.starting_point."
+        )
+    if labels.do_reduce_labels != bool(image_processor.do_reduce_labels):
+        raise ValueError(
+            f"The image processor has do_reduce_labels={image_processor.do_reduce_labels}, but train_dataset "
+            f"{labels.do_reduce_labels}, so that each class would be taken for its neighbour. Make the image "
+            "processor by image_processor_for(train_dataset.labels, ...) of hf_maskformer.training.starting_point."
+        )
+
+
+def check_metric_for_best_model(metric: str | None, task: Task) -> None:
+    """Raises a ValueError for the loss, and for the main figure of another task."""
+    if metric in ("loss", "eval_loss"):
+        raise ValueError(
+            f"metric_for_best_model is the loss, which evaluation does not compute. Use {MAIN_FIGURES[task]}."
+        )
+    other = {MAIN_FIGURES[each]: each for each in TASKS if each != task}
+    name = (metric or "").removeprefix("eval_")
+    if name in other:
+        raise ValueError(
+            f"metric_for_best_model is {metric}, a figure of {other[name]} segmentation, but segmentation_task of "
+            f"the image processor is {task}. Use {MAIN_FIGURES[task]}."
+        )
+
+
+def check_weights(model: nn.Module, step: int, output_dir: str | None) -> None:
+    """Raises a ValueError that names the step and the way on, if a weight is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"{name} is not finite in step {step}, so the model is not saved. {way_on(output_dir)}, with a lower "
+                "learning_rate, a smaller max_grad_norm or in higher precision."
+            )
