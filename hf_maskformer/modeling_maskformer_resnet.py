@@ -75,8 +75,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         is_fixed = not (self.normalization.training or torch.is_grad_enabled())
-        is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if is_fixed and not is_compiled and is_untouched(self.convolution) and is_untouched(self.normalization):
+        if is_fixed and is_untouched(self.convolution) and is_untouched(self.normalization):
             states = self._fused(states)
         else:
             states = self._normalized(self.convolution(states))
