@@ -64,9 +64,9 @@ def products_by_convolutions(embeddings: Tensor, pixel_embeddings: Tensor) -> Te
     """`products_with_pixels`, by one convolution per image with the embeddings of all its queries as kernels."""
     kernels = embeddings.transpose(0, 1).flatten(1, 2)[..., None, None]  # (B, L * Q, C, 1, 1)
     # Split, since of a part that gets its first dimension back torch no longer sees that it is channels_last.
-    images = [F.conv2d(image, kernel) for image, kernel in zip(pixel_embeddings.split(1), kernels, strict=True)]
+    pairs = zip(pixel_embeddings.split(1), kernels, strict=True)
     # Masks one after the other, as products of matrices give them.
-    logits = torch.cat([image.contiguous() for image in images])
+    logits = torch.cat([F.conv2d(image, kernel).contiguous() for image, kernel in pairs])
     return logits.unflatten(1, (len(embeddings), -1)).transpose(0, 1).contiguous()
 
 

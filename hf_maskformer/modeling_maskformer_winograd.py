@@ -29,6 +29,8 @@ MIN_CHANNELS, MIN_TILES = 192, 128
 # Tiles at a time: enough for the matrix products, few enough for the cache. The gradient of the kernel sums over tiles
 # and writes its sum once for each of these times.
 TILES_AT_ONCE, TILES_AT_ONCE_FOR_KERNEL = 160, 256
+# Padding, stride, dilation and groups of the convolution that multiplies at the points.
+GROUPED = ([0, 0], [1, 1], [1, 1], PATCH**2)
 # On x86-64 torch leaves matrix products in float32 to MKL and convolutions to oneDNN.
 HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 # What torch's compiler calls for a convolution whose weights it has arranged before: here many strips share a kernel.
@@ -133,28 +135,38 @@ def _kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
 
 def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,); gives (B, O, h, w) in channels_last layout."""
-    of_outputs, of_kernel, _ = (matrix.to(states.dtype) for matrix in transforms())
-    out_channels, in_channels = weight.shape[:2]
-    kernel = (of_kernel @ weight.permute(2, 3, 0, 1).reshape(KERNEL**2, -1)).view(-1, in_channels, 1, 1)
     batch_size, _, height, width = states.shape
+    out_channels = len(weight)
     num_rows, num_columns = -(-height // TILE), -(-width // TILE)
     output = states.new_empty(batch_size, num_rows, TILE, num_columns, TILE, out_channels)
-    geometry = ([0, 0], [1, 1], [1, 1], PATCH**2)  # padding, stride, dilation, groups
-    arranged = None
+    kernel = None
     for image, output_of_image in zip(states.permute(0, 2, 3, 1), output, strict=True):
         for top, bottom, values in _inputs_in_strips(image, TILES_AT_ONCE):
-            # One image of one column of tiles, with all points and channels of a tile side by side.
-            values = values.view(1, -1, 1, PATCH**2 * in_channels).permute(0, 3, 1, 2)
-            if arranged is None:
-                arranged = torch.ops.mkldnn._reorder_convolution_weight(kernel, *geometry, values.shape)
-            products = torch.ops.mkldnn._convolution_pointwise(values, arranged, None, *geometry, "none", [], "")
-            products = products.permute(0, 2, 3, 1).view(-1, PATCH**2, out_channels)
-            if bias is not None:
-                products[:, POINT_OF_BIAS] += bias
-            tiles = (of_outputs @ products).view(-1, num_columns, TILE, TILE, out_channels)
+            if kernel is None:
+                kernel = _arranged_kernel(weight, len(values))
+            tiles = _outputs(values, kernel, bias, out_channels).view(-1, num_columns, TILE, TILE, out_channels)
             output_of_image[top // TILE : -(-bottom // TILE)] = tiles.permute(0, 2, 1, 3, 4)
     output = output.view(batch_size, num_rows * TILE, num_columns * TILE, out_channels)
     return output[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+
+
+def _arranged_kernel(weight: Tensor, num_tiles: int) -> Tensor:
+    """The kernel at the points, in the order in which oneDNN wants it for strips of so many tiles."""
+    in_channels = weight.shape[1]
+    kernel = transforms()[1].to(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(KERNEL**2, -1)
+    sizes = [1, PATCH**2 * in_channels, num_tiles, 1]
+    return torch.ops.mkldnn._reorder_convolution_weight(kernel.view(-1, in_channels, 1, 1), *GROUPED, sizes)
+
+
+def _outputs(values: Tensor, kernel: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
+    """Takes inputs at the points (T, 36, C); gives outputs (T, 16, O)."""
+    # One image of one column of tiles, with all points and channels of a tile side by side.
+    column = values.view(1, len(values), 1, -1).permute(0, 3, 1, 2)
+    products = torch.ops.mkldnn._convolution_pointwise(column, kernel, None, *GROUPED, "none", [], "")
+    products = products.permute(0, 2, 3, 1).view(-1, PATCH**2, out_channels)
+    if bias is not None:
+        products[:, POINT_OF_BIAS] += bias
+    return transforms()[0].to(values.dtype) @ products
 
 
 def winograd_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
@@ -179,21 +191,26 @@ def _inputs_in_strips(image: Tensor, tiles_at_once: int) -> Iterator[tuple[int, 
 
     Gives the first row of outputs, the one after the last, and the values (T, 36, C).
     """
-    of_inputs = transforms()[2].to(image.dtype)
-    height, width, channels = image.shape
+    height, width, _ = image.shape
     num_columns = -(-width // TILE)
     rows_at_once = TILE * max(1, round(tiles_at_once / num_columns))
     for top in range(0, height, rows_at_once):
         bottom = min(top + rows_at_once, height)
-        num_rows = -(-(bottom - top) // TILE)
-        first, last = top - 1, top + num_rows * TILE + 1  # what the tiles read, beyond the image too
+        # What the tiles read, beyond the image too.
+        first, last = top - 1, top + -(-(bottom - top) // TILE) * TILE + 1
         missing = (max(-first, 0), max(last - height, 0))
-        strip = F.pad(image[max(first, 0) : last], (0, 0, 1, num_columns * TILE + 1 - width, *missing))
-        # Rows first, then columns. The first product reads the strip where it lies.
-        rows = strip.flatten(1).unfold(0, PATCH, TILE).mT  # (rows of tiles, 6, columns * C)
-        values = torch.bmm(of_inputs.expand(num_rows, -1, -1), rows).unflatten(2, (-1, channels))
-        columns = values.unfold(2, PATCH, TILE).permute(0, 2, 1, 4, 3).reshape(-1, PATCH, channels)
-        yield top, bottom, torch.bmm(of_inputs.expand(len(columns), -1, -1), columns).view(-1, PATCH**2, channels)
+        sides = (1, num_columns * TILE + 1 - width)
+        yield top, bottom, _at_points(F.pad(image[max(first, 0) : last], (0, 0, *sides, *missing)))
+
+
+def _at_points(strip: Tensor) -> Tensor:
+    """Takes all that some rows of tiles read (4 * rows + 2, 4 * columns + 2, C); gives values (T, 36, C)."""
+    matrix, channels = transforms()[2].to(strip.dtype), strip.shape[-1]
+    # Rows first, then columns. The first product reads the strip where it lies.
+    rows = strip.flatten(1).unfold(0, PATCH, TILE).mT  # (rows of tiles, 6, columns * C)
+    rows = torch.bmm(matrix.expand(len(rows), -1, -1), rows).unflatten(2, (-1, channels))
+    columns = rows.unfold(2, PATCH, TILE).permute(0, 2, 1, 4, 3).reshape(-1, PATCH, channels)
+    return torch.bmm(matrix.expand(len(columns), -1, -1), columns).view(-1, PATCH**2, channels)
 
 
 @cache
