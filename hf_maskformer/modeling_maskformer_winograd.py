@@ -3,13 +3,12 @@
 A tile of 4 x 4 outputs depends on 6 x 6 inputs. Both are evaluations of polynomials: taken at 6 x 6 points, inputs and
 kernel are multiplied point by point, 36 products where the definition has 144. Over channels and tiles that makes 36
 matrix products, which are computed as one grouped 1 x 1 convolution: on an AMD Zen 5 torch's convolutions are twice as
-fast as its matrix products, on a Zen 4 as fast. float32 loses one or two bits on the way. Gradients go the same way
-back.
+fast as its matrix products, on a Zen 4 as fast. float32 loses some two bits on the way. Gradients go the same way back.
 
 Letters: B images, C input and O output channels, T tiles, h x w feature map.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -65,17 +64,25 @@ def winograd_pays(states: Tensor, weight: Tensor) -> bool:
         return False
     if min(weight.shape[:2]) < MIN_CHANNELS:
         return False
+    if is_transformed():
+        return False
     # One compiled graph serves all sizes: there the operator looks at them.
-    if torch.compiler.is_compiling():
-        return True
-    # What transforms functions (`torch.vmap`, `torch.func.grad`) has to see plain operators, and forward-mode
-    # derivatives are left to torch: the compiler refuses functions that define their own.
-    is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return not is_transformed and torch.autograd.forward_ad._current_level < 0 and has_enough_tiles(states)
+    return torch.compiler.is_compiling() or has_enough_tiles(states)
 
 
 def has_enough_tiles(states: Tensor) -> bool:
     return len(states) > 0 and -(-states.shape[2] // TILE) * -(-states.shape[3] // TILE) >= MIN_TILES
+
+
+def is_transformed() -> bool:
+    """Whether `torch.vmap`, `torch.func.grad` and the like are at work, or forward-mode derivatives.
+
+    They have to see plain operators; the operators of this package have no rules for them.
+    """
+    functorch = torch._C._functorch
+    # By its type, since torch's compiler takes a stack without interpreters for something else than None.
+    is_in_function = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
+    return is_in_function or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_traced() -> bool:
@@ -92,8 +99,6 @@ class WinogradConvolution(torch.autograd.Function):
 
     Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,) or None; gives (B, O, h, w).
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -246,28 +251,36 @@ def convolve_3x3_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
     return conv2d_weight(states, shape, gradient, padding=1).contiguous()
 
 
-def _register_operators() -> None:
-    """Plain `torch.library.custom_op` would do, but takes longer per call than a small convolution."""
-    name = "hf_maskformer"
-    if hasattr(torch.ops.hf_maskformer, "convolve_3x3"):  # a copy of this file that a checkpoint brought along
+def register_operator(schema: str, function: Callable[..., Tensor], output: Callable[..., Tensor]) -> None:
+    """Makes a function an operator of compiled graphs, on CPUs; `output` says what its result is like.
+
+    Plain `torch.library.custom_op` would do, but takes longer per call than a small convolution.
+    """
+    name = schema.partition("(")[0]
+    if hasattr(torch.ops.hf_maskformer, name):  # by a copy of this file that a checkpoint brought along
         return
-    library = torch.library.Library(name, "FRAGMENT")
-    _LIBRARIES.append(library)  # it takes its operators along when it goes
-    library.define("convolve_3x3(Tensor states, Tensor weight, Tensor? bias) -> Tensor")
-    library.define("convolve_3x3_kernel_gradient(Tensor states, Tensor gradient) -> Tensor")
-    library.impl("convolve_3x3", convolve_3x3, "CPU")
-    library.impl("convolve_3x3_kernel_gradient", convolve_3x3_kernel_gradient, "CPU")
+    library = torch.library.Library("hf_maskformer", "FRAGMENT")
+    _LIBRARIES.append(library)  # it takes its operator along when it goes
+    library.define(schema)
+    library.impl(name, function, "CPU")
+    torch.library.register_fake(f"hf_maskformer::{name}", output, lib=library)
 
-    def output_of_convolution(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        batch_size, _, height, width = states.shape
-        return states.new_empty(batch_size, height, width, weight.shape[0]).permute(0, 3, 1, 2)
 
-    def output_of_gradient(states: Tensor, gradient: Tensor) -> Tensor:
-        return states.new_empty(gradient.shape[1], states.shape[1], KERNEL, KERNEL)
+def _output_of_convolution(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    batch_size, _, height, width = states.shape
+    return states.new_empty(batch_size, height, width, weight.shape[0]).permute(0, 3, 1, 2)
 
-    torch.library.register_fake(f"{name}::convolve_3x3", output_of_convolution, lib=library)
-    torch.library.register_fake(f"{name}::convolve_3x3_kernel_gradient", output_of_gradient, lib=library)
+
+def _output_of_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
+    return states.new_empty(gradient.shape[1], states.shape[1], KERNEL, KERNEL)
 
 
 _LIBRARIES: list[torch.library.Library] = []
-_register_operators()
+register_operator(
+    "convolve_3x3(Tensor states, Tensor weight, Tensor? bias) -> Tensor", convolve_3x3, _output_of_convolution
+)
+register_operator(
+    "convolve_3x3_kernel_gradient(Tensor states, Tensor gradient) -> Tensor",
+    convolve_3x3_kernel_gradient,
+    _output_of_kernel_gradient,
+)

@@ -221,3 +221,14 @@ def test_gradients_can_be_taken_through_such_models():
     expected = torch.func.grad(lambda weight: F.conv2d(LARGE, weight, padding=1).square().mean())(WIDE)
     assert (found[0] - expected).abs().max() < 1e-4 * expected.abs().max()
     torch.testing.assert_close(found[1], -found[0])
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_derivatives_of_functions_are_the_convolutions_in_compiled_code_too(is_compiled):
+    def loss(weight, function):
+        return function(LARGE, weight).square().mean()
+
+    gradient = torch.func.grad(lambda weight: loss(weight, lambda *inputs: convolve(*inputs, None)))
+    found = (torch.compile(gradient, backend="aot_eager", fullgraph=True) if is_compiled else gradient)(WIDE)
+    expected = torch.func.grad(lambda weight: loss(weight, lambda *inputs: F.conv2d(*inputs, padding=1)))(WIDE)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max() > 0
