@@ -67,14 +67,14 @@ def products_with_pixels(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor
 
 
 def products_by_convolutions(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
-    """`products_with_pixels`, by one convolution per image with the embeddings of all its queries as kernels."""
+    """`products_with_pixels`, by one convolution per layer and image with the embeddings of its queries as kernels."""
     logits = _output_of_products(embeddings, pixel_embeddings)
     if not logits.numel():
         return logits
-    # Split, since of a part that gets its first dimension back torch no longer sees that it is channels_last.
-    for index, image in enumerate(pixel_embeddings.split(1)):
-        kernel = embeddings[:, index].flatten(0, 1)[..., None, None]  # (L * Q, C, 1, 1)
-        logits[:, index] = F.conv2d(image, kernel).view(len(embeddings), -1, *image.shape[2:])
+    for of_layer, kernels in zip(logits, embeddings[..., None, None], strict=True):
+        # Split, since of a part that gets its first dimension back torch no longer sees that it is channels_last.
+        for of_image, kernel, image in zip(of_layer, kernels, pixel_embeddings.split(1), strict=True):
+            of_image.copy_(F.conv2d(image, kernel)[0])
     return logits
 
 
