@@ -70,7 +70,10 @@ def write_error(run, folder):
     try:
         run(folder)
     except ChildProcessError as error:
-        (folder / "error").write_text(str(error))
+        try:
+            (folder / "error").write_text(str(error))
+        except RuntimeError:  # torch's own report of the death, which comes with a signal and interrupts anything, once
+            (folder / "error").write_text(str(error))
 
 
 def error_of(run, folder):
