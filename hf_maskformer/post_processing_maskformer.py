@@ -226,13 +226,23 @@ def _compete(mask_logits: Tensor, sizes: ImageSizes, scores: Tensor, mask_thresh
         # Most queries have no say in a part of the image.
         has_say = is_rival.flatten(0, 1).index_select(0, places) | borders
         queries = has_say.any(dim=0).nonzero().flatten()
-        probabilities = masks.resized_logits(tiles, queries).sigmoid()
-        # A product counts the pixels of masks inside the target much faster than comparing and summing.
-        is_inside = masks.is_inside(tiles).flatten(1)[:, None].float()
-        found_areas = (is_inside @ (probabilities >= mask_threshold).flatten(1, 2).float())[:, 0].long()
+        probabilities = masks.resized_logits_by_query(tiles, queries).sigmoid_()
+        # Comparisons that give numbers are several times as fast as those that give bools.
+        is_in_mask = torch.ge(probabilities, mask_threshold, out=torch.empty_like(probabilities))
+        edge = masks.at_border(tiles)
+        is_in_mask[edge] *= masks.is_inside(tiles[edge])[:, None]
+        found_areas = is_in_mask.flatten(2).sum(dim=2).long()
         mask_areas.index_add_(0, queries, (found_areas * borders.index_select(1, queries)).sum(dim=0))
-        owners.append(queries[probabilities.mul_(scores[queries]).argmax(dim=-1)])
+        owners.append(queries[_first_of_largest(probabilities.mul_(scores[queries, None, None]))])
     return masks.paste(winners, undecided, torch.cat(owners)), mask_areas
+
+
+def _first_of_largest(values: Tensor) -> Tensor:
+    """`argmax` over the second dimension of values (n, q, ...), which are overwritten: faster than that by far."""
+    num_values = values.shape[1]
+    ranks = torch.arange(num_values, 0, -1, dtype=values.dtype, device=values.device)
+    is_largest = values.eq_(values.amax(dim=1, keepdim=True))
+    return num_values - is_largest.mul_(ranks.view(-1, *[1] * (values.ndim - 2))).amax(dim=1).long()
 
 
 def _number_segments(

@@ -23,8 +23,8 @@ from .post_processing_maskformer_inputs import ImageSizes
 Mode = Literal["paper", "direct", "fast"]
 
 TILE = 16
-# Numbers in the largest tensor of a chunk of tiles: a megabyte stays in the cache of a CPU core; a GPU wants more.
-_CHUNK_ON_CPU = 2**18
+# Numbers in the largest tensor of a chunk of tiles: four megabytes stay in a CPU's cache; a GPU wants more.
+_CHUNK_ON_CPU = 2**20
 _CHUNK_ON_GPU = 2**25
 _FEWEST_TILES = 32  # of a chunk; with fewer, calling takes longer than computing
 
@@ -84,13 +84,18 @@ class TiledMasks:
         size = max(_FEWEST_TILES, budget // (numbers_per_pixel * TILE**2))
         return (tiles[start : start + size] for start in range(0, len(tiles), size))
 
-    def resized_logits(self, tiles: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Mask logits where the sigmoid is taken, (n, M, M', Q), of all queries or some."""
-        points = self._grid_points(tiles)
-        logits = self.logits.flatten(0, 1).index_select(0, points.flatten()).unflatten(0, points.shape)
-        if queries is not None:
-            logits = logits.index_select(3, queries)
-        return _apply(self.rows.before, self.columns.before, tiles, logits)
+    def resized_logits(self, tiles: Tensor) -> Tensor:
+        """Mask logits where the sigmoid is taken, (n, M, M', Q)."""
+        return _apply(self.rows.before, self.columns.before, tiles, self._at_grid_points(tiles))
+
+    def resized_logits_by_query(self, tiles: Tensor, queries: Tensor) -> Tensor:
+        """As `resized_logits` for some queries (q,), in the order of one map each, (n, q, M, M')."""
+        logits = self._at_grid_points(tiles).permute(0, 3, 1, 2).index_select(1, queries)
+        if self.rows.before is None or self.columns.before is None:
+            return logits
+        rows = self.rows.before.index_select(0, tiles[:, 0])
+        columns = self.columns.before.index_select(0, tiles[:, 1])
+        return rows[:, None] @ (logits.flatten(1, 2) @ columns.mT).unflatten(1, logits.shape[1:3])
 
     def resized_logits_of(self, queries: Tensor, tiles: Tensor) -> Tensor:
         """As `resized_logits` with one query (n,) for each tile, (n, M, M')."""
@@ -134,6 +139,11 @@ class TiledMasks:
         """Makes a map (..., H, W) of the target from one of its tiles (..., R, T, C, T)."""
         height, width = self.target_size
         return canvas.flatten(-4, -3).flatten(-2)[..., :height, :width].contiguous()
+
+    def _at_grid_points(self, tiles: Tensor) -> Tensor:
+        """The logits at the grid points of tiles, (n, S, S', Q)."""
+        points = self._grid_points(tiles)
+        return self.logits.flatten(0, 1).index_select(0, points.flatten()).unflatten(0, points.shape)
 
     def _grid_points(self, tiles: Tensor) -> Tensor:
         """Flat indices of the grid points of tiles, (n, S, S')."""

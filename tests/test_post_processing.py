@@ -190,6 +190,13 @@ def test_the_score_of_a_fused_segment_weighs_each_query_by_the_pixels_it_won():
     assert [entry["score"] for entry in separate] == pytest.approx([0.9, 0.6])
 
 
+def test_among_equal_queries_the_first_wins():
+    mask = [[1, 1, 0, 0]]
+    result = panoptic(class_logits(PERSON, SKY, SKY), mask_logits(mask, mask, [[0, 0, 1, 1]]))
+    assert result["segmentation"].tolist() == [[1, 1, 2, 2]]
+    assert [entry["label_id"] for entry in result["segments_info"]] == [PERSON, SKY]
+
+
 def test_a_kept_query_is_surer_than_the_threshold():
     classes = torch.tensor([[[0.0, 0.0, -200.0]]])  # sky and person at exactly 0.5
     assert panoptic(classes, mask_logits([[1, 1]]), threshold=0.5)["segments_info"] == []
