@@ -81,6 +81,11 @@ class FeaturePyramidLayer(nn.Module):
 
     def _merge(self, coarse: Tensor, lateral: Tensor) -> Tensor:
         lateral = self.proj(lateral)
+        height, width = coarse.shape[-2:]
+        if not (torch.is_grad_enabled() or is_traced()) and lateral.shape[-2:] == (2 * height, 2 * width):
+            # Each pixel of the coarse map to the four that it covers, without a map of the finer size in between.
+            lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(coarse[:, :, :, None, :, None])
+            return lateral
         return F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest").add_(lateral)
 
 

@@ -32,9 +32,11 @@ TILES_AT_ONCE, TILES_AT_ONCE_FOR_KERNEL = 160, 256
 GROUPED = ([0, 0], [1, 1], [1, 1], PATCH**2)
 # On x86-64 torch leaves matrix products in float32 to MKL and convolutions to oneDNN.
 HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-# What torch's compiler calls for a convolution whose weights it has arranged before: here many strips share a kernel.
-CAN_ARRANGE_KERNEL = HAS_MKL_AND_ONEDNN and all(
-    hasattr(torch.ops.mkldnn, name) for name in ("_reorder_convolution_weight", "_convolution_pointwise")
+# What torch's compiler calls: to arrange the weights of a convolution before, here for many strips of an image, and to
+# add to a residual.
+HAS_ONEDNN_OPERATORS = HAS_MKL_AND_ONEDNN and all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
 )
 
 
@@ -52,22 +54,46 @@ def convolve(
     return F.conv2d(states, weight, bias, stride, padding, dilation)
 
 
+def add_convolution(
+    residual: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """ReLU of the sum of a residual and a convolution, in the memory of the residual.
+
+    oneDNN adds and cuts off where it writes: memory for the convolution alone would be new, and read again.
+    """
+    convolution = torch.ops.mkldnn._convolution_pointwise_.binary
+    return convolution(residual, states, weight, bias, padding, stride, dilation, 1, "add", 1.0, "relu", [], "")
+
+
+def addition_pays(residual: Tensor, states: Tensor, weight: Tensor) -> bool:
+    if torch.is_grad_enabled() or is_traced() or is_transformed() or type(residual) is not Tensor:
+        return False
+    return is_plain(states, weight) and not winograd_pays(states, weight)
+
+
 def winograd_pays(states: Tensor, weight: Tensor) -> bool:
-    # GPU libraries have it inside, and exported graphs are read by others: they get the plain operator.
-    if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not is_plain(states, weight) or tuple(weight.shape[2:]) != (KERNEL, KERNEL):
         return False
-    if not CAN_ARRANGE_KERNEL:
-        return False
-    if {type(states), type(weight)} - {Tensor, torch.nn.Parameter}:  # quantised, sharded or without values
-        return False
-    if not states.dtype == weight.dtype == torch.float32 or tuple(weight.shape[2:]) != (KERNEL, KERNEL):
-        return False
-    if min(weight.shape[:2]) < MIN_CHANNELS:
-        return False
-    if is_transformed():
+    if min(weight.shape[:2]) < MIN_CHANNELS or is_transformed():
         return False
     # One compiled graph serves all sizes: there the operator looks at them.
     return torch.compiler.is_compiling() or has_enough_tiles(states)
+
+
+def is_plain(states: Tensor, weight: Tensor) -> bool:
+    """Whether these are plain numbers in float32 on a CPU, for which torch has oneDNN and its operators."""
+    # GPU libraries have it inside, and exported graphs are read by others: they get the plain operator.
+    if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if {type(states), type(weight)} - {Tensor, torch.nn.Parameter}:  # quantised, sharded or without values
+        return False
+    return HAS_ONEDNN_OPERATORS and states.dtype == weight.dtype == torch.float32
 
 
 def has_enough_tiles(states: Tensor) -> bool:

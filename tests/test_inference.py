@@ -16,10 +16,11 @@ from models import (
     tiny_batch,
     tiny_model,
 )
+from transformers import ResNetConfig
 
 from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
-from hf_maskformer.modeling_maskformer_resnet import ConvNorm
+from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone
 from hf_maskformer.modeling_maskformer_swin import WindowGrid
 
 BACKBONES = [resnet_config, swin_config, convnext_config]
@@ -95,6 +96,27 @@ def test_hooks_on_a_norm_are_called():
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_what_hooks_or_callers_keep_of_a_resnet_is_not_overwritten(layer_type):
+    # Without a shortcut in the first layer, whose input is the stem's feature map.
+    fields = {"layer_type": layer_type, "downsample_in_first_stage": False, "embedding_size": 16}
+    names = ["stem", "stage1", "stage2", "stage3"]
+    config = ResNetConfig(hidden_sizes=[16, 32, 32, 64], depths=[3, 2, 2, 1], out_features=names, **fields)
+    backbone, pixel_values = ResNetBackbone(config).eval(), torch.randn(2, 3, 64, 96)
+    expected, kept = backbone(pixel_values), []
+    with torch.no_grad():
+        for found, tensor in zip(backbone(pixel_values), expected, strict=True):
+            torch.testing.assert_close(found, tensor, **CLOSE)
+        layers = backbone.encoder.stages[0].layers
+        inputs = torch.randn(2, 16, 16, 24)
+        copy = inputs.clone()
+        layers[1](inputs)
+        assert torch.equal(inputs, copy)
+        layers[1].layer[0].convolution.register_forward_pre_hook(lambda module, arguments: kept.extend(arguments))
+        backbone(pixel_values)
+    torch.testing.assert_close(kept[0], layers[0](expected[0]), **CLOSE)
 
 
 def test_padding_is_left_out_of_predict_as_of_forward():

@@ -19,7 +19,7 @@ from hf_maskformer.modeling_maskformer_winograd import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not modeling_maskformer_winograd.CAN_ARRANGE_KERNEL, reason="here torch lacks what arranges kernels for oneDNN"
+    not modeling_maskformer_winograd.HAS_ONEDNN_OPERATORS, reason="here torch lacks what arranges kernels for oneDNN"
 )
 
 WIDE = torch.randn(MIN_CHANNELS, MIN_CHANNELS, 3, 3)
@@ -113,7 +113,7 @@ def test_it_is_taken_where_it_pays_only():
 
 
 def test_without_its_operators_it_is_left(monkeypatch):
-    monkeypatch.setattr(modeling_maskformer_winograd, "CAN_ARRANGE_KERNEL", False)
+    monkeypatch.setattr(modeling_maskformer_winograd, "HAS_ONEDNN_OPERATORS", False)
     assert not winograd_pays(LARGE, WIDE)
 
 
