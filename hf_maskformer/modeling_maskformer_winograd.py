@@ -5,6 +5,8 @@ kernel are multiplied point by point, 36 products where the definition has 144. 
 matrix products, which are computed as one grouped 1 x 1 convolution: on an AMD Zen 5 torch's convolutions are twice as
 fast as its matrix products, on a Zen 4 as fast. float32 loses some two bits on the way. Gradients go the same way back.
 
+Other convolutions are left to torch; one that is added to a residual, at inference, in the residual's memory.
+
 Letters: B images, C input and O output channels, T tiles, h x w feature map.
 """
 
