@@ -146,6 +146,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     trainer.create_model_card(**card)
     if training.push_to_hub:
         trainer.push_to_hub(**card)
+    # Otherwise torch may abort or hold up a process that ends before the others.
+    trainer.accelerator.state.destroy_process_group()
 
 
 def dry_run(

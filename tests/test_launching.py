@@ -80,19 +80,18 @@ def test_a_configuration_trains(inputs, tmp_path, config, command):
 def test_two_machines_train_together(inputs, tmp_path):
     """Two launchers on one machine, which meet at its address."""
     options = ["--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={free_port()}"]
+    errors = [tmp_path / f"errors{rank}" for rank in range(2)]  # files: nobody empties a pipe while waiting for another
     machines = [
         subprocess.Popen(
             [*launch("multi_node", *options, f"--machine_rank={rank}"), *MODULE, *options_of(inputs, tmp_path / "run")],
             env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=path.open("w"),
         )
-        for rank in range(2)
+        for rank, path in enumerate(errors)
     ]
     try:
-        for machine in machines:
-            _, errors = machine.communicate(timeout=300)
-            assert machine.returncode == 0, errors[-3000:]
+        for machine, path in zip(machines, errors, strict=True):
+            assert machine.wait(timeout=300) == 0, path.read_text()[-3000:]
     finally:
         for machine in machines:
             machine.kill()
