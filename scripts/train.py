@@ -23,9 +23,11 @@ Every option of transformers' TrainingArguments works too: --max_steps, --eval_s
 help of --help_all has them. --push_to_hub true --hub_model_id user/name publishes the result (docs/publishing.md).
 """
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import set_seed
 
 from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
@@ -146,8 +148,16 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     trainer.create_model_card(**card)
     if training.push_to_hub:
         trainer.push_to_hub(**card)
-    # Otherwise torch may abort or hold up a process that ends before the others.
-    trainer.accelerator.state.destroy_process_group()
+
+
+def leave_processes() -> None:
+    """Leaves the group of processes, when nothing of the training is left.
+
+    torch ends the threads that sent gradients when their last holder is gone. If that is the trained model, or Python
+    at its end, they may wait for the interpreter, and it for them.
+    """
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def dry_run(
@@ -177,3 +187,4 @@ if __name__ == "__main__":
             dry_run(*arguments, sources)
         else:
             main(*arguments)
+            leave_processes()
