@@ -27,6 +27,9 @@ TILE = 16
 _CHUNK_ON_CPU = 2**20
 _CHUNK_ON_GPU = 2**25
 _FEWEST_TILES = 32  # of a chunk; with fewer, calling takes longer than computing
+# Beyond this a logit says nothing more, and far beyond it, as where a mask is filled with the lowest number there is,
+# its resized neighbours would not be finite.
+_LARGEST_LOGIT = 1e30
 
 
 class Axis(NamedTuple):
@@ -55,7 +58,8 @@ class TiledMasks:
         axes = zip(sizes.target, sizes.image, sizes.padded, mask_logits.shape[1:], strict=True)
         self.rows, self.columns = (_axis(*lengths, mode).to(mask_logits.device) for lengths in axes)
         # (h, w, Q): copying grid points copies whole rows of numbers.
-        self.logits = mask_logits.float().permute(1, 2, 0).contiguous()
+        logits = mask_logits.float().permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+        self.logits = logits.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The lowest and the highest logit that each query can have in each tile, both (R, C, Q)."""

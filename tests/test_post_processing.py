@@ -308,6 +308,21 @@ def test_large_logits_are_finite_even_if_their_sum_is_not():
     assert panoptic(classes, masks)["segmentation"].tolist() == [[1, 1]]
 
 
+@pytest.mark.parametrize("extreme", [torch.finfo(torch.float32).min, torch.finfo(torch.float32).max, -1e300])
+def test_masks_may_be_filled_with_the_largest_numbers_there_are(extreme):
+    classes, masks = class_logits(SKY, PERSON, SKY, PERSON, SKY), torch.randn(1, 5, 20, 24).double()
+
+    def results(value):
+        masks[:, 1, :, :12] = value
+        arguments = classes, masks, sizes((77, 90)), sizes((80, 96))
+        options = {"target_sizes": [(101, 211)]}
+        panoptic = panoptic_segmentation(*arguments, **options, overlap_mask_area_threshold=0.0)
+        return semantic_segmentation(*arguments, **options)[0], panoptic[0]["segmentation"]
+
+    for found, expected in zip(results(extreme), results(math.copysign(1e6, extreme)), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("function", [semantic_segmentation, panoptic_segmentation, instance_segmentation])
 def test_logits_that_are_not_finite_are_refused(function):
     classes, masks, *rest = mixed_batch()
