@@ -24,6 +24,7 @@ help of --help_all has them. --push_to_hub true --hub_model_id user/name publish
 """
 
 import gc
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,5 +187,10 @@ if __name__ == "__main__":
         if arguments[1].dry_run:
             dry_run(*arguments, sources)
         else:
-            main(*arguments)
+            code = None
+            try:
+                main(*arguments)
+            except SystemExit as end:  # interrupted, in all processes alike
+                code = end.code
             leave_processes()
+            sys.exit(code)
