@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
 from .loss_maskformer_logits import remember_projection
 from .modeling_maskformer_transformer_layers import TransformerEncoder
-from .modeling_maskformer_winograd import convolve, is_traced
+from .modeling_maskformer_winograd import can_overwrite, convolve, is_traced
 
 
 class XavierConv2d(nn.Conv2d):
@@ -82,7 +82,7 @@ class FeaturePyramidLayer(nn.Module):
     def _merge(self, coarse: Tensor, lateral: Tensor) -> Tensor:
         lateral = self.proj(lateral)
         height, width = coarse.shape[-2:]
-        if not (torch.is_grad_enabled() or is_traced()) and lateral.shape[-2:] == (2 * height, 2 * width):
+        if can_overwrite(self.proj) and lateral.shape[-2:] == (2 * height, 2 * width):
             # Each pixel of the coarse map to the four that it covers, without a map of the finer size in between.
             lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(coarse[:, :, :, None, :, None])
             return lateral

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
-from .modeling_maskformer_winograd import add_convolution, addition_pays, convolve, is_traced
+from .modeling_maskformer_winograd import add_convolution, addition_pays, can_overwrite, convolve, is_hooked
 
 BOTTLENECK_REDUCTION = 4
 
@@ -51,7 +51,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch normalisation, the sum with a residual if there is one, and, unless None, an activation.
+    """Convolution, batch normalisation and, unless None, an activation.
 
     At inference the norm only scales and shifts each channel. That is then done to the weights, which are far fewer
     than the pixels. Not where gradients are wanted, which would differ from the paper's code by more than need be: a
@@ -73,24 +73,23 @@ class ConvNorm(nn.Module):
         self.normalization = BatchNorm(out_channels)
         self.activation = None if activation is None else activation_in_place(activation)
 
-    def forward(self, states: Tensor, residual: Tensor | None = None, owns_residual: bool = False) -> Tensor:
-        """Takes (B, C, h, w) and what to add before the activation; gives (B, O, h', w'), like the residual.
+    def forward(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Takes (B, C, h, w), gives (B, O, h', w').
 
-        Of a residual that it owns, which nobody else reads, the output may take the memory.
+        With a residual like the output, which nobody else reads: the ReLU of their sum, perhaps in its memory.
         """
         convolution, norm = self.convolution, self.normalization
         is_fixed = not (norm.training or torch.is_grad_enabled())
         if is_fixed and is_untouched(convolution) and is_untouched(norm):
             weight, bias = self._folded()
             geometry = (convolution.stride, convolution.padding, convolution.dilation)
-            is_for_onednn = owns_residual and type(self.activation) is nn.ReLU
-            if is_for_onednn and residual is not None and addition_pays(residual, states, weight):
+            if residual is not None and addition_pays(residual, states, weight):
                 return add_convolution(residual, states, weight, bias, *geometry)
             states = convolve(states, weight, bias, *geometry)
         else:
             states = self._normalized(convolution(states))
         if residual is not None:
-            states = states.add_(residual)
+            return states.add_(residual).relu_()
         return states if self.activation is None else self.activation(states)
 
     def _normalized(self, states: Tensor) -> Tensor:
@@ -134,27 +133,29 @@ class ResNetLayer(GradientCheckpointingLayer):
         if in_channels != out_channels or stride != 1:
             self.shortcut = ConvNorm(in_channels, out_channels, kernel_size=1, stride=stride, activation=None)
         if config.layer_type == "basic":
-            layer = [
+            self.layer = nn.Sequential(
                 ConvNorm(in_channels, out_channels, 3, stride, dilation),
-                ConvNorm(out_channels, out_channels, 3, dilation=dilation, activation=config.hidden_act),
-            ]
+                ConvNorm(out_channels, out_channels, 3, dilation=dilation, activation=None),
+            )
         else:
             inside = out_channels // BOTTLENECK_REDUCTION
             strides = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
-            layer = [
+            self.layer = nn.Sequential(
                 ConvNorm(in_channels, inside, 1, strides[0]),
                 ConvNorm(inside, inside, 3, strides[1], dilation),
-                ConvNorm(inside, out_channels, 1, activation=config.hidden_act),
-            ]
-        self.layer = nn.ModuleList(layer)
+                ConvNorm(inside, out_channels, 1, activation=None),
+            )
+        self.activation = activation_in_place(config.hidden_act)
 
     def forward(self, states: Tensor, owns_residual: bool = False) -> Tensor:
-        """Takes (B, C, h, w), gives (B, O, h', w'); `owns_residual` as in `ConvNorm`."""
+        """Takes (B, C, h, w), gives (B, O, h', w'); of a residual that it owns perhaps in the memory."""
         residual = states if self.shortcut is None else self.shortcut(states)
         *others, last = self.layer
-        for convolution in others:
-            states = convolution(states)
-        return last(states, residual, owns_residual)
+        if owns_residual and type(self.activation) is nn.ReLU and type(last) is ConvNorm:
+            for convolution in others:
+                states = convolution(states)
+            return last(states, residual)
+        return self.activation(self.layer(states).add_(residual))
 
 
 class ResNetStage(nn.Module):
@@ -174,10 +175,14 @@ class ResNetStage(nn.Module):
         )
 
     def forward(self, states: Tensor) -> Tensor:
-        # What layers hand on and what their shortcuts make is read once, unless something hooked in keeps it.
-        is_private = not (torch.is_grad_enabled() or is_traced() or any(map(is_hooked, self.modules())))
-        for index, layer in enumerate(self.layers):
-            states = layer(states, owns_residual=is_private and (index > 0 or layer.shortcut is not None))
+        is_private = states.device.type == "cpu" and can_overwrite(self)
+        is_of_layer = False
+        for layer in self.layers:
+            # Something else may stand in the place of a layer, or of its shortcut, and keep what it gives.
+            is_plain = type(layer) is ResNetLayer
+            is_own = is_plain and (is_of_layer if layer.shortcut is None else type(layer.shortcut) is ConvNorm)
+            states = layer(states, owns_residual=True) if is_private and is_own else layer(states)
+            is_of_layer = is_plain
         return states
 
 
@@ -252,12 +257,6 @@ def activation_in_place(name: str) -> nn.Module:
 def is_recomputed() -> bool:
     """Whether this forward runs within a backward pass, as gradient checkpointing repeats it there."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether others take part in a module's call, as offloading does, and tools that look inside a model."""
-    is_hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
-    return bool(is_hooked or nn.modules.module._has_any_global_hook())
 
 
 def is_untouched(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 TILE, KERNEL = 4, 3
@@ -111,6 +111,19 @@ def is_transformed() -> bool:
     # By its type, since torch's compiler takes a stack without interpreters for something else than None.
     is_in_function = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
     return is_in_function or torch.autograd.forward_ad._current_level >= 0
+
+
+def can_overwrite(module: nn.Module) -> bool:
+    """Whether nobody but its own modules reads what a module computes inside, as backward passes and hooks do."""
+    if torch.is_grad_enabled() or is_traced() or is_transformed():
+        return False
+    return not any(map(is_hooked, module.modules()))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether others take part in a module's call, as offloading does, and tools that look inside a model."""
+    has_hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
+    return bool(has_hooks or "forward" in vars(module) or hasattr(module, "_hf_hook"))
 
 
 def is_traced() -> bool:

@@ -6,6 +6,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from models import (
     ARCHITECTURES,
     NUM_LABELS,
@@ -20,8 +21,10 @@ from transformers import ResNetConfig
 
 from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
-from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone
+from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramidLayer
+from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
 from hf_maskformer.modeling_maskformer_swin import WindowGrid
+from hf_maskformer.modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS
 
 BACKBONES = [resnet_config, swin_config, convnext_config]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -117,6 +120,69 @@ def test_what_hooks_or_callers_keep_of_a_resnet_is_not_overwritten(layer_type):
         layers[1].layer[0].convolution.register_forward_pre_hook(lambda module, arguments: kept.extend(arguments))
         backbone(pixel_values)
     torch.testing.assert_close(kept[0], layers[0](expected[0]), **CLOSE)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN_OPERATORS, reason="here torch lacks what adds a convolution to a residual")
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_a_layer_takes_the_memory_of_a_residual_that_it_owns(layer_type):
+    layer = ResNetStage(ResNetConfig(layer_type=layer_type), 16, 16, 1, [1]).layers[0].eval()
+    inputs = torch.randn(2, 16, 16, 24)
+    with torch.no_grad():
+        expected = layer(inputs)
+        found = layer(inputs, owns_residual=True)
+    assert found.data_ptr() == inputs.data_ptr()
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+class Keeper(torch.nn.Module):
+    """Stands in the place of a layer, as wrappers and adapters do, and keeps what it gives."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, states):
+        self.kept = self.module(states)
+        self.copy = self.kept.clone()
+        return self.kept
+
+
+def test_layers_of_a_resnet_may_be_replaced():
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[3, 3], out_features=["stage1", "stage2"])
+    backbone, pixel_values = ResNetBackbone(config).eval(), torch.randn(1, 3, 64, 96)
+    stage = backbone.encoder.stages[1]
+    stage.layers[1] = torch.nn.Identity()
+    expected = backbone(pixel_values)
+    patched, kept = stage.layers[2].forward, []
+    stage.layers[2].forward = lambda states, *arguments: (kept.append((states, states.clone())), patched(states))[1]
+    stage.layers[0] = Keeper(stage.layers[0])
+    backbone.encoder.stages[0].layers[1] = Keeper(backbone.encoder.stages[0].layers[1])
+    with torch.no_grad():
+        for found, tensor in zip(backbone(pixel_values), expected, strict=True):
+            torch.testing.assert_close(found, tensor, **CLOSE)
+    keepers = [module for module in backbone.modules() if isinstance(module, Keeper)]
+    for tensor, copy in [*kept, *((keeper.kept, keeper.copy) for keeper in keepers)]:
+        assert torch.equal(tensor, copy)
+
+
+def test_activations_of_a_resnet_have_the_names_of_checkpoints():
+    fields = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 2], "hidden_act": "prelu"}
+    config = ResNetConfig(**fields, out_features=["stage1", "stage2"])
+    assert set(ResNetBackbone(config).state_dict()) == set(transformers.ResNetBackbone(config).state_dict())
+
+
+def test_what_a_hook_keeps_of_the_pyramid_is_not_overwritten():
+    layer = FeaturePyramidLayer(32, 16).eval()
+    coarse, lateral, kept = torch.randn(2, 32, 5, 7), torch.randn(2, 16, 10, 14), []
+    expected = layer(coarse, lateral)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(coarse, lateral), expected, **CLOSE)
+        layer.proj[1].register_forward_hook(lambda module, inputs, output: kept.extend((output, output.clone())))
+        torch.testing.assert_close(layer(coarse, lateral), expected, **CLOSE)
+        assert torch.equal(*kept)
+        layer = FeaturePyramidLayer(32, 16).eval()
+        found = torch.vmap(lambda image: layer(image[None], lateral[:1])[0])(coarse)
+        torch.testing.assert_close(found, layer(coarse, lateral[:1].expand(2, -1, -1, -1)), **CLOSE)
 
 
 def test_padding_is_left_out_of_predict_as_of_forward():
