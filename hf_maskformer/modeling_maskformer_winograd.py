@@ -74,9 +74,8 @@ def add_convolution(
 
 
 def addition_pays(residual: Tensor, states: Tensor, weight: Tensor) -> bool:
-    if torch.is_grad_enabled() or is_traced() or is_transformed() or type(residual) is not Tensor:
-        return False
-    return is_plain(states, weight) and not winograd_pays(states, weight)
+    """Whether oneDNN adds a convolution to a residual that may be overwritten, see `can_overwrite`."""
+    return type(residual) is Tensor and is_plain(states, weight) and not winograd_pays(states, weight)
 
 
 def winograd_pays(states: Tensor, weight: Tensor) -> bool:
