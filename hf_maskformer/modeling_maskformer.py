@@ -21,6 +21,7 @@ from .loss_maskformer import MaskFormerLoss
 from .modeling_maskformer_feature_pyramid import switch_attention
 from .modeling_maskformer_linear import products_with_pixels
 from .modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput, MaskFormerModelOutput
+from .modeling_maskformer_packing import forget
 from .modeling_maskformer_pixel_decoder import MaskProjection
 from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
 from .modeling_maskformer_transformer_decoder import TransformerModule
@@ -120,6 +121,11 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} cannot be loaded ({reason}). Are its weights damaged or cut "
                 "off? Then download them again."
             ) from error
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            forget(self)
+        return super().train(mode)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

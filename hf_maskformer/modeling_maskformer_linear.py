@@ -1,9 +1,12 @@
 """Linear layers and mask logits, whose products are taken where they are fastest."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .modeling_maskformer_packing import PackedLinear, infers_in_bfloat16, keep
 from .modeling_maskformer_winograd import HAS_MKL_AND_ONEDNN, is_exported, is_transformed, register_operator
 
 # Of fewer positions, to arrange the weights takes as long as the product.
@@ -20,6 +23,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes (..., C) and gives (..., O)."""
+        if infers_in_bfloat16(input, self.weight, self.bias):
+            return keep(self, partial(PackedLinear, self), self.weight, self.bias)(input)
         if not convolution_pays(input, self.weight):
             return super().forward(input)
         if torch.compiler.is_compiling():
@@ -58,12 +63,23 @@ def products_with_pixels(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor
 
     Takes (L, B, Q, C) and (B, C, h, w); gives (L, B, Q, h, w).
     """
+    if infers_in_bfloat16(embeddings, pixel_embeddings):
+        return products_in_bfloat16(embeddings, pixel_embeddings)
     positions = pixel_embeddings.movedim(1, -1)
     if torch.is_grad_enabled() or is_transformed() or not convolution_pays(positions, embeddings):
         return torch.einsum("lbqc,bchw->lbqhw", embeddings, pixel_embeddings)
     if torch.compiler.is_compiling():
         return torch.ops.hf_maskformer.products_with_pixels(embeddings, pixel_embeddings)
     return products_by_convolutions(embeddings, pixel_embeddings)
+
+
+def products_in_bfloat16(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
+    """`products_with_pixels` by one product per layer and image: for several at once torch copies the pixels."""
+    logits = _output_of_products(embeddings.bfloat16(), pixel_embeddings)
+    for of_layer, of_queries in zip(logits, embeddings.bfloat16(), strict=True):
+        for of_image, queries, image in zip(of_layer, of_queries, pixel_embeddings.bfloat16(), strict=True):
+            torch.mm(queries, image.flatten(1), out=of_image.flatten(1))
+    return logits
 
 
 def products_by_convolutions(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Letters: B images, C channels of the pyramid, h x w = H/4 x W/4 for the H x W pa
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
 from .loss_maskformer_logits import remember_projection
+from .modeling_maskformer_packing import PackedConvolution, infers_in_bfloat16, keep
 from .modeling_maskformer_transformer_layers import TransformerEncoder
 from .modeling_maskformer_winograd import can_overwrite, convolve, is_traced
 
@@ -25,6 +27,9 @@ class XavierConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(self, states: Tensor) -> Tensor:
+        if infers_in_bfloat16(states, self.weight, self.bias):
+            make = partial(PackedConvolution, self, self.weight, self.bias, states.shape)
+            return keep(self, make, self.weight, self.bias)(states)
         return convolve(states, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
 

@@ -5,6 +5,7 @@ not checkpoint gradients.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
+from .modeling_maskformer_packing import PackedConvolution, infers_in_bfloat16, keep
 from .modeling_maskformer_winograd import add_convolution, addition_pays, can_overwrite, convolve, is_hooked
 
 BOTTLENECK_REDUCTION = 4
@@ -81,6 +83,11 @@ class ConvNorm(nn.Module):
         convolution, norm = self.convolution, self.normalization
         is_fixed = not (norm.training or torch.is_grad_enabled())
         if is_fixed and is_untouched(convolution) and is_untouched(norm):
+            sources = (convolution.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            if infers_in_bfloat16(states, *sources):
+                make = partial(self._packed, states.shape)
+                packed = keep(self, make, *sources, norm.num_batches_tracked)
+                return self._apply_packed(packed, states, residual)
             weight, bias = self._folded()
             geometry = (convolution.stride, convolution.padding, convolution.dilation)
             if residual is not None and addition_pays(residual, states, weight):
@@ -90,6 +97,19 @@ class ConvNorm(nn.Module):
             states = self._normalized(convolution(states))
         if residual is not None:
             return states.add_(residual).relu_()
+        return states if self.activation is None else self.activation(states)
+
+    def _packed(self, size: Sequence[int]) -> PackedConvolution:
+        return PackedConvolution(self.convolution, *self._folded(), size)
+
+    def _apply_packed(self, packed: PackedConvolution, states: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            if type(residual) is Tensor and residual.dtype == torch.bfloat16:
+                return packed(states, residual=residual)
+            return packed(states).add_(residual).relu_()
+        if type(self.activation) is nn.ReLU and not is_hooked(self.activation):
+            return packed(states, "relu")
+        states = packed(states)
         return states if self.activation is None else self.activation(states)
 
     def _normalized(self, states: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ positions in a window.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling_maskformer_linear import Linear
-from .modeling_maskformer_winograd import is_traced
+from .modeling_maskformer_packing import PackedLinear, infers_in_bfloat16, keep
+from .modeling_maskformer_winograd import is_hooked, is_traced
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 SEPARATION = -100.0
 
 # What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
-# feed-forward network see so many positions at a time that all this stays in the cache.
-POSITIONS_AT_ONCE = 800
+# feed-forward network see so many positions at a time that all this stays in the cache. In bfloat16 products are so
+# fast that the time to start them counts too.
+POSITIONS_AT_ONCE, POSITIONS_AT_ONCE_IN_BFLOAT16 = 800, 3200
 
 
 class SwinLinear(Linear):
@@ -89,8 +92,7 @@ class WindowSelfAttention(nn.Module):
     def forward(self, windows: Tensor, separation: Tensor | None) -> Tensor:
         """Takes windows (B W, N, C) and the separation (W, N, N) of shifted windows; returns (B W, N, C)."""
         query, key, value = (
-            projection(windows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for states in self._projected(windows)
         )
         num_positions = windows.shape[1]
         bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
@@ -106,6 +108,16 @@ class WindowSelfAttention(nn.Module):
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return attended.transpose(1, 2).flatten(2)
+
+    def _projected(self, windows: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values."""
+        projections = (self.query, self.key, self.value)
+        if all(type(projection) is SwinLinear and not is_hooked(projection) for projection in projections):
+            sources = [source for part in projections for source in (part.weight, part.bias)]
+            if infers_in_bfloat16(windows, *sources):
+                # One product instead of three, which are narrow.
+                return keep(self, partial(PackedLinear, *projections), *sources)(windows).chunk(3, -1)
+        return [projection(windows) for projection in projections]
 
 
 class Projection(nn.Module):
@@ -152,19 +164,25 @@ class SwinBlock(GradientCheckpointingLayer):
             windows = grid.to_windows(self.layernorm_before(states))
             states = states + self._drop_path(grid.to_map(self.attention(windows, grid.separation)))
             return states + self._drop_path(self._feed_forward(states))
+        is_half = infers_in_bfloat16(states, self.layernorm_before.weight)
+        positions_at_once = POSITIONS_AT_ONCE_IN_BFLOAT16 if is_half else POSITIONS_AT_ONCE
         windows = grid.to_windows(self.layernorm_before(states))
-        self._attend_in_parts(windows, grid)
+        self._attend_in_parts(windows, grid, positions_at_once)
         states = (states + grid.to_map(windows)).contiguous()  # so that its parts below are views of it
-        for positions in states.flatten(0, 2).split(POSITIONS_AT_ONCE):
+        for positions in states.flatten(0, 2).split(positions_at_once):
             positions += self._feed_forward(positions)
         return states
 
-    def _attend_in_parts(self, windows: Tensor, grid: "WindowGrid") -> None:
+    def _attend_in_parts(self, windows: Tensor, grid: "WindowGrid", positions_at_once: int) -> None:
         """Replaces the windows (B W, N, C) by what they attend to, a few of one image at a time."""
-        num_windows = max(POSITIONS_AT_ONCE // grid.num_positions, 1)
+        at_once = max(positions_at_once // grid.num_positions, 1)
         for image in windows.split(grid.num_windows):
-            separations = [None] * len(image) if grid.separation is None else grid.separation.split(num_windows)
-            for part, separation in zip(image.split(num_windows), separations, strict=False):
+            whole, cut = image.split((grid.num_whole_windows, grid.num_windows - grid.num_whole_windows))
+            for part in whole.split(at_once):
+                part.copy_(self.attention(part, None))
+            if grid.separation is None or not len(cut):
+                continue
+            for part, separation in zip(cut.split(at_once), grid.separation[len(whole) :].split(at_once), strict=True):
                 part.copy_(self.attention(part, separation))
 
     def _feed_forward(self, states: Tensor) -> Tensor:
@@ -293,6 +311,7 @@ class WindowGrid:
 
     Attributes:
         separation: (W, N, N), see `shift_separation`; None without a shift.
+        num_whole_windows: How many windows, the first ones, are not cut by the shift.
     """
 
     def __init__(self, size: Sequence[int], window_size: int, shift: int, device: torch.device) -> None:
@@ -308,6 +327,7 @@ class WindowGrid:
         shifted = positions.view(self.padded_size).roll((-shift, -shift), dims=(0, 1))
         self.order = cut_into_windows(shifted, window_size).flatten()
         self.inverse = torch.empty_like(self.order).scatter_(0, self.order, positions)
+        self.num_whole_windows = (num_rows - 1) * (num_columns - 1) if shift else self.num_windows
         self.separation = shift_separation(self.padded_size, window_size, shift, device) if shift else None
 
     def to_windows(self, states: Tensor) -> Tensor:
@@ -363,10 +383,14 @@ def count_parts(length: int, part: int) -> int:
 
 
 def cut_into_windows(positions: Tensor, window_size: int) -> Tensor:
-    """(h, w) to (W, N); h and w are multiples of the window."""
+    """(h, w) to (W, N), those of the last column and row last; h and w are multiples of the window.
+
+    A shift cuts through those, so that the others can be told from them.
+    """
     height, width = positions.shape
     grid = positions.view(height // window_size, window_size, width // window_size, window_size)
-    return grid.transpose(1, 2).reshape(-1, window_size**2)
+    grid = grid.transpose(1, 2).flatten(2)
+    return torch.cat((grid[:-1, :-1].flatten(0, 1), grid[:-1, -1], grid[-1]))
 
 
 def relative_position_index(window_size: int) -> Tensor:

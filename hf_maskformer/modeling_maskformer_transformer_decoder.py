@@ -63,7 +63,8 @@ class TransformerDecoderLayer(TransformerLayer):
         Returns (B, Q, D) and the cross-attention if asked for.
         """
         value = self.before(self.self_attn_layer_norm, queries)
-        update, _ = self.self_attn(value + query_positions, value + query_positions, value)
+        placed = value + query_positions
+        update, _ = self.self_attn(placed, placed, value)
         queries = self.after(self.self_attn_layer_norm, queries, update)
 
         query = self.before(self.encoder_attn_layer_norm, queries) + query_positions

@@ -179,7 +179,8 @@ class TransformerEncoderLayer(TransformerLayer):
     def forward(self, image: Tensor, positions: Tensor, is_image: Tensor | None = None) -> Tensor:
         """Takes (B, P, D), (P, D) or (B, P, D), and which positions are no padding, (B, P); returns (B, P, D)."""
         value = self.before(self.self_attn_layer_norm, image)
-        update, _ = self.self_attn(value + positions, value + positions, value, is_image=is_image)
+        placed = value + positions
+        update, _ = self.self_attn(placed, placed, value, is_image=is_image)
         return self.feed_forward(self.after(self.self_attn_layer_norm, image, update))
 
 

@@ -121,8 +121,10 @@ def can_overwrite(module: nn.Module) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether others take part in a module's call, as offloading does, and tools that look inside a model."""
-    has_hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
-    return bool(has_hooks or "forward" in vars(module) or hasattr(module, "_hf_hook"))
+    # Not by attributes: to miss one takes a module longer than all the rest, and hundreds of modules are asked.
+    own = vars(module)
+    has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or nn.modules.module._has_any_global_hook()
+    return bool(has_hooks or "forward" in own or "_hf_hook" in own)
 
 
 def is_traced() -> bool:
