@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modeling_maskformer_packing import PackedLinear, infers_in_bfloat16, keep
+from .modeling_maskformer_packing import PackedLinear, computes_in_bfloat16, infers_in_bfloat16, keep
 from .modeling_maskformer_winograd import HAS_MKL_AND_ONEDNN, is_exported, is_transformed, register_operator
 
 # Of fewer positions, to arrange the weights takes as long as the product.
@@ -63,21 +63,24 @@ def products_with_pixels(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor
 
     Takes (L, B, Q, C) and (B, C, h, w); gives (L, B, Q, h, w).
     """
-    if infers_in_bfloat16(embeddings, pixel_embeddings):
-        return products_in_bfloat16(embeddings, pixel_embeddings)
-    positions = pixel_embeddings.movedim(1, -1)
-    if torch.is_grad_enabled() or is_transformed() or not convolution_pays(positions, embeddings):
+    is_plain = torch.is_grad_enabled() or is_transformed() or is_exported()
+    if not is_plain and computes_in_bfloat16(embeddings, pixel_embeddings):
+        embeddings, pixel_embeddings = embeddings.bfloat16(), pixel_embeddings.bfloat16()
+        products = products_one_by_one
+    elif not is_plain and convolution_pays(pixel_embeddings.movedim(1, -1), embeddings):
+        products = products_by_convolutions
+    else:
         return torch.einsum("lbqc,bchw->lbqhw", embeddings, pixel_embeddings)
     if torch.compiler.is_compiling():
         return torch.ops.hf_maskformer.products_with_pixels(embeddings, pixel_embeddings)
-    return products_by_convolutions(embeddings, pixel_embeddings)
+    return products(embeddings, pixel_embeddings)
 
 
-def products_in_bfloat16(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
+def products_one_by_one(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
     """`products_with_pixels` by one product per layer and image: for several at once torch copies the pixels."""
-    logits = _output_of_products(embeddings.bfloat16(), pixel_embeddings)
-    for of_layer, of_queries in zip(logits, embeddings.bfloat16(), strict=True):
-        for of_image, queries, image in zip(of_layer, of_queries, pixel_embeddings.bfloat16(), strict=True):
+    logits = _output_of_products(embeddings, pixel_embeddings)
+    for of_layer, of_queries in zip(logits, embeddings, strict=True):
+        for of_image, queries, image in zip(of_layer, of_queries, pixel_embeddings, strict=True):
             torch.mm(queries, image.flatten(1), out=of_image.flatten(1))
     return logits
 
@@ -103,6 +106,8 @@ def linear_for_compiler(states: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 def products_for_compiler(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
     """What a compiled graph calls: the compiler neither unrolls the loop over images nor asks for their number."""
+    if embeddings.dtype == torch.bfloat16:
+        return products_one_by_one(embeddings, pixel_embeddings)
     if not reaches_onednn(pixel_embeddings.movedim(1, -1)):
         return torch.einsum("lbqc,bchw->lbqhw", embeddings, pixel_embeddings).contiguous()
     return products_by_convolutions(embeddings, pixel_embeddings)

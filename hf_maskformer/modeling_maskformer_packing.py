@@ -65,17 +65,22 @@ class PackedLinear:
 
 
 def infers_in_bfloat16(*tensors: Tensor | None) -> bool:
-    """Whether an operation on these computes in bfloat16 on a CPU, and nobody wants gradients or its graph.
+    """Whether an operation on these computes in bfloat16 on a CPU, and nobody wants gradients or its graph."""
+    if is_traced() or torch.is_grad_enabled() or is_transformed():
+        return False
+    return computes_in_bfloat16(*tensors)
 
-    It is asked a hundred times in a pass, so its loop is plain.
-    """
-    if is_traced() or torch.is_grad_enabled() or not HAS_PACKING_OPERATORS or is_transformed():
+
+def computes_in_bfloat16(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these computes in bfloat16 on a CPU, by autocast too."""
+    if not HAS_PACKING_OPERATORS:
         return False
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return False
         dtypes = (torch.bfloat16, torch.float32)
+    # A plain loop, since layers ask this hundreds of times in a pass.
     for tensor in tensors:
         if tensor is None:
             continue

@@ -283,3 +283,14 @@ def test_products_with_pixels_are_einsteins_sums(layout, autocast):
     assert found.dtype == torch.bfloat16
     assert found.is_contiguous()
     torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=0.1)
+
+
+@torch.no_grad()
+def test_a_compiled_graph_of_products_serves_every_number_of_images_and_pixels(autocast):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(products_with_pixels, backend=counter, fullgraph=True, dynamic=True)
+    for images, height in ((2, 8), (3, 7), (4, 9)):
+        embeddings, pixels = torch.randn(3, images, 5, 12), torch.randn(images, 12, height, 13)
+        expected = run(products_with_pixels, embeddings, pixels, autocast=autocast)
+        torch.testing.assert_close(run(compiled, embeddings, pixels, autocast=autocast), expected, **CLOSE)
+    assert counter.frame_count == 1
