@@ -1,5 +1,6 @@
 """Linear layers and mask logits, whose products are taken where they are fastest."""
 
+import platform
 from functools import partial
 
 import torch
@@ -9,6 +10,18 @@ from torch import Tensor, nn
 from .modeling_maskformer_packing import PackedLinear, computes_in_bfloat16, infers_in_bfloat16, keep
 from .modeling_maskformer_winograd import HAS_MKL_AND_ONEDNN, is_exported, is_transformed, register_operator
 
+
+def is_intel_processor() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            description = file.read(1000)
+    except OSError:
+        description = platform.processor()
+    return "GenuineIntel" in description
+
+
+# On x86-64 torch leaves matrix products in float32 to MKL, and convolutions to oneDNN.
+IS_MKL_SLOW = HAS_MKL_AND_ONEDNN and not is_intel_processor()
 # Of fewer positions, to arrange the weights takes as long as the product.
 MIN_POSITIONS = 64
 
@@ -16,9 +29,8 @@ MIN_POSITIONS = 64
 class Linear(nn.Linear):
     """`torch.nn.Linear`, on a CPU in float32 as a convolution with a kernel of 1 x 1.
 
-    On x86-64 torch leaves matrix products in float32 to MKL, and to oneDNN convolutions, such as this on several
-    threads. Where the processor is not Intel's, MKL does not use all that it can do: on an AMD Zen 5 the convolution
-    takes less than half the time, forward and backward; on a Zen 4 it takes the same.
+    Where the processor is not Intel's, MKL does not use all that it can do: on an AMD Zen 5 the convolution takes less
+    than half the time, forward and backward; on a Zen 4 it takes the same. On Intel's it would take longer.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,7 +58,7 @@ def convolution_pays(states: Tensor, weight: Tensor) -> bool:
         return False
     if type(weight) not in (Tensor, nn.Parameter):  # quantised or sharded
         return False
-    if not states.dtype == weight.dtype == torch.float32 or not HAS_MKL_AND_ONEDNN:
+    if not states.dtype == weight.dtype == torch.float32 or not IS_MKL_SLOW:
         return False
     if torch.compiler.is_compiling():
         return not torch.is_grad_enabled() and not is_transformed()

@@ -5,9 +5,17 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
+from hf_maskformer import modeling_maskformer_linear
 from hf_maskformer.modeling_maskformer_linear import MIN_POSITIONS, Linear, convolution_pays, products_with_pixels
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="here products are not left to MKL")
+
+
+@pytest.fixture(autouse=True)
+def slow_mkl(monkeypatch):
+    """As on processors that are not Intel's."""
+    monkeypatch.setattr(modeling_maskformer_linear, "IS_MKL_SLOW", True)
+
 
 STATES = torch.randn(2, MIN_POSITIONS, 12)
 EMBEDDINGS, PIXELS = torch.randn(3, 2, 5, 12), torch.randn(2, 12, 8, MIN_POSITIONS // 4)
@@ -49,6 +57,11 @@ def test_it_is_taken_where_it_pays_only():
         pass
 
     assert not convolution_pays(STATES, weight.as_subclass(Quantised))
+
+
+def test_on_intels_processors_it_is_not_taken(monkeypatch):
+    monkeypatch.setattr(modeling_maskformer_linear, "IS_MKL_SLOW", False)
+    assert not convolution_pays(STATES, torch.randn(7, 12))
 
 
 @torch.no_grad()
