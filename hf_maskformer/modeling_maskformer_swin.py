@@ -166,7 +166,9 @@ class SwinBlock(GradientCheckpointingLayer):
             return states + self._drop_path(self._feed_forward(states))
         is_half = infers_in_bfloat16(states, self.layernorm_before.weight)
         positions_at_once = POSITIONS_AT_ONCE_IN_BFLOAT16 if is_half else POSITIONS_AT_ONCE
-        windows = grid.to_windows(self.layernorm_before(states))
+        normalized = self.layernorm_before(states)
+        # Under autocast too, since attention would round them one by one.
+        windows = grid.to_windows(normalized.bfloat16() if is_half else normalized)
         self._attend_in_parts(windows, grid, positions_at_once)
         states = (states + grid.to_map(windows)).contiguous()  # so that its parts below are views of it
         for positions in states.flatten(0, 2).split(positions_at_once):
@@ -180,10 +182,10 @@ class SwinBlock(GradientCheckpointingLayer):
             whole, cut = image.split((grid.num_whole_windows, grid.num_windows - grid.num_whole_windows))
             for part in whole.split(at_once):
                 part.copy_(self.attention(part, None))
-            if grid.separation is None or not len(cut):
-                continue
-            for part, separation in zip(cut.split(at_once), grid.separation[len(whole) :].split(at_once), strict=True):
-                part.copy_(self.attention(part, separation))
+            if grid.separation is not None:
+                separations = grid.separation[len(whole) :].split(at_once)
+                for part, separation in zip(cut.split(at_once), separations, strict=True):
+                    part.copy_(self.attention(part, separation))
 
     def _feed_forward(self, states: Tensor) -> Tensor:
         return self.output(self.activation(self.intermediate(self.layernorm_after(states))))
