@@ -6,6 +6,7 @@ import io
 import peft
 import pytest
 import torch
+import torch._dynamo.testing
 from models import resnet_config, swin_config, tiny_model
 
 from hf_maskformer import modeling_maskformer_packing as packing
