@@ -42,8 +42,8 @@ def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
     """An evaluation pass of each model.
 
     With `kept`, also ours with the masks of that many queries alone; with `onnx`, also ours under ONNX Runtime; with
-    `compile`, both compiled in comparisons of their own, and ours as it is; with `plot`, both and ONNX Runtime at several
-    sizes.
+    `compile`, both compiled in comparisons of their own, and ours as it is; with `plot`, both and ONNX Runtime at
+    several sizes.
     """
     if arguments.plot:
         import matplotlib  # noqa: F401 - if it is missing, better before the minutes of measuring
