@@ -127,6 +127,10 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
             forget(self)
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # what moves a model to another device or type
+        forget(self)
+        return super()._apply(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Every module knows its own initialisation; transformers calls this for those that no checkpoint has filled.

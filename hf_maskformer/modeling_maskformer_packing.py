@@ -1,10 +1,11 @@
 """Weights in bfloat16 in the order in which oneDNN multiplies them, kept from pass to pass at inference on a CPU.
 
 Where a processor has units for bfloat16 (AMX), to fold, round and arrange the weights of a ResNet-50 would take half as
-long as all its products. A pass sees whether somebody has changed the weights, and then makes them anew. Parameters
+long as all its products. Each pass looks whether weights have changed, see `Kept`, and then makes them anew. Parameters
 and checkpoints stay as they are.
 """
 
+import ctypes
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS, is_traced, is_transformed
+from .modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS, is_hooked, is_traced, is_transformed
 
 HAS_PACKING_OPERATORS = (
     HAS_ONEDNN_OPERATORS
@@ -25,17 +26,22 @@ HAS_PACKING_OPERATORS = (
 PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
+def geometry(convolution: nn.Conv2d) -> tuple:
+    """Padding, stride, dilation and groups."""
+    return convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+
+
 class PackedConvolution:
     """A convolution in bfloat16.
 
     Args:
-        convolution: Whose stride, padding and dilation it has.
+        convolution: Whose geometry it has.
         weight, bias: (O, C, k, k), and (O,) or None.
         size: Of the images to expect, (B, C, h, w); others are taken too.
     """
 
     def __init__(self, convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> None:
-        self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
+        self.geometry = geometry(convolution)
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight.bfloat16(), *self.geometry, size)
         self.bias = None if bias is None else bias.bfloat16()
 
@@ -64,9 +70,23 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(states.bfloat16(), self.weight, self.bias, "none", [], "")
 
 
+def packs(module: nn.Module, states: Tensor, *weights: Tensor | None) -> bool:
+    """Whether a layer packs its weights for these states, see `infers_in_bfloat16`.
+
+    Not where its call has hooks, which may bring the weights and take them away again, and not with processes beside
+    it, which may hold a part of the weights each. Nor in training: gradient checkpointing runs without gradient too.
+    """
+    if module.training or not infers_in_bfloat16(states, *weights) or is_hooked(module):
+        return False
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def infers_in_bfloat16(*tensors: Tensor | None) -> bool:
     """Whether an operation on these computes in bfloat16 on a CPU, and nobody wants gradients or its graph."""
     if is_traced() or torch.is_grad_enabled() or is_transformed():
+        return False
+    # Tools that count or record operators have to see plain ones.
+    if torch._C._len_torch_dispatch_stack() or not torch._C._get_mkldnn_enabled():
         return False
     return computes_in_bfloat16(*tensors)
 
@@ -84,7 +104,8 @@ def computes_in_bfloat16(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN_TYPES:  # quantised, sharded or without values
+        # Others are quantised, sharded, sparse or without values.
+        if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
             return False
         if tensor.dtype not in dtypes or not tensor.is_cpu or not tensor.numel():
             return False
@@ -95,63 +116,70 @@ Made = TypeVar("Made")
 
 
 class Kept:
-    """What was made of tensors, and how to see that they are still the same.
+    """What was made of weights and settings, and how to see that they are still the same.
 
-    torch counts changes but those through `.data`, as averages of weights and adapters make them. So a few values are
-    compared too: of a vector all, of a matrix or kernel one of each row, each in another column.
+    torch counts most changes of a tensor. It does not count those through `.data` and of optimisers with `fused=True`,
+    so a few values are compared too: of a vector all, of a matrix or kernel at least one of each row, each in another
+    column than that of the row before.
     """
 
-    def __init__(self, sources: Sequence[Tensor | None], made: Any) -> None:
+    def __init__(self, made: Any, settings: tuple, weights: Sequence[Tensor | None]) -> None:
         self.made = made
-        self.marks = marks(sources)
-        self.samples = [sample(source) for source in sources if source is not None]
+        self.settings = settings
+        self.marks = marks(weights)
+        self.samples = [sample(weight) for weight in weights if weight is not None]
         self.seen = self._values()
 
-    def is_current(self, sources: Sequence[Tensor | None]) -> bool:
-        return self.marks == marks(sources) and self.seen == self._values()
+    def is_current(self, settings: tuple, weights: Sequence[Tensor | None]) -> bool:
+        # The marks first: they say that the memory of the samples is still that of the weights.
+        return self.settings == settings and self.marks == marks(weights) and self.seen == self._values()
 
     def _values(self) -> list[bytes]:
         return [values.tobytes() for values in self.samples]
 
 
-def marks(sources: Sequence[Tensor | None]) -> list[tuple[int, int]] | None:
-    """Where tensors lie and how often they were changed; None if that cannot be said."""
+def marks(weights: Sequence[Tensor | None]) -> list[tuple] | None:
+    """Where weights lie, what they are and how often they were changed; None if that cannot be said."""
     found = []
-    for source in sources:
-        if source is not None:
-            if source.is_inference():  # made in inference mode, where changes are not counted
+    for weight in weights:
+        if weight is not None:
+            if weight.is_inference():  # made in inference mode, where changes are not counted
                 return None
-            found.append((source.data_ptr(), source._version))
+            found.append((weight.data_ptr(), weight._version, weight.dtype, weight.shape))
     return found
 
 
-def sample(source: Tensor) -> np.ndarray:
-    """Some values of a tensor, where they lie. numpy reads a few in a tenth of the time that torch takes."""
-    step = 1 if source.dim() < 2 else source[0].numel() + 1
-    values = source.detach().as_strided((-(-source.numel() // step),), (step,))
-    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+def sample(weight: Tensor) -> np.ndarray:
+    """Some values of a tensor where they lie, without a part in the memory: others may want to free it.
+
+    numpy reads a few values in a tenth of the time that torch takes.
+    """
+    step = 1 if weight.dim() < 2 else max(weight[0].numel() - 1, 1)
+    size = weight.element_size()
+    memory: Any = (ctypes.c_char * (weight.numel() * size)).from_address(weight.data_ptr())
+    return np.ndarray(-(-weight.numel() // step), f"V{size}", memory, strides=(step * size,))
 
 
 _KEPT: MutableMapping[nn.Module, Kept] = WeakKeyDictionary()
 
 
-def keep(module: nn.Module, make: Callable[[], Made], *sources: Tensor | None) -> Made:
-    """What `make` makes of these weights of a module, from an earlier pass if they are still the same."""
+def keep(module: nn.Module, make: Callable[[], Made], settings: tuple, *weights: Tensor | None) -> Made:
+    """What `make` makes of a module's settings and weights, from an earlier pass if they are still the same."""
     kept = _KEPT.get(module)
-    if kept is not None and kept.is_current(sources):
+    if kept is not None and kept.is_current(settings, weights):
         return kept.made
     made = make()
     # Of weights with gaps in their memory, samples would be those of others.
-    if marks(sources) is not None and all(is_dense(source) for source in sources if source is not None):
-        _KEPT[module] = Kept(sources, made)
+    if marks(weights) is not None and all(is_dense(weight) for weight in weights if weight is not None):
+        _KEPT[module] = Kept(made, settings, weights)
     return made
 
 
-def is_dense(source: Tensor) -> bool:
-    return source.is_contiguous() or source.is_contiguous(memory_format=torch.channels_last)
+def is_dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def forget(module: nn.Module) -> None:
-    """Frees what is kept of a module and those inside, as they are to be trained."""
+    """Frees what is kept of a module and those inside."""
     for part in module.modules():
         _KEPT.pop(part, None)

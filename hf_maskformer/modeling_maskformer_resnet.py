@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
-from .modeling_maskformer_packing import PackedConvolution, infers_in_bfloat16, keep
+from .modeling_maskformer_packing import PackedConvolution, geometry, keep, packs
 from .modeling_maskformer_winograd import add_convolution, addition_pays, can_overwrite, convolve, is_hooked
 
 BOTTLENECK_REDUCTION = 4
@@ -83,16 +83,17 @@ class ConvNorm(nn.Module):
         convolution, norm = self.convolution, self.normalization
         is_fixed = not (norm.training or torch.is_grad_enabled())
         if is_fixed and is_untouched(convolution) and is_untouched(norm):
-            sources = (convolution.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            if infers_in_bfloat16(states, *sources):
+            weights = (convolution.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            if states.dim() == 4 and packs(self, states, *weights):
+                settings = (geometry(convolution), norm.eps)
                 make = partial(self._packed, states.shape)
-                packed = keep(self, make, *sources, norm.num_batches_tracked)
+                packed = keep(self, make, settings, *weights, norm.num_batches_tracked)
                 return self._apply_packed(packed, states, residual)
             weight, bias = self._folded()
-            geometry = (convolution.stride, convolution.padding, convolution.dilation)
+            placing = (convolution.stride, convolution.padding, convolution.dilation)
             if residual is not None and addition_pays(residual, states, weight):
-                return add_convolution(residual, states, weight, bias, *geometry)
-            states = convolve(states, weight, bias, *geometry)
+                return add_convolution(residual, states, weight, bias, *placing)
+            states = convolve(states, weight, bias, *placing)
         else:
             states = self._normalized(convolution(states))
         if residual is not None:
@@ -100,11 +101,14 @@ class ConvNorm(nn.Module):
         return states if self.activation is None else self.activation(states)
 
     def _packed(self, size: Sequence[int]) -> PackedConvolution:
+        """The convolution with the norm in its weights, for states of this size (B, C, h, w)."""
         return PackedConvolution(self.convolution, *self._folded(), size)
 
     def _apply_packed(self, packed: PackedConvolution, states: Tensor, residual: Tensor | None) -> Tensor:
+        """`forward` with packed weights."""
         if residual is not None:
-            if type(residual) is Tensor and residual.dtype == torch.bfloat16:
+            is_plain = type(residual) is Tensor and residual.dtype == torch.bfloat16
+            if is_plain and residual.is_contiguous(memory_format=torch.channels_last):
                 return packed(states, residual=residual)
             return packed(states).add_(residual).relu_()
         if type(self.activation) is nn.ReLU and not is_hooked(self.activation):

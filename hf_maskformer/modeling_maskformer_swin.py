@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling_maskformer_linear import Linear
-from .modeling_maskformer_packing import PackedLinear, infers_in_bfloat16, keep
+from .modeling_maskformer_packing import PackedLinear, infers_in_bfloat16, keep, packs
 from .modeling_maskformer_winograd import is_hooked, is_traced
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
@@ -110,13 +110,14 @@ class WindowSelfAttention(nn.Module):
         return attended.transpose(1, 2).flatten(2)
 
     def _projected(self, windows: Tensor) -> Sequence[Tensor]:
-        """Queries, keys and values."""
+        """Queries, keys and values, three of (B W, N, C)."""
         projections = (self.query, self.key, self.value)
         if all(type(projection) is SwinLinear and not is_hooked(projection) for projection in projections):
-            sources = [source for part in projections for source in (part.weight, part.bias)]
-            if infers_in_bfloat16(windows, *sources):
+            weights = [weight for part in projections for weight in (part.weight, part.bias)]
+            if len({part.bias is None for part in projections}) == 1 and packs(self, windows, *weights):
                 # One product instead of three, which are narrow.
-                return keep(self, partial(PackedLinear, *projections), *sources)(windows).chunk(3, -1)
+                joined = keep(self, partial(PackedLinear, *projections), (), *weights)(windows)
+                return joined.split([len(part.weight) for part in projections], -1)
         return [projection(windows) for projection in projections]
 
 
@@ -164,7 +165,7 @@ class SwinBlock(GradientCheckpointingLayer):
             windows = grid.to_windows(self.layernorm_before(states))
             states = states + self._drop_path(grid.to_map(self.attention(windows, grid.separation)))
             return states + self._drop_path(self._feed_forward(states))
-        is_half = infers_in_bfloat16(states, self.layernorm_before.weight)
+        is_half = infers_in_bfloat16(states)
         positions_at_once = POSITIONS_AT_ONCE_IN_BFLOAT16 if is_half else POSITIONS_AT_ONCE
         normalized = self.layernorm_before(states)
         # Under autocast too, since attention would round them one by one.
@@ -178,10 +179,11 @@ class SwinBlock(GradientCheckpointingLayer):
     def _attend_in_parts(self, windows: Tensor, grid: "WindowGrid", positions_at_once: int) -> None:
         """Replaces the windows (B W, N, C) by what they attend to, a few of one image at a time."""
         at_once = max(positions_at_once // grid.num_positions, 1)
-        for image in windows.split(grid.num_windows):
-            whole, cut = image.split((grid.num_whole_windows, grid.num_windows - grid.num_whole_windows))
-            for part in whole.split(at_once):
-                part.copy_(self.attention(part, None))
+        for image in windows.unflatten(0, (-1, grid.num_windows)):
+            whole, cut = image.tensor_split((grid.num_whole_windows,))
+            if len(whole):
+                for part in whole.split(at_once):
+                    part.copy_(self.attention(part, None))
             if grid.separation is not None:
                 separations = grid.separation[len(whole) :].split(at_once)
                 for part, separation in zip(cut.split(at_once), separations, strict=True):
@@ -387,11 +389,14 @@ def count_parts(length: int, part: int) -> int:
 def cut_into_windows(positions: Tensor, window_size: int) -> Tensor:
     """(h, w) to (W, N), those of the last column and row last; h and w are multiples of the window.
 
-    A shift cuts through those, so that the others can be told from them.
+    A shift cuts through those, so that the others can be told from them. A graph does not ask, and to take the last
+    ones apart would fix there that there are others.
     """
     height, width = positions.shape
-    grid = positions.view(height // window_size, window_size, width // window_size, window_size)
-    grid = grid.transpose(1, 2).flatten(2)
+    grid = positions.view(height // window_size, window_size, width // window_size, window_size).transpose(1, 2)
+    if is_traced():
+        return grid.reshape(-1, window_size**2)
+    grid = grid.flatten(2)
     return torch.cat((grid[:-1, :-1].flatten(0, 1), grid[:-1, -1], grid[-1]))
 
 

@@ -23,7 +23,7 @@ from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
 from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramidLayer
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
-from hf_maskformer.modeling_maskformer_swin import WindowGrid
+from hf_maskformer.modeling_maskformer_swin import SwinBackbone, SwinBlock, WindowGrid
 from hf_maskformer.modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS
 
 BACKBONES = [resnet_config, swin_config, convnext_config]
@@ -245,6 +245,28 @@ def test_a_block_in_parts_is_the_whole(monkeypatch):
     monkeypatch.setattr(modeling_maskformer_swin, "POSITIONS_AT_ONCE", 7)
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values).masks_queries_logits, whole, **CLOSE)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 12), (12, 4), (5, 9)])
+def test_attention_is_never_asked_about_no_windows(height, width):
+    config = swin_config()
+    block = SwinBlock(config, 8, 2, shift=2, drop_path=0.0).eval()
+    grids = tuple(WindowGrid((height, width), 4, shift, torch.device("cpu")) for shift in (0, 2))
+    states, numbers = torch.randn(2, height, width, 8), []
+    expected = block(states, grids)
+    block.attention.register_forward_pre_hook(lambda module, inputs: numbers.append(len(inputs[0])))
+    with torch.no_grad():
+        torch.testing.assert_close(block(states.clone(), grids), expected, **CLOSE)
+    assert min(numbers) > 0
+    assert sum(numbers) == 2 * grids[1].num_windows
+
+
+def test_a_swin_takes_no_images_and_any_norm():
+    backbone = SwinBackbone(swin_config()).eval()
+    with torch.no_grad():
+        assert [len(feature_map) for feature_map in backbone(torch.randn(0, 3, 64, 64))] == [0, 0, 0, 0]
+        backbone.model.encoder.layers[0].blocks[0].layernorm_before = torch.nn.Identity()
+        backbone(torch.randn(1, 3, 64, 64))
 
 
 @torch.no_grad()

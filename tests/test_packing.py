@@ -3,11 +3,13 @@
 import copy
 import io
 
+import accelerate
 import peft
 import pytest
 import torch
 import torch._dynamo.testing
 from models import resnet_config, swin_config, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_maskformer import modeling_maskformer_packing as packing
 from hf_maskformer.modeling_maskformer_linear import Linear, products_with_pixels
@@ -108,12 +110,20 @@ def test_models_predict_what_they_predict_with_torchs_layers(backbone, autocast,
     assert len(reorders) == count > 20
 
 
-def change_one_channel(weight):
-    weight.data[1] = 0.0
+def change_the_first_row(weight):
+    weight.data[0] = 0.0
 
 
-def change_one_input(weight):
-    weight.data[:, 0] = 0.0
+def change_a_row_in_the_middle(weight):
+    weight.data[8] = 0.0
+
+
+def change_the_last_row(weight):
+    weight.data[-1] = 0.0
+
+
+def scale(weight):
+    weight.data.mul_(0.9)
 
 
 def change_one_number(weight):
@@ -125,7 +135,20 @@ def replace_memory(weight):
     weight.data = torch.randn_like(weight)
 
 
-CHANGES = [change_one_channel, change_one_input, change_one_number, replace_memory]
+def step_of_a_fused_optimiser(weight):
+    weight.grad = torch.randn_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+
+
+CHANGES = [
+    change_the_first_row,
+    change_a_row_in_the_middle,
+    change_the_last_row,
+    scale,
+    change_one_number,
+    replace_memory,
+    step_of_a_fused_optimiser,
+]
 
 
 @pytest.mark.parametrize("name", ["convolution and norm", "convolution", "linear"])
@@ -147,6 +170,28 @@ def test_a_change_of_a_norm_counts_at_once(name, autocast):
     getattr(layer.normalization, name).data[3] += 2.0
     found = run(layer, states, autocast=autocast)
     torch.testing.assert_close(found, run_plainly(layer, states, autocast=autocast), **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 16])
+def test_the_sample_of_a_matrix_has_a_value_of_each_row(rows, columns):
+    weight = torch.zeros(rows, columns)
+    sample, seen = packing.sample(weight), packing.sample(weight).tobytes()
+    for row in range(rows):
+        weight[row] = 1.0
+        assert sample.tobytes() != seen
+        weight[row] = 0.0
+
+
+def test_a_change_of_the_settings_counts_at_once(autocast):
+    layer, states = prepared(with_statistics(ConvNorm(8, 16, 3, stride=2)), autocast), torch.randn(2, 8, 9, 10)
+    projection = prepared(XavierConv2d(8, 16, 3, padding=1), autocast)
+    for each in (layer, projection):
+        run(each, states, autocast=autocast)
+    layer.convolution.stride, layer.normalization.eps, projection.padding = (1, 1), 0.5, (0, 0)
+    for each in (layer, projection):
+        found, expected = (way(each, states, autocast=autocast) for way in (run, run_plainly))
+        torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_statistics_of_another_batch_count_at_once():
@@ -252,6 +297,83 @@ def test_weights_with_gaps_between_them_are_not_kept():
     with torch.no_grad():
         layer(states)
         assert packing._KEPT.get(layer) is None
+
+
+def test_nothing_holds_on_to_the_memory_of_weights(reorders):
+    layer, states = Linear(8, 16).eval().bfloat16(), torch.randn(5, 8).bfloat16()
+    with torch.no_grad():
+        expected = layer(states)
+    storage, values = layer.weight.untyped_storage(), layer.weight.detach().clone()
+    size = storage.nbytes()
+    storage.resize_(0)  # as sharding does between passes
+    storage.resize_(size)
+    layer.weight.data.copy_(values)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(states), expected)
+
+
+def test_moving_a_model_frees_what_is_kept():
+    model = tiny_model().eval()
+    run(model, torch.randn(1, 3, 64, 64), autocast=True)
+    kept = [module for module in model.modules() if packing._KEPT.get(module) is not None]
+    model.to(torch.float64)
+    assert kept
+    assert not any(packing._KEPT.get(module) for module in kept)
+
+
+def test_offloaded_weights_are_not_kept(tmp_path):
+    model = tiny_model(swin_config()).eval()
+    pixel_values = torch.randn(1, 3, 64, 64)
+    expected = run_plainly(model, pixel_values, autocast=True)
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    found = run(model, pixel_values, autocast=True)
+    torch.testing.assert_close(found.masks_queries_logits, expected.masks_queries_logits, **CLOSE)
+    assert not [module for module in model.modules() if packing._KEPT.get(module) is not None]
+
+
+def test_with_processes_beside_it_a_model_keeps_nothing(tmp_path, reorders):
+    layer, states = Linear(8, 16).eval().bfloat16(), torch.randn(5, 8).bfloat16()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with torch.no_grad():
+            layer(states)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not reorders
+
+
+def test_what_counts_or_turns_off_operators_sees_plain_ones(reorders):
+    layer, states = Linear(8, 16).eval().bfloat16(), torch.randn(5, 8).bfloat16()
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            layer(states)
+        with torch.backends.mkldnn.flags(enabled=False):
+            layer(states)
+    assert counter.get_total_flops() == 2 * 5 * 8 * 16
+    assert not reorders
+
+
+def test_a_residual_in_another_layout_is_added_too(autocast):
+    layer = prepared(with_statistics(ConvNorm(8, 16, 1, activation=None)), autocast)
+    states, residual = torch.randn(2, 8, 9, 10), torch.randn(2, 16, 9, 10).bfloat16()
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        owned = residual.clone().contiguous(memory_format=layout)
+        results.append(run(lambda states, owned=owned: layer(states, owned), states, autocast=autocast))
+    torch.testing.assert_close(*results, **CLOSE)
+    expected = (run_plainly(layer, states, autocast=autocast) + residual).relu()
+    torch.testing.assert_close(results[0], expected, **CLOSE)
+
+
+def test_a_bias_of_some_of_queries_keys_and_values_is_added(autocast):
+    attention, windows = WindowSelfAttention(swin_config(), 8, 2), torch.randn(3, 16, 8)
+    attention.key.bias = None
+    torch.nn.init.normal_(attention.query.bias)
+    attention = prepared(attention, autocast)
+    found, expected = (
+        way(lambda states: attention(states, None), windows, autocast=autocast) for way in (run, run_plainly)
+    )
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_training_frees_what_is_kept_and_copies_have_nothing_of_it():
