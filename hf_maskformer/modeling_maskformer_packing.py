@@ -21,8 +21,6 @@ HAS_PACKING_OPERATORS = (
     and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
-
-
 PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
