@@ -380,8 +380,8 @@ def benchmark(tmp_path, monkeypatch):
             "forward --size=64 --compile --onnx",
             {
                 "forward": ["stock", "ours", "ONNX Runtime"],
-                "compiled": ["stock", "ours"],
-                "compiled, frozen": ["stock", "ours"],
+                "compiled": ["stock", "ours", "ours, not compiled"],
+                "compiled, frozen": ["stock", "ours", "ours, not compiled"],
             },
             marks=pytest.mark.slow,
         ),
