@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .modeling_maskformer_packing import PackedLinear, computes_in_bfloat16, keep, packs
-from .modeling_maskformer_winograd import HAS_MKL_AND_ONEDNN, is_exported, is_transformed, register_operator
+from .modeling_maskformer_winograd import (
+    HAS_MKL_AND_ONEDNN,
+    PLAIN_TYPES,
+    is_exported,
+    is_transformed,
+    register_operator,
+)
 
 
 def is_intel_processor() -> bool:
@@ -21,7 +27,6 @@ def is_intel_processor() -> bool:
     return "GenuineIntel" in description
 
 
-# On x86-64 torch leaves matrix products in float32 to MKL, and convolutions to oneDNN.
 IS_MKL_SLOW = HAS_MKL_AND_ONEDNN and not is_intel_processor()
 # Of fewer positions, to arrange the weights takes as long as the product.
 MIN_POSITIONS = 64
@@ -57,7 +62,7 @@ def convolution_pays(states: Tensor, weight: Tensor) -> bool:
     # Exported graphs are read by others: they get the plain operator.
     if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if type(weight) not in (Tensor, nn.Parameter):  # quantised or sharded
+    if type(weight) not in PLAIN_TYPES:
         return False
     if not states.dtype == weight.dtype == torch.float32 or not IS_MKL_SLOW:
         return False

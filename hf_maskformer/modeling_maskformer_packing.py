@@ -14,33 +14,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS, is_hooked, is_traced, is_transformed
+from .modeling_maskformer_winograd import (
+    HAS_ONEDNN_OPERATORS,
+    PLAIN_TYPES,
+    add_convolution,
+    is_hooked,
+    is_traced,
+    is_transformed,
+)
 
 HAS_PACKING_OPERATORS = (
     HAS_ONEDNN_OPERATORS
     and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
-PLAIN_TYPES = (Tensor, nn.Parameter)
-
-
-def geometry(convolution: nn.Conv2d) -> tuple:
-    """Padding, stride, dilation and groups."""
-    return convolution.padding, convolution.stride, convolution.dilation, convolution.groups
 
 
 class PackedConvolution:
     """A convolution in bfloat16.
 
     Args:
-        convolution: Whose geometry it has.
         weight, bias: (O, C, k, k), and (O,) or None.
+        stride, padding, dilation: As of `torch.nn.Conv2d`.
         size: Of the images to expect, (B, C, h, w); others are taken too.
     """
 
-    def __init__(self, convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> None:
-        self.geometry = geometry(convolution)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight.bfloat16(), *self.geometry, size)
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, size: Sequence[int]
+    ) -> None:
+        self.geometry = (stride, padding, dilation)
+        arrange = torch.ops.mkldnn._reorder_convolution_weight
+        self.weight = arrange(weight.bfloat16(), padding, stride, dilation, 1, size)
         self.bias = None if bias is None else bias.bfloat16()
 
     def __call__(self, states: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
@@ -48,11 +52,17 @@ class PackedConvolution:
 
         The activation is "relu" or "none". With a residual like the output: the ReLU of their sum, in its memory.
         """
-        arguments = (states.bfloat16(), self.weight, self.bias, *self.geometry)
-        if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(*arguments, activation, [], "")
-        add = torch.ops.mkldnn._convolution_pointwise_.binary
-        return add(residual, *arguments, "add", 1.0, "relu", [], "")
+        states = states.bfloat16()
+        if residual is not None:
+            return add_convolution(residual, states, self.weight, self.bias, *self.geometry)
+        stride, padding, dilation = self.geometry
+        convolution = torch.ops.mkldnn._convolution_pointwise
+        return convolution(states, self.weight, self.bias, padding, stride, dilation, 1, activation, [], "")
+
+    def adds_to(self, residual: Tensor) -> bool:
+        """Whether a residual has the type and layout of the output, so that the sum can take its memory."""
+        is_plain = type(residual) is Tensor and residual.dtype == torch.bfloat16
+        return is_plain and residual.is_contiguous(memory_format=torch.channels_last)
 
 
 class PackedLinear:
@@ -102,7 +112,6 @@ def computes_in_bfloat16(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        # Others are quantised, sharded, sparse or without values.
         if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
             return False
         if tensor.dtype not in dtypes or not tensor.is_cpu or not tensor.numel():
@@ -179,5 +188,5 @@ def is_dense(weight: Tensor) -> bool:
 
 def forget(module: nn.Module) -> None:
     """Frees what is kept of a module and those inside."""
-    for part in module.modules():
+    for part in module.modules() if _KEPT else ():
         _KEPT.pop(part, None)

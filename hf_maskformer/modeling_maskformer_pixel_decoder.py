@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
 from .loss_maskformer_logits import remember_projection
-from .modeling_maskformer_packing import PackedConvolution, geometry, keep, packs
+from .modeling_maskformer_packing import PackedConvolution, keep, packs
 from .modeling_maskformer_transformer_layers import TransformerEncoder
 from .modeling_maskformer_winograd import can_overwrite, convolve, is_traced
 
@@ -27,10 +27,11 @@ class XavierConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(self, states: Tensor) -> Tensor:
+        geometry = (self.stride, self.padding, self.dilation)
         if states.dim() == 4 and packs(self, states, self.weight, self.bias):
-            make = partial(PackedConvolution, self, self.weight, self.bias, states.shape)
-            return keep(self, make, geometry(self), self.weight, self.bias)(states)
-        return convolve(states, self.weight, self.bias, self.stride, self.padding, self.dilation)
+            make = partial(PackedConvolution, self.weight, self.bias, *geometry, states.shape)
+            return keep(self, make, geometry, self.weight, self.bias)(states)
+        return convolve(states, self.weight, self.bias, *geometry)
 
 
 class MaskProjection(XavierConv2d):

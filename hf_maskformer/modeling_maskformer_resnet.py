@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
-from .modeling_maskformer_packing import PackedConvolution, geometry, keep, packs
+from .modeling_maskformer_packing import PackedConvolution, keep, packs
 from .modeling_maskformer_winograd import add_convolution, addition_pays, can_overwrite, convolve, is_hooked
 
 BOTTLENECK_REDUCTION = 4
@@ -83,38 +83,29 @@ class ConvNorm(nn.Module):
         convolution, norm = self.convolution, self.normalization
         is_fixed = not (norm.training or torch.is_grad_enabled())
         if is_fixed and is_untouched(convolution) and is_untouched(norm):
+            geometry = (convolution.stride, convolution.padding, convolution.dilation)
             weights = (convolution.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
             if states.dim() == 4 and packs(self, states, *weights):
-                settings = (geometry(convolution), norm.eps)
-                make = partial(self._packed, states.shape)
-                packed = keep(self, make, settings, *weights, norm.num_batches_tracked)
-                return self._apply_packed(packed, states, residual)
-            weight, bias = self._folded()
-            placing = (convolution.stride, convolution.padding, convolution.dilation)
-            if residual is not None and addition_pays(residual, states, weight):
-                return add_convolution(residual, states, weight, bias, *placing)
-            states = convolve(states, weight, bias, *placing)
+                make = partial(self._packed, *geometry, states.shape)
+                packed = keep(self, make, (geometry, norm.eps), *weights, norm.num_batches_tracked)
+                if residual is not None and packed.adds_to(residual):
+                    return packed(states, residual=residual)
+                if residual is None and type(self.activation) is nn.ReLU and not is_hooked(self.activation):
+                    return packed(states, "relu")
+                states = packed(states)
+            else:
+                weight, bias = self._folded()
+                if residual is not None and addition_pays(residual, states, weight):
+                    return add_convolution(residual, states, weight, bias, *geometry)
+                states = convolve(states, weight, bias, *geometry)
         else:
             states = self._normalized(convolution(states))
         if residual is not None:
             return states.add_(residual).relu_()
         return states if self.activation is None else self.activation(states)
 
-    def _packed(self, size: Sequence[int]) -> PackedConvolution:
-        """The convolution with the norm in its weights, for states of this size (B, C, h, w)."""
-        return PackedConvolution(self.convolution, *self._folded(), size)
-
-    def _apply_packed(self, packed: PackedConvolution, states: Tensor, residual: Tensor | None) -> Tensor:
-        """`forward` with packed weights."""
-        if residual is not None:
-            is_plain = type(residual) is Tensor and residual.dtype == torch.bfloat16
-            if is_plain and residual.is_contiguous(memory_format=torch.channels_last):
-                return packed(states, residual=residual)
-            return packed(states).add_(residual).relu_()
-        if type(self.activation) is nn.ReLU and not is_hooked(self.activation):
-            return packed(states, "relu")
-        states = packed(states)
-        return states if self.activation is None else self.activation(states)
+    def _packed(self, *geometry_and_size: Any) -> PackedConvolution:
+        return PackedConvolution(*self._folded(), *geometry_and_size)
 
     def _normalized(self, states: Tensor) -> Tensor:
         norm: Any = self.normalization  # or what takes its place on several GPUs

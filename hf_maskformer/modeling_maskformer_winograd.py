@@ -34,6 +34,8 @@ TILES_AT_ONCE, TILES_AT_ONCE_FOR_KERNEL = 160, 256
 GROUPED = ([0, 0], [1, 1], [1, 1], PATCH**2)
 # On x86-64 torch leaves matrix products in float32 to MKL and convolutions to oneDNN.
 HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+# Others are quantised, sharded or without values.
+PLAIN_TYPES = (Tensor, nn.Parameter)
 # What torch's compiler calls: to arrange the weights of a convolution before, here for many strips of an image, and to
 # add to a residual.
 HAS_ONEDNN_OPERATORS = HAS_MKL_AND_ONEDNN and all(
@@ -60,7 +62,7 @@ def add_convolution(
     residual: Tensor,
     states: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     stride: tuple[int, ...],
     padding: str | tuple[int, ...],
     dilation: tuple[int, ...],
@@ -92,7 +94,7 @@ def is_plain(states: Tensor, weight: Tensor) -> bool:
     # GPU libraries have it inside, and exported graphs are read by others: they get the plain operator.
     if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if {type(states), type(weight)} - {Tensor, torch.nn.Parameter}:  # quantised, sharded or without values
+    if type(states) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
         return False
     return HAS_ONEDNN_OPERATORS and states.dtype == weight.dtype == torch.float32
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from hf_maskformer import modeling_maskformer_linear
 from hf_maskformer.modeling_maskformer_linear import MIN_POSITIONS, Linear, convolution_pays, products_with_pixels
+from hf_maskformer.modeling_maskformer_winograd import HAS_MKL_AND_ONEDNN
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="here products are not left to MKL")
+pytestmark = pytest.mark.skipif(not HAS_MKL_AND_ONEDNN, reason="here products are not left to MKL")
 
 
 @pytest.fixture(autouse=True)
