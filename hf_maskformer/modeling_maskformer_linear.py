@@ -1,13 +1,12 @@
 """Linear layers and mask logits, whose products are taken where they are fastest."""
 
 import platform
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modeling_maskformer_packing import PackedLinear, computes_in_bfloat16, keep, packs
+from .modeling_maskformer_packing import computes_in_bfloat16, keeps, linear_in_bfloat16
 from .modeling_maskformer_winograd import (
     HAS_MKL_AND_ONEDNN,
     PLAIN_TYPES,
@@ -41,8 +40,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes (..., C) and gives (..., O)."""
-        if packs(self, input, self.weight, self.bias):
-            return keep(self, partial(PackedLinear, self), (), self.weight, self.bias)(input)
+        if keeps(self) and computes_in_bfloat16(input, self.weight, self.bias):
+            return linear_in_bfloat16(input, (self.weight,), () if self.bias is None else (self.bias,))
         if not convolution_pays(input, self.weight):
             return super().forward(input)
         if torch.compiler.is_compiling():

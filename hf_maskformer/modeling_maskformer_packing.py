@@ -1,145 +1,249 @@
-"""Weights in bfloat16 in the order in which oneDNN multiplies them, kept from pass to pass at inference on a CPU.
+"""Weights in the order in which oneDNN multiplies them, kept from pass to pass at inference on a CPU.
 
-Where a processor has units for bfloat16 (AMX), to fold, round and arrange the weights of a ResNet-50 would take half as
-long as all its products. Each pass looks whether weights have changed, see `Kept`, and then makes them anew. Parameters
-and checkpoints stay as they are.
+To fold, round and arrange the weights of a ResNet-50 takes an eighth of a pass in float32, and where a processor has
+units for bfloat16 (AMX) half as long as all products. Each pass looks whether weights have changed, see `Kept`, and
+then makes them anew. Parameters and checkpoints stay as they are.
 """
 
 import ctypes
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .modeling_maskformer_winograd import (
     HAS_ONEDNN_OPERATORS,
+    MAX_CHANNELS_OF_KEPT,
+    MIN_TILES_OF_KEPT,
     PLAIN_TYPES,
+    WINOGRAD_GEOMETRY,
     add_convolution,
+    arranged_kernel,
+    convolve,
+    is_exported,
     is_hooked,
-    is_traced,
     is_transformed,
+    register_operator,
+    winograd,
+    winograd_pays,
 )
 
-HAS_PACKING_OPERATORS = (
+HAS_BFLOAT16_OPERATORS = (
     HAS_ONEDNN_OPERATORS
     and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
 
 
-class PackedConvolution:
-    """A convolution in bfloat16.
+class FixedConvolution(NamedTuple):
+    """A convolution and perhaps the batch normalisation after it, which at inference scales and shifts each channel.
 
     Args:
         weight, bias: (O, C, k, k), and (O,) or None.
         stride, padding, dilation: As of `torch.nn.Conv2d`.
-        size: Of the images to expect, (B, C, h, w); others are taken too.
+        norm: Its weight, bias, running mean and variance, or nothing.
+        eps: Of the norm, or None without one.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, size: Sequence[int]
-    ) -> None:
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
+    norm: Sequence[Tensor] = ()
+    eps: float | None = None
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a convolution that also scales and shifts as the norm would after it."""
+        if self.eps is None:
+            return self.weight, self.bias
+        weight, bias, mean, variance = self.norm
+        dtype = self.weight.dtype
+        # Half precision rounds the product only, as in the norm itself.
+        precise = torch.promote_types(dtype, torch.float32)
+        scale = weight.to(precise) * torch.rsqrt(variance.to(precise) + self.eps)
+        shift = bias - (mean if self.bias is None else mean - self.bias) * scale
+        return (self.weight * scale[:, None, None, None]).to(dtype), shift.to(dtype)
+
+    def packing_dtype(self, states: Tensor) -> torch.dtype | None:
+        """In which type these states (B, C, h, w) meet packed weights; None if the weights are not to be packed."""
+        return packing_dtype(states, self.weight, self.bias, *self.norm) if states.dim() == 4 else None
+
+    def __call__(self, states: Tensor, dtype: torch.dtype, activation: str = "none") -> Tensor:
+        """Takes (B, C, h, w), gives (B, O, h', w') in this type; the activation is "relu" or "none"."""
+        if torch.compiler.is_compiling():
+            weight, bias, *geometry, norm, eps = self
+            return torch.ops.hf_maskformer.convolve(states, weight, bias, *geometry, norm, eps, dtype, activation)
+        return self.packed(states, dtype)(states, activation)
+
+    def packed(self, states: Tensor, dtype: torch.dtype) -> "PackedConvolution | PackedWinograd":
+        """Packed for these states, or ones of another size, in an earlier pass if may be."""
+        geometry = (tuple(self.stride), tuple(self.padding), tuple(self.dilation))
+        settings = (dtype, *geometry, self.eps)
+        is_small = self.weight.shape[:2].numel() <= MAX_CHANNELS_OF_KEPT**2
+        is_plain = dtype == torch.float32 and geometry == WINOGRAD_GEOMETRY
+        if is_plain and is_small and winograd_pays(states, self.weight, MIN_TILES_OF_KEPT):
+            by_winograd = partial(PackedWinograd, self)
+            return keep(by_winograd, (PackedWinograd, *settings), self.weight, self.bias, *self.norm)
+        make = partial(PackedConvolution, self, dtype, states.shape)
+        return keep(make, settings, self.weight, self.bias, *self.norm)
+
+
+class PackedConvolution:
+    """A convolution in bfloat16 or float32.
+
+    Args:
+        convolution: What to pack.
+        dtype: Type of inputs, weights and outputs.
+        size: Of the inputs to expect, (B, C, h, w); others are taken too.
+    """
+
+    def __init__(self, convolution: FixedConvolution, dtype: torch.dtype, size: Sequence[int]) -> None:
+        weight, bias = convolution.folded()
+        _, _, stride, padding, dilation, *_ = convolution
+        self.dtype = dtype
         self.geometry = (stride, padding, dilation)
         arrange = torch.ops.mkldnn._reorder_convolution_weight
-        self.weight = arrange(weight.bfloat16(), padding, stride, dilation, 1, size)
-        self.bias = None if bias is None else bias.bfloat16()
+        self.weight = arrange(weight.to(dtype), padding, stride, dilation, 1, size)
+        self.bias = None if bias is None else bias.to(dtype)
 
     def __call__(self, states: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Takes (B, C, h, w), gives (B, O, h', w').
 
-        The activation is "relu" or "none". With a residual like the output: the ReLU of their sum, in its memory.
+        The activation is "relu" or "none". With a residual: the ReLU of their sum, in its memory if it is of the type
+        and layout of the output.
         """
-        states = states.bfloat16()
+        if residual is not None and not self._adds_to(residual):
+            return self(states).add_(residual).relu_()
+        states = states.to(self.dtype)
         if residual is not None:
             return add_convolution(residual, states, self.weight, self.bias, *self.geometry)
         stride, padding, dilation = self.geometry
         convolution = torch.ops.mkldnn._convolution_pointwise
         return convolution(states, self.weight, self.bias, padding, stride, dilation, 1, activation, [], "")
 
-    def adds_to(self, residual: Tensor) -> bool:
-        """Whether a residual has the type and layout of the output, so that the sum can take its memory."""
-        is_plain = type(residual) is Tensor and residual.dtype == torch.bfloat16
+    def _adds_to(self, residual: Tensor) -> bool:
+        is_plain = type(residual) is Tensor and residual.dtype == self.dtype
         return is_plain and residual.is_contiguous(memory_format=torch.channels_last)
 
 
-class PackedLinear:
-    """A linear layer in bfloat16, or several that read the same as one product: O counts the outputs of all."""
+class PackedWinograd:
+    """A convolution in float32 with a 3 x 3 kernel, by Winograd's way, with the kernel at its points."""
 
-    def __init__(self, *layers: nn.Linear) -> None:
-        weight = torch.cat([layer.weight for layer in layers])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
-        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]).bfloat16()
+    def __init__(self, convolution: FixedConvolution) -> None:
+        weight, self.bias = convolution.folded()
+        self.kernel = arranged_kernel(weight)
+
+    def __call__(self, states: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        """As `PackedConvolution`, but the sum with a residual has memory of its own."""
+        states = winograd(states, self.kernel, self.bias)
+        if residual is not None:
+            return states.add_(residual).relu_()
+        return states.relu_() if activation == "relu" else states
+
+
+class PackedLinear:
+    """A linear layer in bfloat16, or several that read the same as one product: O counts the outputs of all.
+
+    Args:
+        weights, biases: (O', C) and (O',) of each, or no biases.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(list(weights)).bfloat16())
+        self.bias = torch.cat(list(biases)).bfloat16() if biases else None
 
     def __call__(self, states: Tensor) -> Tensor:
         """Takes (..., C) and gives (..., O)."""
         return torch.ops.mkldnn._linear_pointwise(states.bfloat16(), self.weight, self.bias, "none", [], "")
 
 
-def packs(module: nn.Module, states: Tensor, *weights: Tensor | None) -> bool:
-    """Whether a layer packs its weights for these states, see `infers_in_bfloat16`.
+def linear_in_bfloat16(states: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Takes (..., C), and weights (O', C) and biases (O',) of each of some layers, or no biases; gives (..., O)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_maskformer.linear_in_bfloat16(states, weights, biases)
+    if not (has_plain_dispatch() and states.numel()):
+        bias = torch.cat(list(biases)).bfloat16() if biases else None
+        return F.linear(states.bfloat16(), torch.cat(list(weights)).bfloat16(), bias)
+    return keep(partial(PackedLinear, weights, biases), (PackedLinear, len(weights)), *weights, *biases)(states)
+
+
+def keeps(module: nn.Module) -> bool:
+    """Whether something is kept of a module's weights.
 
     Not where its call has hooks, which may bring the weights and take them away again, and not with processes beside
     it, which may hold a part of the weights each. Nor in training: gradient checkpointing runs without gradient too.
     """
-    if module.training or not infers_in_bfloat16(states, *weights) or is_hooked(module):
+    if module.training or not is_inference() or is_hooked(module):
         return False
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
-def infers_in_bfloat16(*tensors: Tensor | None) -> bool:
-    """Whether an operation on these computes in bfloat16 on a CPU, and nobody wants gradients or its graph."""
-    if is_traced() or torch.is_grad_enabled() or is_transformed():
+def is_inference() -> bool:
+    """Whether nobody wants gradients, or a graph or count of plain operators."""
+    if torch.is_grad_enabled() or is_exported() or is_transformed():
         return False
-    # Tools that count or record operators have to see plain ones.
-    if torch._C._len_torch_dispatch_stack() or not torch._C._get_mkldnn_enabled():
-        return False
-    return computes_in_bfloat16(*tensors)
+    # A compiled graph asks when it runs.
+    return torch.compiler.is_compiling() or has_plain_dispatch()
+
+
+def has_plain_dispatch() -> bool:
+    """Whether no tool looks at the operators and oneDNN is not turned off."""
+    return not torch._C._len_torch_dispatch_stack() and torch._C._get_mkldnn_enabled()
 
 
 def computes_in_bfloat16(*tensors: Tensor | None) -> bool:
     """Whether an operation on these computes in bfloat16 on a CPU, by autocast too."""
-    if not HAS_PACKING_OPERATORS:
-        return False
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    return packing_dtype(*tensors) == torch.bfloat16
+
+
+def packing_dtype(*tensors: Tensor | None) -> torch.dtype | None:
+    """bfloat16 or float32, if an operation on these computes in it on a CPU, by autocast too, and with oneDNN."""
+    dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
+    dtypes: tuple[torch.dtype, ...] = (dtype,)
     if torch.is_autocast_enabled("cpu"):
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
-            return False
-        dtypes = (torch.bfloat16, torch.float32)
+        dtype = torch.get_autocast_dtype("cpu")
+        dtypes = (dtype, torch.float32)
+        if dtype == torch.float32:
+            return None
+    if not (HAS_BFLOAT16_OPERATORS if dtype == torch.bfloat16 else HAS_ONEDNN_OPERATORS and dtype == torch.float32):
+        return None
     # A plain loop, since layers ask this hundreds of times in a pass.
     for tensor in tensors:
         if tensor is None:
             continue
         if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
-            return False
+            return None
         if tensor.dtype not in dtypes or not tensor.is_cpu or not tensor.numel():
-            return False
-    return True
+            return None
+    return dtype
 
 
 Made = TypeVar("Made")
 
 
 class Kept:
-    """What was made of weights and settings, and how to see that they are still the same.
+    """What was made of weights, and how to see that they are still the same.
 
     torch counts most changes of a tensor. It does not count those through `.data` and of optimisers with `fused=True`,
     so a few values are compared too: of a vector all, of a matrix or kernel at least one of each row, each in another
     column than that of the row before.
     """
 
-    def __init__(self, made: Any, settings: tuple, weights: Sequence[Tensor | None]) -> None:
+    def __init__(self, made: Any, weights: Sequence[Tensor | None]) -> None:
         self.made = made
-        self.settings = settings
         self.marks = marks(weights)
         self.samples = [sample(weight) for weight in weights if weight is not None]
         self.seen = self._values()
 
-    def is_current(self, settings: tuple, weights: Sequence[Tensor | None]) -> bool:
+    def is_current(self, weights: Sequence[Tensor | None]) -> bool:
         # The marks first: they say that the memory of the samples is still that of the weights.
-        return self.settings == settings and self.marks == marks(weights) and self.seen == self._values()
+        return self.marks == marks(weights) and self.seen == self._values()
 
     def _values(self) -> list[bytes]:
         return [values.tobytes() for values in self.samples]
@@ -167,18 +271,23 @@ def sample(weight: Tensor) -> np.ndarray:
     return np.ndarray(-(-weight.numel() // step), f"V{size}", memory, strides=(step * size,))
 
 
-_KEPT: MutableMapping[nn.Module, Kept] = WeakKeyDictionary()
+# By the first weight, which it goes with.
+_KEPT: MutableMapping[Tensor, dict[tuple, Kept]] = WeakIdKeyDictionary()
 
 
-def keep(module: nn.Module, make: Callable[[], Made], settings: tuple, *weights: Tensor | None) -> Made:
-    """What `make` makes of a module's settings and weights, from an earlier pass if they are still the same."""
-    kept = _KEPT.get(module)
-    if kept is not None and kept.is_current(settings, weights):
-        return kept.made
+def keep(make: Callable[[], Made], settings: tuple, weight: Tensor, *weights: Tensor | None) -> Made:
+    """What `make` makes of settings and weights, from an earlier pass if they are still the same."""
+    all_weights = (weight, *weights)
+    of_weight = _KEPT.get(weight, {})
+    kept = of_weight.get(settings)
+    if kept is not None:
+        if kept.is_current(all_weights):
+            return kept.made
+        of_weight.clear()  # for other settings too, which may never be asked for again
     made = make()
     # Of weights with gaps in their memory, samples would be those of others.
-    if marks(weights) is not None and all(is_dense(weight) for weight in weights if weight is not None):
-        _KEPT[module] = Kept(made, settings, weights)
+    if marks(all_weights) is not None and all(is_dense(weight) for weight in all_weights if weight is not None):
+        _KEPT.setdefault(weight, {})[settings] = Kept(made, all_weights)
     return made
 
 
@@ -187,6 +296,66 @@ def is_dense(weight: Tensor) -> bool:
 
 
 def forget(module: nn.Module) -> None:
-    """Frees what is kept of a module and those inside."""
-    for part in module.modules() if _KEPT else ():
-        _KEPT.pop(part, None)
+    """Frees what is kept of the weights of a module and those inside."""
+    for weight in module.parameters() if _KEPT else ():
+        _KEPT.pop(weight, None)
+
+
+def convolve_in_graph(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    norm: Sequence[Tensor],
+    eps: float | None,
+    dtype: torch.dtype,
+    activation: str,
+) -> Tensor:
+    """What a compiled graph calls: a `FixedConvolution` and its activation."""
+    convolution = FixedConvolution(weight, bias, tuple(stride), padding, tuple(dilation), norm, eps)
+    if has_plain_dispatch() and states.numel():
+        output = convolution.packed(states, dtype)(states, activation)
+    else:
+        weight, bias = convolution.folded()
+        bias = None if bias is None else bias.to(dtype)
+        output = convolve(states.to(dtype), weight.to(dtype), bias, *convolution[2:5])
+        output = output.relu_() if activation == "relu" else output
+    return output.contiguous(memory_format=torch.channels_last)
+
+
+def _output_of_linear(states: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return states.new_empty(*states.shape[:-1], sum(weight.shape[0] for weight in weights), dtype=torch.bfloat16)
+
+
+def _output_of_convolution(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    norm: Sequence[Tensor],
+    eps: float | None,
+    dtype: torch.dtype,
+    activation: str,
+) -> Tensor:
+    size = []
+    axes = zip(states.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    for length, kernel, step, pad, dilate in axes:
+        size.append((length + 2 * pad - dilate * (kernel - 1) - 1) // step + 1)
+    return states.new_empty(states.shape[0], *size, weight.shape[0], dtype=dtype).permute(0, 3, 1, 2)
+
+
+register_operator(
+    "linear_in_bfloat16(Tensor states, Tensor[] weights, Tensor[] biases) -> Tensor",
+    linear_in_bfloat16,
+    _output_of_linear,
+)
+register_operator(
+    "convolve(Tensor states, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, Tensor[] norm, "
+    "float? eps, ScalarType dtype, str activation) -> Tensor",
+    convolve_in_graph,
+    _output_of_convolution,
+)

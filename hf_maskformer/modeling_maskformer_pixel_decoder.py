@@ -4,7 +4,6 @@ Letters: B images, C channels of the pyramid, h x w = H/4 x W/4 for the H x W pa
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
 from .loss_maskformer_logits import remember_projection
-from .modeling_maskformer_packing import PackedConvolution, keep, packs
+from .modeling_maskformer_packing import FixedConvolution, keeps
 from .modeling_maskformer_transformer_layers import TransformerEncoder
-from .modeling_maskformer_winograd import can_overwrite, convolve, is_traced
+from .modeling_maskformer_winograd import can_overwrite, convolve, is_hooked, is_traced
 
 
 class XavierConv2d(nn.Conv2d):
@@ -27,11 +26,11 @@ class XavierConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        geometry = (self.stride, self.padding, self.dilation)
-        if states.dim() == 4 and packs(self, states, self.weight, self.bias):
-            make = partial(PackedConvolution, self.weight, self.bias, *geometry, states.shape)
-            return keep(self, make, geometry, self.weight, self.bias)(states)
-        return convolve(states, self.weight, self.bias, *geometry)
+        convolution = FixedConvolution(self.weight, self.bias, self.stride, self.padding, self.dilation)
+        dtype = convolution.packing_dtype(states) if keeps(self) else None
+        if dtype is not None:
+            return convolution(states, dtype)
+        return convolve(states, *convolution[:5])
 
 
 class MaskProjection(XavierConv2d):
@@ -79,20 +78,20 @@ class FeaturePyramidLayer(nn.Module):
         self.block = conv_norm_relu(feature_size, feature_size)
 
     def forward(self, coarse: Tensor, lateral: Tensor) -> Tensor:
-        states = self._merge(coarse, lateral)
-        # One by one, since a container holds its input until it returns: at stride 4 these maps are the peak of memory.
-        for module in self.block:
-            states = module(states)
-        return states
-
-    def _merge(self, coarse: Tensor, lateral: Tensor) -> Tensor:
-        lateral = self.proj(lateral)
+        # One by one, since a call holds its inputs until it returns: at stride 4 these maps are the peak of memory.
+        for module in self.proj:
+            lateral = module(lateral)
         height, width = coarse.shape[-2:]
         if can_overwrite(self.proj) and lateral.shape[-2:] == (2 * height, 2 * width):
             # Each pixel of the coarse map to the four that it covers, without a map of the finer size in between.
             lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(coarse[:, :, :, None, :, None])
-            return lateral
-        return F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest").add_(lateral)
+            states = lateral
+        else:
+            states = F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest").add_(lateral)
+        del lateral
+        for module in self.block:
+            states = module(states)
+        return states
 
 
 class FeaturePyramid(nn.Module):
@@ -116,7 +115,9 @@ class FeaturePyramid(nn.Module):
         level = self.stem(features.pop())
         levels = []
         for layer in self.layers:
-            level = layer(level, features.pop())
+            # A module's call would hold the map that its forward has used.
+            is_free = not (torch.is_grad_enabled() or is_hooked(layer))
+            level = (layer.forward if is_free else layer)(level, features.pop())
             levels.append(level)
         return levels
 

@@ -5,7 +5,6 @@ not checkpoint gradients.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
-from .modeling_maskformer_packing import PackedConvolution, keep, packs
+from .modeling_maskformer_packing import FixedConvolution, keeps
 from .modeling_maskformer_winograd import add_convolution, addition_pays, can_overwrite, convolve, is_hooked
 
 BOTTLENECK_REDUCTION = 4
@@ -84,17 +83,17 @@ class ConvNorm(nn.Module):
         is_fixed = not (norm.training or torch.is_grad_enabled())
         if is_fixed and is_untouched(convolution) and is_untouched(norm):
             geometry = (convolution.stride, convolution.padding, convolution.dilation)
-            weights = (convolution.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            if states.dim() == 4 and packs(self, states, *weights):
-                make = partial(self._packed, *geometry, states.shape)
-                packed = keep(self, make, (geometry, norm.eps), *weights, norm.num_batches_tracked)
-                if residual is not None and packed.adds_to(residual):
-                    return packed(states, residual=residual)
-                if residual is None and type(self.activation) is nn.ReLU and not is_hooked(self.activation):
-                    return packed(states, "relu")
-                states = packed(states)
+            of_norm = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            fixed = FixedConvolution(convolution.weight, None, *geometry, of_norm, norm.eps)
+            dtype = fixed.packing_dtype(states) if keeps(self) else None
+            if dtype is not None:
+                if residual is not None:
+                    return fixed.packed(states, dtype)(states, residual=residual)
+                if type(self.activation) is nn.ReLU and not is_hooked(self.activation):
+                    return fixed(states, dtype, "relu")
+                states = fixed(states, dtype)
             else:
-                weight, bias = self._folded()
+                weight, bias = fixed.folded()
                 if residual is not None and addition_pays(residual, states, weight):
                     return add_convolution(residual, states, weight, bias, *geometry)
                 states = convolve(states, weight, bias, *geometry)
@@ -103,9 +102,6 @@ class ConvNorm(nn.Module):
         if residual is not None:
             return states.add_(residual).relu_()
         return states if self.activation is None else self.activation(states)
-
-    def _packed(self, *geometry_and_size: Any) -> PackedConvolution:
-        return PackedConvolution(*self._folded(), *geometry_and_size)
 
     def _normalized(self, states: Tensor) -> Tensor:
         norm: Any = self.normalization  # or what takes its place on several GPUs
@@ -118,16 +114,6 @@ class ConvNorm(nn.Module):
             return norm(states)
         finally:
             norm.momentum, norm.num_batches_tracked = momentum, counter
-
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a convolution that also scales and shifts as the norm would after it."""
-        norm, dtype = self.normalization, self.convolution.weight.dtype
-        # Half precision rounds the product only, as in the norm itself.
-        precise = torch.promote_types(dtype, torch.float32)
-        scale = norm.weight.to(precise) * torch.rsqrt(norm.running_var.to(precise) + norm.eps)
-        bias = norm.bias - norm.running_mean * scale
-        weight = self.convolution.weight * scale[:, None, None, None]
-        return weight.to(dtype), bias.to(dtype)
 
 
 class ResNetLayer(GradientCheckpointingLayer):

@@ -8,7 +8,6 @@ positions in a window.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling_maskformer_linear import Linear
-from .modeling_maskformer_packing import PackedLinear, infers_in_bfloat16, keep, packs
+from .modeling_maskformer_packing import (
+    computes_in_bfloat16,
+    is_inference,
+    keep,
+    keeps,
+    linear_in_bfloat16,
+    packing_dtype,
+)
 from .modeling_maskformer_winograd import is_hooked, is_traced
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
@@ -94,9 +100,7 @@ class WindowSelfAttention(nn.Module):
         query, key, value = (
             states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for states in self._projected(windows)
         )
-        num_positions = windows.shape[1]
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        bias = bias.view(num_positions, num_positions, -1).permute(2, 0, 1)[None]  # (1, heads, N, N)
+        bias = self._position_bias(query.dtype)
         if separation is not None:
             num_images = windows.shape[0] // separation.shape[0]
             bias = (bias + separation[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
@@ -109,15 +113,29 @@ class WindowSelfAttention(nn.Module):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return attended.transpose(1, 2).flatten(2)
 
+    def _position_bias(self, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of each pair of positions, (1, heads, N, N)."""
+        num_positions = self.window_size**2
+
+        def arranged() -> Tensor:
+            bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
+            return bias.view(num_positions, num_positions, -1).permute(2, 0, 1)[None].to(dtype)
+
+        table = self.relative_position_bias_table
+        if torch.compiler.is_compiling() or not (keeps(self) and packing_dtype(table)):
+            return arranged()
+        return keep(lambda: arranged().contiguous(), (dtype,), table)
+
     def _projected(self, windows: Tensor) -> Sequence[Tensor]:
         """Queries, keys and values, three of (B W, N, C)."""
         projections = (self.query, self.key, self.value)
-        if all(type(projection) is SwinLinear and not is_hooked(projection) for projection in projections):
-            weights = [weight for part in projections for weight in (part.weight, part.bias)]
-            if len({part.bias is None for part in projections}) == 1 and packs(self, windows, *weights):
+        is_own = all(type(projection) is SwinLinear and not is_hooked(projection) for projection in projections)
+        if is_own and len({projection.bias is None for projection in projections}) == 1 and keeps(self):
+            weights = [projection.weight for projection in projections]
+            biases = [projection.bias for projection in projections if projection.bias is not None]
+            if computes_in_bfloat16(windows, *weights, *biases):
                 # One product instead of three, which are narrow.
-                joined = keep(self, partial(PackedLinear, *projections), (), *weights)(windows)
-                return joined.split([len(part.weight) for part in projections], -1)
+                return linear_in_bfloat16(windows, weights, biases).split([len(weight) for weight in weights], -1)
         return [projection(windows) for projection in projections]
 
 
@@ -165,7 +183,7 @@ class SwinBlock(GradientCheckpointingLayer):
             windows = grid.to_windows(self.layernorm_before(states))
             states = states + self._drop_path(grid.to_map(self.attention(windows, grid.separation)))
             return states + self._drop_path(self._feed_forward(states))
-        is_half = infers_in_bfloat16(states)
+        is_half = is_inference() and computes_in_bfloat16(states)
         positions_at_once = POSITIONS_AT_ONCE_IN_BFLOAT16 if is_half else POSITIONS_AT_ONCE
         normalized = self.layernorm_before(states)
         # Under autocast too, since attention would round them one by one.

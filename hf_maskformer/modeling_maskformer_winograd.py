@@ -25,11 +25,15 @@ PATCH = TILE + KERNEL - 1
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
 # At 1 in both directions, where each output counts once: what is added to that product is added to all outputs.
 POINT_OF_BIAS = PATCH * POINTS.index(1.0) + POINTS.index(1.0)
-# Of narrower or smaller maps the transforms cost what the products save.
-MIN_CHANNELS, MIN_TILES = 192, 128
+# Of narrower or smaller maps the transforms, of the kernel too unless that is kept, cost what the products save.
+MIN_CHANNELS, MIN_TILES, MIN_TILES_OF_KEPT = 192, 128, 64
+# A kernel at the points is four times as large: of more channels, 9 MB for these, that is not worth the memory.
+MAX_CHANNELS_OF_KEPT = 256
 # Tiles at a time: enough for the matrix products, few enough for the cache. The gradient of the kernel sums over tiles
 # and writes its sum once for each of these times.
 TILES_AT_ONCE, TILES_AT_ONCE_FOR_KERNEL = 160, 256
+# Stride, padding and dilation of the convolutions that can be computed so.
+WINOGRAD_GEOMETRY = ((1, 1), (1, 1), (1, 1))
 # Padding, stride, dilation and groups of the convolution that multiplies at the points.
 GROUPED = ([0, 0], [1, 1], [1, 1], PATCH**2)
 # On x86-64 torch leaves matrix products in float32 to MKL and convolutions to oneDNN.
@@ -53,7 +57,7 @@ def convolve(
     dilation: tuple[int, ...] = (1, 1),
 ) -> Tensor:
     """`torch.nn.functional.conv2d`, in the way that is fast for what is given."""
-    if stride == padding == dilation == (1, 1) and winograd_pays(states, weight):
+    if (stride, padding, dilation) == WINOGRAD_GEOMETRY and winograd_pays(states, weight):
         return WinogradConvolution.apply(states, weight, bias)
     return F.conv2d(states, weight, bias, stride, padding, dilation)
 
@@ -80,13 +84,13 @@ def addition_pays(residual: Tensor, states: Tensor, weight: Tensor) -> bool:
     return type(residual) is Tensor and is_plain(states, weight) and not winograd_pays(states, weight)
 
 
-def winograd_pays(states: Tensor, weight: Tensor) -> bool:
+def winograd_pays(states: Tensor, weight: Tensor, min_tiles: int = MIN_TILES) -> bool:
     if not is_plain(states, weight) or tuple(weight.shape[2:]) != (KERNEL, KERNEL):
         return False
     if min(weight.shape[:2]) < MIN_CHANNELS or is_transformed():
         return False
     # One compiled graph serves all sizes: there the operator looks at them.
-    return torch.compiler.is_compiling() or has_enough_tiles(states)
+    return torch.compiler.is_compiling() or has_tiles(states, min_tiles)
 
 
 def is_plain(states: Tensor, weight: Tensor) -> bool:
@@ -99,8 +103,8 @@ def is_plain(states: Tensor, weight: Tensor) -> bool:
     return HAS_ONEDNN_OPERATORS and states.dtype == weight.dtype == torch.float32
 
 
-def has_enough_tiles(states: Tensor) -> bool:
-    return len(states) > 0 and -(-states.shape[2] // TILE) * -(-states.shape[3] // TILE) >= MIN_TILES
+def has_tiles(states: Tensor, count: int) -> bool:
+    return len(states) > 0 and -(-states.shape[2] // TILE) * -(-states.shape[3] // TILE) >= count
 
 
 def is_transformed() -> bool:
@@ -173,7 +177,7 @@ class WinogradConvolution(torch.autograd.Function):
 def _convolution(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.hf_maskformer.convolve_3x3(states, weight, bias)
-    return winograd(states, weight, bias)
+    return winograd(states, arranged_kernel(weight), bias)
 
 
 def _kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
@@ -182,28 +186,25 @@ def _kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
     return winograd_kernel_gradient(states, gradient)
 
 
-def winograd(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,); gives (B, O, h, w) in channels_last layout."""
+def winograd(states: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """Takes (B, C, h, w), a kernel from `arranged_kernel` and bias (O,); gives (B, O, h, w) in channels_last layout."""
     batch_size, _, height, width = states.shape
-    out_channels = len(weight)
+    out_channels = len(kernel) // PATCH**2
     num_rows, num_columns = -(-height // TILE), -(-width // TILE)
     output = states.new_empty(batch_size, num_rows, TILE, num_columns, TILE, out_channels)
-    kernel = None
     for image, output_of_image in zip(states.permute(0, 2, 3, 1), output, strict=True):
         for top, bottom, values in _inputs_in_strips(image, TILES_AT_ONCE):
-            if kernel is None:
-                kernel = _arranged_kernel(weight, len(values))
             tiles = _outputs(values, kernel, bias, out_channels).view(-1, num_columns, TILE, TILE, out_channels)
             output_of_image[top // TILE : -(-bottom // TILE)] = tiles.permute(0, 2, 1, 3, 4)
     output = output.view(batch_size, num_rows * TILE, num_columns * TILE, out_channels)
     return output[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
-def _arranged_kernel(weight: Tensor, num_tiles: int) -> Tensor:
-    """The kernel at the points, in the order in which oneDNN wants it for strips of so many tiles."""
+def arranged_kernel(weight: Tensor) -> Tensor:
+    """Takes (O, C, 3, 3); gives it at the points, in the order in which oneDNN multiplies it, four times as large."""
     in_channels = weight.shape[1]
     kernel = transforms()[1].to(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(KERNEL**2, -1)
-    sizes = [1, PATCH**2 * in_channels, num_tiles, 1]
+    sizes = [1, PATCH**2 * in_channels, TILES_AT_ONCE, 1]
     return torch.ops.mkldnn._reorder_convolution_weight(kernel.view(-1, in_channels, 1, 1), *GROUPED, sizes)
 
 
@@ -283,13 +284,13 @@ def powers(count: int) -> Tensor:
 
 def convolve_3x3(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What a compiled graph calls: the compiler neither unrolls the loops nor asks for the size."""
-    if has_enough_tiles(states):
-        return winograd(states, weight, bias)
+    if has_tiles(states, MIN_TILES):
+        return winograd(states, arranged_kernel(weight), bias)
     return F.conv2d(states, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
 
 
 def convolve_3x3_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
-    if has_enough_tiles(states):
+    if has_tiles(states, MIN_TILES):
         return winograd_kernel_gradient(states, gradient)
     shape = (gradient.shape[1], states.shape[1], KERNEL, KERNEL)
     return conv2d_weight(states, shape, gradient, padding=1).contiguous()

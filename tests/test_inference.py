@@ -126,7 +126,7 @@ def test_what_hooks_or_callers_keep_of_a_resnet_is_not_overwritten(layer_type):
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
 def test_a_layer_takes_the_memory_of_a_residual_that_it_owns(layer_type):
     layer = ResNetStage(ResNetConfig(layer_type=layer_type), 16, 16, 1, [1]).layers[0].eval()
-    inputs = torch.randn(2, 16, 16, 24)
+    inputs = torch.randn(2, 16, 16, 24).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = layer(inputs)
         found = layer(inputs, owns_residual=True)

@@ -1,4 +1,4 @@
-"""In bfloat16 on a CPU weights are rounded and arranged once, and again when somebody changes them."""
+"""At inference on a CPU weights are folded, rounded and arranged once, and again when somebody changes them."""
 
 import copy
 import io
@@ -17,23 +17,31 @@ from hf_maskformer.modeling_maskformer_pixel_decoder import XavierConv2d
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetStage
 from hf_maskformer.modeling_maskformer_swin import SwinLinear, WindowSelfAttention
 
-pytestmark = pytest.mark.skipif(not packing.HAS_PACKING_OPERATORS, reason="torch has no oneDNN with bfloat16 here")
+pytestmark = pytest.mark.skipif(not packing.HAS_BFLOAT16_OPERATORS, reason="torch has no oneDNN with bfloat16 here")
 
 # Sums in another order, each rounded to 8 bits.
 CLOSE = {"rtol": 3e-2, "atol": 3e-2}
+CLOSE_IN_FLOAT32 = {"rtol": 1e-3, "atol": 3e-4}
 
 
-@pytest.fixture(params=[False, True], ids=["bfloat16", "autocast"])
-def autocast(request):
-    """Weights in float32 under autocast, or all in bfloat16."""
+@pytest.fixture(params=["bfloat16", "autocast", "float32"])
+def numbers(request):
+    """What is computed in: weights in bfloat16, weights in float32 under autocast to bfloat16, or all in float32."""
     return request.param
+
+
+@pytest.fixture
+def counter():
+    """Counts graphs of the compiler, which has forgotten those of other tests."""
+    torch._dynamo.reset()
+    return torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
 
 @pytest.fixture
 def reorders(monkeypatch):
     """How many weights were arranged so far."""
     count = []
-    for name in ("PackedConvolution", "PackedLinear"):
+    for name in ("PackedConvolution", "PackedLinear", "PackedWinograd"):
         original = getattr(packing, name).__init__
 
         def counted(self, *arguments, original=original):
@@ -44,21 +52,27 @@ def reorders(monkeypatch):
     return count
 
 
-def prepared(module, autocast):
-    return module.eval() if autocast else module.eval().bfloat16()
+def prepared(module, numbers):
+    return module.eval().bfloat16() if numbers == "bfloat16" else module.eval()
 
 
-def run(module, *inputs, autocast):
-    inputs = inputs if autocast else [values.bfloat16() for values in inputs]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+def run(module, *inputs, numbers="autocast"):
+    inputs = [values.bfloat16() for values in inputs] if numbers == "bfloat16" else inputs
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=numbers == "autocast"):
         return module(*inputs)
 
 
-def run_plainly(module, *inputs, autocast):
+def kept(module):
+    """The weights of a module of which something is kept."""
+    return [weight for weight in module.parameters() if packing._KEPT.get(weight)]
+
+
+def run_plainly(module, *inputs, numbers="autocast"):
     """As torch computes it, without anything that was kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "HAS_PACKING_OPERATORS", False)
-        return run(module, *inputs, autocast=autocast)
+        patch.setattr(packing, "HAS_BFLOAT16_OPERATORS", False)
+        patch.setattr(packing, "HAS_ONEDNN_OPERATORS", False)
+        return run(module, *inputs, numbers=numbers)
 
 
 def with_statistics(conv_norm):
@@ -76,38 +90,47 @@ LAYERS = {
     "other activation": (lambda: with_statistics(ConvNorm(8, 16, 3, dilation=2, activation="gelu")), (2, 8, 9, 10)),
     "convolution": (lambda: XavierConv2d(8, 16, 3, padding=1), (2, 8, 9, 10)),
     "convolution without bias": (lambda: XavierConv2d(8, 16, 3, padding=1, bias=False), (1, 8, 9, 10)),
+    "wide convolution": (lambda: XavierConv2d(192, 192, 3, padding=1), (1, 192, 32, 32)),
+    "wide convolution and norm": (lambda: with_statistics(ConvNorm(192, 192, 3)), (2, 192, 32, 30)),
     "linear": (lambda: Linear(8, 16), (2, 5, 8)),
     "linear without bias": (lambda: Linear(8, 16, bias=False), (5, 8)),
 }
 
 
+def close(numbers):
+    return CLOSE_IN_FLOAT32 if numbers == "float32" else CLOSE
+
+
+def packs(name, numbers):
+    return "linear" not in name or numbers != "float32"
+
+
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_give_what_torch_gives(name, autocast, reorders):
+def test_layers_give_what_torch_gives(name, numbers, reorders):
     make, shape = LAYERS[name]
-    layer, states = prepared(make(), autocast), torch.randn(shape)
-    expected = run_plainly(layer, states, autocast=autocast)
+    layer, states = prepared(make(), numbers), torch.randn(shape)
+    expected = run_plainly(layer, states, numbers=numbers)
     assert not reorders
     for _ in range(3):
-        found = run(layer, states, autocast=autocast)
-        torch.testing.assert_close(found, expected, **CLOSE)
-    assert len(reorders) == 1
+        found = run(layer, states, numbers=numbers)
+        torch.testing.assert_close(found, expected, **close(numbers))
+    assert len(reorders) == packs(name, numbers)
     larger = torch.randn(*shape[:-2], 13, 8)
-    torch.testing.assert_close(
-        run(layer, larger, autocast=autocast), run_plainly(layer, larger, autocast=autocast), **CLOSE
-    )
+    found, expected = (way(layer, larger, numbers=numbers) for way in (run, run_plainly))
+    torch.testing.assert_close(found, expected, **close(numbers))
 
 
 @pytest.mark.parametrize("backbone", [resnet_config, swin_config])
-def test_models_predict_what_they_predict_with_torchs_layers(backbone, autocast, reorders):
-    model, pixel_values = prepared(tiny_model(backbone()), autocast), torch.randn(2, 3, 64, 96)
-    expected = run_plainly(model, pixel_values, autocast=autocast)
-    found = run(model, pixel_values, autocast=autocast)
+def test_models_predict_what_they_predict_with_torchs_layers(backbone, numbers, reorders):
+    model, pixel_values = prepared(tiny_model(backbone()), numbers), torch.randn(2, 3, 64, 96)
+    expected = run_plainly(model, pixel_values, numbers=numbers)
+    found = run(model, pixel_values, numbers=numbers)
     count = len(reorders)
     for name in ("class_queries_logits", "masks_queries_logits", "pixel_decoder_last_hidden_state"):
         assert found[name].dtype == expected[name].dtype
         torch.testing.assert_close(found[name], expected[name], **CLOSE)
-    run(model, pixel_values, autocast=autocast)
-    assert len(reorders) == count > 20
+    run(model, pixel_values, numbers=numbers)
+    assert len(reorders) == count > (4 if numbers == "float32" else 20)
 
 
 def change_the_first_row(weight):
@@ -151,25 +174,25 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["convolution and norm", "convolution", "linear"])
+@pytest.mark.parametrize("name", ["convolution and norm", "convolution", "wide convolution", "linear"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_the_weights_counts_at_once(name, change, autocast):
+def test_a_change_of_the_weights_counts_at_once(name, change, numbers):
     make, shape = LAYERS[name]
-    layer, states = prepared(make(), autocast), torch.randn(shape)
-    before = run(layer, states, autocast=autocast)
+    layer, states = prepared(make(), numbers), torch.randn(shape)
+    before = run(layer, states, numbers=numbers)
     change(next(layer.parameters()))
-    found = run(layer, states, autocast=autocast)
-    torch.testing.assert_close(found, run_plainly(layer, states, autocast=autocast), **CLOSE)
+    found = run(layer, states, numbers=numbers)
+    torch.testing.assert_close(found, run_plainly(layer, states, numbers=numbers), **CLOSE)
     assert not torch.equal(found, before)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
-def test_a_change_of_a_norm_counts_at_once(name, autocast):
-    layer, states = prepared(with_statistics(ConvNorm(8, 16, 3)), autocast), torch.randn(2, 8, 9, 10)
-    run(layer, states, autocast=autocast)
+def test_a_change_of_a_norm_counts_at_once(name, numbers):
+    layer, states = prepared(with_statistics(ConvNorm(8, 16, 3)), numbers), torch.randn(2, 8, 9, 10)
+    run(layer, states, numbers=numbers)
     getattr(layer.normalization, name).data[3] += 2.0
-    found = run(layer, states, autocast=autocast)
-    torch.testing.assert_close(found, run_plainly(layer, states, autocast=autocast), **CLOSE)
+    found = run(layer, states, numbers=numbers)
+    torch.testing.assert_close(found, run_plainly(layer, states, numbers=numbers), **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
@@ -183,33 +206,103 @@ def test_the_sample_of_a_matrix_has_a_value_of_each_row(rows, columns):
         weight[row] = 0.0
 
 
-def test_a_change_of_the_settings_counts_at_once(autocast):
-    layer, states = prepared(with_statistics(ConvNorm(8, 16, 3, stride=2)), autocast), torch.randn(2, 8, 9, 10)
-    projection = prepared(XavierConv2d(8, 16, 3, padding=1), autocast)
+def test_a_change_of_the_settings_counts_at_once(numbers):
+    layer, states = prepared(with_statistics(ConvNorm(8, 16, 3, stride=2)), numbers), torch.randn(2, 8, 9, 10)
+    projection = prepared(XavierConv2d(8, 16, 3, padding=1), numbers)
     for each in (layer, projection):
-        run(each, states, autocast=autocast)
+        run(each, states, numbers=numbers)
     layer.convolution.stride, layer.normalization.eps, projection.padding = (1, 1), 0.5, (0, 0)
     for each in (layer, projection):
-        found, expected = (way(each, states, autocast=autocast) for way in (run, run_plainly))
+        found, expected = (way(each, states, numbers=numbers) for way in (run, run_plainly))
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_images_of_other_sizes_have_the_weights_made_once_for_each_way(reorders):
+    layer = XavierConv2d(192, 192, 3, padding=1).eval()
+    for size in (32, 8, 40, 16, 32):
+        layer(torch.randn(1, 192, size, size))
+    assert sorted(type(made).__name__ for made in reorders) == ["PackedConvolution", "PackedWinograd"]
+    layer.weight[0] = 0.0
+    layer(torch.randn(1, 192, 32, 32))
+    assert len(packing._KEPT[layer.weight]) == 1
+
+
+def test_the_bias_of_positions_follows_its_table(numbers):
+    attention, windows = prepared(WindowSelfAttention(swin_config(), 8, 2), numbers), torch.randn(3, 16, 8)
+    before = run(lambda states: attention(states, None), windows, numbers=numbers)
+    attention.relative_position_bias_table.data[0] += 10.0
+    found = run(lambda states: attention(states, None), windows, numbers=numbers)
+    expected = run_plainly(lambda states: attention(states, None), windows, numbers=numbers)
+    assert not torch.equal(found, before)
+    torch.testing.assert_close(found, expected, **close(numbers))
+
+
+@pytest.mark.parametrize(
+    "name", ["convolution and norm", "other activation", "convolution", "wide convolution", "linear"]
+)
+def test_compiled_code_keeps_weights_too(name, numbers, reorders):
+    torch._dynamo.reset()
+    make, shape = LAYERS[name]
+    layer, states = prepared(make(), numbers), torch.randn(shape)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for _ in range(2):
+        expected = run_plainly(layer, states, numbers=numbers)
+        for _ in range(2):
+            found = run(compiled, states, numbers=numbers)
+            torch.testing.assert_close(found, expected, **close(numbers))
+        next(layer.parameters()).data[1] += 1.0
+    assert len(reorders) == 2 * packs(name, numbers)
+
+
+@torch.no_grad()
+def test_compiled_code_serves_all_sizes_and_sees_what_is_turned_off(reorders, counter):
+    layer = with_statistics(ConvNorm(192, 192, 3)).eval()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    counts = set()
+    for size in ((2, 192, 9, 10), (3, 192, 32, 20), (4, 192, 5, 7), (2, 192, 48, 40)):
+        states = torch.randn(size)
+        torch.testing.assert_close(compiled(states), run_plainly(layer, states, numbers="float32"), **CLOSE_IN_FLOAT32)
+        counts.add(counter.frame_count)
+    assert len(reorders) == 2
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(compiled(states), run_plainly(layer, states, numbers="float32"), **CLOSE_IN_FLOAT32)
+    assert {counter.frame_count} == counts
+
+
+def test_the_operators_of_compiled_code_meet_torchs_rules():
+    states, weight, bias = torch.randn(2, 4, 9, 8), torch.randn(6, 4, 3, 3), torch.randn(6)
+    norm = [torch.rand(6) + 0.5 for _ in range(4)]
+    geometry = ([2, 1], [1, 2], [1, 2])
+    operators = torch.ops.hf_maskformer
+    torch.library.opcheck(
+        operators.convolve.default, (states, weight, bias, *geometry, norm, 1e-5, torch.float32, "relu")
+    )
+    torch.library.opcheck(
+        operators.convolve.default, (states, weight, None, *geometry, [], None, torch.bfloat16, "none")
+    )
+    matrices, vectors = [torch.randn(3, 4), torch.randn(5, 4)], [torch.randn(3), torch.randn(5)]
+    torch.library.opcheck(operators.linear_in_bfloat16.default, (torch.randn(2, 7, 4), matrices, vectors))
+    torch.library.opcheck(operators.linear_in_bfloat16.default, (torch.randn(7, 4), matrices, []))
 
 
 def test_statistics_of_another_batch_count_at_once():
     layer, states = with_statistics(ConvNorm(8, 16, 3)).eval(), torch.randn(2, 8, 9, 10)
-    run(layer, states, autocast=True)
+    run(layer, states)
     layer.train()(3 + 2 * states)
     layer.eval()
-    torch.testing.assert_close(run(layer, states, autocast=True), run_plainly(layer, states, autocast=True), **CLOSE)
+    torch.testing.assert_close(run(layer, states), run_plainly(layer, states), **CLOSE)
 
 
-def test_queries_keys_and_values_are_one_product_and_follow_each_of_their_weights(autocast, reorders):
+@pytest.mark.parametrize("numbers", ["bfloat16", "autocast"])
+def test_queries_keys_and_values_are_one_product_and_follow_each_of_their_weights(numbers, reorders):
     config = swin_config()
-    attention, windows = prepared(WindowSelfAttention(config, 8, 2), autocast), torch.randn(3, 16, 8)
+    attention, windows = prepared(WindowSelfAttention(config, 8, 2), numbers), torch.randn(3, 16, 8)
     for change in (None, "query", "key", "value"):
         if change is not None:
             getattr(attention, change).weight.data.add_(1.0)
-        found = run(lambda states: attention(states, None), windows, autocast=autocast)
-        expected = run_plainly(lambda states: attention(states, None), windows, autocast=autocast)
+        found = run(lambda states: attention(states, None), windows, numbers=numbers)
+        expected = run_plainly(lambda states: attention(states, None), windows, numbers=numbers)
         torch.testing.assert_close(found, expected, **CLOSE)
     assert len(reorders) == 4
     assert all(len(packed.bias) == 24 for packed in reorders)
@@ -219,40 +312,41 @@ def test_hooks_and_adapters_among_queries_keys_and_values_take_part():
     attention, windows = WindowSelfAttention(swin_config(), 8, 2).eval(), torch.randn(3, 16, 8)
     seen = []
     handle = attention.key.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    run(lambda states: attention(states, None), windows, autocast=True)
+    run(lambda states: attention(states, None), windows)
     assert len(seen) == 1
     handle.remove()
     wrapped = peft.inject_adapter_in_model(
         peft.LoraConfig(target_modules=["value"], init_lora_weights=False), torch.nn.ModuleDict({"own": attention})
     )
     assert type(wrapped["own"].value) is not SwinLinear
-    found = run(lambda states: wrapped["own"](states, None), windows, autocast=True)
-    expected = run_plainly(lambda states: wrapped["own"](states, None), windows, autocast=True)
+    found = run(lambda states: wrapped["own"](states, None), windows)
+    expected = run_plainly(lambda states: wrapped["own"](states, None), windows)
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_a_merged_adapter_counts_at_once():
     layer, states = torch.nn.ModuleDict({"own": Linear(8, 16)}).eval(), torch.randn(2, 5, 8)
     model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["own"], init_lora_weights=False), layer)
-    expected = run(model["own"], states, autocast=True)
+    expected = run(model["own"], states)
     model["own"].merge()
-    torch.testing.assert_close(run(model["own"], states, autocast=True), expected, **CLOSE)
+    torch.testing.assert_close(run(model["own"], states), expected, **CLOSE)
 
 
 def test_hooks_on_an_activation_are_called():
     layer, seen = ConvNorm(8, 16, 3).eval(), []
     layer.activation.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    run(layer, torch.randn(1, 8, 9, 10), autocast=True)
+    run(layer, torch.randn(1, 8, 9, 10))
     assert len(seen) == 1
 
 
-def test_a_resnet_stage_leaves_its_input_as_it_is(autocast):
+def test_a_resnet_stage_leaves_its_input_as_it_is(numbers):
     config = resnet_config()
-    stage = prepared(ResNetStage(config, 16, 16, 1, [1, 1, 1]), autocast)
-    states = torch.randn(2, 16, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
+    stage = prepared(ResNetStage(config, 16, 16, 1, [1, 1, 1]), numbers)
+    states = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    states = states if numbers == "float32" else states.bfloat16()
     before = states.clone()
-    found = run(stage, states, autocast=autocast)
-    torch.testing.assert_close(found, run_plainly(stage, states, autocast=autocast), **CLOSE)
+    found = run(stage, states, numbers=numbers)
+    torch.testing.assert_close(found, run_plainly(stage, states, numbers=numbers), **CLOSE)
     assert torch.equal(states, before)
 
 
@@ -279,7 +373,7 @@ def test_weights_of_inference_mode_are_not_kept(reorders):
         first = layer(states)
         layer.weight[1, 2] += 1.0
         assert not torch.equal(layer(states), first)
-        assert packing._KEPT.get(layer) is None
+        assert not kept(layer)
 
 
 def test_the_results_of_inference_mode_serve_without_it(reorders):
@@ -296,7 +390,7 @@ def test_weights_with_gaps_between_them_are_not_kept():
     layer.weight.data = torch.randn(16, 11).bfloat16()[:, :8]
     with torch.no_grad():
         layer(states)
-        assert packing._KEPT.get(layer) is None
+        assert not kept(layer)
 
 
 def test_nothing_holds_on_to_the_memory_of_weights(reorders):
@@ -314,21 +408,20 @@ def test_nothing_holds_on_to_the_memory_of_weights(reorders):
 
 def test_moving_a_model_frees_what_is_kept():
     model = tiny_model().eval()
-    run(model, torch.randn(1, 3, 64, 64), autocast=True)
-    kept = [module for module in model.modules() if packing._KEPT.get(module) is not None]
+    run(model, torch.randn(1, 3, 64, 64))
+    assert kept(model)
     model.to(torch.float64)
-    assert kept
-    assert not any(packing._KEPT.get(module) for module in kept)
+    assert not kept(model)
 
 
 def test_offloaded_weights_are_not_kept(tmp_path):
     model = tiny_model(swin_config()).eval()
     pixel_values = torch.randn(1, 3, 64, 64)
-    expected = run_plainly(model, pixel_values, autocast=True)
+    expected = run_plainly(model, pixel_values)
     accelerate.disk_offload(model, tmp_path, execution_device="cpu")
-    found = run(model, pixel_values, autocast=True)
+    found = run(model, pixel_values)
     torch.testing.assert_close(found.masks_queries_logits, expected.masks_queries_logits, **CLOSE)
-    assert not [module for module in model.modules() if packing._KEPT.get(module) is not None]
+    assert not kept(model)
 
 
 def test_with_processes_beside_it_a_model_keeps_nothing(tmp_path, reorders):
@@ -353,25 +446,25 @@ def test_what_counts_or_turns_off_operators_sees_plain_ones(reorders):
     assert not reorders
 
 
-def test_a_residual_in_another_layout_is_added_too(autocast):
-    layer = prepared(with_statistics(ConvNorm(8, 16, 1, activation=None)), autocast)
+def test_a_residual_in_another_layout_is_added_too(numbers):
+    layer = prepared(with_statistics(ConvNorm(8, 16, 1, activation=None)), numbers)
     states, residual = torch.randn(2, 8, 9, 10), torch.randn(2, 16, 9, 10).bfloat16()
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         owned = residual.clone().contiguous(memory_format=layout)
-        results.append(run(lambda states, owned=owned: layer(states, owned), states, autocast=autocast))
+        results.append(run(lambda states, owned=owned: layer(states, owned), states, numbers=numbers))
     torch.testing.assert_close(*results, **CLOSE)
-    expected = (run_plainly(layer, states, autocast=autocast) + residual).relu()
+    expected = (run_plainly(layer, states, numbers=numbers) + residual).relu()
     torch.testing.assert_close(results[0], expected, **CLOSE)
 
 
-def test_a_bias_of_some_of_queries_keys_and_values_is_added(autocast):
+def test_a_bias_of_some_of_queries_keys_and_values_is_added(numbers):
     attention, windows = WindowSelfAttention(swin_config(), 8, 2), torch.randn(3, 16, 8)
     attention.key.bias = None
     torch.nn.init.normal_(attention.query.bias)
-    attention = prepared(attention, autocast)
+    attention = prepared(attention, numbers)
     found, expected = (
-        way(lambda states: attention(states, None), windows, autocast=autocast) for way in (run, run_plainly)
+        way(lambda states: attention(states, None), windows, numbers=numbers) for way in (run, run_plainly)
     )
     torch.testing.assert_close(found, expected, **CLOSE)
 
@@ -379,14 +472,13 @@ def test_a_bias_of_some_of_queries_keys_and_values_is_added(autocast):
 def test_training_frees_what_is_kept_and_copies_have_nothing_of_it():
     model = tiny_model().eval()
     names = set(model.state_dict())
-    run(model, torch.randn(1, 3, 64, 64), autocast=True)
-    kept = [module for module in model.modules() if packing._KEPT.get(module) is not None]
-    assert kept
+    run(model, torch.randn(1, 3, 64, 64))
+    assert kept(model)
     assert set(model.state_dict()) == names
     torch.save(model, io.BytesIO())
-    assert not any(packing._KEPT.get(module) for module in copy.deepcopy(model).modules())
+    assert not kept(copy.deepcopy(model))
     model.train()
-    assert not any(packing._KEPT.get(module) for module in kept)
+    assert not kept(model)
 
 
 def test_what_is_kept_goes_with_its_module():
@@ -398,10 +490,11 @@ def test_what_is_kept_goes_with_its_module():
     assert len(packing._KEPT) == count - 1
 
 
+@pytest.mark.parametrize("numbers", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_products_with_pixels_are_einsteins_sums(layout, autocast):
+def test_products_with_pixels_are_einsteins_sums(layout, numbers):
     embeddings, pixels = torch.randn(2, 3, 5, 8), torch.randn(3, 8, 6, 7).contiguous(memory_format=layout)
-    found = run(products_with_pixels, embeddings, pixels, autocast=autocast)
+    found = run(products_with_pixels, embeddings, pixels, numbers=numbers)
     expected = torch.einsum("lbqc,bchw->lbqhw", embeddings, pixels)
     assert found.dtype == torch.bfloat16
     assert found.is_contiguous()
@@ -409,11 +502,10 @@ def test_products_with_pixels_are_einsteins_sums(layout, autocast):
 
 
 @torch.no_grad()
-def test_a_compiled_graph_of_products_serves_every_number_of_images_and_pixels(autocast):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+def test_a_compiled_graph_of_products_serves_every_number_of_images_and_pixels(numbers, counter):
     compiled = torch.compile(products_with_pixels, backend=counter, fullgraph=True, dynamic=True)
     for images, height in ((2, 8), (3, 7), (4, 9)):
         embeddings, pixels = torch.randn(3, images, 5, 12), torch.randn(images, 12, height, 13)
-        expected = run(products_with_pixels, embeddings, pixels, autocast=autocast)
-        torch.testing.assert_close(run(compiled, embeddings, pixels, autocast=autocast), expected, **CLOSE)
+        expected = run(products_with_pixels, embeddings, pixels, numbers=numbers)
+        torch.testing.assert_close(run(compiled, embeddings, pixels, numbers=numbers), expected, **CLOSE)
     assert counter.frame_count == 1
