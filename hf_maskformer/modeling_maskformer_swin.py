@@ -18,16 +18,15 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .modeling_maskformer_linear import Linear
+from .modeling_maskformer_linear import Linear, project
 from .modeling_maskformer_packing import (
     computes_in_bfloat16,
     is_inference,
     keep,
     keeps,
-    linear_in_bfloat16,
     packing_dtype,
 )
-from .modeling_maskformer_winograd import is_hooked, is_traced
+from .modeling_maskformer_winograd import is_traced
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 SEPARATION = -100.0
@@ -98,7 +97,8 @@ class WindowSelfAttention(nn.Module):
     def forward(self, windows: Tensor, separation: Tensor | None) -> Tensor:
         """Takes windows (B W, N, C) and the separation (W, N, N) of shifted windows; returns (B W, N, C)."""
         query, key, value = (
-            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for states in self._projected(windows)
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for states in project((self.query, self.key, self.value), windows)
         )
         bias = self._position_bias(query.dtype)
         if separation is not None:
@@ -125,18 +125,6 @@ class WindowSelfAttention(nn.Module):
         if torch.compiler.is_compiling() or not (keeps(self) and packing_dtype(table)):
             return arranged()
         return keep(lambda: arranged().contiguous(), (dtype,), table)
-
-    def _projected(self, windows: Tensor) -> Sequence[Tensor]:
-        """Queries, keys and values, three of (B W, N, C)."""
-        projections = (self.query, self.key, self.value)
-        is_own = all(type(projection) is SwinLinear and not is_hooked(projection) for projection in projections)
-        if is_own and len({projection.bias is None for projection in projections}) == 1 and keeps(self):
-            weights = [projection.weight for projection in projections]
-            biases = [projection.bias for projection in projections if projection.bias is not None]
-            if computes_in_bfloat16(windows, *weights, *biases):
-                # One product instead of three, which are narrow.
-                return linear_in_bfloat16(windows, weights, biases).split([len(weight) for weight in weights], -1)
-        return [projection(windows) for projection in projections]
 
 
 class Projection(nn.Module):

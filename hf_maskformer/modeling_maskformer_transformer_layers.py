@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
-from .modeling_maskformer_linear import Linear
+from .modeling_maskformer_linear import Linear, project
 
 
 class AttentionProjection(Linear):
@@ -74,10 +74,11 @@ class Attention(nn.Module):
 
         Returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P).
         """
-        query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
+        if query is key:
+            projected = (*project((self.q_proj, self.k_proj), query), self.v_proj(value))
+        else:
+            projected = (self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        query, key, value = (states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for states in projected)
         implementation = self.config._attn_implementation or "sdpa"
         mask = None
         if output_attentions:
