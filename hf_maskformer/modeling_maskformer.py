@@ -131,6 +131,10 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         forget(self)
         return super()._apply(*args, **kwargs)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        forget(self)  # as torch may swap tensors, which it refuses while something is kept of them
+        return super().load_state_dict(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Every module knows its own initialisation; transformers calls this for those that no checkpoint has filled.

@@ -18,8 +18,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .modeling_maskformer_winograd import (
     HAS_ONEDNN_OPERATORS,
-    MAX_CHANNELS_OF_KEPT,
-    MIN_TILES_OF_KEPT,
     PLAIN_TYPES,
     WINOGRAD_GEOMETRY,
     add_convolution,
@@ -28,9 +26,9 @@ from .modeling_maskformer_winograd import (
     is_exported,
     is_hooked,
     is_transformed,
+    kept_winograd_pays,
     register_operator,
     winograd,
-    winograd_pays,
 )
 
 HAS_BFLOAT16_OPERATORS = (
@@ -44,7 +42,7 @@ class FixedConvolution(NamedTuple):
     """A convolution and perhaps the batch normalisation after it, which at inference scales and shifts each channel.
 
     Args:
-        weight, bias: (O, C, k, k), and (O,) or None.
+        weight, bias: (O, C, k, k), and (O,) or None; with a norm None.
         stride, padding, dilation: As of `torch.nn.Conv2d`.
         norm: Its weight, bias, running mean and variance, or nothing.
         eps: Of the norm, or None without one.
@@ -67,8 +65,7 @@ class FixedConvolution(NamedTuple):
         # Half precision rounds the product only, as in the norm itself.
         precise = torch.promote_types(dtype, torch.float32)
         scale = weight.to(precise) * torch.rsqrt(variance.to(precise) + self.eps)
-        shift = bias - (mean if self.bias is None else mean - self.bias) * scale
-        return (self.weight * scale[:, None, None, None]).to(dtype), shift.to(dtype)
+        return (self.weight * scale[:, None, None, None]).to(dtype), (bias - mean * scale).to(dtype)
 
     def packing_dtype(self, states: Tensor) -> torch.dtype | None:
         """In which type these states (B, C, h, w) meet packed weights; None if the weights are not to be packed."""
@@ -85,9 +82,8 @@ class FixedConvolution(NamedTuple):
         """Packed for these states, or ones of another size, in an earlier pass if may be."""
         geometry = (tuple(self.stride), tuple(self.padding), tuple(self.dilation))
         settings = (dtype, *geometry, self.eps)
-        is_small = self.weight.shape[:2].numel() <= MAX_CHANNELS_OF_KEPT**2
         is_plain = dtype == torch.float32 and geometry == WINOGRAD_GEOMETRY
-        if is_plain and is_small and winograd_pays(states, self.weight, MIN_TILES_OF_KEPT):
+        if is_plain and kept_winograd_pays(states, self.weight):
             by_winograd = partial(PackedWinograd, self)
             return keep(by_winograd, (PackedWinograd, *settings), self.weight, self.bias, *self.norm)
         make = partial(PackedConvolution, self, dtype, states.shape)
@@ -110,7 +106,7 @@ class PackedConvolution:
         self.geometry = (stride, padding, dilation)
         arrange = torch.ops.mkldnn._reorder_convolution_weight
         self.weight = arrange(weight.to(dtype), padding, stride, dilation, 1, size)
-        self.bias = None if bias is None else bias.to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
 
     def __call__(self, states: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Takes (B, C, h, w), gives (B, O, h', w').
@@ -136,8 +132,9 @@ class PackedWinograd:
     """A convolution in float32 with a 3 x 3 kernel, by Winograd's way, with the kernel at its points."""
 
     def __init__(self, convolution: FixedConvolution) -> None:
-        weight, self.bias = convolution.folded()
+        weight, bias = convolution.folded()
         self.kernel = arranged_kernel(weight)
+        self.bias = None if bias is None else bias.detach().clone()
 
     def __call__(self, states: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """As `PackedConvolution`, but the sum with a residual has memory of its own."""
@@ -167,10 +164,12 @@ def linear_in_bfloat16(states: Tensor, weights: Sequence[Tensor], biases: Sequen
     """Takes (..., C), and weights (O', C) and biases (O',) of each of some layers, or no biases; gives (..., O)."""
     if torch.compiler.is_compiling():
         return torch.ops.hf_maskformer.linear_in_bfloat16(states, weights, biases)
-    if not (has_plain_dispatch() and states.numel()):
-        bias = torch.cat(list(biases)).bfloat16() if biases else None
-        return F.linear(states.bfloat16(), torch.cat(list(weights)).bfloat16(), bias)
-    return keep(partial(PackedLinear, weights, biases), (PackedLinear, len(weights)), *weights, *biases)(states)
+    return packed_linear(weights, biases)(states)
+
+
+def packed_linear(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> PackedLinear:
+    """Of an earlier pass if may be."""
+    return keep(partial(PackedLinear, weights, biases), (PackedLinear, len(weights)), *weights, *biases)
 
 
 def keeps(module: nn.Module) -> bool:
@@ -197,14 +196,14 @@ def has_plain_dispatch() -> bool:
     return not torch._C._len_torch_dispatch_stack() and torch._C._get_mkldnn_enabled()
 
 
-def computes_in_bfloat16(*tensors: Tensor | None) -> bool:
+def computes_in_bfloat16(states: Tensor, *weights: Tensor | None) -> bool:
     """Whether an operation on these computes in bfloat16 on a CPU, by autocast too."""
-    return packing_dtype(*tensors) == torch.bfloat16
+    return packing_dtype(states, *weights) == torch.bfloat16
 
 
-def packing_dtype(*tensors: Tensor | None) -> torch.dtype | None:
+def packing_dtype(states: Tensor, *weights: Tensor | None) -> torch.dtype | None:
     """bfloat16 or float32, if an operation on these computes in it on a CPU, by autocast too, and with oneDNN."""
-    dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
+    dtype = states.dtype
     dtypes: tuple[torch.dtype, ...] = (dtype,)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -214,7 +213,7 @@ def packing_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     if not (HAS_BFLOAT16_OPERATORS if dtype == torch.bfloat16 else HAS_ONEDNN_OPERATORS and dtype == torch.float32):
         return None
     # A plain loop, since layers ask this hundreds of times in a pass.
-    for tensor in tensors:
+    for tensor in (states, *weights):
         if tensor is None:
             continue
         if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
@@ -231,14 +230,15 @@ class Kept:
     """What was made of weights, and how to see that they are still the same.
 
     torch counts most changes of a tensor. It does not count those through `.data` and of optimisers with `fused=True`,
-    so a few values are compared too: of a vector all, of a matrix or kernel at least one of each row, each in another
-    column than that of the row before.
+    so a few values are compared too: of a vector all, of a matrix or kernel the first row (output) and at least one
+    value of each other, in another column than that of the row before.
     """
 
-    def __init__(self, made: Any, weights: Sequence[Tensor | None]) -> None:
-        self.made = made
+    made: Any
+
+    def __init__(self, weights: Sequence[Tensor | None]) -> None:
         self.marks = marks(weights)
-        self.samples = [sample(weight) for weight in weights if weight is not None]
+        self.samples = [values for weight in weights if weight is not None for values in samples(weight)]
         self.seen = self._values()
 
     def is_current(self, weights: Sequence[Tensor | None]) -> bool:
@@ -249,26 +249,34 @@ class Kept:
         return [values.tobytes() for values in self.samples]
 
 
-def marks(weights: Sequence[Tensor | None]) -> list[tuple] | None:
-    """Where weights lie, what they are and how often they were changed; None if that cannot be said."""
-    found = []
-    for weight in weights:
-        if weight is not None:
-            if weight.is_inference():  # made in inference mode, where changes are not counted
-                return None
-            found.append((weight.data_ptr(), weight._version, weight.dtype, weight.shape))
-    return found
+def marks(weights: Sequence[Tensor | None]) -> list[tuple]:
+    """Where weights lie, what they are and how often they were changed, which inference mode does not count."""
+    return [
+        (
+            weight.data_ptr(),
+            -1 if weight.is_inference() else weight._version,
+            weight.dtype,
+            weight.shape,
+            weight.stride(),
+        )
+        for weight in weights
+        if weight is not None
+    ]
 
 
-def sample(weight: Tensor) -> np.ndarray:
+def samples(weight: Tensor) -> list[np.ndarray]:
     """Some values of a tensor where they lie, without a part in the memory: others may want to free it.
 
     numpy reads a few values in a tenth of the time that torch takes.
     """
-    step = 1 if weight.dim() < 2 else max(weight[0].numel() - 1, 1)
-    size = weight.element_size()
-    memory: Any = (ctypes.c_char * (weight.numel() * size)).from_address(weight.data_ptr())
-    return np.ndarray(-(-weight.numel() // step), f"V{size}", memory, strides=(step * size,))
+    size, count = weight.element_size(), weight.numel()
+    memory: Any = (ctypes.c_char * (count * size)).from_address(weight.data_ptr())
+    row = count if weight.dim() < 2 else weight[0].numel()
+    found = [np.ndarray(row, f"V{size}", memory)]
+    if row < count:
+        step = max(row - 1, 1)
+        found.append(np.ndarray(-(-count // step), f"V{size}", memory, strides=(step * size,)))
+    return found
 
 
 # By the first weight, which it goes with.
@@ -284,21 +292,36 @@ def keep(make: Callable[[], Made], settings: tuple, weight: Tensor, *weights: Te
         if kept.is_current(all_weights):
             return kept.made
         of_weight.clear()  # for other settings too, which may never be asked for again
+    # Looked at before, so that the next pass sees what somebody changes meanwhile.
+    kept = Kept(all_weights) if all(is_watched(weight) for weight in all_weights if weight is not None) else None
     made = make()
-    # Of weights with gaps in their memory, samples would be those of others.
-    if marks(all_weights) is not None and all(is_dense(weight) for weight in all_weights if weight is not None):
-        _KEPT.setdefault(weight, {})[settings] = Kept(made, all_weights)
+    if kept is not None:
+        kept.made = made
+        _KEPT.setdefault(weight, {})[settings] = kept
     return made
 
 
-def is_dense(weight: Tensor) -> bool:
-    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+def is_watched(weight: Tensor) -> bool:
+    """Whether changes of a weight can be seen: they are not counted in inference mode, and gaps would be sampled."""
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return is_dense and not weight.is_inference()
 
 
 def forget(module: nn.Module) -> None:
     """Frees what is kept of the weights of a module and those inside."""
     for weight in module.parameters() if _KEPT else ():
         _KEPT.pop(weight, None)
+
+
+def linear_in_graph(states: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """What a compiled graph calls for `linear_in_bfloat16`.
+
+    Does not ask whether something is compiled, which is true in all threads while one compiles.
+    """
+    if has_plain_dispatch() and states.numel():
+        return packed_linear(weights, biases)(states)
+    bias = torch.cat(list(biases)).bfloat16() if biases else None
+    return F.linear(states.bfloat16(), torch.cat(list(weights)).bfloat16(), bias)
 
 
 def convolve_in_graph(
@@ -313,8 +336,8 @@ def convolve_in_graph(
     dtype: torch.dtype,
     activation: str,
 ) -> Tensor:
-    """What a compiled graph calls: a `FixedConvolution` and its activation."""
-    convolution = FixedConvolution(weight, bias, tuple(stride), padding, tuple(dilation), norm, eps)
+    """What a compiled graph calls for a `FixedConvolution` and its activation."""
+    convolution = FixedConvolution(weight, bias, tuple(stride), tuple(padding), tuple(dilation), norm, eps)
     if has_plain_dispatch() and states.numel():
         output = convolution.packed(states, dtype)(states, activation)
     else:
@@ -350,7 +373,7 @@ def _output_of_convolution(
 
 register_operator(
     "linear_in_bfloat16(Tensor states, Tensor[] weights, Tensor[] biases) -> Tensor",
-    linear_in_bfloat16,
+    linear_in_graph,
     _output_of_linear,
 )
 register_operator(

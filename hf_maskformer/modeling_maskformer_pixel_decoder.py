@@ -3,7 +3,7 @@
 Letters: B images, C channels of the pyramid, h x w = H/4 x W/4 for the H x W padded image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ class FeaturePyramidLayer(nn.Module):
 
     def forward(self, coarse: Tensor, lateral: Tensor) -> Tensor:
         # One by one, since a call holds its inputs until it returns: at stride 4 these maps are the peak of memory.
-        for module in self.proj:
+        for module in steps_of(self.proj):
             lateral = module(lateral)
         height, width = coarse.shape[-2:]
         if can_overwrite(self.proj) and lateral.shape[-2:] == (2 * height, 2 * width):
@@ -89,7 +89,7 @@ class FeaturePyramidLayer(nn.Module):
         else:
             states = F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest").add_(lateral)
         del lateral
-        for module in self.block:
+        for module in steps_of(self.block):
             states = module(states)
         return states
 
@@ -116,8 +116,8 @@ class FeaturePyramid(nn.Module):
         levels = []
         for layer in self.layers:
             # A module's call would hold the map that its forward has used.
-            is_free = not (torch.is_grad_enabled() or is_hooked(layer))
-            level = (layer.forward if is_free else layer)(level, features.pop())
+            is_plain = is_only_called(layer) and not (torch.is_grad_enabled() or is_traced())
+            level = (layer.forward if is_plain else layer)(level, features.pop())
             levels.append(level)
         return levels
 
@@ -186,6 +186,16 @@ class PixelDecoder(nn.Module):
         levels = self.fpn(features)
         pixel_embeddings = self.mask_projection(levels[-1]) if with_embeddings else None
         return PixelDecoderOutput(pixel_embeddings, memory, levels, memory_sizes)
+
+
+def steps_of(container: nn.Module) -> Iterable[nn.Module]:
+    """The modules that one calls in turn, or itself where something else happens in its call."""
+    return container if type(container) is nn.Sequential and is_only_called(container) else (container,)
+
+
+def is_only_called(module: nn.Module) -> bool:
+    """Whether a module's call does nothing but its forward: it has no hooks and is not compiled by itself."""
+    return not is_hooked(module) and module._compiled_call_impl is None
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -17,7 +17,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
 from .modeling_maskformer_packing import FixedConvolution, keeps
-from .modeling_maskformer_winograd import add_convolution, addition_pays, can_overwrite, convolve, is_hooked
+from .modeling_maskformer_winograd import (
+    add_convolution,
+    addition_pays,
+    can_overwrite,
+    convolve,
+    is_hooked,
+    is_traced,
+)
 
 BOTTLENECK_REDUCTION = 4
 
@@ -87,9 +94,9 @@ class ConvNorm(nn.Module):
             fixed = FixedConvolution(convolution.weight, None, *geometry, of_norm, norm.eps)
             dtype = fixed.packing_dtype(states) if keeps(self) else None
             if dtype is not None:
-                if residual is not None:
+                if residual is not None and not is_traced():
                     return fixed.packed(states, dtype)(states, residual=residual)
-                if type(self.activation) is nn.ReLU and not is_hooked(self.activation):
+                if residual is None and type(self.activation) is nn.ReLU and not is_hooked(self.activation):
                     return fixed(states, dtype, "relu")
                 states = fixed(states, dtype)
             else:

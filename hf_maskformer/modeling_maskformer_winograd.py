@@ -84,13 +84,21 @@ def addition_pays(residual: Tensor, states: Tensor, weight: Tensor) -> bool:
     return type(residual) is Tensor and is_plain(states, weight) and not winograd_pays(states, weight)
 
 
-def winograd_pays(states: Tensor, weight: Tensor, min_tiles: int = MIN_TILES) -> bool:
-    if not is_plain(states, weight) or tuple(weight.shape[2:]) != (KERNEL, KERNEL):
-        return False
-    if min(weight.shape[:2]) < MIN_CHANNELS or is_transformed():
+def winograd_pays(states: Tensor, weight: Tensor) -> bool:
+    if not is_plain(states, weight) or not is_wide(weight) or is_transformed():
         return False
     # One compiled graph serves all sizes: there the operator looks at them.
-    return torch.compiler.is_compiling() or has_tiles(states, min_tiles)
+    return torch.compiler.is_compiling() or has_tiles(states, MIN_TILES)
+
+
+def kept_winograd_pays(states: Tensor, weight: Tensor) -> bool:
+    """Whether it does at inference with a kernel that is kept at the points."""
+    is_small = weight.shape[:2].numel() <= MAX_CHANNELS_OF_KEPT**2
+    return is_small and is_wide(weight) and has_tiles(states, MIN_TILES_OF_KEPT)
+
+
+def is_wide(weight: Tensor) -> bool:
+    return tuple(weight.shape[2:]) == (KERNEL, KERNEL) and min(weight.shape[:2]) >= MIN_CHANNELS
 
 
 def is_plain(states: Tensor, weight: Tensor) -> bool:

@@ -21,7 +21,7 @@ from transformers import ResNetConfig
 
 from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
-from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramidLayer
+from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramid, FeaturePyramidLayer
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
 from hf_maskformer.modeling_maskformer_swin import SwinBackbone, SwinBlock, WindowGrid
 from hf_maskformer.modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS
@@ -169,6 +169,40 @@ def test_activations_of_a_resnet_have_the_names_of_checkpoints():
     fields = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 2], "hidden_act": "prelu"}
     config = ResNetConfig(**fields, out_features=["stage1", "stage2"])
     assert set(ResNetBackbone(config).state_dict()) == set(transformers.ResNetBackbone(config).state_dict())
+
+
+@torch.no_grad()
+def test_a_map_of_the_backbone_is_free_once_the_pyramid_has_projected_it(monkeypatch):
+    pyramid = FeaturePyramid([8, 12, 16, 20], 32).eval()
+    features = [torch.randn(1, channels, 32 >> i, 32 >> i) for i, channels in enumerate([8, 12, 16, 20])]
+    maps = [weakref.ref(values) for values in features]
+    alive = []
+
+    def forward(self, states):
+        alive.append(sum(values() is not None for values in maps))
+        return original(self, states)
+
+    original = torch.nn.GroupNorm.forward
+    monkeypatch.setattr(torch.nn.GroupNorm, "forward", forward)
+    pyramid(features)
+    # One norm after the coarsest map, then two for each of the others.
+    assert alive == [4, 2, 2, 1, 1, 0, 0]
+
+
+@torch.no_grad()
+def test_hooks_and_compilers_of_parts_of_the_pyramid_take_part():
+    pyramid, calls, graphs = FeaturePyramid([8, 12, 16, 20], 32).eval(), [], []
+    features = [torch.randn(1, channels, 32 >> i, 32 >> i) for i, channels in enumerate([8, 12, 16, 20])]
+    expected = pyramid(list(features))
+    for part in (pyramid.layers[0], pyramid.layers[0].proj, pyramid.layers[1].block):
+        part.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    torch._dynamo.reset()
+    for part in (pyramid.layers[1].proj, pyramid.layers[2]):
+        part.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for found, level in zip(pyramid(list(features)), expected, strict=True):
+        torch.testing.assert_close(found, level, **CLOSE)
+    assert calls == [pyramid.layers[0].proj, pyramid.layers[0], pyramid.layers[1].block]
+    assert len(graphs) == 2
 
 
 def test_what_a_hook_keeps_of_the_pyramid_is_not_overwritten():

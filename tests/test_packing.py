@@ -17,14 +17,15 @@ from hf_maskformer.modeling_maskformer_pixel_decoder import XavierConv2d
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetStage
 from hf_maskformer.modeling_maskformer_swin import SwinLinear, WindowSelfAttention
 
-pytestmark = pytest.mark.skipif(not packing.HAS_BFLOAT16_OPERATORS, reason="torch has no oneDNN with bfloat16 here")
+pytestmark = pytest.mark.skipif(not packing.HAS_ONEDNN_OPERATORS, reason="here torch lacks what arranges weights")
+BFLOAT16 = pytest.mark.skipif(not packing.HAS_BFLOAT16_OPERATORS, reason="torch has no oneDNN with bfloat16 here")
 
 # Sums in another order, each rounded to 8 bits.
 CLOSE = {"rtol": 3e-2, "atol": 3e-2}
 CLOSE_IN_FLOAT32 = {"rtol": 1e-3, "atol": 3e-4}
 
 
-@pytest.fixture(params=["bfloat16", "autocast", "float32"])
+@pytest.fixture(params=[pytest.param("bfloat16", marks=BFLOAT16), pytest.param("autocast", marks=BFLOAT16), "float32"])
 def numbers(request):
     """What is computed in: weights in bfloat16, weights in float32 under autocast to bfloat16, or all in float32."""
     return request.param
@@ -197,13 +198,38 @@ def test_a_change_of_a_norm_counts_at_once(name, numbers):
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
 @pytest.mark.parametrize("columns", [1, 2, 3, 7, 16])
-def test_the_sample_of_a_matrix_has_a_value_of_each_row(rows, columns):
+def test_a_change_of_any_row_or_column_is_seen(rows, columns):
     weight = torch.zeros(rows, columns)
-    sample, seen = packing.sample(weight), packing.sample(weight).tobytes()
-    for row in range(rows):
-        weight[row] = 1.0
-        assert sample.tobytes() != seen
-        weight[row] = 0.0
+    kept = packing.Kept([weight])
+    for part in (*weight.data, *weight.data.T):
+        part.fill_(1.0)
+        assert not kept.is_current([weight])
+        weight.data.zero_()
+        # torch does not count changes through `.data`.
+        assert kept.is_current([weight])
+
+
+@pytest.mark.parametrize("name", ["convolution", "linear"])
+def test_a_transposed_weight_counts_at_once(name, numbers):
+    layer = Linear(8, 8) if name == "linear" else XavierConv2d(8, 8, 3, padding=1)
+    layer, states = prepared(layer, numbers), torch.randn(2, 8, 8, 8)
+    run(layer, states, numbers=numbers)
+    layer.weight.data = layer.weight.data.transpose(0, 1)
+    found, expected = (way(layer, states, numbers=numbers) for way in (run, run_plainly))
+    torch.testing.assert_close(found, expected, **close(numbers))
+
+
+@torch.no_grad()
+def test_a_change_while_weights_are_made_is_seen_in_the_next_pass():
+    weight = torch.zeros(3, 4)
+
+    def make():
+        made = weight.clone()
+        weight.data[1] = 5.0  # as another thread might
+        return made
+
+    packing.keep(make, (), weight)
+    assert torch.equal(packing.keep(weight.clone, (), weight), weight)
 
 
 def test_a_change_of_the_settings_counts_at_once(numbers):
@@ -235,6 +261,10 @@ def test_the_bias_of_positions_follows_its_table(numbers):
     found = run(lambda states: attention(states, None), windows, numbers=numbers)
     expected = run_plainly(lambda states: attention(states, None), windows, numbers=numbers)
     assert not torch.equal(found, before)
+    torch.testing.assert_close(found, expected, **close(numbers))
+    attention.relative_position_index.copy_(attention.relative_position_index.flip(0))
+    found = run(lambda states: attention(states, None), windows, numbers=numbers)
+    expected = run_plainly(lambda states: attention(states, None), windows, numbers=numbers)
     torch.testing.assert_close(found, expected, **close(numbers))
 
 
@@ -270,6 +300,40 @@ def test_compiled_code_serves_all_sizes_and_sees_what_is_turned_off(reorders, co
     assert {counter.frame_count} == counts
 
 
+def test_layers_that_are_compiled_one_by_one_add_their_residual(numbers):
+    torch._dynamo.reset()
+    stage = prepared(ResNetStage(resnet_config(), 16, 16, 1, [1, 1, 1]), numbers)
+    states = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    states = states if numbers == "float32" else states.bfloat16()
+    expected = run_plainly(stage, states, numbers=numbers)
+    for layer in stage.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(stage, states, numbers=numbers), expected, **close(numbers))
+
+
+@BFLOAT16
+def test_operators_work_while_another_thread_compiles(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # it says so in all threads
+    states, weight, bias = torch.randn(2, 5, 8).bfloat16(), torch.randn(6, 8).bfloat16(), torch.randn(6).bfloat16()
+    with torch.no_grad():
+        found = torch.ops.hf_maskformer.linear_in_bfloat16(states, [weight], [bias])
+    torch.testing.assert_close(found, torch.nn.functional.linear(states, weight, bias), **CLOSE)
+
+
+@torch.no_grad()
+def test_tensors_that_torch_swaps_can_be_loaded():
+    model, pixel_values = tiny_model().eval(), torch.randn(1, 3, 64, 64)
+    other = {name: values + 0.1 for name, values in model.state_dict().items()}
+    model(pixel_values)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(other)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    found, expected = (way(model, pixel_values, numbers="float32") for way in (run, run_plainly))
+    torch.testing.assert_close(found.masks_queries_logits, expected.masks_queries_logits, **CLOSE_IN_FLOAT32)
+
+
 def test_the_operators_of_compiled_code_meet_torchs_rules():
     states, weight, bias = torch.randn(2, 4, 9, 8), torch.randn(6, 4, 3, 3), torch.randn(6)
     norm = [torch.rand(6) + 0.5 for _ in range(4)]
@@ -294,6 +358,7 @@ def test_statistics_of_another_batch_count_at_once():
     torch.testing.assert_close(run(layer, states), run_plainly(layer, states), **CLOSE)
 
 
+@BFLOAT16
 @pytest.mark.parametrize("numbers", ["bfloat16", "autocast"])
 def test_queries_keys_and_values_are_one_product_and_follow_each_of_their_weights(numbers, reorders):
     config = swin_config()
@@ -490,6 +555,7 @@ def test_what_is_kept_goes_with_its_module():
     assert len(packing._KEPT) == count - 1
 
 
+@BFLOAT16
 @pytest.mark.parametrize("numbers", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_products_with_pixels_are_einsteins_sums(layout, numbers):
