@@ -79,15 +79,18 @@ class FixedConvolution(NamedTuple):
         return self.packed(states, dtype)(states, activation)
 
     def packed(self, states: Tensor, dtype: torch.dtype) -> "PackedConvolution | PackedWinograd":
-        """Packed for these states, or ones of another size, in an earlier pass if may be."""
+        """Packed in an earlier pass if may be; in float32 one with states of this size."""
         geometry = (tuple(self.stride), tuple(self.padding), tuple(self.dilation))
-        settings = (dtype, *geometry, self.eps)
+        weights = (self.bias, *self.norm)
         is_plain = dtype == torch.float32 and geometry == WINOGRAD_GEOMETRY
         if is_plain and kept_winograd_pays(states, self.weight):
             by_winograd = partial(PackedWinograd, self)
-            return keep(by_winograd, (PackedWinograd, *settings), self.weight, self.bias, *self.norm)
+            return keep(by_winograd, PackedWinograd, self.eps, self.weight, *weights)
+        # In float32 the order of the weights depends on the size of the map: in that of another one, some convolutions
+        # would take ten times as long, as they arrange the weights again in each pass.
+        size = states.shape if dtype == torch.float32 else None
         make = partial(PackedConvolution, self, dtype, states.shape)
-        return keep(make, settings, self.weight, self.bias, *self.norm)
+        return keep(make, dtype, (geometry, self.eps, size), self.weight, *weights)
 
 
 class PackedConvolution:
@@ -96,7 +99,7 @@ class PackedConvolution:
     Args:
         convolution: What to pack.
         dtype: Type of inputs, weights and outputs.
-        size: Of the inputs to expect, (B, C, h, w); others are taken too.
+        size: Of the inputs to expect, (B, C, h, w); others are taken too, in float32 slowly.
     """
 
     def __init__(self, convolution: FixedConvolution, dtype: torch.dtype, size: Sequence[int]) -> None:
@@ -169,7 +172,7 @@ def linear_in_bfloat16(states: Tensor, weights: Sequence[Tensor], biases: Sequen
 
 def packed_linear(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> PackedLinear:
     """Of an earlier pass if may be."""
-    return keep(partial(PackedLinear, weights, biases), (PackedLinear, len(weights)), *weights, *biases)
+    return keep(partial(PackedLinear, weights, biases), (PackedLinear, len(weights)), None, *weights, *biases)
 
 
 def keeps(module: nn.Module) -> bool:
@@ -227,7 +230,7 @@ Made = TypeVar("Made")
 
 
 class Kept:
-    """What was made of weights, and how to see that they are still the same.
+    """What was made of settings and weights, and how to see that these are still the same.
 
     torch counts most changes of a tensor. It does not count those through `.data` and of optimisers with `fused=True`,
     so a few values are compared too: of a vector all, of a matrix or kernel the first row (output) and at least one
@@ -236,7 +239,8 @@ class Kept:
 
     made: Any
 
-    def __init__(self, weights: Sequence[Tensor | None]) -> None:
+    def __init__(self, settings: Any, weights: Sequence[Tensor | None]) -> None:
+        self.settings = settings
         self.marks = marks(weights)
         self.samples = [values for weight in weights if weight is not None for values in samples(weight)]
         self.seen = self._values()
@@ -279,26 +283,30 @@ def samples(weight: Tensor) -> list[np.ndarray]:
     return found
 
 
-# By the first weight, which it goes with.
-_KEPT: MutableMapping[Tensor, dict[tuple, Kept]] = WeakIdKeyDictionary()
+# By the first weight, which it goes with, and by kind.
+_KEPT: MutableMapping[Tensor, dict[Any, Kept]] = WeakIdKeyDictionary()
 
 
-def keep(make: Callable[[], Made], settings: tuple, weight: Tensor, *weights: Tensor | None) -> Made:
-    """What `make` makes of settings and weights, from an earlier pass if they are still the same."""
+def keep(make: Callable[[], Made], kind: Any, settings: Any, weight: Tensor, *weights: Tensor | None) -> Made:
+    """What `make` makes of settings and weights, from an earlier pass if they are still the same.
+
+    Of each kind only the last one is kept.
+    """
     all_weights = (weight, *weights)
     of_weight = _KEPT.get(weight, {})
-    kept = of_weight.get(settings)
+    kept = of_weight.get(kind)
     if kept is not None:
-        if kept.is_current(all_weights):
+        if not kept.is_current(all_weights):
+            of_weight.clear()  # of other kinds too, which may never be asked for again
+        elif kept.settings == settings:
             return kept.made
-        of_weight.clear()  # for other settings too, which may never be asked for again
+    if not all(is_watched(weight) for weight in all_weights if weight is not None):
+        return make()
     # Looked at before, so that the next pass sees what somebody changes meanwhile.
-    kept = Kept(all_weights) if all(is_watched(weight) for weight in all_weights if weight is not None) else None
-    made = make()
-    if kept is not None:
-        kept.made = made
-        _KEPT.setdefault(weight, {})[settings] = kept
-    return made
+    kept = Kept(settings, all_weights)
+    kept.made = make()
+    _KEPT.setdefault(weight, {})[kind] = kept
+    return kept.made
 
 
 def is_watched(weight: Tensor) -> bool:

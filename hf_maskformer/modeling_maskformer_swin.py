@@ -124,7 +124,7 @@ class WindowSelfAttention(nn.Module):
         table = self.relative_position_bias_table
         if torch.compiler.is_compiling() or not (keeps(self) and packing_dtype(table)):
             return arranged()
-        return keep(lambda: arranged().contiguous(), (dtype,), table, self.relative_position_index)
+        return keep(lambda: arranged().contiguous(), dtype, None, table, self.relative_position_index)
 
 
 class Projection(nn.Module):
