@@ -367,15 +367,13 @@ def _output_of_convolution(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    norm: Sequence[Tensor],
-    eps: float | None,
-    dtype: torch.dtype,
-    activation: str,
+    *settings: Any,
 ) -> Tensor:
     size = []
     axes = zip(states.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     for length, kernel, step, pad, dilate in axes:
         size.append((length + 2 * pad - dilate * (kernel - 1) - 1) // step + 1)
+    _, _, dtype, _ = settings
     return states.new_empty(states.shape[0], *size, weight.shape[0], dtype=dtype).permute(0, 3, 1, 2)
 
 
