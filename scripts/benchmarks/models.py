@@ -146,10 +146,8 @@ def step(arguments: argparse.Namespace) -> Iterator[Comparison]:
     """Forward, loss and backward with deep supervision. Each model gets its own best form of the targets."""
     frozen = arguments.freeze_batch_norm
     stock, ours = (model.train() for model in build_models(arguments, deep_supervision=True, freeze_batch_norm=frozen))
-    if frozen:  # transformers has no setting for it
-        for module in stock.model.pixel_level_module.encoder.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
+    if frozen:
+        freeze_batch_norm_of_stock(stock)
     pixel_values = random_images(arguments)
     index_map, labels = random_segments(arguments)
     masks = float_masks(index_map, arguments.segments)
@@ -181,12 +179,23 @@ def build_models(
         freeze_batch_norm=freeze_batch_norm,
     )
     ours = MaskFormerForInstanceSegmentation(config)
+    return stock_of(ours).to(arguments.device), ours.to(arguments.device)
+
+
+def stock_of(ours: MaskFormerForInstanceSegmentation) -> transformers.MaskFormerForInstanceSegmentation:
+    """transformers' model with the same weights, and with deep supervision if ours has it."""
     with TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
-        stock = transformers.MaskFormerForInstanceSegmentation.from_pretrained(
-            folder, use_auxiliary_loss=deep_supervision
+        return transformers.MaskFormerForInstanceSegmentation.from_pretrained(
+            folder, use_auxiliary_loss=ours.config.deep_supervision
         )
-    return stock.to(arguments.device), ours.to(arguments.device)
+
+
+def freeze_batch_norm_of_stock(stock: torch.nn.Module) -> None:
+    """For transformers' model in training what `freeze_batch_norm` is for ours: it has no setting for it."""
+    for module in stock.model.pixel_level_module.encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
 
 
 def random_images(arguments: argparse.Namespace, width: int | None = None) -> torch.Tensor:

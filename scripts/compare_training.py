@@ -1,0 +1,260 @@
+"""Trains transformers' MaskFormer and this package's from scratch with the same budget, and evaluates both on the way.
+
+    python scripts/compare_training.py --config scripts/configs/small.json --data DATA --minutes 30 --plot curves.png
+
+Both begin with the same random weights, read the same augmented batches and have the same optimiser and rates; each has
+its own loss, with deep supervision if the configuration asks for it. They take turns, so that a slow moment hits both.
+The budget is time or steps; its clock counts training, reading of batches included, and not evaluation. Both are
+evaluated alike, by this package with the weights of each, so that the curves differ by training alone.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from benchmarks.measuring import environment, synchronize
+from benchmarks.models import freeze_batch_norm_of_stock, stock_of
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from hf_maskformer import MaskFormerDataCollator, MaskFormerForInstanceSegmentation
+from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.data.augmentation import RandomScaleCropFlip
+from hf_maskformer.data.augmented import AugmentedDataset
+from hf_maskformer.data.opening import open_dataset
+from hf_maskformer.evaluation.evaluation import evaluate
+from hf_maskformer.evaluation.tasks import MAIN_FIGURES, task_of_data
+from hf_maskformer.training.parameter_groups import parameter_groups
+from hf_maskformer.training.schedules import POWER, warmup
+from hf_maskformer.training.starting_point import image_processor_for, new_model
+
+
+@dataclass
+class Arguments:
+    config: str = field(metadata={"help": "Configuration of the model: a file, a folder or a Hub name."})
+    data: str = field(metadata={"help": "Folder data set."})
+    minutes: float | None = field(default=None, metadata={"help": "Budget of each model: minutes of training."})
+    max_steps: int | None = field(default=None, metadata={"help": "Or: steps of training."})
+    num_evaluations: int = field(default=8, metadata={"help": "How often to evaluate, at equal parts of the budget."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="val", metadata={"help": "Split to evaluate on."})
+    image_size: int = field(default=512, metadata={"help": "Shorter side at evaluation, and side of the crops."})
+    batch_size: int = field(default=8, metadata={"help": "Images in a batch."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read batches, for each model."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Rate after the warm-up; it falls to 0 as in ADE20K."})
+    backbone_learning_rate_factor: float = field(default=0.1, metadata={"help": "The backbone's share of it."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps in which the rate rises from 0."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW, except norms and embeddings."})
+    max_grad_norm: float = field(default=0.01, metadata={"help": "Norm to which the whole gradient is clipped."})
+    bf16: bool = field(default=False, metadata={"help": "Train and evaluate under bfloat16 autocast."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    seed: int = field(default=0, metadata={"help": "Of weights, order and augmentation."})
+    json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
+    plot: str | None = field(default=None, metadata={"help": "File to draw the curves in (matplotlib)."})
+
+    def __post_init__(self) -> None:
+        budgets = [budget for budget in (self.minutes, self.max_steps) if budget is not None]
+        if len(budgets) != 1 or budgets[0] <= 0:
+            raise ValueError("Give one budget above 0: --minutes or --max_steps.")
+        if self.num_evaluations < 1:
+            raise ValueError(f"--num_evaluations is {self.num_evaluations}, but at least the end is evaluated: give 1.")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
+
+
+class Run:
+    """A model in training, with a clock that stands still while others train.
+
+    Args:
+        name: Of the model, for messages.
+        model: The model in training mode, on its device.
+        loss: The loss of a batch.
+        batches: Batches without end.
+        arguments: Budget, rates and device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: torch.nn.Module,
+        loss: Callable[[dict[str, Any]], torch.Tensor],
+        batches: Iterator[dict[str, Any]],
+        arguments: Arguments,
+    ) -> None:
+        self.name, self.model, self.loss, self.batches, self.arguments = name, model, loss, batches, arguments
+        groups = parameter_groups(
+            model, arguments.learning_rate, arguments.weight_decay, arguments.backbone_learning_rate_factor
+        )
+        self.optimizer = torch.optim.AdamW(groups)
+        self.rates = [group["lr"] for group in groups]
+        self.steps = 0
+        self.seconds = 0.0
+
+    def train(self, share: float) -> None:
+        """Trains until this share of the budget is spent.
+
+        Raises a ValueError if the loss is not finite.
+        """
+        before, start = self.seconds, time.perf_counter()
+        while self.spent() < share:
+            self.step()
+            synchronize(self.arguments.device)
+            self.seconds = before + time.perf_counter() - start
+
+    def spent(self) -> float:
+        """The share of the budget."""
+        if self.arguments.max_steps is not None:
+            return self.steps / self.arguments.max_steps
+        assert self.arguments.minutes is not None  # one of both is given
+        return self.seconds / (60 * self.arguments.minutes)
+
+    def step(self) -> None:
+        factor = warmup(self.steps, self.arguments.warmup_steps, 0.0) * (1 - self.spent()) ** POWER
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        loss = self.loss(next(self.batches))
+        if not loss.isfinite():
+            raise ValueError(f"The loss of {self.name} is {loss.item()} at step {self.steps}. Lower --learning_rate.")
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+        self.optimizer.step()
+        self.steps += 1
+
+
+def main(arguments: Arguments) -> None:
+    if arguments.plot:
+        import matplotlib  # noqa: F401 - if it is missing, better before the minutes of training
+    train_dataset = open_dataset(arguments.data, arguments.train_split)
+    eval_dataset = open_dataset(arguments.data, arguments.eval_split)
+    task = task_of_data(eval_dataset)
+    metric = MAIN_FIGURES[task]
+    set_seed(arguments.seed)
+    ours = new_model(arguments.config, train_dataset.labels)
+    if not isinstance(ours, MaskFormerForInstanceSegmentation):
+        raise ValueError(f"{arguments.config} describes a {type(ours).__name__}, which transformers does not have.")
+    image_processor = image_processor_for(train_dataset.labels, arguments.image_size, model=ours, task=task)
+    runs = start_runs(ours, train_dataset, image_processor, arguments)
+    curves: dict[str, list[dict[str, float]]] = {run.name: [] for run in runs}
+    print(f"{'model':<14}{'minutes':>8}{'steps':>8}{metric:>12}", flush=True)
+    for part in range(1, arguments.num_evaluations + 1):
+        for run in runs:
+            run.train(part / arguments.num_evaluations)
+            figures = evaluate(
+                as_ours(run.model, arguments),
+                image_processor,
+                eval_dataset,
+                task,
+                batch_size=arguments.batch_size,
+                num_workers=arguments.num_workers,
+                autocast=arguments.autocast,
+            )
+            point = {"minutes": run.seconds / 60, "steps": run.steps, metric: figures[metric]}
+            curves[run.name].append(point)
+            print(f"{run.name:<14}{point['minutes']:>8.1f}{run.steps:>8}{point[metric]:>12.4f}", flush=True)
+    if arguments.json:
+        settings = {**vars(arguments), "threads": torch.get_num_threads(), **environment(arguments.device)}
+        Path(arguments.json).write_text(json.dumps({"settings": settings, "curves": curves}, indent=1))
+    if arguments.plot:
+        draw_curves(curves, metric, arguments.plot)
+
+
+def start_runs(
+    ours: MaskFormerForInstanceSegmentation, dataset: Any, image_processor: Any, arguments: Arguments
+) -> tuple[Run, Run]:
+    """transformers' model and ours with its weights; each gets its own best form of the same targets."""
+    stock = stock_of(ours).train().to(arguments.device)
+    if ours.config.freeze_batch_norm:
+        freeze_batch_norm_of_stock(stock)
+    ours = ours.train().to(arguments.device)
+
+    def loss_of_stock(batch: dict[str, Any]) -> torch.Tensor:
+        inputs = on_device(batch, arguments.device)
+        inputs["mask_labels"] = [masks.float() for masks in inputs["mask_labels"]]
+        with arguments.autocast():
+            # Without hidden states transformers crashes under deep supervision.
+            return stock(**inputs, output_hidden_states=True).loss
+
+    def loss_of_ours(batch: dict[str, Any]) -> torch.Tensor:
+        with arguments.autocast():
+            return ours(**on_device(batch, arguments.device)).loss
+
+    stock_batches = endless_batches(dataset, image_processor, "masks", arguments)
+    our_batches = endless_batches(dataset, image_processor, "segment_map", arguments)
+    return (
+        Run("transformers", stock, loss_of_stock, stock_batches, arguments),
+        Run("this package", ours, loss_of_ours, our_batches, arguments),
+    )
+
+
+def endless_batches(
+    dataset: Any, image_processor: Any, target_format: Any, arguments: Arguments
+) -> Iterator[dict[str, Any]]:
+    """Epoch after epoch, whose order and augmentation depend on the seed alone."""
+    if len(dataset) < arguments.batch_size:
+        raise ValueError(f"{arguments.data} has {len(dataset)} images to train on, so --batch_size can be no larger.")
+    augmented = AugmentedDataset(
+        dataset, RandomScaleCropFlip.from_scales(arguments.image_size, 0.5, 2.0, True, True), arguments.seed
+    )
+    loader: DataLoader[Any] = DataLoader(
+        augmented,
+        arguments.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=arguments.num_workers,
+        persistent_workers=arguments.num_workers > 0,
+        collate_fn=MaskFormerDataCollator(image_processor, do_resize=False, target_format=target_format),
+        generator=torch.Generator().manual_seed(arguments.seed),
+    )
+    return itertools.chain.from_iterable(epoch_of(loader, augmented, epoch) for epoch in itertools.count())
+
+
+def epoch_of(loader: DataLoader[Any], augmented: AugmentedDataset, epoch: int) -> Iterator[dict[str, Any]]:
+    augmented.set_epoch(epoch)
+    yield from loader
+
+
+def on_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    """A batch of tensors and lists of tensors."""
+    return {
+        name: [tensor.to(device) for tensor in value] if isinstance(value, list) else value.to(device)
+        for name, value in batch.items()
+    }
+
+
+def as_ours(model: Any, arguments: Arguments) -> MaskFormerForInstanceSegmentation:
+    """The model of this package with these weights."""
+    if isinstance(model, MaskFormerForInstanceSegmentation):
+        return model
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return MaskFormerForInstanceSegmentation.from_pretrained(folder).to(arguments.device)
+
+
+def draw_curves(curves: dict[str, list[dict[str, float]]], metric: str, path: str) -> None:
+    """Draws the metric against the time and the steps of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
+    for axis, unit in zip(axes, ("minutes", "steps"), strict=True):
+        for name, points in curves.items():
+            axis.plot([point[unit] for point in points], [point[metric] for point in points], marker="o", label=name)
+        axis.set(xlabel=f"{unit} of training", ylim=0, xlim=0)
+    axes[0].set(ylabel=f"{metric} on validation")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    with errors_as_messages():
+        main(*OptionParser(Arguments, description=__doc__).parse_args_into_dataclasses())
