@@ -1,6 +1,7 @@
 """The whole model: an evaluation pass (`forward`) and a training step (`step`)."""
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -41,9 +42,9 @@ PLOT_SIZES = (256, 384, 512, 640, 768)
 def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
     """An evaluation pass of each model.
 
-    With `kept`, also ours with the masks of that many queries alone; with `onnx`, also ours under ONNX Runtime; with
-    `compile`, both compiled in comparisons of their own, and ours as it is; with `plot`, both and ONNX Runtime at
-    several sizes.
+    With `kept`, also ours with the masks of that many queries alone; with `bf16`, also both with weights and images in
+    bfloat16 instead of autocast; with `onnx`, also ours under ONNX Runtime; with `compile`, both compiled in
+    comparisons of their own, and ours as it is; with `plot`, both and ONNX Runtime at several sizes.
     """
     if arguments.plot:
         import matplotlib  # noqa: F401 - if it is missing, better before the minutes of measuring
@@ -58,6 +59,9 @@ def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
     peers = passes(stock, ours, pixel_values, arguments, session)
     if arguments.kept:
         peers[f"ours, {arguments.kept} kept"] = late_bound(ours, pixel_values, arguments)
+    if arguments.bf16:
+        for name, model in (("stock", stock), ("ours", ours)):
+            peers[f"{name}, no autocast"] = pass_in_bfloat16(model, pixel_values)
     yield "forward", peers
     if arguments.compile:
         # Frozen weights are constants of the compiled code, which folds and rearranges them beforehand.
@@ -89,6 +93,12 @@ def passes(
         check_equal(expected.cpu(), found, tolerance(arguments))
         peers["ONNX Runtime"] = lambda: session.run(None, inputs)
     return peers
+
+
+def pass_in_bfloat16(model: torch.nn.Module, pixel_values: torch.Tensor) -> Callable[[], object]:
+    """A pass of a copy whose weights are in bfloat16, over images in it."""
+    model, pixel_values = copy.deepcopy(model).bfloat16(), pixel_values.bfloat16()
+    return torch.no_grad()(lambda: model(pixel_values))
 
 
 def onnx_session(model: MaskFormerForInstanceSegmentation) -> "InferenceSession":

@@ -1,0 +1,132 @@
+"""The comparison of trainings with transformers' model, on a few small drawn scenes."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_config
+from PIL import Image
+
+from hf_maskformer import PerPixelBaselineConfig
+from hf_maskformer.data.generated_scenes import write_generated_scenes
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")  # what it shares with the benchmarks lies there
+    return importlib.import_module("compare_training")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes") / "data"
+    write_generated_scenes(root, num_train=4, num_val=2, image_size=(64, 64))
+    return str(root)
+
+
+@pytest.fixture
+def arguments(script, data, tmp_path):
+    tiny_config(freeze_batch_norm=False).save_pretrained(tmp_path / "config")
+    settings = {"config": str(tmp_path / "config"), "data": data, "max_steps": 3, "num_evaluations": 1}
+    return lambda **options: script.Arguments(**{**settings, "image_size": 64, "batch_size": 2, **options})
+
+
+def curves_of(script, settings):
+    script.main(settings)
+    curves = json.loads(Path(settings.json).read_text())["curves"]
+    assert list(curves) == ["transformers", "this package"]
+    return list(curves.values())
+
+
+def test_both_models_begin_alike_and_read_the_same_batches(script, arguments, tmp_path, monkeypatch):
+    def evaluate(model, *arguments, **options):
+        # Batch norm counts what it reads, also where nothing is learnt.
+        return {"mean_iou": sum(tensor.double().abs().sum().item() for tensor in model.state_dict().values())}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    settings = arguments(learning_rate=0.0, num_evaluations=3, json=str(tmp_path / "curves.json"))
+    stock, ours = ([point["mean_iou"] for point in points] for points in curves_of(script, settings))
+    assert stock == pytest.approx(ours, rel=1e-6)
+    assert len({round(value, 3) for value in ours}) == 3
+
+
+def test_both_models_learn(script, arguments):
+    settings = arguments(max_steps=60, learning_rate=1e-3, backbone_learning_rate_factor=1.0, max_grad_norm=1.0)
+    dataset = script.open_dataset(settings.data, "train")
+    script.set_seed(0)
+    model = script.new_model(settings.config, dataset.labels)
+    image_processor = script.image_processor_for(dataset.labels, settings.image_size, model=model)
+    for run in script.start_runs(model, dataset, image_processor, settings):
+        batch = next(run.batches)
+        before = run.loss(batch)
+        run.train(1.0)
+        assert run.loss(batch) < 0.9 * before
+
+
+def test_curves_are_written_and_drawn(script, arguments, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = {"json": str(tmp_path / "curves.json"), "plot": str(tmp_path / "curves.png")}
+    for points in curves_of(script, arguments(max_steps=4, num_evaluations=2, **files)):
+        assert [point["steps"] for point in points] == [2, 4]
+        assert all(0 <= point["mean_iou"] <= 1 for point in points)
+        assert 0 < points[0]["minutes"] < points[1]["minutes"]
+    assert Image.open(tmp_path / "curves.png").width > 500
+
+
+def test_a_clock_stands_still_while_the_other_model_trains(script, arguments, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(script.time, "perf_counter", lambda: now)
+    settings = arguments(max_steps=None, minutes=1.0, warmup_steps=2, learning_rate=1.0)
+    rates = []
+
+    def run(seconds):
+        model = torch.nn.Linear(2, 1)
+
+        def loss(batch):
+            nonlocal now
+            now += seconds
+            return model(batch).sum()
+
+        return script.Run("a model", model, loss, iter([torch.zeros(2)] * 99), settings)
+
+    slow, fast = run(20.0), run(7.5)
+    for share in (0.5, 1.0):
+        slow.train(share)
+        fast.train(share)
+        rates.append(slow.optimizer.param_groups[-1]["lr"])
+    assert (slow.steps, slow.seconds) == (3, 60)  # 20 and 40 s, which is past the half; then 60
+    assert (fast.steps, fast.seconds) == (8, 60)
+    # The last step of each turn begins after a third and after two thirds of the budget; the first one warms up.
+    assert rates == pytest.approx([0.5 * (2 / 3) ** 0.9, (1 / 3) ** 0.9])
+
+
+def test_a_loss_that_is_not_finite_ends_the_comparison(script, arguments):
+    settings = arguments()
+    model = torch.nn.Linear(2, 1)
+    run = script.Run("a model", model, lambda batch: model(batch).sum() * torch.nan, iter([torch.zeros(2)]), settings)
+    with pytest.raises(ValueError, match="loss of a model is nan at step 0"):
+        run.train(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": None}, "Give one budget above 0: --minutes or --max_steps"),
+        ({"minutes": 1.0}, "Give one budget above 0"),
+        ({"max_steps": 0}, "Give one budget above 0"),
+        ({"num_evaluations": 0}, "--num_evaluations is 0"),
+        ({"batch_size": 5}, "has 4 images to train on, so --batch_size can be no larger"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(options, message, script, arguments):
+    with pytest.raises(ValueError, match=message):
+        script.main(arguments(**options))
+
+
+def test_a_model_that_transformers_lacks_is_refused(script, arguments):
+    settings = arguments()
+    PerPixelBaselineConfig(backbone_config=tiny_config().backbone_config).save_pretrained(settings.config)
+    with pytest.raises(ValueError, match="describes a PerPixelBaselineForSemanticSegmentation, which transformers"):
+        script.main(settings)
