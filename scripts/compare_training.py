@@ -2,10 +2,11 @@
 
     python scripts/compare_training.py --config scripts/configs/small.json --data DATA --minutes 30 --plot curves.png
 
-Both begin with the same random weights, read the same augmented batches and have the same optimiser and rates; each has
-its own loss, with deep supervision if the configuration asks for it. They take turns, so that a slow moment hits both.
-The budget is time or steps; its clock counts training, reading of batches included, and not evaluation. Both are
-evaluated alike, by this package with the weights of each, so that the curves differ by training alone.
+Both begin with the same random weights, read the same augmented batches, and have the same optimiser, rates, matching
+costs and weights of the losses, with deep supervision if the configuration asks for it. They take many short turns, so
+that a slow moment hits both. The budget is time or steps; its clock counts training, reading of batches included, and
+not evaluation. Both are evaluated alike, by this package with the weights of each, so that the curves differ by
+training alone. --json has what is known so far after each evaluation.
 """
 
 import itertools
@@ -27,12 +28,16 @@ from hf_maskformer import MaskFormerDataCollator, MaskFormerForInstanceSegmentat
 from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.data.augmentation import RandomScaleCropFlip
 from hf_maskformer.data.augmented import AugmentedDataset
+from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
+from hf_maskformer.data.workers import dead_workers_named
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.tasks import MAIN_FIGURES, task_of_data
 from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.schedules import POWER, warmup
 from hf_maskformer.training.starting_point import image_processor_for, new_model
+
+TURNS_PER_EVALUATION = 10
 
 
 @dataclass
@@ -62,8 +67,11 @@ class Arguments:
         budgets = [budget for budget in (self.minutes, self.max_steps) if budget is not None]
         if len(budgets) != 1 or budgets[0] <= 0:
             raise ValueError("Give one budget above 0: --minutes or --max_steps.")
-        if self.num_evaluations < 1:
-            raise ValueError(f"--num_evaluations is {self.num_evaluations}, but at least the end is evaluated: give 1.")
+        if not 1 <= self.num_evaluations <= (self.max_steps or self.num_evaluations):
+            raise ValueError(f"--num_evaluations is {self.num_evaluations}; give 1 or more, and not more than steps.")
+        for file in (self.json, self.plot):
+            if file is not None and not Path(file).absolute().parent.is_dir():
+                raise ValueError(f"{file} cannot be written: its folder does not exist. Make it first.")
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
@@ -141,27 +149,32 @@ def main(arguments: Arguments) -> None:
     if not isinstance(ours, MaskFormerForInstanceSegmentation):
         raise ValueError(f"{arguments.config} describes a {type(ours).__name__}, which transformers does not have.")
     image_processor = image_processor_for(train_dataset.labels, arguments.image_size, model=ours, task=task)
+    for dataset in (train_dataset, eval_dataset):
+        check_samples(dataset)
     runs = start_runs(ours, train_dataset, image_processor, arguments)
     curves: dict[str, list[dict[str, float]]] = {run.name: [] for run in runs}
     print(f"{'model':<14}{'minutes':>8}{'steps':>8}{metric:>12}", flush=True)
-    for part in range(1, arguments.num_evaluations + 1):
-        for run in runs:
-            run.train(part / arguments.num_evaluations)
-            figures = evaluate(
-                as_ours(run.model, arguments),
-                image_processor,
-                eval_dataset,
-                task,
-                batch_size=arguments.batch_size,
-                num_workers=arguments.num_workers,
-                autocast=arguments.autocast,
-            )
-            point = {"minutes": run.seconds / 60, "steps": run.steps, metric: figures[metric]}
-            curves[run.name].append(point)
-            print(f"{run.name:<14}{point['minutes']:>8.1f}{run.steps:>8}{point[metric]:>12.4f}", flush=True)
-    if arguments.json:
-        settings = {**vars(arguments), "threads": torch.get_num_threads(), **environment(arguments.device)}
-        Path(arguments.json).write_text(json.dumps({"settings": settings, "curves": curves}, indent=1))
+    num_turns = TURNS_PER_EVALUATION * arguments.num_evaluations
+    with dead_workers_named(arguments.num_workers):
+        for turn in range(num_turns + 1):  # the first one trains nothing
+            for run in runs if turn % 2 else reversed(runs):
+                run.train(turn / num_turns)
+            if turn % TURNS_PER_EVALUATION:
+                continue
+            for run in runs:
+                figures = evaluate(
+                    as_ours(run.model, arguments),
+                    image_processor,
+                    eval_dataset,
+                    task,
+                    batch_size=arguments.batch_size,
+                    num_workers=arguments.num_workers,
+                    autocast=arguments.autocast,
+                )
+                point = {"minutes": run.seconds / 60, "steps": run.steps, metric: figures[metric]}
+                curves[run.name].append(point)
+                print(f"{run.name:<14}{point['minutes']:>8.1f}{run.steps:>8}{point[metric]:>12.4f}", flush=True)
+            write_figures(curves, arguments)
     if arguments.plot:
         draw_curves(curves, metric, arguments.plot)
 
@@ -180,7 +193,7 @@ def start_runs(
         inputs["mask_labels"] = [masks.float() for masks in inputs["mask_labels"]]
         with arguments.autocast():
             # Without hidden states transformers crashes under deep supervision.
-            return stock(**inputs, output_hidden_states=True).loss
+            return stock(**inputs, output_hidden_states=stock.config.use_auxiliary_loss).loss
 
     def loss_of_ours(batch: dict[str, Any]) -> torch.Tensor:
         with arguments.autocast():
@@ -235,7 +248,15 @@ def as_ours(model: Any, arguments: Arguments) -> MaskFormerForInstanceSegmentati
         return model
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return MaskFormerForInstanceSegmentation.from_pretrained(folder).to(arguments.device)
+        # Its configuration keeps a setting of ours that it was not trained with.
+        model = MaskFormerForInstanceSegmentation.from_pretrained(folder, mask_padding=False)
+    return model.to(arguments.device)
+
+
+def write_figures(curves: dict[str, list[dict[str, float]]], arguments: Arguments) -> None:
+    if arguments.json:
+        settings = {**vars(arguments), "threads": torch.get_num_threads(), **environment(arguments.device)}
+        Path(arguments.json).write_text(json.dumps({"settings": settings, "curves": curves}, indent=1))
 
 
 def draw_curves(curves: dict[str, list[dict[str, float]]], metric: str, path: str) -> None:
