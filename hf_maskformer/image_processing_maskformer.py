@@ -22,6 +22,7 @@ from .image_processing_maskformer_images import (
     size_of,
 )
 from .image_processing_maskformer_settings import (
+    DEFAULT_INSTANCE_THRESHOLD,
     DEFAULT_PANOPTIC_THRESHOLDS,
     DEFAULT_SIZE,
     OLD_SETTINGS,
@@ -294,7 +295,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
     def post_process_instance_segmentation(
         self,
         outputs: Any,
-        threshold: float = 0.5,
+        threshold: float = DEFAULT_INSTANCE_THRESHOLD,
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float | None = None,
         target_sizes: Sequence[Size] | None = None,

@@ -13,6 +13,7 @@ MAX_PIXELS = 2**28  # 3.2 GB as float32
 SEGMENTATION_TASKS = ("semantic", "instance", "panoptic")
 # transformers' own.
 DEFAULT_PANOPTIC_THRESHOLDS = {"threshold": 0.5, "mask_threshold": 0.5, "overlap_mask_area_threshold": 0.8}
+DEFAULT_INSTANCE_THRESHOLD = 0.5
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 
 _DEFAULT_SIZE_DIVISOR = 32

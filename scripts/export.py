@@ -31,10 +31,19 @@ class Arguments:
     output_size: list[int] | None = field(
         default=None, metadata={"help": "Height and width of the segmentation. By default those of the image."}
     )
-    threshold: float = field(default=0.5, metadata={"help": "Panoptic: how sure a query must be of its label."})
-    mask_threshold: float = field(default=0.5, metadata={"help": "Panoptic: from where on a pixel is in a mask."})
-    overlap_mask_area_threshold: float = field(
-        default=0.8, metadata={"help": "Panoptic: smallest part of its mask that a query must win."}
+    threshold: float | None = field(
+        default=None,
+        metadata={"help": "Panoptic: how sure a query must be of its label. By default the checkpoint's, or 0.5."},
+    )
+    mask_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Panoptic: from where on a pixel is in a mask. By default the checkpoint's, or 0.5."},
+    )
+    overlap_mask_area_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Panoptic: smallest part of its mask that a query must win. By default the checkpoint's, or 0.8."
+        },
     )
 
 
@@ -44,7 +53,8 @@ def main(arguments: Arguments) -> None:
     thresholds = {}
     if arguments.task == "panoptic":
         names = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
-        thresholds = {name: getattr(arguments, name) for name in names}
+        given = {name: getattr(arguments, name) for name in names}
+        thresholds = {name: value for name, value in given.items() if value is not None}
     path = export_model(
         model.float(),
         MaskFormerImageProcessor.from_pretrained(arguments.checkpoint),

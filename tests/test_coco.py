@@ -20,10 +20,13 @@ from hf_maskformer.data.augmented import AugmentedDataset
 from hf_maskformer.data.check import check_samples, inspect_samples
 from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.coco_file import CocoFile
+from hf_maskformer.data.geometry import tidy
 from hf_maskformer.data.json_file import read_entries, walk_json
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.data.rle import encode_rle
+from hf_maskformer.evaluation.average_precision import AveragePrecision
+from hf_maskformer.evaluation.tasks import reference_of
 
 LARGE = 5 + 256 * 3 + 65536 * 2
 IDS = [[255, 255, 0], [LARGE, 8, 8]]
@@ -301,6 +304,31 @@ def test_an_object_without_a_mask_is_named_with_what_to_do(tmp_path):
     write_instances(tmp_path, {"a": ((3, 4), [{"category_id": 1, "segmentation": []}])})
     with pytest.raises(ValueError, match=r"annotation 100 of image 7 has no polygon\. Draw its mask, or remove"):
         open_dataset(str(tmp_path), "train")[0]
+
+
+def test_areas_of_the_file_say_how_large_objects_are(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    entry = {"category_id": 1, "segmentation": SQUARE}
+    images = {
+        "all": ((3, 4), [entry | {"area": 2000.5}, entry | {"area": 3}]),
+        "some": ((3, 4), [entry | {"area": 2000.5}, entry]),
+    }
+    dataset = open_instances(write_instances(tmp_path, images))
+    assert dataset[0]["area"].tolist() == [2000.5, 3]
+    assert "area" not in dataset[1]
+    metric = AveragePrecision(dataset.labels.num_labels)
+    reference = reference_of(dataset[0], dataset.labels, "instance")
+    metric.add_batch(predictions=[{**reference, "scores": [0.9, 0.8]}], references=[reference])
+    figures = metric.compute()
+    assert not np.isnan([figures["ap_small"], figures["ap_medium"]]).any()  # although both masks have 4 pixels
+    assert "area" not in tidy(dataset[0])
+
+
+@pytest.mark.parametrize("area", ["4", -1, float("inf")])
+def test_an_area_that_is_none_is_named(area, tmp_path):
+    json_path = write_instances(tmp_path, {"a": ((3, 4), [{"category_id": 1, "segmentation": SQUARE, "area": area}])})
+    with pytest.raises(ValueError, match="annotation 100 of image 7 has the area"):
+        open_instances(json_path)[0]
 
 
 def test_a_mask_that_does_not_fit_is_named_with_its_annotation(tmp_path):

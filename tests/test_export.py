@@ -192,3 +192,9 @@ def test_the_documented_code_runs_a_file_without_this_package(image_processor, t
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
     assert "LABEL_" in printed.getvalue()
+
+
+def test_the_thresholds_of_the_image_processor_are_those_of_the_file(image_processor):
+    image_processor.panoptic_thresholds = {"threshold": 0.8, "mask_threshold": 0.4}
+    head = build_head(tiny_model().eval(), image_processor, "panoptic", mask_threshold=0.3)
+    assert (head.threshold, head.mask_threshold, head.overlap_mask_area_threshold) == (0.8, 0.3, 0.8)

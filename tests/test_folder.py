@@ -371,6 +371,12 @@ def test_an_instance_id_without_label_is_named():
         check_samples(InstanceSamples({0: 1}))
 
 
+def test_a_segment_cannot_have_the_id_of_ignored_pixels():
+    check_samples(InstanceSamples({0: 1, 5: 0, 255: 255}))
+    with pytest.raises(ValueError, match="scene gives a segment the id 255, which marks pixels without a segment"):
+        check_samples(InstanceSamples({0: 1, 5: 0, 255: 1}))
+
+
 def test_with_reduced_labels_the_instance_id_zero_needs_no_label():
     check_samples(InstanceSamples({5: 2}, do_reduce_labels=True))
     with pytest.raises(ValueError, match="scene contains label 3"):

@@ -315,10 +315,23 @@ def test_what_the_hub_would_refuse_in_a_card_is_found(card):
 
 def test_no_token_is_uploaded_with_the_weights_of_a_running_training(hub, tmp_path):
     options = {"push_to_hub": True, "hub_model_id": "ada/run", "hub_token": "ada's", "num_pictures": 0}
-    trainer = our_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, **options)
+    options |= {"hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 1}
+    trainer = our_trainer(tmp_path / "run", **options)
     trainer.train()
     trainer.save_model()
     commits = hub.repositories["ada/run"].branches["main"]
     assert {"Training in progress, step 1", "Model save"} <= {commit.title for commit in commits}
     assert any("training_args.bin" in commit.files for commit in commits)
     assert not any(b"ada's" in content for commit in commits for content in commit.files.values())
+
+
+def test_a_training_is_published_at_its_end_alone_unless_told_otherwise(hub, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "ada/run", "hub_token": "ada's", "num_pictures": 0}
+    trainer = our_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, **options)
+    trainer.train()
+    before = len(hub.repositories["ada/run"].branches["main"])
+    trainer.push_to_hub()
+    commits = hub.repositories["ada/run"].branches["main"]
+    assert [commit.title for commit in commits[before:]] == ["End of training"]
+    (commit,) = (commit for commit in commits if "model.safetensors" in commit.files)
+    assert "training_args.bin" not in commit.files

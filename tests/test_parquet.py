@@ -47,10 +47,11 @@ def dataset(request, tmp_path):
         images = {"b": ([[4, 70000, 0]], segments), "a": ([[0, 0]], []), "c": ([[4]], segments)}
         return CocoPanoptic(write_panoptic(root, images), root / "images/train")
     annotations = [
-        {"category_id": 90, "segmentation": SQUARE},
-        {"category_id": 1, "segmentation": SQUARE, "iscrowd": 1},
+        {"category_id": 90, "segmentation": SQUARE, "area": 3.5},
+        {"category_id": 1, "segmentation": SQUARE, "iscrowd": 1, "area": 4},
+        {"category_id": 1, "segmentation": SQUARE},
     ]
-    images = {"b": ((3, 4), annotations), "a": ((2, 2), []), "c": ((5, 6), annotations[:1])}
+    images = {"b": ((3, 4), annotations[:2]), "a": ((2, 2), []), "c": ((5, 6), annotations[1:])}
     return CocoInstances(write_instances(root, images), root / "images/train")
 
 

@@ -71,6 +71,45 @@ def test_a_segment_has_mask_label_score_box_and_area():
         assert 0 < segment["score"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "threshold"),
+    [
+        ("panoptic", {}, 0.93),  # that of the image processor
+        ("panoptic", {"threshold": 0.95}, 0.95),
+        ("instance", {"threshold": 0.93}, 0.93),
+        ("instance", {"threshold": 0.93, "top_k": 3}, 0.93),
+        ("instance", {}, 0.5),
+    ],
+)
+def test_masks_that_post_processing_drops_are_not_computed(task, options, threshold, monkeypatch):
+    model = tiny_model()
+    with torch.no_grad():
+        model.class_predictor.weight *= 10  # so that some queries are sure of a class
+        [*model.mask_embedder.parameters()][-2].mul_(100)  # and of their pixels
+    segment = segmenter(model, segmentation_task=task, panoptic_thresholds={"threshold": 0.93})
+    thresholds, counts = [], []
+    predict = model.predict
+
+    def observed(*arguments, **options):
+        outputs = predict(*arguments, **options)
+        thresholds.append(options["threshold"])
+        counts.append(outputs.masks_queries_logits.shape[1])
+        return outputs
+
+    monkeypatch.setattr(model, "predict", observed)
+    options = {"overlap_mask_area_threshold": 0.0, **options}
+    found = segment(images(), **options)
+    assert set(thresholds) == {threshold}
+    assert min(counts) < model.config.decoder_config.num_queries
+    assert sum(map(len, found)) > 0
+    monkeypatch.setattr(model, "predict", lambda threshold, **inputs: model(**inputs))
+    for segments, expected in zip(found, segment(images(), **options), strict=True):
+        for ours, plain in zip(segments, expected, strict=True):
+            assert (np.asarray(ours["mask"]) == np.asarray(plain["mask"])).all()
+            assert ours["score"] == pytest.approx(plain["score"], abs=1e-5)
+            assert {**ours, "mask": 0, "score": 0} == {**plain, "mask": 0, "score": 0}
+
+
 def test_the_task_of_the_image_processor_is_done_unless_another_is_asked_for():
     segment, image = segmenter(segmentation_task="panoptic", label_ids_to_fuse=range(4)), images()[0]
     panoptic = segment(image, **THRESHOLDS)
@@ -167,6 +206,7 @@ def that_sees_bright_channels() -> torch.nn.Module:
 
     model = tiny_model()
     model.forward = forward
+    model.predict = lambda threshold, **inputs: forward(**inputs)
     return model
 
 

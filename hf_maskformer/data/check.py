@@ -186,6 +186,11 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
     id_to_label = sample.get("instance_id_to_semantic_id")
     empty: list[str] = []
     if id_to_label is not None:
+        if id_to_label.get(labels.ignore_index, labels.ignore_index) != labels.ignore_index:
+            raise ValueError(
+                f"{source} gives a segment the id {labels.ignore_index}, which marks pixels without a segment "
+                "(ignore_index), so training would leave it out. Give it another id."
+            )
         ignored = {labels.ignore_index, 0} if labels.do_reduce_labels else {labels.ignore_index}
         without_label = sorted(set(present) - set(id_to_label) - ignored)
         if without_label:

@@ -1,5 +1,6 @@
 """Reads COCO's panoptic and instance annotations, and those of other data sets in the same files."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ class CocoPanoptic(Dataset[Sample]):
 class CocoInstances(Dataset[Sample]):
     """Images with instance annotations: a JSON file with a polygon or an RLE for each object.
 
-    A sample has `masks`, `labels` and `iscrowd` (see `Sample`). Crowds are kept for evaluation; the data collator
-    leaves them out of training. Masks are those that COCO's own tools draw.
+    A sample has `masks`, `labels`, `iscrowd` and, if all its objects do, `area` (see `Sample`). Crowds are kept for
+    evaluation; the data collator leaves them out of training. Masks are those that COCO's own tools draw.
 
     Args:
         json_path: for instance annotations/instances_train2017.json.
@@ -124,13 +125,17 @@ class CocoInstances(Dataset[Sample]):
         for mask, annotation in zip(masks, annotations, strict=True):
             mask[:] = self._mask(annotation, size)
         labels = [self.labels.label_of(annotation["category_id"], self.label_source) for annotation in annotations]
-        return {
+        sample: Sample = {
             "image": image,
             "name": self._file.sample_name(index),
             "masks": masks,
             "labels": np.array(labels, dtype=np.int64),
             "iscrowd": np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool),
         }
+        areas = [self._area(annotation) for annotation in annotations]
+        if None not in areas:
+            sample["area"] = np.array(areas, dtype=np.float64)
+        return sample
 
     def image_id(self, index: int) -> Any:
         """The id of the image of a sample in the JSON file."""
@@ -143,6 +148,15 @@ class CocoInstances(Dataset[Sample]):
     def map_source(self, index: int) -> str:
         """Says where the masks of a sample come from, for messages."""
         return f"{self._file.path}, image {self._file.image(index)['id']}"
+
+    def _area(self, annotation: Any) -> float | None:
+        area = annotation.get("area")
+        if area is not None and (not isinstance(area, int | float) or not 0 <= area < math.inf):
+            raise ValueError(
+                f"{self._file.path}: annotation {annotation.get('id')} of image {annotation['image_id']} has the area "
+                f"{area!r}. Give its pixels, or leave the area out."
+            )
+        return area
 
     def _mask(self, annotation: Any, size: tuple[int, int]) -> np.ndarray:
         try:

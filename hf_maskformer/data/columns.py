@@ -31,8 +31,8 @@ class SegmentationColumns(Dataset[Sample]):
 
     Images and label maps have the feature `datasets.Image`. What a row's labels are, the columns tell:
 
-    - with a column `objects`, masks that may overlap: for each object its `label` (a class, from 0), `iscrowd`
-      and mask, as COCO's RLE: `size` (height, width) and packed `counts`;
+    - with a column `objects`, masks that may overlap: for each object its `label` (a class, from 0), `iscrowd`,
+      optionally `area`, and mask, as COCO's RLE: `size` (height, width) and packed `counts`;
     - with a column `segments_info`, a map of ids (one channel, or red + 256 green + 65536 blue) and for each segment
       its `id`, `category_id` (see `LabelSet.category_ids`) and optionally `iscrowd`;
     - with `instance_maps=True`, an RGB map whose red is the class and whose green tells instances apart;
@@ -205,13 +205,17 @@ class _RowReader:
                 mask[:] = decode_mask(entry, size)
             except ValueError as error:
                 raise ValueError(f"{source}: object {number} {error}.") from error
-        return {
+        sample: Sample = {
             "image": image,
             "name": name,
             "masks": masks,
             "labels": np.array([entry["label"] for entry in objects], dtype=np.int64),
             "iscrowd": np.array([bool(entry.get("iscrowd")) for entry in objects], dtype=bool),
         }
+        areas = [entry.get("area") for entry in objects]
+        if None not in areas:
+            sample["area"] = np.array(areas, dtype=np.float64)
+        return sample
 
 
 def load_columns(

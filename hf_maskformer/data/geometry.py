@@ -49,18 +49,22 @@ def mirror(sample: Sample) -> Sample:
 def tidy(sample: Sample) -> Sample:
     """Drops masks without a pixel, with their labels, and gives arrays that own their memory.
 
+    Areas that the data gave go too: they were those of the image before.
+
     torch takes no mirrored view, and a crop that is a view would keep the whole array alive. A map needs no more: a
     segment without a pixel is none.
     """
     if "masks" not in sample:
         return {**sample, "segmentation_map": np.ascontiguousarray(sample["segmentation_map"])}
     is_there = sample["masks"].any(axis=(1, 2))
-    return {
+    tidied: Any = {
         **sample,
         "masks": np.ascontiguousarray(sample["masks"][is_there]),
         "labels": sample["labels"][is_there],
         "iscrowd": crowds_of(sample)[is_there],
     }
+    tidied.pop("area", None)
+    return tidied
 
 
 def _sources(length: int, new_length: int) -> np.ndarray:

@@ -68,8 +68,10 @@ def _features(sample: Sample) -> "datasets.Features":
     integer = datasets.Value("int64")
     columns: dict[str, Any] = {"image": datasets.Image(), "name": datasets.Value("string")}
     if "masks" in sample:
-        is_crowd, text = datasets.Value("bool"), datasets.Value("string")
-        columns["objects"] = [{"label": integer, "iscrowd": is_crowd, "size": [integer], "counts": text}]
+        is_crowd, number, text = datasets.Value("bool"), datasets.Value("float64"), datasets.Value("string")
+        columns["objects"] = [
+            {"label": integer, "iscrowd": is_crowd, "area": number, "size": [integer], "counts": text}
+        ]
     else:
         columns["label"] = datasets.Image()
         if "instance_id_to_semantic_id" in sample:
@@ -86,11 +88,18 @@ def _row(dataset: Any, index: int) -> dict[str, Any]:
         image = {"bytes": _png(sample["image"]), "path": None}
     row: dict[str, Any] = {"image": image, "name": sample["name"]}
     if "masks" in sample:
-        objects = zip(sample["masks"], sample["labels"].tolist(), crowds_of(sample).tolist(), strict=True)
+        areas = sample["area"].tolist() if "area" in sample else [None] * len(sample["masks"])
+        objects = zip(sample["masks"], sample["labels"].tolist(), crowds_of(sample).tolist(), areas, strict=True)
         return row | {
             "objects": [
-                {"label": label, "iscrowd": iscrowd, "size": list(mask.shape), "counts": encode_rle(mask)}
-                for mask, label, iscrowd in objects
+                {
+                    "label": label,
+                    "iscrowd": iscrowd,
+                    "area": area,
+                    "size": list(mask.shape),
+                    "counts": encode_rle(mask),
+                }
+                for mask, label, iscrowd, area in objects
             ]
         }
     segmentation_map = sample["segmentation_map"]

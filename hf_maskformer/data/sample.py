@@ -27,7 +27,8 @@ class Sample(TypedDict):
     `crowd_ids` stand for groups of objects: evaluation knows them, training leaves their pixels out.
 
     Segments that may overlap: `masks` is (N, H, W) bool, `labels` (N,) int64 class ids from 0, and
-    `iscrowd` (N,) bool, which is left out where there are no crowds (see `crowds_of`).
+    `iscrowd` (N,) bool, which is left out where there are no crowds (see `crowds_of`). `area` is (N,) float64, the
+    areas in pixels by which COCO's evaluation sorts objects, where the data give others than those of the masks.
     """
 
     image: Image.Image
@@ -38,6 +39,7 @@ class Sample(TypedDict):
     masks: NotRequired[np.ndarray]
     labels: NotRequired[np.ndarray]
     iscrowd: NotRequired[np.ndarray]
+    area: NotRequired[np.ndarray]
 
 
 def crowds_of(sample: Sample) -> np.ndarray:

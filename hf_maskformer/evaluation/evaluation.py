@@ -15,7 +15,6 @@ from ..data.labels import LabelSet, labels_of
 from ..data.sample import Sample
 from ..data.workers import dead_workers_named
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .processes import merge_over_processes
 from .scale_averaging import augmented_semantic_scores
 from .tasks import Context, Task, as_prediction, check_model, metric_for, predict_batch, reference_of
@@ -68,10 +67,8 @@ def evaluate(
     """
     task, labels = task or image_processor.segmentation_task or "semantic", labels_of(dataset)
     check_model(task, model)
-    if scale_averaging and (task != "semantic" or isinstance(model, PerPixelBaselineForSemanticSegmentation)):
-        raise ValueError(
-            f"Scales are averaged for semantic segmentation by a MaskFormer, not for {task} by {type(model).__name__}."
-        )
+    if scale_averaging and task != "semantic":
+        raise ValueError(f"Scales are averaged for semantic segmentation, not for {task}.")
     state = PartialState()
     share = _share(dataset, state.process_index, state.num_processes)
     collate = partial(_collate, image_processor=image_processor, labels=labels, task=task)

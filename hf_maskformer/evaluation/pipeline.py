@@ -22,6 +22,7 @@ from ..image_processing_maskformer_images import download_image, is_url, open_im
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
+from .tasks import Task, outputs_for, top_k_of
 
 # What transformers' pipeline takes; of these, semantic segmentation has no thresholds.
 THRESHOLDS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
@@ -80,6 +81,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         if "progress_bar" in kwargs:
             preprocess["progress_bar"] = kwargs["progress_bar"]
         postprocess |= {name: kwargs[name] for name in kwargs.keys() - set(OPTIONS_OF_ALL)}
+        forward |= {name: kwargs[name] for name in ("subtask", "threshold") if name in kwargs}
         return preprocess, forward, postprocess
 
     def check_model_type(self, supported_models: Any) -> None:
@@ -94,6 +96,14 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         inputs = self.image_processor(images=[loaded], return_tensors="pt").to(self.dtype)
         inputs["target_size"] = [(loaded.height, loaded.width)]
         return inputs
+
+    def _forward(  # type: ignore[override]
+        self, model_inputs: Any, subtask: Task | None = None, threshold: float | None = None
+    ) -> Any:
+        target_size = model_inputs.pop("target_size")
+        outputs = outputs_for(self._task(subtask), self.model, self.image_processor, model_inputs, threshold)
+        outputs["target_size"] = target_size
+        return outputs
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:  # type: ignore[override]
         return self._postprocess_batch(model_outputs, **parameters)[0]
@@ -139,9 +149,9 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         return results
 
     def _postprocess_batch(
-        self, outputs: Any, subtask: str | None = None, **options: Any
+        self, outputs: Any, subtask: Task | None = None, **options: Any
     ) -> list[list[dict[str, Any]]]:
-        subtask = subtask or self.image_processor.segmentation_task or "semantic"
+        subtask = self._task(subtask)
         for name in options.keys() - set(OPTIONS[subtask]):
             raise ValueError(
                 f"{name} is no option of {subtask} segmentation, which has {', '.join(OPTIONS[subtask])}. Leave it out "
@@ -154,12 +164,16 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             rows = zip(maps, *_shares_of_labels(outputs), outputs.image_sizes.tolist(), strict=True)
             return [self._semantic_segments(*row) for row in rows]
         if subtask == "instance":
+            options = {"top_k": top_k_of(self.model), **options}
             results = self.image_processor.post_process_instance_segmentation(
                 outputs, target_sizes=sizes, return_binary_maps=True, **options
             )
         else:
             results = self.image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, **options)
         return [self._scored_segments(result) for result in results]
+
+    def _task(self, subtask: Task | None) -> Task:
+        return subtask or self.image_processor.segmentation_task or "semantic"
 
     def _scored_segments(self, result: dict[str, Any]) -> list[dict[str, Any]]:
         segmentation = result["segmentation"]

@@ -21,7 +21,7 @@ from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
 from .segmentation_maps import to_numpy
-from .tasks import Task, check_model, panoptic_threshold
+from .tasks import Task, check_model, outputs_for, top_k_of
 
 
 @dataclass
@@ -65,16 +65,18 @@ def predict(
     parameter = next(model.parameters())
     pixel_values = inputs["pixel_values"].to(parameter.device, parameter.dtype)
     pixel_mask = inputs["pixel_mask"].to(parameter.device)
-    if task == "panoptic" and isinstance(model, MaskFormerForInstanceSegmentation):
-        # The masks that post-processing would drop at once are not computed.
-        threshold = thresholds.get("threshold", panoptic_threshold(image_processor))
-        outputs = model.predict(pixel_values, pixel_mask, threshold=threshold)
-    else:
-        outputs = model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+    outputs = outputs_for(
+        task,
+        model,
+        image_processor,
+        {"pixel_values": pixel_values, "pixel_mask": pixel_mask},
+        thresholds.get("threshold"),
+    )
     target_sizes = [(image.height, image.width)]
     if task != "semantic":
         post_process = getattr(image_processor, f"post_process_{task}_segmentation")
-        (result,) = post_process(outputs, target_sizes=target_sizes, **thresholds)
+        options: dict[str, Any] = {"top_k": top_k_of(model)} if task == "instance" else {}
+        (result,) = post_process(outputs, target_sizes=target_sizes, **thresholds, **options)
         segmentation, segments = to_numpy(result["segmentation"]), result["segments_info"]
     else:
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)

@@ -13,7 +13,7 @@ import torch
 from ..data.labels import LabelSet
 from ..data.sample import Sample, crowds_of
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from ..image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
+from ..image_processing_maskformer_settings import DEFAULT_INSTANCE_THRESHOLD, DEFAULT_PANOPTIC_THRESHOLDS
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 from .average_precision import AveragePrecision
@@ -86,14 +86,16 @@ def reference_of(sample: Sample, labels: LabelSet, task: Task) -> Any:
     """What the metric of a task takes as the truth about a sample, at its own size.
 
     Semantic: a map of classes (H, W). Panoptic: a map (H, W) of ids from 1, where 0 is void, and `segments_info`.
-    Instance: `masks` (N, H, W), `labels` and `iscrowd`; of a map of segments, those that are things.
+    Instance: `masks` (N, H, W), `labels`, `iscrowd` and `area`, if the sample has it; of a map of segments, those that
+    are things.
     Raises a ValueError if the sample does not allow the task.
     """
     check_sample(task, sample)
     if task == "semantic":
         return labels.class_map(sample["segmentation_map"], sample.get("instance_id_to_semantic_id"))
     if task == "instance" and "masks" in sample:
-        return {"masks": sample["masks"], "labels": sample["labels"], "iscrowd": crowds_of(sample)}
+        reference = {"masks": sample["masks"], "labels": sample["labels"], "iscrowd": crowds_of(sample)}
+        return reference | ({"area": sample["area"]} if "area" in sample else {})
     segmentation, segments_info = _numbered_segments(sample, labels)
     if task == "panoptic":
         return {"segmentation": segmentation, "segments_info": segments_info}
@@ -134,12 +136,7 @@ def predict_batch(
         "pixel_mask": batch["pixel_mask"].to(parameter.device),
     }
     with autocast():
-        if task == "semantic" or not hasattr(model, "predict"):
-            outputs = model(**inputs)
-        else:
-            # The masks that post-processing would drop at once are not computed.
-            threshold = panoptic_threshold(image_processor) if task == "panoptic" else 0.0
-            outputs = model.predict(**inputs, threshold=threshold)  # type: ignore[operator]
+        outputs = outputs_for(task, model, image_processor, inputs, 0.0 if task == "instance" else None)
     return segments_of(outputs, image_processor, sizes, task)
 
 
@@ -167,9 +164,36 @@ def as_prediction(result: Any, task: Task) -> Any:
     }
 
 
+def outputs_for(
+    task: Task, model: Any, image_processor: Any, inputs: Mapping[str, Any], threshold: float | None = None
+) -> Any:
+    """What a model says as far as post-processing for the task looks at it.
+
+    The masks of queries that it would drop at once are not computed, so for instances it has to be given `top_k`, see
+    `top_k_of`.
+
+    Args:
+        task: of the post-processing.
+        model: ours, or one with outputs like transformers' own, which computes all masks.
+        image_processor: whose `panoptic_thresholds` count.
+        inputs: what the model takes.
+        threshold: that of the post-processing, if not its default.
+    """
+    if task == "semantic" or not hasattr(model, "predict"):
+        return model(**inputs)
+    if threshold is None:
+        threshold = DEFAULT_INSTANCE_THRESHOLD if task == "instance" else panoptic_threshold(image_processor)
+    return model.predict(**inputs, threshold=threshold)
+
+
 def panoptic_threshold(image_processor: Any) -> float:
     """How probable a class of a query must be for panoptic post-processing to look at the query."""
     return (DEFAULT_PANOPTIC_THRESHOLDS | (image_processor.panoptic_thresholds or {}))["threshold"]
+
+
+def top_k_of(model: Any) -> int | None:
+    """How many pairs of query and class instance post-processing takes by default, if it gets all queries."""
+    return model.config.decoder_config.num_queries if hasattr(model, "predict") else None
 
 
 def _numbered_segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[str, Any]]]:

@@ -44,7 +44,7 @@ def export_model(
         task: What the file computes from `pixel_values` (B, 3, H, W); see `heads`.
         size: (H, W) of all images. By default any size of at least 33 pixels each way. The batch may be of any size.
         output_size: (height, width) of the segmentation; by default that of the images.
-        thresholds: Of `Panoptic`.
+        thresholds: Of `Panoptic`; by default the image processor's `panoptic_thresholds`.
 
     Returns:
         The path of the file.
@@ -106,6 +106,7 @@ def build_head(
     if is_per_pixel:
         raise ValueError("The model is a per-pixel baseline, which has no segments: give task='semantic' or 'logits'.")
     fused = getattr(image_processor, "label_ids_to_fuse", None) or ()
+    thresholds = (getattr(image_processor, "panoptic_thresholds", None) or {}) | thresholds
     return Panoptic(logits, label_ids_to_fuse=fused, output_size=output_size, **thresholds)
 
 

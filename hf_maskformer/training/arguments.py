@@ -47,6 +47,10 @@ class MaskFormerTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be false: the samples' fields are what the collator reads."}
     )
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "When to publish: 'end' in one commit; the others, at each save, send the whole output_dir."},
+    )
     metric_for_best_model: str | None = field(
         default=None, metadata={"help": "Metric of the best checkpoint; default mean_iou, pq or ap, by the task."}
     )
