@@ -38,6 +38,8 @@ from hf_maskformer.training.schedules import POWER, warmup
 from hf_maskformer.training.starting_point import image_processor_for, new_model
 
 TURNS_PER_EVALUATION = 10
+# Settings that transformers does not know, and what it does instead.
+OURS_ALONE = {"train_num_points": None, "void_in_loss": "background", "matching": "bipartite", "mask_padding": False}
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Arguments:
     data: str = field(metadata={"help": "Folder data set."})
     minutes: float | None = field(default=None, metadata={"help": "Budget of each model: minutes of training."})
     max_steps: int | None = field(default=None, metadata={"help": "Or: steps of training."})
-    num_evaluations: int = field(default=8, metadata={"help": "How often to evaluate, at equal parts of the budget."})
+    num_evaluations: int = field(default=8, metadata={"help": "How often to evaluate after the beginning, evenly."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="val", metadata={"help": "Split to evaluate on."})
     image_size: int = field(default=512, metadata={"help": "Shorter side at evaluation, and side of the crops."})
@@ -70,8 +72,10 @@ class Arguments:
         if not 1 <= self.num_evaluations <= (self.max_steps or self.num_evaluations):
             raise ValueError(f"--num_evaluations is {self.num_evaluations}; give 1 or more, and not more than steps.")
         for file in (self.json, self.plot):
-            if file is not None and not Path(file).absolute().parent.is_dir():
-                raise ValueError(f"{file} cannot be written: its folder does not exist. Make it first.")
+            if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+                raise ValueError(f"{file} cannot be written: it is a folder, or its folder does not exist.")
+        if self.plot is not None and Path(self.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot is {self.plot}, but must end in .png, .svg or .pdf.")
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
@@ -148,10 +152,13 @@ def main(arguments: Arguments) -> None:
     ours = new_model(arguments.config, train_dataset.labels)
     if not isinstance(ours, MaskFormerForInstanceSegmentation):
         raise ValueError(f"{arguments.config} describes a {type(ours).__name__}, which transformers does not have.")
+    ignored = [name for name, value in OURS_ALONE.items() if getattr(ours.config, name) != value]
+    if ignored:
+        raise ValueError(f"{arguments.config} sets {', '.join(ignored)}, which transformers ignores. Leave that out.")
     image_processor = image_processor_for(train_dataset.labels, arguments.image_size, model=ours, task=task)
+    runs = start_runs(ours, train_dataset, image_processor, arguments)
     for dataset in (train_dataset, eval_dataset):
         check_samples(dataset)
-    runs = start_runs(ours, train_dataset, image_processor, arguments)
     curves: dict[str, list[dict[str, float]]] = {run.name: [] for run in runs}
     print(f"{'model':<14}{'minutes':>8}{'steps':>8}{metric:>12}", flush=True)
     num_turns = TURNS_PER_EVALUATION * arguments.num_evaluations
@@ -248,9 +255,7 @@ def as_ours(model: Any, arguments: Arguments) -> MaskFormerForInstanceSegmentati
         return model
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        # Its configuration keeps a setting of ours that it was not trained with.
-        model = MaskFormerForInstanceSegmentation.from_pretrained(folder, mask_padding=False)
-    return model.to(arguments.device)
+        return MaskFormerForInstanceSegmentation.from_pretrained(folder).to(arguments.device)
 
 
 def write_figures(curves: dict[str, list[dict[str, float]]], arguments: Arguments) -> None:

@@ -50,11 +50,10 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     sizes = {name: as_size(name, getattr(arguments, name)) for name in ("size", "output_size")}
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint)
-    thresholds = {}
-    if arguments.task == "panoptic":
-        names = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
-        given = {name: getattr(arguments, name) for name in names}
-        thresholds = {name: value for name, value in given.items() if value is not None}
+    names = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
+    thresholds = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if thresholds and arguments.task != "panoptic":
+        raise ValueError(f"--{' and --'.join(thresholds)}: only --task panoptic has thresholds, not {arguments.task}.")
     path = export_model(
         model.float(),
         MaskFormerImageProcessor.from_pretrained(arguments.checkpoint),

@@ -324,6 +324,16 @@ def test_areas_of_the_file_say_how_large_objects_are(tmp_path):
     assert "area" not in tidy(dataset[0])
 
 
+@pytest.mark.parametrize("areas", [[4.0], [4.0, np.nan], [4.0, -1.0]])
+def test_areas_that_do_not_fit_are_found_in_any_data_set(tmp_path, areas, monkeypatch):
+    entry = {"category_id": 1, "segmentation": SQUARE, "area": 4}
+    dataset = open_instances(write_instances(tmp_path, {"a": ((3, 4), [entry, entry])}))
+    sample = {**dataset[0], "area": np.array(areas)}
+    monkeypatch.setattr(CocoInstances, "__getitem__", lambda self, index: sample)
+    with pytest.raises(ValueError, match=r"for 2 masks\. Give the pixels of each"):
+        check_samples(dataset)
+
+
 @pytest.mark.parametrize("area", ["4", -1, float("inf")])
 def test_an_area_that_is_none_is_named(area, tmp_path):
     json_path = write_instances(tmp_path, {"a": ((3, 4), [{"category_id": 1, "segmentation": SQUARE, "area": area}])})

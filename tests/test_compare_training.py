@@ -158,13 +158,20 @@ def test_a_loss_that_is_not_finite_ends_the_comparison(script, arguments):
         ({"max_steps": 0}, "Give one budget above 0"),
         ({"num_evaluations": 0}, "--num_evaluations is 0"),
         ({"num_evaluations": 4}, "--num_evaluations is 4; give 1 or more, and not more than steps"),
-        ({"json": "missing/curves.json"}, "missing/curves.json cannot be written: its folder does not exist"),
+        ({"json": "missing/curves.json"}, "missing/curves.json cannot be written"),
+        ({"json": "."}, "cannot be written: it is a folder"),
+        ({"plot": "curves.xyz"}, "must end in .png"),
         ({"batch_size": 5}, "has 4 images to train on, so --batch_size can be no larger"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(options, message, script, arguments):
     with pytest.raises(ValueError, match=message):
         script.main(arguments(**options))
+
+
+def test_settings_that_transformers_ignores_are_refused(script, arguments):
+    with pytest.raises(ValueError, match="sets train_num_points, mask_padding, which transformers ignores"):
+        script.main(arguments({"train_num_points": 64, "mask_padding": True}))
 
 
 def test_a_model_that_transformers_lacks_is_refused(script, arguments):

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from models import tiny_model
 from PIL import Image
 from test_per_pixel_baseline import tiny_baseline
@@ -15,6 +16,7 @@ from transformers import pipeline
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.evaluation.pipeline import MaskFormerPipeline
+from hf_maskformer.evaluation.tasks import instance_options, outputs_for
 from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput
 from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
 from hf_maskformer.modeling_per_pixel_baseline import PerPixelBaselineOutput
@@ -78,6 +80,7 @@ def test_a_segment_has_mask_label_score_box_and_area():
         ("panoptic", {"threshold": 0.95}, 0.95),
         ("instance", {"threshold": 0.93}, 0.93),
         ("instance", {"threshold": 0.93, "top_k": 3}, 0.93),
+        ("instance", {"threshold": 0.93, "top_k": None}, 0.93),
         ("instance", {}, 0.5),
     ],
 )
@@ -108,6 +111,33 @@ def test_masks_that_post_processing_drops_are_not_computed(task, options, thresh
             assert (np.asarray(ours["mask"]) == np.asarray(plain["mask"])).all()
             assert ours["score"] == pytest.approx(plain["score"], abs=1e-5)
             assert {**ours, "mask": 0, "score": 0} == {**plain, "mask": 0, "score": 0}
+
+
+def test_candidates_are_counted_by_all_queries_unless_told_otherwise():
+    model = tiny_model()  # with six queries
+    assert instance_options(model, {"top_k": None, "min_area": 4}) == {"top_k": 6, "min_area": 4}
+    assert instance_options(model, {"top_k": 0, "threshold": None}) == {"top_k": 0}
+    assert instance_options(tiny_baseline(), {"threshold": 0.5}) == {"threshold": 0.5}
+
+
+class Answering(torch.nn.Module):
+    def forward(self, number):
+        return number + 1
+
+    def predict(self, number, threshold):
+        return number + threshold
+
+
+def test_a_model_that_is_compiled_or_has_hooks_is_called_as_it_is():
+    hooked, compiled = Answering(), Answering()
+    add_hook_to_module(hooked, ModelHook())
+    compiled.compile(backend="eager")
+    number = {"number": torch.zeros(1)}
+    for model in (hooked, compiled, torch.compile(Answering(), backend="eager")):
+        assert outputs_for("panoptic", model, processor(), number) == 1
+    assert outputs_for("panoptic", Answering(), processor(), number) == 0.5
+    assert outputs_for("instance", Answering(), processor(), number, 0.2) == pytest.approx(0.2)
+    assert outputs_for("semantic", Answering(), processor(), number) == 1
 
 
 def test_the_task_of_the_image_processor_is_done_unless_another_is_asked_for():

@@ -58,6 +58,11 @@ def test_thresholds_that_would_do_nothing_are_refused(image, image_processor):
         predict(TwoCars(), image_processor, image, "semantic", threshold=0.5)
 
 
+@pytest.mark.parametrize(("options", "count"), [({}, 2), ({"top_k": 1}, 1), ({"top_k": None, "threshold": None}, 2)])
+def test_options_of_instances_are_those_of_post_processing(image, image_processor, options, count):
+    assert len(predict(TwoCars(), image_processor, image, "instance", **options).segments) == count
+
+
 def test_thresholds_of_the_processor_outweigh_the_defaults(image, image_processor):
     image_processor.panoptic_thresholds = {"threshold": 1.0}
     assert predict(TwoCars(), image_processor, image, "panoptic").segments == []

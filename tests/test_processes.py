@@ -92,6 +92,8 @@ def sharded(folder, num_processes):
     units = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
     figures = trainer.evaluate()
     trainer.save_model(str(folder / "final"))
+    trainer.save_model(_internal_call=True)  # as before it is published
+    assert (folder / "model.safetensors").is_file()
     # From step 10 on: losses of the first steps come from the state.
     runs.append(run_of(trainer_of(folder, num_processes, **options), str(folder / "checkpoint-10")))
     runs.append(run_of(trainer_of(folder, num_processes, accumulation=2)))

@@ -22,7 +22,7 @@ from ..image_processing_maskformer_images import download_image, is_url, open_im
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
-from .tasks import Task, outputs_for, top_k_of
+from .tasks import Task, instance_options, outputs_for
 
 # What transformers' pipeline takes; of these, semantic segmentation has no thresholds.
 THRESHOLDS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
@@ -62,7 +62,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
     - `area`: the pixels of its mask.
 
     Raises a ValueError for an option that is unknown or not one of the subtask, and for an image that cannot be read,
-    with its name or place.
+    with its name or place; and for panoptic and instance segmentation a RuntimeError for a model in training mode.
     """
 
     image_processor: Any
@@ -164,9 +164,8 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             rows = zip(maps, *_shares_of_labels(outputs), outputs.image_sizes.tolist(), strict=True)
             return [self._semantic_segments(*row) for row in rows]
         if subtask == "instance":
-            options = {"top_k": top_k_of(self.model), **options}
             results = self.image_processor.post_process_instance_segmentation(
-                outputs, target_sizes=sizes, return_binary_maps=True, **options
+                outputs, target_sizes=sizes, return_binary_maps=True, **instance_options(self.model, options)
             )
         else:
             results = self.image_processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, **options)

@@ -21,7 +21,7 @@ from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
 from .segmentation_maps import to_numpy
-from .tasks import Task, check_model, outputs_for, top_k_of
+from .tasks import Task, check_model, instance_options, outputs_for
 
 
 @dataclass
@@ -75,8 +75,8 @@ def predict(
     target_sizes = [(image.height, image.width)]
     if task != "semantic":
         post_process = getattr(image_processor, f"post_process_{task}_segmentation")
-        options: dict[str, Any] = {"top_k": top_k_of(model)} if task == "instance" else {}
-        (result,) = post_process(outputs, target_sizes=target_sizes, **thresholds, **options)
+        options: dict[str, Any] = instance_options(model, thresholds) if task == "instance" else thresholds
+        (result,) = post_process(outputs, target_sizes=target_sizes, **options)
         segmentation, segments = to_numpy(result["segmentation"]), result["segments_info"]
     else:
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)

@@ -169,8 +169,8 @@ def outputs_for(
 ) -> Any:
     """What a model says as far as post-processing for the task looks at it.
 
-    The masks of queries that it would drop at once are not computed, so for instances it has to be given `top_k`, see
-    `top_k_of`.
+    The masks of queries that it would drop at once are not computed, so for instances its options have to be those of
+    `instance_options`. A model that is compiled, or whose weights come when it is called, is called as it is.
 
     Args:
         task: of the post-processing.
@@ -179,7 +179,8 @@ def outputs_for(
         inputs: what the model takes.
         threshold: that of the post-processing, if not its default.
     """
-    if task == "semantic" or not hasattr(model, "predict"):
+    is_wrapped = hasattr(model, "_orig_mod") or hasattr(model, "_hf_hook")
+    if task == "semantic" or not hasattr(model, "predict") or is_wrapped or model._compiled_call_impl is not None:
         return model(**inputs)
     if threshold is None:
         threshold = DEFAULT_INSTANCE_THRESHOLD if task == "instance" else panoptic_threshold(image_processor)
@@ -191,9 +192,14 @@ def panoptic_threshold(image_processor: Any) -> float:
     return (DEFAULT_PANOPTIC_THRESHOLDS | (image_processor.panoptic_thresholds or {}))["threshold"]
 
 
-def top_k_of(model: Any) -> int | None:
-    """How many pairs of query and class instance post-processing takes by default, if it gets all queries."""
-    return model.config.decoder_config.num_queries if hasattr(model, "predict") else None
+def instance_options(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of instance post-processing of what `outputs_for` gives.
+
+    `top_k` is by default the number of all queries, not of those whose masks are there; what else is None is left out.
+    """
+    decoder_config = getattr(model.config, "decoder_config", None)  # a baseline has none, and no instances
+    defaults = {} if decoder_config is None else {"top_k": decoder_config.num_queries}
+    return defaults | {name: value for name, value in options.items() if value is not None}
 
 
 def _numbered_segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[str, Any]]]:

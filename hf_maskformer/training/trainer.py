@@ -206,7 +206,8 @@ class MaskFormerTrainer(Trainer):
             folder = self._folder if output_dir is None else Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string())
-        if self.is_fsdp_enabled and not _internal_call:
+        is_checkpoint = _internal_call and output_dir is not None
+        if self.is_fsdp_enabled and not is_checkpoint:
             # What from_pretrained reads, also where checkpoints are saved in the shards of the processes.
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
