@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from benchmarks.measuring import environment, synchronize
 from benchmarks.models import freeze_batch_norm_of_stock, stock_of
 from torch.utils.data import DataLoader
@@ -196,7 +197,7 @@ def start_runs(
     ours = ours.train().to(arguments.device)
 
     def loss_of_stock(batch: dict[str, Any]) -> torch.Tensor:
-        inputs = on_device(batch, arguments.device)
+        inputs = send_to_device(batch, arguments.device)
         inputs["mask_labels"] = [masks.float() for masks in inputs["mask_labels"]]
         with arguments.autocast():
             # Without hidden states transformers crashes under deep supervision.
@@ -204,7 +205,7 @@ def start_runs(
 
     def loss_of_ours(batch: dict[str, Any]) -> torch.Tensor:
         with arguments.autocast():
-            return ours(**on_device(batch, arguments.device)).loss
+            return ours(**send_to_device(batch, arguments.device)).loss
 
     stock_batches = endless_batches(dataset, image_processor, "masks", arguments)
     our_batches = endless_batches(dataset, image_processor, "segment_map", arguments)
@@ -239,14 +240,6 @@ def endless_batches(
 def epoch_of(loader: DataLoader[Any], augmented: AugmentedDataset, epoch: int) -> Iterator[dict[str, Any]]:
     augmented.set_epoch(epoch)
     yield from loader
-
-
-def on_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
-    """A batch of tensors and lists of tensors."""
-    return {
-        name: [tensor.to(device) for tensor in value] if isinstance(value, list) else value.to(device)
-        for name, value in batch.items()
-    }
 
 
 def as_ours(model: Any, arguments: Arguments) -> MaskFormerForInstanceSegmentation:

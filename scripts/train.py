@@ -139,7 +139,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     )
     resume = training.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
-    trainer.save_model(_internal_call=True)  # which is published below, with its card
+    trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
     metrics = figures_of_weights(trainer.state, training.load_best_model_at_end) or trainer.evaluate()

@@ -337,7 +337,7 @@ def test_areas_that_do_not_fit_are_found_in_any_data_set(tmp_path, areas, monkey
 @pytest.mark.parametrize("area", ["4", -1, float("inf")])
 def test_an_area_that_is_none_is_named(area, tmp_path):
     json_path = write_instances(tmp_path, {"a": ((3, 4), [{"category_id": 1, "segmentation": SQUARE, "area": area}])})
-    with pytest.raises(ValueError, match="annotation 100 of image 7 has the area"):
+    with pytest.raises(ValueError, match=r"instances_train\.json, image 7: object 0 has the area"):
         open_instances(json_path)[0]
 
 

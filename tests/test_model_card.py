@@ -329,6 +329,7 @@ def test_a_training_is_published_at_its_end_alone_unless_told_otherwise(hub, tmp
     options = {"push_to_hub": True, "hub_model_id": "ada/run", "hub_token": "ada's", "num_pictures": 0}
     trainer = our_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, **options)
     trainer.train()
+    trainer.save_model()
     before = len(hub.repositories["ada/run"].branches["main"])
     trainer.push_to_hub()
     commits = hub.repositories["ada/run"].branches["main"]

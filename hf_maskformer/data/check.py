@@ -224,8 +224,8 @@ def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: 
     if len(masks) and not 0 <= sample["labels"].min() <= sample["labels"].max() < labels.num_labels:
         unknown = sorted({label for label in sample["labels"].tolist() if not 0 <= label < labels.num_labels})
         raise ValueError(f"{source} contains label {shorten(unknown)}, but {label_source} has {labels.num_labels}.")
-    given = sample.get("area")
-    if given is not None and (len(given) != len(masks) or not ((given >= 0) & (given < np.inf)).all()):
+    given = np.asarray(sample.get("area", np.zeros(len(masks))))
+    if given.shape != (len(masks),) or not ((given >= 0) & (given < np.inf)).all():
         raise ValueError(f"{source} has the area {given.tolist()} for {len(masks)} masks. Give the pixels of each.")
     areas = masks.sum(axis=(1, 2))
     empty = np.flatnonzero(areas == 0).tolist()

@@ -1,6 +1,5 @@
 """Reads COCO's panoptic and instance annotations, and those of other data sets in the same files."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch.utils.data import Dataset
 from .coco_file import CocoFile
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, empty_masks, fit_image, load_image
+from .sample import Sample, empty_masks, fit_image, load_image, read_areas
 from .segments import number_segments, read_ids
 
 
@@ -132,9 +131,9 @@ class CocoInstances(Dataset[Sample]):
             "labels": np.array(labels, dtype=np.int64),
             "iscrowd": np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool),
         }
-        areas = [self._area(annotation) for annotation in annotations]
-        if None not in areas:
-            sample["area"] = np.array(areas, dtype=np.float64)
+        areas = read_areas(annotations, self.map_source(index))
+        if areas is not None:
+            sample["area"] = areas
         return sample
 
     def image_id(self, index: int) -> Any:
@@ -148,15 +147,6 @@ class CocoInstances(Dataset[Sample]):
     def map_source(self, index: int) -> str:
         """Says where the masks of a sample come from, for messages."""
         return f"{self._file.path}, image {self._file.image(index)['id']}"
-
-    def _area(self, annotation: Any) -> float | None:
-        area = annotation.get("area")
-        if area is not None and (not isinstance(area, int | float) or not 0 <= area < math.inf):
-            raise ValueError(
-                f"{self._file.path}: annotation {annotation.get('id')} of image {annotation['image_id']} has the area "
-                f"{area!r}. Give its pixels, or leave the area out."
-            )
-        return area
 
     def _mask(self, annotation: Any, size: tuple[int, int]) -> np.ndarray:
         try:

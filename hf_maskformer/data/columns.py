@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, empty_masks, fit_image, make_sample
+from .sample import Sample, empty_masks, fit_image, make_sample, read_areas
 from .segments import number_segments, read_ids, split_class_and_instance
 
 if TYPE_CHECKING:
@@ -212,9 +212,9 @@ class _RowReader:
             "labels": np.array([entry["label"] for entry in objects], dtype=np.int64),
             "iscrowd": np.array([bool(entry.get("iscrowd")) for entry in objects], dtype=bool),
         }
-        areas = [entry.get("area") for entry in objects]
-        if None not in areas:
-            sample["area"] = np.array(areas, dtype=np.float64)
+        areas = read_areas(objects, source)
+        if areas is not None:
+            sample["area"] = areas
         return sample
 
 

@@ -1,7 +1,9 @@
 """The sample form that every data reader delivers, and how stored images become one."""
 
 import io
+import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -46,6 +48,20 @@ def crowds_of(sample: Sample) -> np.ndarray:
     """Which of a sample's masks are crowds, (N,) bool."""
     # COCO's files hold 0 and 1, which numpy and torch would take for positions.
     return np.asarray(sample.get("iscrowd", np.zeros(len(sample["labels"]))), dtype=bool)
+
+
+def read_areas(objects: Sequence[Mapping[str, Any]], source: str) -> np.ndarray | None:
+    """The `area` of each object, (N,) float64; None unless all have one.
+
+    `source` says in error messages where they come from. Raises a ValueError for one that is no number of pixels.
+    """
+    areas = [entry.get("area") for entry in objects]
+    for number, area in enumerate(areas):
+        if area is not None and (not isinstance(area, int | float) or not 0 <= area < math.inf):
+            raise ValueError(
+                f"{source}: object {number} has the area {area!r}. Give its pixels, or leave the area out."
+            )
+    return None if None in areas else np.array(areas, dtype=np.float64)
 
 
 def load_image(path: Path) -> Image.Image:

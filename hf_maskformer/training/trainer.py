@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerState, default_data_collator
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 
 from ..data.collator import MaskFormerDataCollator
@@ -198,6 +198,8 @@ class MaskFormerTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves model, image processor and arguments; these also as training_args.json, without the Hub's token.
 
+        With `push_to_hub`, `Trainer` publishes what it saves; here only where `hub_strategy` says more than "end".
+
         Raises a ValueError, and writes nothing, if a weight is NaN or infinite.
         """
         assert self.model is not None
@@ -210,7 +212,7 @@ class MaskFormerTrainer(Trainer):
         if self.is_fsdp_enabled and not is_checkpoint:
             # What from_pretrained reads, also where checkpoints are saved in the shards of the processes.
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call or self.args.hub_strategy == HubStrategy.END)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
