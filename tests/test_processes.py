@@ -1,6 +1,7 @@
 """Several processes train the model that one process would, and count every sample once."""
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -151,7 +152,25 @@ def with_chance(folder, num_processes, is_stream, kind=None, rank=0, when=0):
     return losses, {name: tensor.numpy() for name, tensor in trainer.model.state_dict().items()}
 
 
+class GlooOfOneThread(torch.distributed.ProcessGroupGloo):
+    """One after the other, as all of its operations are begun here anyway.
+
+    Where two threads end operations at the same instant, torch 2.13 notes the name of both in one string without a
+    lock. If a name is longer than 15 letters, as when shards are gathered, both free what was there: a process that
+    shards on a CPU may end with a segmentation fault. torch takes no options for gloo.
+    """
+
+    def __init__(self, store, rank, size, timeout):
+        options = self._Options()
+        options._devices = [self.create_default_device()]
+        options._timeout = timeout
+        options._threads = 1
+        super().__init__(store, rank, size, options)
+
+
 def _run(rank, num_processes, folder, rendezvous, environment, function, queue):
+    faulthandler.enable()
+    torch.distributed.distributed_c10d.ProcessGroupGloo = GlooOfOneThread
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -194,9 +213,12 @@ def run(function, num_processes, folder, **environment):
                     if isinstance(result, str) and error is None:
                         # Of a process that was killed, others may hear before we do.
                         end, error = time.monotonic() + 10, result
-                if any(process.exitcode == -signal.SIGKILL for process in processes):
+                codes = [process.exitcode for process in processes]
+                if -signal.SIGKILL in codes:
                     return None
-                assert time.monotonic() < end, error
+                if any(code is not None and rank not in results for rank, code in enumerate(codes)):
+                    end = min(end, time.monotonic() + 10)  # what it gave, if anything, is on its way
+                assert time.monotonic() < end, f"exit codes {codes}\n{error}"
             assert error is None, error
             return [results[rank] for rank in range(num_processes)]
         finally:
