@@ -25,6 +25,7 @@ from .modeling_maskformer_packing import forget
 from .modeling_maskformer_pixel_decoder import MaskProjection
 from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
 from .modeling_maskformer_transformer_decoder import TransformerModule
+from .modeling_maskformer_winograd import is_hooked
 
 MAX_PARAMETERS = 10**10  # 40 GB; the largest backbone of transformers has 7e9
 
@@ -341,10 +342,10 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         kept = likely_queries(class_logits, threshold)[..., None]
         mask_embeddings = self.mask_embedder(queries.take_along_dim(kept, dim=1))
         projection = pixel_level_module.decoder.mask_projection
-        if isinstance(projection, MaskProjection):
+        if isinstance(projection, MaskProjection) and not is_hooked(projection):
             mask_logits = projection(levels[-1], mask_embeddings)
         else:
-            # An adapter has taken its place.
+            # An adapter has taken its place, or somebody looks at the embeddings.
             mask_logits = torch.einsum("bqc,bchw->bqhw", mask_embeddings, projection(levels[-1]))
         return MaskFormerForInstanceSegmentationOutput(
             class_queries_logits=class_logits.take_along_dim(kept, dim=1),

@@ -15,6 +15,7 @@ from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid, build_for
 from .modeling_maskformer_pixel_decoder import PixelDecoder, PixelDecoderOutput
 from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
+from .modeling_maskformer_winograd import is_transformed
 
 STRIDES = (4, 8, 16, 32)  # of the backbone's feature maps
 OWN_BACKBONES: dict[str, type[nn.Module]] = {
@@ -72,6 +73,8 @@ class PixelLevelModule(nn.Module):
         return returned, self.decoder(features, memory_sizes, with_embeddings)
 
     def _is_safe_with_channels_last(self, pixel_values: Tensor) -> bool:
+        if is_transformed():  # torch.vmap knows no such layout
+            return False
         if pixel_values.is_cuda or not torch.is_grad_enabled():
             return True
         # On a CPU, torch 2.13 corrupts memory in the backward pass of some narrow convolutions in that layout: of 1 x 1

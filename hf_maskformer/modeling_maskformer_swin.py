@@ -8,6 +8,7 @@ positions in a window.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .modeling_maskformer_packing import (
     keeps,
     packing_dtype,
 )
-from .modeling_maskformer_winograd import is_traced
+from .modeling_maskformer_winograd import can_overwrite, is_traced, is_transformed
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 SEPARATION = -100.0
@@ -164,10 +165,13 @@ class SwinBlock(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.output = Projection(hidden_dim, dim, config.hidden_dropout_prob)
 
-    def forward(self, states: Tensor, grids: "tuple[WindowGrid, WindowGrid]") -> Tensor:
-        """Takes (B, h, w, C), and the stage's windows without and with shift; returns (B, h, w, C)."""
+    def forward(self, states: Tensor, grids: "tuple[WindowGrid, WindowGrid]", in_parts: bool = False) -> Tensor:
+        """Takes (B, h, w, C), and the stage's windows without and with shift; returns (B, h, w, C).
+
+        In parts, on a CPU: of a few windows and positions at a time, whose memory is used again.
+        """
         grid = grids[1 if self.shift else 0]
-        if torch.is_grad_enabled() or self.training or states.device.type != "cpu" or is_traced():
+        if not in_parts or self.training or states.device.type != "cpu" or is_traced():
             windows = grid.to_windows(self.layernorm_before(states))
             states = states + self._drop_path(grid.to_map(self.attention(windows, grid.separation)))
             return states + self._drop_path(self._feed_forward(states))
@@ -237,9 +241,13 @@ class SwinStage(nn.Module):
         """Returns the stage's output, and the input of the next stage."""
         size, device = states.shape[1:3], states.device
         # Once for all blocks: they differ in the shift only.
-        grids = (WindowGrid(size, self.window_size, 0, device), WindowGrid(size, self.window_size, self.shift, device))
+        grids = (
+            window_grid(size, self.window_size, 0, device),
+            window_grid(size, self.window_size, self.shift, device),
+        )
+        in_parts = can_overwrite(self)
         for block in self.blocks:
-            states = block(states, grids)
+            states = block(states, grids, in_parts)
         return states, states if self.downsample is None else self.downsample(states)
 
 
@@ -318,13 +326,18 @@ class WindowGrid:
         window_size: Side of a window.
         shift: By how much the windows are moved down and to the right.
         device: Of the feature maps.
+        in_graph: Whether a graph is being recorded, which does not tell windows that the shift cuts from others: to
+            take the last ones apart would fix in it that there are others.
 
     Attributes:
-        separation: (W, N, N), see `shift_separation`; None without a shift.
-        num_whole_windows: How many windows, the first ones, are not cut by the shift.
+        separation: (W, N, N), what is added to the scores of positions that a shift brought together, and 0 of others;
+            None without a shift.
+        num_whole_windows: How many windows, the first ones, are known not to be cut by the shift.
     """
 
-    def __init__(self, size: Sequence[int], window_size: int, shift: int, device: torch.device) -> None:
+    def __init__(
+        self, size: Sequence[int], window_size: int, shift: int, device: torch.device, in_graph: bool = False
+    ) -> None:
         self.height, self.width = size
         self.window_size = window_size
         # By whole windows, which the sizes of all that follows are products of: with remainders, those of a model that
@@ -335,10 +348,15 @@ class WindowGrid:
         self.padded_size = (num_rows * window_size, num_columns * window_size)
         positions = torch.arange(self.padded_size[0] * self.padded_size[1], device=device)
         shifted = positions.view(self.padded_size).roll((-shift, -shift), dims=(0, 1))
+        cut_into_windows = windows_by_rows if in_graph else windows_cut_last
         self.order = cut_into_windows(shifted, window_size).flatten()
         self.inverse = torch.empty_like(self.order).scatter_(0, self.order, positions)
-        self.num_whole_windows = (num_rows - 1) * (num_columns - 1) if shift else self.num_windows
-        self.separation = shift_separation(self.padded_size, window_size, shift, device) if shift else None
+        self.num_whole_windows, self.separation = self.num_windows, None
+        if shift:
+            self.num_whole_windows = 0 if in_graph else (num_rows - 1) * (num_columns - 1)
+            regions = cut_into_windows(shift_regions(self.padded_size, window_size, shift, device), window_size)
+            # 0 between positions that were neighbours before the cyclic shift.
+            self.separation = (regions[:, :, None] != regions[:, None, :]) * SEPARATION
 
     def to_windows(self, states: Tensor) -> Tensor:
         """(B, h, w, C) to (B W, N, C)."""
@@ -352,6 +370,23 @@ class WindowGrid:
         positions = windows.reshape(num_images, self.num_windows * self.num_positions, windows.shape[-1])
         states = Rearrange.apply(positions, self.inverse, self.order).unflatten(1, self.padded_size)
         return states[:, : self.height, : self.width]
+
+
+# Of the stages of a Swin, at two sizes of images.
+@lru_cache(maxsize=16)
+def _kept_grid(size: tuple[int, int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
+    # Other passes may want gradients.
+    with torch.inference_mode(False):
+        return WindowGrid(size, window_size, shift, device)
+
+
+def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
+    """A `WindowGrid`, of an earlier pass if may be: those of a Swin-T at 512 x 512 take some milliseconds."""
+    # Asked once: it is true in all threads while one compiles.
+    in_graph = is_traced()
+    if in_graph or is_transformed() or torch._C._len_torch_dispatch_stack():
+        return WindowGrid(size, window_size, shift, device, in_graph)
+    return _kept_grid(tuple(size), window_size, shift, device)
 
 
 class Rearrange(torch.autograd.Function):
@@ -392,17 +427,18 @@ def count_parts(length: int, part: int) -> int:
     return (length + part - 1) // part
 
 
-def cut_into_windows(positions: Tensor, window_size: int) -> Tensor:
-    """(h, w) to (W, N), those of the last column and row last; h and w are multiples of the window.
-
-    A shift cuts through those, so that the others can be told from them. A graph does not ask, and to take the last
-    ones apart would fix there that there are others.
-    """
+def windows_by_rows(positions: Tensor, window_size: int) -> Tensor:
+    """(h, w) to (W, N); h and w are multiples of the window."""
     height, width = positions.shape
-    grid = positions.view(height // window_size, window_size, width // window_size, window_size).transpose(1, 2)
-    if is_traced():
-        return grid.reshape(-1, window_size**2)
-    grid = grid.flatten(2)
+    grid = positions.view(height // window_size, window_size, width // window_size, window_size)
+    return grid.transpose(1, 2).reshape(-1, window_size**2)
+
+
+def windows_cut_last(positions: Tensor, window_size: int) -> Tensor:
+    """As `windows_by_rows`, but the windows of the last column and row last: a shift cuts through those."""
+    height, width = positions.shape
+    grid = positions.view(height // window_size, window_size, width // window_size, window_size)
+    grid = grid.transpose(1, 2).flatten(2)
     return torch.cat((grid[:-1, :-1].flatten(0, 1), grid[:-1, -1], grid[-1]))
 
 
@@ -415,12 +451,11 @@ def relative_position_index(window_size: int) -> Tensor:
     return row_offsets * (2 * window_size - 1) + column_offsets
 
 
-def shift_separation(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> Tensor:
-    """(W, N, N): 0 between positions that were neighbours before the cyclic shift, SEPARATION between others."""
+def shift_regions(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> Tensor:
+    """(h, w): a number for each part of a cyclically shifted map whose positions were neighbours before."""
     regions = []
     for length in size:
         positions = torch.arange(length, device=device)
         regions.append((positions >= length - window_size).int() + (positions >= length - shift).int())
     rows, columns = regions
-    region = cut_into_windows(rows[:, None] * 3 + columns, window_size)
-    return (region[:, :, None] != region[:, None, :]) * SEPARATION
+    return rows[:, None] * 3 + columns

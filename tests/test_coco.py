@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from coco_files import CATEGORIES, encode_ids, write_image, write_instances, write_json, write_panoptic
 from models import tiny_config
+from PIL import Image
 from real_data import REAL_DATA, needs_real_data
 from torch.utils.data import DataLoader
 
@@ -55,6 +56,18 @@ def edit(json_path, change):
     content = json.loads(json_path.read_text())
     change(content)
     json_path.write_text(json.dumps(content))
+
+
+def test_colours_that_are_stored_as_a_palette_are_the_same_ids(panoptic):
+    expected = open_panoptic(panoptic)[0]
+    path = panoptic.with_suffix("") / "a.png"
+    image = Image.open(path)
+    palette = image.convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(palette.convert("RGB"), image)
+    palette.save(path)
+    found = open_panoptic(panoptic)[0]
+    assert np.array_equal(found["segmentation_map"], expected["segmentation_map"])
+    assert found["instance_id_to_semantic_id"] == expected["instance_id_to_semantic_id"]
 
 
 def test_segments_are_numbered_in_the_order_of_their_list(panoptic):

@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -61,6 +63,56 @@ def test_sixteen_bit_labels_keep_their_values():
     assert columns[0]["segmentation_map"].tolist() == labels.tolist()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_labels_of_a_few_bits_keep_their_values(bits):
+    labels = np.arange(2**bits, dtype=np.uint8).repeat(4).reshape(-1, 8)
+    stored = np.packbits((labels[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(labels), -1).astype(bool), axis=1)
+    lines = b"".join(b"\0" + line.tobytes() for line in stored)
+    header = struct.pack(">IIBBBBB", labels.shape[1], labels.shape[0], bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)) for name, part in parts
+    )
+    photograph = io.BytesIO()
+    Image.new("RGB", labels.shape[::-1]).save(photograph, "PNG")
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image())
+    cells = {"image": [{"bytes": photograph.getvalue(), "path": None}], "label": [{"bytes": content, "path": None}]}
+    columns = SegmentationColumns(datasets.Dataset.from_dict(cells, features=features), labels=LabelSet(ID2LABEL))
+    assert columns[0]["segmentation_map"].tolist() == labels.tolist()
+    ids = SegmentationColumns(
+        datasets.Dataset.from_dict(
+            {**cells, "segments_info": [[{"id": i, "category_id": 0} for i in range(1, 2**bits)]]},
+            features=datasets.Features(
+                **features, segments_info=[{"id": datasets.Value("int64"), "category_id": datasets.Value("int64")}]
+            ),
+        ),
+        labels=LabelSet(ID2LABEL),
+    )
+    assert len(np.unique(ids[0]["segmentation_map"])) == 2**bits
+
+
+def test_images_are_read_from_their_paths_too(tmp_path):
+    Image.new("RGB", (3, 2), (10, 20, 30)).save(tmp_path / "image.png")
+    Image.fromarray(LABELS).save(tmp_path / "label.png")
+    cells = {name: [str(tmp_path / f"{name}.png")] for name in ("image", "label")}
+    features = datasets.Features(image=datasets.Image(mode="RGB"), label=datasets.Image())
+    dataset = datasets.Dataset.from_dict(cells, features=features)
+    for data in (dataset, dataset.cast_column("label", datasets.Image(decode=False))):
+        sample = SegmentationColumns(data, labels=LabelSet(ID2LABEL))[0]
+        assert sample["image"].getpixel((0, 0)) == (10, 20, 30)
+        assert sample["segmentation_map"].tolist() == LABELS.tolist()
+    (tmp_path / "label.png").unlink()
+    with pytest.raises(ValueError, match="row 0, column 'label' cannot be decoded"):
+        SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
+
+
+def test_workers_share_the_stream_of_a_saved_data_set(tmp_path, classes_path):
+    datasets.DatasetDict(train=datasets.concatenate_datasets([make_dataset()] * 6)).save_to_disk(tmp_path / "saved")
+    stream = load_columns(str(tmp_path / "saved"), "train", classes_path=classes_path, streaming=True)
+    names = [sample["name"] for sample in DataLoader(stream, batch_size=None, num_workers=2)]
+    assert sorted(names) == ["row_0", "row_0", "row_1", "row_1", "row_2", "row_2"]  # numbered by each worker
+
+
 def test_it_travels_to_worker_processes():
     columns = pickle.loads(pickle.dumps(SegmentationColumns(make_dataset(), labels=LabelSet(ID2LABEL))))
     assert columns[0]["segmentation_map"].tolist() == LABELS.tolist()
@@ -94,7 +146,7 @@ def test_a_damaged_image_is_named_by_its_row():
     cells = {"image": [{"bytes": encoded.getvalue()[:-40], "path": None}], "label": [Image.fromarray(LABELS)]}
     features = datasets.Features(image=datasets.Image(), label=datasets.Image())
     columns = SegmentationColumns(datasets.Dataset.from_dict(cells, features=features), labels=LabelSet(ID2LABEL))
-    with pytest.raises(ValueError, match="row 0 cannot be decoded"):
+    with pytest.raises(ValueError, match="row 0, column 'image' cannot be decoded"):
         check_samples(columns)
 
 

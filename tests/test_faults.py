@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from test_training import SCENES, our_trainer
 from transformers import TrainerState
 
@@ -120,6 +121,19 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, part
     assert checkpoints(tmp_path) == ["checkpoint-1"]
     monkeypatch.undo()
     assert_goes_on(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError, SafetensorError, RuntimeError])
+def test_a_disk_that_is_full_at_the_end_is_named_with_the_way_on(tmp_path, monkeypatch, error):
+    trainer = our_trainer(tmp_path, max_steps=2, save_steps=1)
+    trainer.train()
+
+    def full(*args, **options):
+        raise error("No space left on device")
+
+    monkeypatch.setattr(MaskFormerForInstanceSegmentation, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"written to .*final \(No space left.*checkpoint-2 is whole: go on from there"):
+        trainer.save_model(str(tmp_path / "final"))
 
 
 @pytest.fixture

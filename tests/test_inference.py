@@ -1,6 +1,7 @@
 """What makes inference fast leaves its results as they are."""
 
 import weakref
+from functools import partial
 
 import accelerate
 import peft
@@ -290,7 +291,7 @@ def test_attention_is_never_asked_about_no_windows(height, width):
     expected = block(states, grids)
     block.attention.register_forward_pre_hook(lambda module, inputs: numbers.append(len(inputs[0])))
     with torch.no_grad():
-        torch.testing.assert_close(block(states.clone(), grids), expected, **CLOSE)
+        torch.testing.assert_close(block(states.clone(), grids, in_parts=True), expected, **CLOSE)
     assert min(numbers) > 0
     assert sum(numbers) == 2 * grids[1].num_windows
 
@@ -349,3 +350,65 @@ def test_half_precision_trains_on_a_cpu_with_narrow_convolutions():
         loss = model(**batch).loss
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def test_windows_that_are_cut_while_another_thread_compiles_are_the_same(monkeypatch):
+    """torch says in all threads that something is compiled; it may say otherwise when attention begins."""
+    model, pixel_values = tiny_model(swin_config()).eval(), torch.randn(1, 3, 224, 288)
+    expected = model(pixel_values).masks_queries_logits
+    monkeypatch.setattr(modeling_maskformer_swin, "window_grid", partial(WindowGrid, in_graph=True))
+    torch.testing.assert_close(model(pixel_values).masks_queries_logits, expected, **CLOSE)
+
+
+def test_windows_are_cut_once_for_a_size_and_serve_every_kind_of_pass():
+    modeling_maskformer_swin._kept_grid.cache_clear()
+    model, pixel_values = tiny_model(swin_config()).eval(), torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = model(pixel_values).masks_queries_logits
+    made = modeling_maskformer_swin._kept_grid.cache_info().misses
+    found = model(pixel_values).masks_queries_logits
+    found.sum().backward()
+    assert modeling_maskformer_swin._kept_grid.cache_info().misses == made > 0
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_hook_on_the_mask_projection_sees_the_same_in_predict(backbone):
+    model, pixel_values, shapes = tiny_model(backbone()).eval(), torch.randn(2, 3, 64, 96), []
+
+    def change(module, inputs, output):
+        shapes.append(output.shape)
+        return output + 1.0
+
+    model.model.pixel_level_module.decoder.mask_projection.register_forward_hook(change)
+    expected, found = model(pixel_values), model.predict(pixel_values)
+    torch.testing.assert_close(found.masks_queries_logits, expected.masks_queries_logits, **CLOSE)
+    assert len(shapes) == 2
+    assert shapes[0] == shapes[1]
+
+
+def test_a_hook_inside_a_swin_sees_whole_maps_and_keeps_what_it_saw(monkeypatch):
+    monkeypatch.setattr(modeling_maskformer_swin, "POSITIONS_AT_ONCE", 7)
+    model, pixel_values, seen = tiny_model(swin_config()).eval(), torch.randn(1, 3, 64, 96), []
+    block = model.model.pixel_level_module.encoder.model.encoder.layers[0].blocks[1]
+    for module in (block.attention, block.layernorm_after):
+        module.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0], output)))
+    model(pixel_values)
+    with torch.no_grad():
+        model(pixel_values)
+    assert len(seen) == 8
+    for expected, found in zip(seen[:4], seen[4:], strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_images_are_mapped_by_vmap(backbone, has_gradients):
+    model, pixel_values = tiny_model(backbone()).eval(), torch.randn(2, 3, 64, 96)
+    with torch.set_grad_enabled(has_gradients):
+        expected = model(pixel_values).masks_queries_logits
+        found = torch.func.vmap(lambda image: model(image[None]).masks_queries_logits[0])(pixel_values)
+    torch.testing.assert_close(found, expected, **CLOSE)

@@ -139,3 +139,33 @@ def test_a_truncated_file_is_named(dataset, tmp_path, streaming):
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"{paths[1]} is damaged \(.*(footer|corrupted)"):
         open_dataset(str(tmp_path / "out"), "train", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("is_upright", [False, True])
+def test_turned_photographs_are_read_back_with_maps_on_either_grid(tmp_path, streaming, is_upright):
+    labels = np.array([[0, 1, 1], [1, 0, 0]], dtype=np.uint8)
+    for kind in ("images", "annotations"):
+        (tmp_path / "source" / kind / "train").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise for viewing
+    photograph = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
+    photograph.save(tmp_path / "source/images/train/a.png", exif=exif)
+    Image.fromarray(labels.T if is_upright else labels).save(tmp_path / "source/annotations/train/a.png")
+    (tmp_path / "source/classes.json").write_text('{"id2label": {"0": "sky", "1": "road"}}')
+    dataset = open_dataset(str(tmp_path / "source"), "train")
+    assert dataset[0]["image"].size == ((2, 3) if is_upright else (3, 2))
+    write_parquet(dataset, tmp_path / "out", "train")
+    assert_equal(open_dataset(str(tmp_path / "out"), "train", streaming=streaming), dataset)
+
+
+def test_of_the_splits_of_parquet_files_only_the_one_asked_for_is_prepared(tmp_path):
+    root = tmp_path / "a folder"
+    for split, count in (("train", 3), ("val", 1)):
+        write_parquet(GeneratedScenes(count, image_size=(64, 80)), root, split)
+    assert len(open_dataset(str(root), "val")) == 1
+    prepared = [path.name for path in (tmp_path / "cache").rglob("*.arrow")]
+    assert len(prepared) == 1
+    assert "val" in prepared[0]
+    with pytest.raises(ValueError, match="Split 'test' of "):
+        open_dataset(str(root), "test")

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import re
+import threading
 import warnings
 
 import numpy as np
@@ -338,6 +339,18 @@ def test_workers_stay_one_batch_ahead_of_a_stream():
     results = segmenter()(stream(), batch_size=2, num_workers=2)
     next(iter(results))
     assert 2 <= len(taken) <= 5
+
+
+def test_all_workers_have_something_to_do_where_batches_are_small(monkeypatch):
+    segment, together = segmenter(), threading.Barrier(3)
+    prepare = segment.preprocess
+
+    def wait_for_the_others(*args, **options):
+        together.wait(timeout=30)
+        return prepare(*args, **options)
+
+    monkeypatch.setattr(segment, "preprocess", wait_for_the_others)
+    assert len(list(segment((image for image in images() * 2), batch_size=1, num_workers=3))) == 6
 
 
 def test_an_image_that_a_worker_cannot_read_is_an_error():

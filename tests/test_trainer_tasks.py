@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_per_pixel_baseline import KINDS, tiny_baseline
 from test_training import SCENES, arguments, our_trainer, scenes_model
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -163,6 +164,27 @@ def test_the_plain_trainer_takes_ready_made_metrics(tmp_path, task):
     # Scenes need no resizing, so that both count the same pixels.
     for name, value in ours.items():
         assert theirs[name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("decoder_config", KINDS)
+def test_the_plain_trainer_takes_ready_made_metrics_of_a_per_pixel_baseline(tmp_path, decoder_config):
+    processor = image_processor_for(SCENES.labels, image_size=64)
+    metrics = ComputeMetrics(processor, SCENES.labels)
+    options = {"batch_eval_metrics": True, "remove_unused_columns": False, "per_device_eval_batch_size": 3}
+    trainer = Trainer(
+        model=tiny_baseline(decoder_config, id2label=SCENES.labels.id2label),
+        args=TrainingArguments(**arguments(tmp_path, **options)),
+        eval_dataset=SCENES,
+        data_collator=MaskFormerDataCollator(processor, target_format="label_map"),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=metrics.logits,
+    )
+    theirs, ours = trainer.evaluate(), our_trainer(tmp_path, model=trainer.model, eval_dataset=SCENES).evaluate()
+    for name, value in ours.items():
+        assert theirs[name] == pytest.approx(value, abs=1e-6), name
+    trainer.compute_metrics = ComputeMetrics(processor, SCENES.labels, "panoptic")
+    with pytest.raises(ValueError, match="baseline knows no segments, so its task is semantic, not panoptic"):
+        trainer.evaluate()
 
 
 def test_ready_made_metrics_say_what_trainer_and_task_must_be():

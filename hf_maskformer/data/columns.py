@@ -1,17 +1,20 @@
 """Reads data sets of the `datasets` library, held on disk or streamed, whose columns hold images and labels."""
 
+import glob
+import os
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, empty_masks, fit_image, make_sample, read_areas
+from .sample import Sample, decode_image, empty_masks, fit_image, make_sample, read_areas
 from .segments import number_segments, read_ids, split_class_and_instance
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ SEGMENTS_COLUMN = "segments_info"
 OBJECTS_COLUMN = "objects"
 NAME_COLUMN = "name"
 
+# Parts of a data set of `save_to_disk` when it is streamed.
+NUM_SHARDS = 64
 # Rows, still encoded, of which a shuffled stream draws the next: some hundred MB of photographs.
 SHUFFLE_BUFFER = 1000
 
@@ -64,7 +69,7 @@ class SegmentationColumns(Dataset[Sample]):
     ) -> None:
         self._reader = _RowReader(dataset, image_column, label_column, labels, instance_maps)
         # Reading a row decodes all of its columns, so the unused ones go; a format would decode to something else.
-        self._dataset = dataset.select_columns(self._reader.columns).with_format(None)
+        self._dataset = self._reader.encoded(dataset.select_columns(self._reader.columns).with_format(None))
         self.labels = labels
         self.label_source = label_source
 
@@ -73,14 +78,7 @@ class SegmentationColumns(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Decodes one sample. Raises a ValueError that names row and column if it is damaged or the two disagree."""
-        try:
-            row = self._dataset[index]
-        except IndexError:
-            raise
-        # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
-        except Exception as error:
-            raise ValueError(f"row {index} cannot be decoded ({error}). Remove it from the data set.") from error
-        return self._reader.sample(row, index)
+        return self._reader.sample(self._dataset[index], index)
 
     def map_source(self, index: int) -> str:
         """Says where the segmentation map of a sample comes from, for messages."""
@@ -109,7 +107,7 @@ class StreamedColumns(IterableDataset[Sample]):
         # The columns of some sources are known only once they are read.
         dataset = dataset if dataset.features is not None else dataset._resolve_features()
         self._reader = _RowReader(dataset, image_column, label_column, labels, instance_maps)
-        self._dataset = dataset.select_columns(self._reader.columns)
+        self._dataset = self._reader.encoded(dataset.select_columns(self._reader.columns))
         self.labels = labels
         self.label_source = label_source
 
@@ -159,6 +157,15 @@ class _RowReader:
         _check_column(dataset, image_column)
         extra = [column for column in (self._extra_column, NAME_COLUMN) if column in names]
         self.columns = list(dict.fromkeys([image_column, self._label_column, *extra]))
+        self._image_features = {
+            column: dataset.features[column] for column in (image_column, label_column) if column in self.columns
+        }
+
+    def encoded(self, dataset: Any) -> Any:
+        """The data set with images as they are stored: decoded by `datasets`, photographs would be turned upright."""
+        for column, feature in self._image_features.items():
+            dataset = dataset.cast_column(column, replace(feature, decode=False))
+        return dataset
 
     def label_source(self, index: int) -> str:
         return f"row {index}, column '{self._label_column}'"
@@ -167,6 +174,7 @@ class _RowReader:
         for column, cell in row.items():
             if cell is None:
                 raise ValueError(f"row {index} is empty in column '{column}'. Remove it from the data set.")
+        row = row | {column: self._decoded(row[column], column, index) for column in self._image_features}
         name, image = str(row.get(NAME_COLUMN, f"row_{index}")), row[self._image_column]
         image_source, source = f"row {index}, column '{self._image_column}'", self.label_source(index)
         if self._extra_column == OBJECTS_COLUMN:
@@ -187,6 +195,20 @@ class _RowReader:
             "instance_id_to_semantic_id": id_to_label,
             "crowd_ids": crowd_ids,
         }
+
+    def _decoded(self, cell: dict[str, Any], column: str, index: int) -> Image.Image:
+        feature = self._image_features[column]
+        try:
+            content, path = cell["bytes"], cell["path"]
+            if content is None and not os.path.exists(path):
+                return replace(feature, decode=True).decode_example(cell)  # behind a URL
+            image = decode_image(Path(path).read_bytes() if content is None else content)
+        # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
+        except Exception as error:
+            raise ValueError(
+                f"row {index}, column '{column}' cannot be decoded ({error}). Remove the row from the data set."
+            ) from error
+        return image.convert(feature.mode) if feature.mode and image.mode != feature.mode else image
 
     def _masks(self, row: dict[str, Any], name: str, image_source: str, source: str) -> Sample:
         objects, image = _as_rows(row[OBJECTS_COLUMN]), row[self._image_column]
@@ -260,12 +282,22 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
         splits = datasets.load_from_disk(path)
         if split not in splits:
             raise ValueError(f"{path} has no split '{split}'. Its splits are: {', '.join(splits)}.")
-        return splits[split].to_iterable_dataset() if streaming else splits[split]
+        if not streaming:
+            return splits[split]
+        # For the worker processes to share, and in another order in each pass.
+        return splits[split].to_iterable_dataset(num_shards=max(1, min(NUM_SHARDS, len(splits[split]))))
     if (Path(path) / "state.json").is_file():
         raise ValueError(
             f"{path} holds a single data set without splits. Save a DatasetDict with the split '{split}' instead."
         )
     try:
+        if not streaming:
+            # `datasets` would download and prepare all splits.
+            builder = datasets.load_dataset_builder(path)
+            files = (builder.config.data_files or {}).get(split)
+            if builder.name == "parquet" and files:
+                data_files, features = {split: [glob.escape(file) for file in files]}, builder.info.features
+                return datasets.load_dataset("parquet", data_files=data_files, features=features, split=split)
         return datasets.load_dataset(path, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError):
         raise
@@ -302,7 +334,7 @@ def _check_column(dataset: Any, column: str) -> None:
     if column not in dataset.column_names:
         raise ValueError(f"The data set has no column '{column}'. Its columns are: {', '.join(dataset.column_names)}.")
     feature = dataset.features[column]
-    if not isinstance(feature, datasets.Image) or not feature.decode:
+    if not isinstance(feature, datasets.Image):
         raise ValueError(
             f"Column '{column}' has the feature {feature}, but images are needed. If it holds encoded images or "
             f"paths, use dataset.cast_column('{column}', datasets.Image())."

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -15,6 +16,9 @@ from ..image_processing_maskformer_images import to_rgb as convert_to_rgb
 
 # 1 bit, 8 bit, 8 bit with a palette (whose indices are the labels), 16 bit in three byte orders, 32 bit.
 MODES_OF_SEGMENTATION_MAPS = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")
+
+# Where an image's `info` says that it was stored with so many bits of grey, which Pillow spreads over 0 to 255.
+BITS = "hf_maskformer_bits"
 
 MAX_MASK_BYTES = 8 * 10**9
 
@@ -68,11 +72,20 @@ def load_image(path: Path) -> Image.Image:
     """Reads and decodes an image file completely, or raises a ValueError that names it."""
     try:
         # From memory, so that no handle stays open in a long-lived worker, whatever the format.
-        image = open_image(io.BytesIO(path.read_bytes()))
-        image.load()
+        return decode_image(path.read_bytes())
     # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an image ({error}). Replace the file or remove it.") from error
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """The image in a file, as it is stored, upright or not. Raises errors of Pillow, of many kinds."""
+    image: Any = open_image(io.BytesIO(content))
+    # Of a loaded image Pillow no longer says it.
+    bits = re.match("L;([24])", str(np.ravel(image.tile[0][3])[0])) if image.mode == "L" and image.tile else None
+    image.load()
+    if bits is not None:
+        image.info[BITS] = int(bits[1])
     return image
 
 
@@ -140,6 +153,13 @@ def to_rgb(image: Image.Image, source: str) -> Image.Image:
         raise ValueError(f"{source} cannot be taken as a picture: {error}") from error
 
 
+def stored_values(image: Image.Image) -> np.ndarray:
+    """The values (H, W) or (H, W, C) of an image of `decode_image` as the file holds them."""
+    values = np.array(image)
+    bits = image.info.get(BITS)
+    return values if bits is None else values // (255 // (2**bits - 1))
+
+
 def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:
     if image.mode not in MODES_OF_SEGMENTATION_MAPS:
         raise ValueError(
@@ -147,4 +167,4 @@ def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:
             "channel that holds the class of each pixel. Convert its colours to class indices."
         )
     # uint16 has hardly any operators in torch, hence int32 for whatever exceeds 8 bits.
-    return np.array(image, dtype=np.uint8 if image.mode in ("1", "L", "P") else np.int32)
+    return stored_values(image).astype(np.uint8 if image.mode in ("1", "L", "P") else np.int32)

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from .labels import LabelSet, shorten
+from .sample import stored_values
 
 # The first id in the map of a sample. It lies above every 8-bit value, so that no segment has the ignored one.
 FIRST_ID = 256
@@ -15,8 +16,11 @@ Segments = tuple[np.ndarray, dict[int, int], tuple[int, ...]]
 
 
 def read_ids(image: Image.Image, source: str) -> np.ndarray:
-    """The ids (H, W) in an image of one integer channel, or of three: red + 256 green + 65536 blue, as in COCO."""
-    values = np.asarray(image)
+    """The ids (H, W) in an image of one integer channel, or of colours: red + 256 green + 65536 blue, as in COCO."""
+    if image.mode == "P":
+        # Colours, which something has stored in less space.
+        image = image.convert("RGB")
+    values = stored_values(image)
     if image.mode == "RGB":
         channels = values.astype(np.int32)
         return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]

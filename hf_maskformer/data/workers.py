@@ -1,7 +1,8 @@
 """What is said when a process that reads data dies."""
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 DEAD_WORKER = "DataLoader worker"  # how torch's message begins
 
@@ -19,6 +20,11 @@ def dead_workers_named(num_workers: int) -> Iterator[None]:
         is_cut_off = isinstance(error, ConnectionError | EOFError) and not str(error).startswith("Caught")
         if not num_workers or not (is_cut_off or str(error).startswith(DEAD_WORKER)):
             raise
+        if is_cut_off:
+            # When the system tells of the death, torch raises too, whatever runs then.
+            with suppress(RuntimeError):
+                for _ in range(20):
+                    time.sleep(0.1)
         raise ChildProcessError(
             f"One of the {num_workers} processes that read data died ({error}). Most often memory was short and the "
             "system killed it: take fewer of them (--dataloader_num_workers in training, --num_workers in evaluation) "

@@ -9,6 +9,7 @@ from transformers import EvalPrediction
 from ..data.labels import LabelSet
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentationOutput
+from ..modeling_per_pixel_baseline import PerPixelBaselineOutput
 from .report import scalars
 from .tasks import TASKS, Task, as_prediction, metric_for, segments_of
 
@@ -48,31 +49,46 @@ class ComputeMetrics:
         self._metric: Any = metric_for(self._task, LabelSet(labels.id2label, IGNORED, thing_ids=labels.thing_ids))
 
     @staticmethod
-    def logits(outputs: Any, labels: Any = None) -> tuple[Tensor, Tensor]:
-        """What `Trainer` shall keep of the outputs, as its `preprocess_logits_for_metrics`: the first two."""
-        return outputs[0], outputs[1]
+    def logits(outputs: Any, labels: Any = None) -> tuple[Tensor, Tensor] | Tensor:
+        """What `Trainer` shall keep of the outputs, as its `preprocess_logits_for_metrics`.
+
+        The logits of classes (B, Q, K + 1) and masks (B, Q, h, w); of a per-pixel baseline its logits (B, K, h, w).
+        """
+        if isinstance(outputs, Tensor):  # the only one, which Trainer takes out of its tuple
+            return outputs
+        return outputs[0] if outputs[0].ndim == 4 else (outputs[0], outputs[1])
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
         """Counts a batch, and with `compute_result` gives the figures of all of them.
 
-        Raises a ValueError if `Trainer` gives no `compute_result`, since it then gives all predictions at once.
+        Raises a ValueError if `Trainer` gives no `compute_result`, since it then gives all predictions at once, and for
+        a per-pixel baseline if the task is not semantic.
         """
         if compute_result is None:
             raise ValueError(
                 "Trainer gives the predictions of all batches at once, but segmentations are counted batch by batch. "
                 "Set batch_eval_metrics=True in TrainingArguments."
             )
-        class_logits, mask_logits = (torch.as_tensor(logits) for logits in prediction.predictions[:2])
         targets: Any = prediction.label_ids
-        mask_labels, class_labels = targets
-        size = torch.tensor([_size(masks) for masks in mask_labels])
-        outputs = MaskFormerForInstanceSegmentationOutput(
-            class_queries_logits=class_logits, masks_queries_logits=mask_logits, image_sizes=size, padded_sizes=size
-        )
+        if isinstance(prediction.predictions, tuple):
+            mask_labels, class_labels = targets
+            size = torch.tensor([_size(masks) for masks in mask_labels])
+            class_logits, mask_logits = (torch.as_tensor(logits) for logits in prediction.predictions)
+            outputs: Any = MaskFormerForInstanceSegmentationOutput(
+                class_queries_logits=class_logits, masks_queries_logits=mask_logits, image_sizes=size, padded_sizes=size
+            )
+            references = [self._reference(*image) for image in zip(mask_labels, class_labels, strict=True)]
+        else:
+            if self._task != "semantic":
+                raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {self._task}.")
+            maps = torch.as_tensor(targets)
+            size = torch.tensor([_size(label_map) for label_map in maps])
+            logits = torch.as_tensor(prediction.predictions)
+            outputs = PerPixelBaselineOutput(logits=logits, image_sizes=size, padded_sizes=size)
+            references = list(maps.where((maps >= 0) & (maps < logits.shape[1]), IGNORED))
         results = segments_of(outputs, self._image_processor, None, self._task)
         self._metric.add_batch(
-            predictions=[as_prediction(result, self._task) for result in results],
-            references=[self._reference(*image) for image in zip(mask_labels, class_labels, strict=True)],
+            predictions=[as_prediction(result, self._task) for result in results], references=references
         )
         return scalars(self._metric.compute()) if compute_result else {}
 

@@ -49,8 +49,8 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
     says. Options are those of the subtask's post-processing and have its defaults: `threshold` and the like, `mode`
     (semantic), `top_k` and `min_area` (instance), `label_ids_to_fuse` (panoptic). `progress_bar` shows one over many
     images. Of a batch, images of one shape go through the model together: none is padded for the sake of another, so
-    results do not depend on what else is in the batch. With `num_workers` so many threads read and prepare the images
-    of the next batch meanwhile.
+    results do not depend on what else is in the batch. With `num_workers` so many threads read and prepare the next
+    images meanwhile, as many as a batch has or one each.
 
     Returns, for each image, a list of segments:
 
@@ -126,7 +126,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             index, image = numbered
             return self.preprocess(image, timeout=preprocess_params.get("timeout"), index=index)
 
-        prepared = _prepared_ahead(prepare, enumerate(images), num_workers, batch_size)
+        prepared = _prepared_ahead(prepare, enumerate(images), num_workers, max(batch_size, num_workers))
         with tqdm(
             total=total, desc="Segmenting", unit="image", disable=not preprocess_params.get("progress_bar")
         ) as progress:

@@ -10,6 +10,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 from .heads import Logits, Panoptic, PerPixelLogits, Semantic
@@ -42,7 +43,8 @@ def export_model(
         folder: Where to; made if missing.
         format: "onnx" gives `model.onnx`, "torch_export" gives `model.pt2`.
         task: What the file computes from `pixel_values` (B, 3, H, W); see `heads`.
-        size: (H, W) of all images. By default any size of at least 33 pixels each way. The batch may be of any size.
+        size: (H, W) of all images. By default any size of at least 33 pixels each way, with a ResNet or Swin; with
+            other backbones what their code allows. The batch may be of any size.
         output_size: (height, width) of the segmentation; by default that of the images.
         thresholds: Of `Panoptic`; by default the image processor's `panoptic_thresholds`.
 
@@ -50,7 +52,8 @@ def export_model(
         The path of the file.
 
     Raises:
-        ValueError: Format or task is unknown, the model does not do the task, or a size is too small.
+        ValueError: Format or task is unknown, the model does not do the task, a size is too small, or there is none
+            for a plain vision transformer.
         ImportError: What ONNX needs is not installed.
     """
     if format not in get_args(Format):
@@ -59,6 +62,8 @@ def export_model(
         check_installed("onnx", "onnxscript")
     if size is not None and min(size) < SMALLEST_SIDE:
         raise ValueError(f"size is {tuple(size)}, but both sides must have at least {SMALLEST_SIDE} pixels.")
+    if size is None and any(isinstance(module, SimpleFeaturePyramid) for module in model.modules()):
+        raise ValueError("The backbone cuts images into whole patches, so that it does not take any size. Give size.")
     if output_size is not None and min(output_size) < 1:
         raise ValueError(f"output_size is {tuple(output_size)}, but height and width must be positive.")
     head = build_head(model.eval(), image_processor, task, output_size, **thresholds)

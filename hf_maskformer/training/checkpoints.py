@@ -51,6 +51,18 @@ def way_on(folder: str | None) -> str:
 
 
 @contextmanager
+def named_if_not_written(folder: Path, output_dir: str | None) -> Iterator[None]:
+    """Raises an OSError that names the folder and the way on, if the writing of a model to it fails."""
+    try:
+        yield
+    # As below.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise OSError(
+            f"The model cannot be written to {folder} ({error}). See that there is room. {way_on(output_dir)}."
+        ) from error
+
+
+@contextmanager
 def removed_if_cut_off(checkpoint: Path, output_dir: str | None) -> Iterator[None]:
     """Removes a checkpoint whose writing fails, as on a full disk, and raises an OSError that names the way on."""
     try:

@@ -1,6 +1,7 @@
 """`Trainer` with the paper's parameter groups, its loss terms in the log and evaluation by the task's own metric."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,15 @@ from ..hub.publishing import publish
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
 from .arguments import MaskFormerTrainingArguments
-from .checkpoints import check_writable, is_whole, last_whole_checkpoint, removed_if_cut_off, way_on
-from .checks import check_classes, check_metric_for_best_model, check_weights
+from .checkpoints import (
+    check_writable,
+    is_whole,
+    last_whole_checkpoint,
+    named_if_not_written,
+    removed_if_cut_off,
+    way_on,
+)
+from .checks import check_classes, check_eval_classes, check_metric_for_best_model, check_weights
 from .epochs import EpochCallback
 from .interruption import EXIT_INTERRUPTED, InterruptionCallback
 from .loss_terms import LossTerms
@@ -74,6 +82,9 @@ class MaskFormerTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         check_model(self.task, model)
         check_classes(model, self.train_dataset, getattr(self.data_collator, "image_processor", self.processing_class))
+        is_dict = isinstance(self.eval_dataset, dict)
+        for eval_dataset in self.eval_dataset.values() if is_dict else [self.eval_dataset]:
+            check_eval_classes(self.train_dataset, eval_dataset)
         # Trainer's own default stacks the fields of samples, which have images of all sizes.
         if self.data_collator is default_data_collator and kwargs.get("data_collator") is None:
             self.data_collator = MaskFormerDataCollator(self.processing_class, target_format=target_format(model))
@@ -200,19 +211,25 @@ class MaskFormerTrainer(Trainer):
 
         With `push_to_hub`, `Trainer` publishes what it saves; here only where `hub_strategy` says more than "end".
 
-        Raises a ValueError, and writes nothing, if a weight is NaN or infinite.
+        Raises:
+            ValueError: a weight is NaN or infinite; nothing is written.
+            OSError: the folder cannot be written, as on a full disk.
         """
         assert self.model is not None
         check_weights(self.model, self.state.global_step, self.args.output_dir)
-        if self.args.should_save:
-            folder = self._folder if output_dir is None else Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string())
+        folder = self._folder if output_dir is None else Path(output_dir)
         is_checkpoint = _internal_call and output_dir is not None
         if self.is_fsdp_enabled and not is_checkpoint:
             # What from_pretrained reads, also where checkpoints are saved in the shards of the processes.
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        super().save_model(output_dir, _internal_call or self.args.hub_strategy == HubStrategy.END)
+        # Of a checkpoint, `_save_checkpoint` says more.
+        with nullcontext() if is_checkpoint else named_if_not_written(folder, self.args.output_dir):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "training_args.json").write_text(self.args.to_json_string())
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call and self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -304,6 +321,7 @@ class MaskFormerTrainer(Trainer):
             return {name: value for part in parts for name, value in part.items()}
         if eval_dataset is None:
             raise ValueError("There is nothing to evaluate on. Give eval_dataset to evaluate or to the trainer.")
+        check_eval_classes(self.train_dataset, eval_dataset)
         figures = evaluate(
             self._whole_model(),
             self.processing_class,
