@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_maskformer import MaskFormerConfig
 from .loss_maskformer import MaskFormerLoss
@@ -113,6 +113,8 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
             RuntimeError: Weights have another shape than the model's.
         """
         check_weight_indices(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            kwargs["config"] = own_config(kwargs["config"])
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # What transformers passes on of the readers of weights and of their index.
@@ -148,6 +150,7 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
     """MaskFormer without its heads: pixel embeddings and decoded queries."""
 
     def __init__(self, config: MaskFormerConfig) -> None:
+        config = own_config(config)
         super().__init__(config)
         self.pixel_level_module = PixelLevelModule(config)
         memory_channels = self.pixel_level_module.decoder.memory_channels
@@ -200,6 +203,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: MaskFormerConfig) -> None:
+        config = own_config(config)
         super().__init__(config)
         hidden_size = config.decoder_config.d_model
         num_labels: int = config.num_labels  # type: ignore[assignment]  # the configuration insists on classes
@@ -353,6 +357,12 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             image_sizes=image_sizes,
             padded_sizes=padded_sizes,
         )
+
+
+def own_config(config: Any) -> Any:
+    """A configuration of transformers' MaskFormer, as `AutoConfig` gives it, as one of ours; others as they are."""
+    is_stock = config.model_type == MaskFormerConfig.model_type and not isinstance(config, MaskFormerConfig)
+    return MaskFormerConfig.from_dict(config.to_dict()) if is_stock else config
 
 
 def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:

@@ -122,6 +122,13 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
                 check_samples(train_dataset)
             check_samples(eval_dataset)
 
+    output = Path(training.output_dir)
+    if training.process_index == 0 and not training.resume_from_checkpoint and (output / "config.json").is_file():
+        print(
+            f"warning: {output} holds a model already, which this run replaces. Name another folder by --output_dir, "
+            "or go on with it by --resume_from_checkpoint auto.",
+            file=sys.stderr,
+        )
     if data.streaming:
         train_dataset = train_dataset.shuffle(training.seed)
     set_seed(training.seed)
@@ -149,6 +156,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     trainer.create_model_card(**card)
     if training.push_to_hub:
         trainer.push_to_hub(**card)
+    if training.process_index == 0:
+        print(f"The model is in {output}.")
 
 
 def leave_processes() -> None:

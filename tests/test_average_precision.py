@@ -153,6 +153,7 @@ BAD = [
     (objects([FIRST], labels=[1], scores=[1.0]), r"prediction contains label 1, but there are 1 labels \(0 to 0\)"),
     (objects([FIRST], scores=[1.0, 0.5]), "prediction has 2 scores for 1 masks"),
     (objects([FIRST], labels=[0, 0], scores=[1.0]), "prediction has 2 labels for 1 masks"),
+    ({"masks": [FIRST], "labels": [0]}, "The prediction has no scores, but masks, labels"),
     (objects([FIRST], scores=[math.nan]), "score that is not finite"),
     ({"masks": np.full((1, *SIZE), 0.3), "labels": [0], "scores": [1.0]}, "values other than 0 and 1"),
     ({"masks": FIRST, "labels": [0], "scores": [1.0]}, r"shape \(40, 40\), but \(N, height, width\) is due"),

@@ -48,11 +48,11 @@ def test_samples_with_and_without_id_table_do_not_mix():
 
 
 @pytest.mark.parametrize("error", [ValueError("label 7"), KeyError(7), TypeError("float")])
-def test_a_failure_of_the_image_processor_names_the_samples(error):
+def test_a_failure_of_the_image_processor_names_the_sample(error):
     def failing_processor(**arguments):
         raise error
 
-    with pytest.raises(ValueError, match=f"The batch of a, b cannot be built: .*{error.args[0]}") as caught:
+    with pytest.raises(ValueError, match=f"The batch of a cannot be built: .*{error.args[0]}") as caught:
         MaskFormerDataCollator(failing_processor)([make_sample("a"), make_sample("b")])
     assert caught.value.__cause__ is error
 
@@ -76,7 +76,7 @@ def test_a_label_outside_the_classes_is_named_with_its_sample():
 
 
 def test_samples_whose_fields_the_trainer_removed_are_named():
-    with pytest.raises(ValueError, match=r"no segmentation_map, name\. With Trainer, set remove_unused_columns=False"):
+    with pytest.raises(ValueError, match=r"no segmentation_map, name, but image\. Open the data by a reader"):
         MaskFormerDataCollator(MaskFormerImageProcessor())([{"image": None}])
 
 

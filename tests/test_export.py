@@ -66,6 +66,38 @@ def test_the_semantic_head_gives_what_post_processing_gives():
         assert (found == torch.stack(expected)).float().mean() > 0.999
 
 
+class GivenLogits(Logits):
+    """Twelve queries, ten of which are kept; the image holds the mask logits."""
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        labels = torch.arange(12) % 4
+        labels[10:] = 4  # no object
+        classes = torch.nn.functional.one_hot(labels, 5) * 4 + torch.arange(12)[:, None] / 100
+        return classes.expand(len(pixel_values), -1, -1), torch.cat(
+            [pixel_values[..., row::4, row::4] for row in range(4)], dim=1
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head", "post_process"), [(Semantic, semantic_segmentation), (Panoptic, panoptic_segmentation)]
+)
+@torch.no_grad()
+def test_onnx_runtime_gives_pixels_that_no_query_wants_to_the_same_one(head, post_process, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    logits, sizes = GivenLogits(tiny_model()), torch.tensor([[64, 96]] * 2)
+    settings = {} if head is Semantic else {"overlap_mask_area_threshold": 0.0}
+    pixel_values = torch.randn(2, 3, 64, 96) * 5 - torch.linspace(0, 60, 96)
+    program = torch.onnx.export(head(logits, **settings), (pixel_values,), input_names=["pixel_values"], dynamo=True)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    found, *_ = session.run(None, {"pixel_values": pixel_values.numpy()})
+    results = post_process(*logits(pixel_values), sizes, sizes, **settings)
+    expected = torch.stack([result if head is Semantic else result["segmentation"] for result in results])
+    assert len(expected.unique()) > 3
+    assert (torch.from_numpy(found) == expected).float().mean() > 0.999
+
+
 @pytest.mark.parametrize("ids", [[4], [99], [-2], []])
 def test_ids_to_fuse_that_are_no_labels_fuse_nothing(ids, image_processor):
     image_processor.label_ids_to_fuse = ids

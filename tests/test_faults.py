@@ -203,7 +203,7 @@ def damage(root, fault):
         ("truncated", r"images/train/scene_00001\.png cannot be read"),
         ("truncated map", r"annotations/train/scene_00001\.png cannot be read"),
         ("size", r"annotations/train/scene_00001\.png is 32 x 32 .*scene_00001\.png is 64 x 64"),
-        ("label", r"scene_00001.*77"),
+        ("label", r"The batch of scene_00001 cannot be built: .*contains the value 77"),
     ],
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -214,3 +214,12 @@ def test_a_fault_that_nobody_looked_for_is_named_in_training(tmp_path, fault, me
     trainer = our_trainer(tmp_path / "run", dataset, dataloader_num_workers=num_workers)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_a_label_that_nobody_looked_for_is_named_in_evaluation(tmp_path):
+    write_generated_scenes(tmp_path / "data", num_train=4, num_val=1, image_size=(64, 64))
+    dataset = SegmentationFolder(tmp_path / "data", "train")
+    damage(tmp_path / "data", "label")
+    trainer = our_trainer(tmp_path / "run", dataset, per_device_eval_batch_size=1)
+    with pytest.raises(ValueError, match=r"^Of the sample scene_00001: A reference contains label 77"):
+        trainer.evaluate(dataset)

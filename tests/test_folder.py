@@ -190,6 +190,15 @@ def test_a_folder_without_images_is_refused(root):
         SegmentationFolder(root, "train")
 
 
+def test_label_files_of_another_format_are_named(root):
+    for path in (root / "annotations/train").iterdir():
+        path.rename(path.with_suffix(".jpg"))
+    with pytest.raises(
+        FileNotFoundError, match=r"annotations/train holds no label file \(.png, .*\), but a\.jpg, b\.jpg"
+    ):
+        SegmentationFolder(root, "train")
+
+
 def test_a_missing_classes_json_is_named(root):
     (root / "classes.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"classes.json does not exist. Write the classes there"):

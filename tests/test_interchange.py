@@ -8,7 +8,7 @@ import transformers
 from models import convnext_config, resnet_config, swin_config, swinv2_config, tiny_config
 from transformers import ResNetConfig, SwinConfig
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerModel
+from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerModel
 
 
 def basic_resnet_config() -> ResNetConfig:
@@ -119,3 +119,20 @@ def test_a_whole_model_made_of_a_base_model_says_that_its_heads_are_new(tmp_path
     assert not unexpected
     assert not mismatched
     assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in whole.model.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", [resnet_config, swin_config])
+def test_a_configuration_of_transformers_makes_our_model(backbone, tmp_path):
+    config = transformers.MaskFormerConfig(backbone_config=backbone(), decoder_config=tiny_config().decoder_config)
+    config.id2label = {0: "sky", 1: "road"}
+    for model in (MaskFormerForInstanceSegmentation(config), MaskFormerModel(config)):
+        assert isinstance(model.config, MaskFormerConfig)
+        assert model.config.id2label == {0: "sky", 1: "road"}
+    expected = MaskFormerForInstanceSegmentation(config).eval()
+    expected.save_pretrained(tmp_path)
+    stock = transformers.MaskFormerConfig.from_pretrained(tmp_path)
+    found = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, config=stock).eval()
+    assert isinstance(found.config, MaskFormerConfig)
+    pixel_values = torch.randn(1, 3, 64, 96)
+    assert torch.equal(found(pixel_values).masks_queries_logits, expected(pixel_values).masks_queries_logits)

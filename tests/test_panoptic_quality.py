@@ -159,6 +159,11 @@ BAD = {
     r"Segment 1 of the .* has label 2, but there are 2 labels \(0 to 1\)": image([[1, 1]], {1: 2}),
     "lists a segment with id 0; ids count from 1": image([[0, 1]], {0: THING, 1: THING}),
     "lists id 1 twice": {**image([[1, 1]], {1: THING}), "segments_info": [{"id": 1, "label_id": 0}] * 2},
+    "has no segments_info, but segmentation": {"segmentation": np.ones((1, 2), np.int32)},
+    "has no label_id, but id, category_id": {
+        "segmentation": np.ones((1, 2), np.int32),
+        "segments_info": [{"id": 1, "category_id": 0}],
+    },
     "holds float32": {**image([[1, 1]], {1: THING}), "segmentation": np.ones((1, 2), np.float32)},
     "Resize the prediction to the reference": image([[1], [1]], {1: THING}),
 }

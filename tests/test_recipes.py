@@ -340,6 +340,14 @@ def test_a_dry_run_of_a_configuration_needs_no_recipe(scenes, tmp_path, capsys):
     assert "3 epochs of 4 images, about 3 steps." in output
 
 
+def test_a_dry_run_refuses_a_checkpoint_of_other_classes_as_the_run_does(scenes, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    MaskFormerImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has 4 classes, but the data has 19\. Pass reinitialize_head=True"):
+        dry_run(f"--checkpoint={tmp_path}", f"--data={scenes}")
+    dry_run(f"--checkpoint={tmp_path}", f"--data={scenes}", "--reinitialize_head=true")
+
+
 def test_a_preset_trains_from_a_file_of_its_backbone_and_fine_tunes_a_checkpoint(scenes, tmp_path, monkeypatch):
     sizes = {"embedding_size": 8, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
     monkeypatch.setitem(presets.BACKBONES, "r101", (ResNetConfig, sizes))

@@ -95,9 +95,10 @@ def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataRepor
 
 
 def missing_classes(report: DataReport, labels: LabelSet) -> str:
-    """Says which classes have no pixel in any sample; empty if all have."""
+    """Says which classes have no pixel in any sample; empty if all have, or where problems were found."""
     missing = [labels.id2label[label] for label in np.flatnonzero(report.pixels == 0).tolist()]
-    if not missing:
+    # Of samples with a problem nothing is counted.
+    if not missing or report.problems:
         return ""
     return (
         f"{len(missing)} of {labels.num_labels} classes have no pixel in any of {report.num_samples} samples: "

@@ -59,6 +59,8 @@ class MaskFormerDataCollator:
         try:
             return self._from_masks(samples) if form == "masks" else self._from_maps(samples)
         except (KeyError, TypeError, ValueError) as error:
+            for sample in samples if len(samples) > 1 else ():
+                self([sample])  # if it is a single one that is wrong, its name is said
             raise ValueError(f"The batch of {names} cannot be built: {error}") from error
 
     def _from_maps(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -105,8 +107,9 @@ def _common_form(samples: Sequence[Sample]) -> str:
         )
     if missing:
         raise ValueError(
-            f"The samples have no {', '.join(missing)}. With Trainer, set remove_unused_columns=False, so "
-            "that it leaves the fields of the samples alone."
+            f"The samples have no {', '.join(missing)}, but {', '.join(samples[0])}. Open the data by a reader of "
+            "hf_maskformer.data, such as SegmentationColumns for a `datasets` data set, or give the fields these names "
+            "(docs/data.md). With transformers' Trainer, set remove_unused_columns=False, which leaves them alone."
         )
     return form
 

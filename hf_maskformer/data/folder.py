@@ -106,6 +106,11 @@ class SegmentationFolder(SegmentationFiles):
         map_files = files_by_name(map_folder, MAP_SUFFIXES)
         if not image_files:
             raise FileNotFoundError(f"{image_folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        if not map_files:
+            raise FileNotFoundError(
+                f"{map_folder} holds no label file ({', '.join(MAP_SUFFIXES)}), but {_listed(map_folder)}. Other "
+                "formats, such as JPEG, would change labels."
+            )
         label_source = str(classes or Path(root) / "classes.json")
         super().__init__(image_files, map_files, LabelSet.from_json(label_source), label_source)
 

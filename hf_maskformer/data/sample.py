@@ -82,7 +82,9 @@ def decode_image(content: bytes) -> Image.Image:
     """The image in a file, as it is stored, upright or not. Raises errors of Pillow, of many kinds."""
     image: Any = open_image(io.BytesIO(content))
     # Of a loaded image Pillow no longer says it.
-    bits = re.match("L;([24])", str(np.ravel(image.tile[0][3])[0])) if image.mode == "L" and image.tile else None
+    arguments = image.tile[0][3] if image.mode == "L" and image.tile else ""
+    raw_mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
+    bits = re.match("L;([24])", str(raw_mode))
     image.load()
     if bits is not None:
         image.info[BITS] = int(bits[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .recall_and_precision import AREAS, RECALLS, THRESHOLDS, curve, is_outside, match
-from .segmentation_maps import in_pairs
+from .segmentation_maps import check_fields, in_pairs
 
 # A run-length encoding of COCO: "size", (height, width), and "counts", compressed to text or bytes, or a list.
 RunLengths: TypeAlias = Mapping[str, Any]
@@ -70,6 +70,8 @@ class AveragePrecision:
         Raises a ValueError if lengths or sizes do not agree, a label is unknown, a score is not finite or a mask is
         not binary.
         """
+        check_fields(prediction, "prediction", ("masks", "labels", "scores"))
+        check_fields(reference, "reference", ("masks", "labels"))
         masks, labels, areas, size = self._read_objects(prediction, "prediction")
         scores = np.array(_to_list(prediction["scores"], "scores", len(masks), "prediction"), dtype=np.float64)
         if not np.isfinite(scores).all():

@@ -92,7 +92,12 @@ def evaluate(
                         results = [_averaged(model, image_processor, image) for _, _, image in samples]
                 else:
                     results = predict_batch(model, image_processor, batch, sizes, task, autocast)
-                metric.add_batch(predictions=[as_prediction(result, task) for result in results], references=references)
+                predictions = [as_prediction(result, task) for result in results]
+                try:
+                    metric.add_batch(predictions=predictions, references=references)
+                except ValueError as error:
+                    names = ", ".join(name for _, name, _ in samples)
+                    raise ValueError(f"Of the sample {names}: {error}") from error
                 if on_result is not None:
                     for (index, name, _), result in zip(samples, results, strict=True):
                         on_result(index, name, result)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .segmentation_maps import flag_run_ends, in_pairs, pairs_with_counts, to_tensors
+from .segmentation_maps import check_fields, flag_run_ends, in_pairs, pairs_with_counts, to_tensors
 
 VOID = 0
 
@@ -100,7 +100,9 @@ class PanopticQuality:
     def _read_segments(self, image: Mapping[str, Any], role: str) -> "_Segments":
         ids: list[int] = []
         labels: list[int] = []
+        check_fields(image, role, ("segmentation", "segments_info"))
         for segment in image["segments_info"]:
+            check_fields(segment, f"segments_info of the {role}", ("id", "label_id"))
             segment_id, label = int(segment["id"]), int(segment["label_id"])
             if segment_id <= VOID:
                 raise ValueError(f"The {role} lists a segment with id {segment_id}; ids count from 1, and 0 is void.")

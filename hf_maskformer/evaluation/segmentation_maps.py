@@ -36,6 +36,13 @@ def to_numpy(values: Any) -> np.ndarray:
     return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
 
 
+def check_fields(fields: Any, role: str, names: Sequence[str]) -> None:
+    """Raises a ValueError unless a dictionary of a prediction or reference has these fields."""
+    missing = [name for name in names if name not in fields]
+    if missing:
+        raise ValueError(f"The {role} has no {', '.join(missing)}, but {', '.join(map(str, fields))}.")
+
+
 def in_pairs(predictions: Iterable[Any], references: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """Goes through a batch image by image. Raises a ValueError, before the first, if their numbers differ."""
     predictions, references = list(predictions), list(references)

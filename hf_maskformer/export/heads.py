@@ -65,7 +65,7 @@ class Semantic(nn.Module):
         else:
             class_logits, mask_logits = self.logits(pixel_values)
             probabilities = class_logits.float().softmax(-1)[..., :-1]
-            masks = resize(mask_logits.float(), (height, width)).sigmoid()
+            masks = sigmoid(resize(mask_logits.float(), (height, width)))
             scores = torch.einsum("bqk,bqhw->bkhw", probabilities, masks)
         if self.output_size is not None:
             scores = resize(scores, self.output_size)
@@ -118,9 +118,9 @@ class Panoptic(nn.Module):
         masks = resize(mask_logits.float(), pixel_values.shape[-2:])
         if self.output_size is not None:
             masks = resize(masks, self.output_size)
-        masks = masks.sigmoid()
+        masks = sigmoid(masks)
         # No query that is left out wins a pixel of one that is kept.
-        claims = torch.where(is_kept, scores, -1.0)[..., None, None] * masks
+        claims = torch.where(is_kept[..., None, None], scores[..., None, None] * masks, -1.0)
         owners = claims.argmax(1)  # (B, H, W)
         queries = torch.arange(mask_logits.shape[1], device=owners.device)
         won_areas = (owners[:, None] == queries[:, None, None]).flatten(2).sum(-1)
@@ -142,3 +142,9 @@ class Panoptic(nn.Module):
 
 def resize(logits: Tensor, size: Size | torch.Size) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """ONNX Runtime's own loses digits below -11, and all at -18, by which pixels that no query wants are given away."""
+    small = (-logits.abs()).exp()
+    return torch.where(logits >= 0, 1.0, small) / (1.0 + small)

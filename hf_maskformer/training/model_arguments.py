@@ -13,6 +13,7 @@ from .recipes import check_data, recipe_image_processor
 from .starting_point import (
     Model,
     check_backbone,
+    check_classes_of_checkpoint,
     image_processor_for,
     load_backbone_weights,
     model_class_of,
@@ -116,7 +117,13 @@ class ModelArguments:
         return model
 
     def planned_config(self, labels: LabelSet | None) -> Config:
-        """The configuration of that model, without reading weights; None are the classes that it has of itself."""
+        """The configuration of that model, without reading weights; None are the classes that it has of itself.
+
+        Raises what `pretrained_model` does of a checkpoint with other classes.
+        """
+        if self.checkpoint is not None and labels is not None:
+            config = model_class_of(self.checkpoint).config_class.from_pretrained(self.checkpoint)
+            check_classes_of_checkpoint(config, labels, self.checkpoint, self.reinitialize_head)
         names = {} if labels is None else config_label_fields(labels, labels.num_labels)
         source = self.checkpoint or self.config
         if source is not None:

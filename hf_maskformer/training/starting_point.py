@@ -152,12 +152,7 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
     """
     model_class = model_class_of(checkpoint)
     config = model_class.config_class.from_pretrained(checkpoint)
-    if config.num_labels != labels.num_labels and not reinitialize_head:
-        raise ValueError(
-            f"{checkpoint} has {config.num_labels} classes, but the data has {labels.num_labels}. Pass "
-            "reinitialize_head=True (--reinitialize_head true) to train a new class predictor on top of the other "
-            "weights."
-        )
+    check_classes_of_checkpoint(config, labels, checkpoint, reinitialize_head)
     # The classifier's shape hides a change of meaning when only the names differ.
     renamed = renamed_classes(config.id2label, labels)
     if config.num_labels == labels.num_labels and renamed and not reinitialize_head:
@@ -185,6 +180,16 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
     if new:
         logger.warning(f"The class predictor of {checkpoint} is replaced by a random one: {', '.join(new)}.")
     return model
+
+
+def check_classes_of_checkpoint(config: Any, labels: LabelSet, checkpoint: str, reinitialize_head: bool) -> None:
+    """Raises a ValueError if a checkpoint has another number of classes and keeps its class predictor."""
+    if config.num_labels != labels.num_labels and not reinitialize_head:
+        raise ValueError(
+            f"{checkpoint} has {config.num_labels} classes, but the data has {labels.num_labels}. Pass "
+            "reinitialize_head=True (--reinitialize_head true) to train a new class predictor on top of the other "
+            "weights."
+        )
 
 
 def renamed_classes(names: dict[int, str], labels: LabelSet) -> list[str]:
