@@ -361,8 +361,12 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
 
 def own_config(config: Any) -> Any:
     """A configuration of transformers' MaskFormer, as `AutoConfig` gives it, as one of ours; others as they are."""
-    is_stock = config.model_type == MaskFormerConfig.model_type and not isinstance(config, MaskFormerConfig)
-    return MaskFormerConfig.from_dict(config.to_dict()) if is_stock else config
+    if config.model_type != MaskFormerConfig.model_type or isinstance(config, MaskFormerConfig):
+        return config
+    own = MaskFormerConfig.from_dict(config.to_dict())
+    if config._attn_implementation is not None:
+        own._attn_implementation = config._attn_implementation
+    return own
 
 
 def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:

@@ -7,6 +7,7 @@ Letters: B images, h x w feature map of the stage, C its channels, W windows in 
 positions in a window.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,6 +32,9 @@ from .modeling_maskformer_winograd import can_overwrite, is_traced, is_transform
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 SEPARATION = -100.0
+
+# Pairs of positions in the windows of a map, up to which they are kept: 64 MB.
+MAX_KEPT_PAIRS = 2**24
 
 # What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
 # feed-forward network see so many positions at a time that all this stays in the cache. In bfloat16 products are so
@@ -384,7 +388,9 @@ def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch
     """A `WindowGrid`, of an earlier pass if may be: those of a Swin-T at 512 x 512 take some milliseconds."""
     # Asked once: it is true in all threads while one compiles.
     in_graph = is_traced()
-    if in_graph or is_transformed() or torch._C._len_torch_dispatch_stack():
+    is_kept = not (in_graph or is_transformed() or torch._C._len_torch_dispatch_stack())
+    # On accelerators others might use it before it is filled, or after it is freed.
+    if not is_kept or device.type != "cpu" or math.prod(size) * window_size**2 > MAX_KEPT_PAIRS:
         return WindowGrid(size, window_size, shift, device, in_graph)
     return _kept_grid(tuple(size), window_size, shift, device)
 

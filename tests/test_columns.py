@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import zipfile
 import zlib
 
 import datasets
@@ -101,9 +102,43 @@ def test_images_are_read_from_their_paths_too(tmp_path):
         sample = SegmentationColumns(data, labels=LabelSet(ID2LABEL))[0]
         assert sample["image"].getpixel((0, 0)) == (10, 20, 30)
         assert sample["segmentation_map"].tolist() == LABELS.tolist()
+    with zipfile.ZipFile(tmp_path / "label.zip", "w") as archive:
+        archive.write(tmp_path / "label.png", "label.png")
     (tmp_path / "label.png").unlink()
-    with pytest.raises(ValueError, match="row 0, column 'label' cannot be decoded"):
+    with pytest.raises(ValueError, match=r"row 0, column 'label': .*label\.png cannot be read"):
         SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
+    cells["label"] = [f"zip://label.png::{tmp_path / 'label.zip'}"]
+    stream = datasets.Dataset.from_dict(cells, features=features).to_iterable_dataset()
+    [sample] = StreamedColumns(stream, labels=LabelSet(ID2LABEL))
+    assert sample["segmentation_map"].tolist() == LABELS.tolist()
+
+
+def test_streams_that_were_filtered_or_mapped_are_read():
+    stream = make_stream()
+    for changed in (
+        stream.filter(lambda row: row["name"] != "3"),
+        stream.map(lambda row: {"name": row["name"] + "!"}, features=stream.features).filter(
+            lambda row: "3" not in row["name"]
+        ),
+    ):
+        samples = list(StreamedColumns(changed, labels=LabelSet(ID2LABEL)))
+        assert [sample["name"].strip("!") for sample in samples] == list("01245")
+        assert [sample["segmentation_map"].tolist() for sample in samples] == [LABELS.tolist()] * 5
+
+
+def test_ids_are_the_indices_of_a_palette_whose_colours_are_none():
+    labels = Image.fromarray(np.array([[1, 2], [0, 2]], dtype=np.uint8), "P")
+    labels.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    segments_info = [{"id": 1, "category_id": 0}, {"id": 2, "category_id": 1}]
+    integer = datasets.Value("int64")
+    dataset = datasets.Dataset.from_dict(
+        {"image": [Image.new("RGB", (2, 2))], "label": [labels], "segments_info": [segments_info]},
+        features=datasets.Features(
+            image=datasets.Image(), label=datasets.Image(), segments_info=[{"id": integer, "category_id": integer}]
+        ),
+    )
+    sample = SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
+    assert sample["segmentation_map"].tolist() == [[256, 257], [255, 257]]
 
 
 def test_workers_share_the_stream_of_a_saved_data_set(tmp_path, classes_path):

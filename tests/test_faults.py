@@ -129,11 +129,20 @@ def test_a_disk_that_is_full_at_the_end_is_named_with_the_way_on(tmp_path, monke
     trainer.train()
 
     def full(*args, **options):
-        raise error("No space left on device")
+        raise error("PytorchStreamWriter failed: No space left on device")
 
     monkeypatch.setattr(MaskFormerForInstanceSegmentation, "save_pretrained", full)
-    with pytest.raises(OSError, match=r"written to .*final \(No space left.*checkpoint-2 is whole: go on from there"):
+    with pytest.raises(OSError, match=r"written to .*final \(.*No space left.*checkpoint-2 is whole: go on from there"):
         trainer.save_model(str(tmp_path / "final"))
+
+
+def test_what_is_no_matter_of_the_disk_is_not_said_to_be(tmp_path, monkeypatch):
+    def out_of_memory(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MaskFormerForInstanceSegmentation, "save_pretrained", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        our_trainer(tmp_path, max_steps=1).save_model()
 
 
 @pytest.fixture

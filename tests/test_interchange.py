@@ -136,3 +136,5 @@ def test_a_configuration_of_transformers_makes_our_model(backbone, tmp_path):
     assert isinstance(found.config, MaskFormerConfig)
     pixel_values = torch.randn(1, 3, 64, 96)
     assert torch.equal(found(pixel_values).masks_queries_logits, expected(pixel_values).masks_queries_logits)
+    eager = MaskFormerForInstanceSegmentation._from_config(config, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"

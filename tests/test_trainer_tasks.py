@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_per_pixel_baseline import KINDS, tiny_baseline
 from test_training import SCENES, arguments, our_trainer, scenes_model
 from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -207,3 +208,13 @@ def test_ready_made_metrics_read_the_collators_targets(task):
         prediction = truth if task != "instance" else {**truth, "scores": np.ones(len(truth["labels"]))}
         metric.add(prediction=prediction, reference=reference)
     assert metric.compute()[MAIN_FIGURES[task]] == pytest.approx(1.0)
+
+
+def test_ready_made_metrics_take_what_trainer_gives_without_preprocessing():
+    metrics = ComputeMetrics(image_processor_for(SCENES.labels, 64), SCENES.labels)
+    batch = MaskFormerDataCollator(metrics._image_processor)([SCENES[0], SCENES[1]])
+    logits, figures = (torch.randn(2, 5, 9), torch.randn(2, 5, 16, 16)), []
+    targets = (batch["mask_labels"], batch["class_labels"])
+    for predictions in (logits, list(logits), (*logits, torch.randn(2, 5, 9))):
+        figures.append(metrics(EvalPrediction(predictions=predictions, label_ids=targets), compute_result=True))
+    assert figures[0] == figures[1] == figures[2]

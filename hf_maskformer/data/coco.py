@@ -61,7 +61,7 @@ class CocoPanoptic(Dataset[Sample]):
         image_path = self.image_path(index)
         annotation = self._file.annotations(index)[0]
         map_path = self._png_folder / annotation["file_name"]
-        ids = read_ids(load_image(map_path), str(map_path))
+        ids = read_ids(load_image(map_path), annotation["segments_info"], str(map_path))
         segmentation_map, id_to_label, crowd_ids = number_segments(
             ids, annotation["segments_info"], self.labels, str(map_path)
         )

@@ -1,7 +1,6 @@
 """Reads data sets of the `datasets` library, held on disk or streamed, whose columns hold images and labels."""
 
 import glob
-import os
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
@@ -147,6 +146,7 @@ class _RowReader:
         names = dataset.column_names
         self._image_column, self._label_column = image_column, label_column
         self._labels, self._instance_maps = labels, instance_maps
+        self._token = next(iter((getattr(dataset, "_token_per_repo_id", None) or {}).values()), None)
         self._extra_column = None
         if OBJECTS_COLUMN in names and label_column not in names:
             self._label_column = self._extra_column = OBJECTS_COLUMN
@@ -182,7 +182,8 @@ class _RowReader:
         label_image = row[self._label_column]
         if self._extra_column == SEGMENTS_COLUMN:
             segments_info = _as_rows(row[SEGMENTS_COLUMN])
-            segments = number_segments(read_ids(label_image, source), segments_info, self._labels, source)
+            ids = read_ids(label_image, segments_info, source)
+            segments = number_segments(ids, segments_info, self._labels, source)
         elif self._instance_maps:
             segments = split_class_and_instance(label_image, self._labels.ignore_index, source)
         else:
@@ -196,13 +197,23 @@ class _RowReader:
             "crowd_ids": crowd_ids,
         }
 
-    def _decoded(self, cell: dict[str, Any], column: str, index: int) -> Image.Image:
+    def _decoded(self, cell: Any, column: str, index: int) -> Image.Image:
+        from datasets import DownloadConfig
+        from datasets.utils.file_utils import xopen
+
         feature = self._image_features[column]
+        if isinstance(cell, Image.Image):
+            return cell  # a stream's filters and maps have decoded it
+        content = cell["bytes"]
+        if content is None:
+            # Of a stream perhaps in an archive or behind a URL.
+            try:
+                with xopen(cell["path"], "rb", download_config=DownloadConfig(token=self._token)) as file:
+                    content = file.read()
+            except OSError as error:
+                raise ValueError(f"row {index}, column '{column}': {cell['path']} cannot be read ({error}).") from error
         try:
-            content, path = cell["bytes"], cell["path"]
-            if content is None and not os.path.exists(path):
-                return replace(feature, decode=True).decode_example(cell)  # behind a URL
-            image = decode_image(Path(path).read_bytes() if content is None else content)
+            image = decode_image(content)
         # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
         except Exception as error:
             raise ValueError(
@@ -291,8 +302,8 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
             f"{path} holds a single data set without splits. Save a DatasetDict with the split '{split}' instead."
         )
     try:
-        if not streaming:
-            # `datasets` would download and prepare all splits.
+        if not streaming and Path(path).is_dir() and not (Path(path) / "README.md").is_file():
+            # `datasets` would prepare all splits. A README may hold settings.
             builder = datasets.load_dataset_builder(path)
             files = (builder.config.data_files or {}).get(split)
             if builder.name == "parquet" and files:

@@ -15,18 +15,26 @@ FIRST_ID = 256
 Segments = tuple[np.ndarray, dict[int, int], tuple[int, ...]]
 
 
-def read_ids(image: Image.Image, source: str) -> np.ndarray:
-    """The ids (H, W) in an image of one integer channel, or of colours: red + 256 green + 65536 blue, as in COCO."""
-    if image.mode == "P":
-        # Colours, which something has stored in less space.
-        image = image.convert("RGB")
+def read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], source: str) -> np.ndarray:
+    """The ids (H, W) in an image of one integer channel, or of colours: red + 256 green + 65536 blue, as in COCO.
+
+    Of a palette the colours are ids, if all of them are listed; otherwise the palette is there for viewing only.
+    """
     values = stored_values(image)
+    if image.mode == "P":
+        ids = _ids_of_colors(np.asarray(image.convert("RGB")))
+        listed = [segment.get("id") for segment in segments_info if isinstance(segment, Mapping)]
+        return ids if np.isin(ids, [0, *listed]).all() else values.astype(np.int32)
     if image.mode == "RGB":
-        channels = values.astype(np.int32)
-        return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
+        return _ids_of_colors(values)
     if values.ndim == 2 and values.dtype.kind in "bui":
         return values.astype(np.int32)
     raise ValueError(f"{source} has mode {image.mode}; ids of segments are stored as RGB or in one integer channel.")
+
+
+def _ids_of_colors(colors: np.ndarray) -> np.ndarray:
+    channels = colors.astype(np.int32)
+    return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
 
 
 def number_segments(

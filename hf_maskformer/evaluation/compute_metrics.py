@@ -54,7 +54,7 @@ class ComputeMetrics:
 
         The logits of classes (B, Q, K + 1) and masks (B, Q, h, w); of a per-pixel baseline its logits (B, K, h, w).
         """
-        if isinstance(outputs, Tensor):  # the only one, which Trainer takes out of its tuple
+        if not isinstance(outputs, tuple | list):  # the only one, which Trainer takes out of its tuple
             return outputs
         return outputs[0] if outputs[0].ndim == 4 else (outputs[0], outputs[1])
 
@@ -70,10 +70,11 @@ class ComputeMetrics:
                 "Set batch_eval_metrics=True in TrainingArguments."
             )
         targets: Any = prediction.label_ids
-        if isinstance(prediction.predictions, tuple):
+        predictions = self.logits(prediction.predictions)
+        if isinstance(predictions, tuple):
             mask_labels, class_labels = targets
             size = torch.tensor([_size(masks) for masks in mask_labels])
-            class_logits, mask_logits = (torch.as_tensor(logits) for logits in prediction.predictions)
+            class_logits, mask_logits = (torch.as_tensor(logits) for logits in predictions)
             outputs: Any = MaskFormerForInstanceSegmentationOutput(
                 class_queries_logits=class_logits, masks_queries_logits=mask_logits, image_sizes=size, padded_sizes=size
             )
@@ -83,7 +84,7 @@ class ComputeMetrics:
                 raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {self._task}.")
             maps = torch.as_tensor(targets)
             size = torch.tensor([_size(label_map) for label_map in maps])
-            logits = torch.as_tensor(prediction.predictions)
+            logits = torch.as_tensor(predictions)
             outputs = PerPixelBaselineOutput(logits=logits, image_sizes=size, padded_sizes=size)
             references = list(maps.where((maps >= 0) & (maps < logits.shape[1]), IGNORED))
         results = segments_of(outputs, self._image_processor, None, self._task)

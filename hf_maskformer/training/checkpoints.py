@@ -55,8 +55,10 @@ def named_if_not_written(folder: Path, output_dir: str | None) -> Iterator[None]
     """Raises an OSError that names the folder and the way on, if the writing of a model to it fails."""
     try:
         yield
-    # As below.
+    # As below; but errors of a GPU or of other processes, whose weights come together here, are no matter of the disk.
     except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
         raise OSError(
             f"The model cannot be written to {folder} ({error}). See that there is room. {way_on(output_dir)}."
         ) from error

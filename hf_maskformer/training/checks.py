@@ -30,22 +30,27 @@ def check_classes(model: Any, dataset: Any, image_processor: Any) -> None:
 
 
 def check_eval_classes(train_dataset: Any, eval_dataset: Any) -> None:
-    """Raises a ValueError if two data sets that know their classes number them differently.
+    """Raises a ValueError if a class of one data set stands in another place in the other, and both know their classes.
 
     A file of COCO's form for each split may list other categories, or the same in another order.
     """
     try:
-        trained, evaluated = labels_of(train_dataset).id2label, labels_of(eval_dataset).id2label
+        trained, evaluated = ([*labels_of(each).id2label.items()] for each in (train_dataset, eval_dataset))
     except ValueError:
         return
-    if trained != evaluated:
-        label = next(each for each in range(len(trained) + 1) if trained.get(each) != evaluated.get(each))
-        names = [repr(names[label]) if label in names else "none" for names in (evaluated, trained)]
-        raise ValueError(
-            f"Class {label} of {len(evaluated)} is {names[0]} in eval_dataset, but of {len(trained)} {names[1]} in "
-            "train_dataset, so that it would be evaluated as another one. Open both with the same classes "
-            "(--classes classes.json): categories of COCO's files are then matched by name."
-        )
+    places = {_spelt_alike(name): label for label, name in trained}
+    for label, name in evaluated:
+        place = places.get(_spelt_alike(name), label)
+        if place != label:
+            raise ValueError(
+                f"{name!r} is class {label} in eval_dataset, but class {place} in train_dataset, so that it would be "
+                "evaluated as another one. Open both with the same classes (--classes classes.json): categories of "
+                "COCO's files are then matched by name."
+            )
+
+
+def _spelt_alike(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def check_metric_for_best_model(metric: str | None, task: Task) -> None:
