@@ -23,8 +23,8 @@ def read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], sou
     values = stored_values(image)
     if image.mode == "P":
         ids = _ids_of_colors(np.asarray(image.convert("RGB")))
-        listed = [segment.get("id") for segment in segments_info if isinstance(segment, Mapping)]
-        return ids if np.isin(ids, [0, *listed]).all() else values.astype(np.int32)
+        listed = [str(segment.get("id")) for segment in segments_info if isinstance(segment, Mapping)]
+        return ids if set(map(str, np.unique(ids).tolist())) <= {"0", *listed} else values.astype(np.int32)
     if image.mode == "RGB":
         return _ids_of_colors(values)
     if values.ndim == 2 and values.dtype.kind in "bui":
