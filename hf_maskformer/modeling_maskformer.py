@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MaskFormerConfig as StockConfig
+from transformers import PreTrainedModel
 
 from .configuration_maskformer import MaskFormerConfig
 from .loss_maskformer import MaskFormerLoss
@@ -113,7 +114,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
             RuntimeError: Weights have another shape than the model's.
         """
         check_weight_indices(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if isinstance(kwargs.get("config"), PreTrainedConfig):
+        if "config" in kwargs:
             kwargs["config"] = own_config(kwargs["config"])
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -361,7 +362,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
 
 def own_config(config: Any) -> Any:
     """A configuration of transformers' MaskFormer, as `AutoConfig` gives it, as one of ours; others as they are."""
-    if config.model_type != MaskFormerConfig.model_type or isinstance(config, MaskFormerConfig):
+    if not isinstance(config, StockConfig):
         return config
     own = MaskFormerConfig.from_dict(config.to_dict())
     if config._attn_implementation is not None:
