@@ -115,15 +115,12 @@ def test_images_are_read_from_their_paths_too(tmp_path):
 
 def test_streams_that_were_filtered_or_mapped_are_read():
     stream = make_stream()
-    for changed in (
-        stream.filter(lambda row: row["name"] != "3"),
-        stream.map(lambda row: {"name": row["name"] + "!"}, features=stream.features).filter(
-            lambda row: "3" not in row["name"]
-        ),
-    ):
+    filtered = stream.filter(lambda row: row["name"] != "3")
+    mapped = stream.map(lambda row: {"name": row["name"] + "!"}, features=stream.features)
+    for changed, names in ((filtered, ["0", "1", "2", "4", "5"]), (mapped, ["0!", "1!", "2!", "3!", "4!", "5!"])):
         samples = list(StreamedColumns(changed, labels=LabelSet(ID2LABEL)))
-        assert [sample["name"].strip("!") for sample in samples] == list("01245")
-        assert [sample["segmentation_map"].tolist() for sample in samples] == [LABELS.tolist()] * 5
+        assert [sample["name"] for sample in samples] == names
+        assert all(sample["segmentation_map"].tolist() == LABELS.tolist() for sample in samples)
 
 
 def test_ids_are_the_indices_of_a_palette_whose_colours_are_none():
