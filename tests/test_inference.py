@@ -24,7 +24,8 @@ from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
 from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramid, FeaturePyramidLayer
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
-from hf_maskformer.modeling_maskformer_swin import SwinBackbone, SwinBlock, WindowGrid
+from hf_maskformer.modeling_maskformer_swin import SwinBackbone, SwinBlock
+from hf_maskformer.modeling_maskformer_swin_windows import WindowGrid, _kept_grid
 from hf_maskformer.modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS
 
 BACKBONES = [resnet_config, swin_config, convnext_config]
@@ -362,14 +363,14 @@ def test_windows_that_are_cut_while_another_thread_compiles_are_the_same(monkeyp
 
 
 def test_windows_are_cut_once_for_a_size_and_serve_every_kind_of_pass():
-    modeling_maskformer_swin._kept_grid.cache_clear()
+    _kept_grid.cache_clear()
     model, pixel_values = tiny_model(swin_config()).eval(), torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         expected = model(pixel_values).masks_queries_logits
-    made = modeling_maskformer_swin._kept_grid.cache_info().misses
+    made = _kept_grid.cache_info().misses
     found = model(pixel_values).masks_queries_logits
     found.sum().backward()
-    assert modeling_maskformer_swin._kept_grid.cache_info().misses == made > 0
+    assert _kept_grid.cache_info().misses == made > 0
     torch.testing.assert_close(found, expected, **CLOSE)
 
 

@@ -1,0 +1,160 @@
+"""How a Swin cuts feature maps into windows and puts them together again.
+
+Letters: B images, h x w feature map of the stage, C its channels, W windows in one image, N = window x window
+positions in a window.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .modeling_maskformer_winograd import is_traced, is_transformed
+
+# Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
+SEPARATION = -100.0
+
+# Pairs of positions in the windows of a map, up to which they are kept: 64 MB.
+MAX_KEPT_PAIRS = 2**24
+
+
+class WindowGrid:
+    """The windows of a feature map of one size: which position goes where.
+
+    Padding, cyclic shift and the cut into windows are one rearrangement of positions, and so one copy each way.
+
+    Args:
+        size: (h, w) of the feature map.
+        window_size: Side of a window.
+        shift: By how much the windows are moved down and to the right.
+        device: Of the feature maps.
+        in_graph: Whether a graph is being recorded, which does not tell windows that the shift cuts from others: to
+            take the last ones apart would fix in it that there are others.
+
+    Attributes:
+        separation: (W, N, N), what is added to the scores of positions that a shift brought together, and 0 of others;
+            None without a shift.
+        num_whole_windows: How many windows, the first ones, are known not to be cut by the shift.
+    """
+
+    def __init__(
+        self, size: Sequence[int], window_size: int, shift: int, device: torch.device, in_graph: bool = False
+    ) -> None:
+        self.height, self.width = size
+        self.window_size = window_size
+        # By whole windows, which the sizes of all that follows are products of: with remainders, those of a model that
+        # is compiled or exported for any size grow into formulas that take minutes.
+        num_rows, num_columns = (count_parts(length, window_size) for length in size)
+        self.num_windows = num_rows * num_columns
+        self.num_positions = window_size**2
+        self.padded_size = (num_rows * window_size, num_columns * window_size)
+        positions = torch.arange(self.padded_size[0] * self.padded_size[1], device=device)
+        shifted = positions.view(self.padded_size).roll((-shift, -shift), dims=(0, 1))
+        cut_into_windows = windows_by_rows if in_graph else windows_cut_last
+        self.order = cut_into_windows(shifted, window_size).flatten()
+        self.inverse = torch.empty_like(self.order).scatter_(0, self.order, positions)
+        self.num_whole_windows, self.separation = self.num_windows, None
+        if shift:
+            self.num_whole_windows = 0 if in_graph else (num_rows - 1) * (num_columns - 1)
+            regions = cut_into_windows(shift_regions(self.padded_size, window_size, shift, device), window_size)
+            # 0 between positions that were neighbours before the cyclic shift.
+            self.separation = (regions[:, :, None] != regions[:, None, :]) * SEPARATION
+
+    def to_windows(self, states: Tensor) -> Tensor:
+        """(B, h, w, C) to (B W, N, C)."""
+        states = pad_to_multiple(states, self.window_size, dims=(1, 2))
+        windows = Rearrange.apply(states.flatten(1, 2), self.order, self.inverse)
+        return windows.view(states.shape[0] * self.num_windows, self.num_positions, states.shape[-1])
+
+    def to_map(self, windows: Tensor) -> Tensor:
+        """(B W, N, C) to (B, h, w, C)."""
+        num_images = windows.shape[0] // self.num_windows
+        positions = windows.reshape(num_images, self.num_windows * self.num_positions, windows.shape[-1])
+        states = Rearrange.apply(positions, self.inverse, self.order).unflatten(1, self.padded_size)
+        return states[:, : self.height, : self.width]
+
+
+# Of the stages of a Swin, at two sizes of images.
+@lru_cache(maxsize=16)
+def _kept_grid(size: tuple[int, int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
+    # Other passes may want gradients.
+    with torch.inference_mode(False):
+        return WindowGrid(size, window_size, shift, device)
+
+
+def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
+    """A `WindowGrid`, of an earlier pass if may be: those of a Swin-T at 512 x 512 take some milliseconds."""
+    # Asked once: it is true in all threads while one compiles.
+    in_graph = is_traced()
+    is_kept = not (in_graph or is_transformed() or torch._C._len_torch_dispatch_stack())
+    # On accelerators others might use it before it is filled, or after it is freed.
+    if not is_kept or device.type != "cpu" or math.prod(size) * window_size**2 > MAX_KEPT_PAIRS:
+        return WindowGrid(size, window_size, shift, device, in_graph)
+    return _kept_grid(tuple(size), window_size, shift, device)
+
+
+class Rearrange(torch.autograd.Function):
+    """Puts the positions of (B, P, C) into another order. Its gradient is a copy too; that of an index adds up."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(states: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return states.index_select(1, order)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, order, inverse = inputs
+        context.save_for_backward(order, inverse)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = context.saved_tensors
+        return Rearrange.apply(gradient, inverse, order), None, None
+
+
+def pad_to_multiple(states: Tensor, divisor: int, dims: tuple[int, int]) -> Tensor:
+    """Appends zeros to rows and columns, the dimensions `dims`, until their numbers are multiples of the divisor."""
+    missing = [count_parts(states.shape[dim], divisor) * divisor - states.shape[dim] for dim in dims]
+    # A program for any size always pads: a branch would fix on which side of it the sizes are.
+    if not (torch.compiler.is_compiling() or any(missing)):
+        return states
+    padding = [0, 0] * states.dim()  # from the last dimension to the first, before and after each
+    for dim, length in zip(dims, missing, strict=True):
+        padding[2 * (states.dim() - dim) - 1] = length
+    return F.pad(states, padding)
+
+
+def count_parts(length: int, part: int) -> int:
+    """How many parts cover a length, which the last one may exceed."""
+    # Not -(-length // part): ONNX rounds the quotient of integers towards zero, and so loses the last part.
+    return (length + part - 1) // part
+
+
+def windows_by_rows(positions: Tensor, window_size: int) -> Tensor:
+    """(h, w) to (W, N); h and w are multiples of the window."""
+    height, width = positions.shape
+    grid = positions.view(height // window_size, window_size, width // window_size, window_size)
+    return grid.transpose(1, 2).reshape(-1, window_size**2)
+
+
+def windows_cut_last(positions: Tensor, window_size: int) -> Tensor:
+    """As `windows_by_rows`, but the windows of the last column and row last: a shift cuts through those."""
+    height, width = positions.shape
+    grid = positions.view(height // window_size, window_size, width // window_size, window_size)
+    grid = grid.transpose(1, 2).flatten(2)
+    return torch.cat((grid[:-1, :-1].flatten(0, 1), grid[:-1, -1], grid[-1]))
+
+
+def shift_regions(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> Tensor:
+    """(h, w): a number for each part of a cyclically shifted map whose positions were neighbours before."""
+    regions = []
+    for length in size:
+        positions = torch.arange(length, device=device)
+        regions.append((positions >= length - window_size).int() + (positions >= length - shift).int())
+    rows, columns = regions
+    return rows[:, None] * 3 + columns
