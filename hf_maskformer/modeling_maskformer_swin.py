@@ -7,7 +7,6 @@ Letters: B images, h x w feature map of the stage, C its channels, W windows in 
 positions in a window.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
