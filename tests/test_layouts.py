@@ -1,6 +1,7 @@
 """The data sets in the folders of their downloads, and how they are recognised on a command line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.folder import PackedStrings, SegmentationFolder
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.opening import open_dataset
+from hf_maskformer.data.parquet import write_parquet
 
 LABELS = np.array([[0, 1, 255], [1, 0, 0]], dtype=np.uint8)
 
@@ -47,9 +49,78 @@ def test_ade20k_counts_its_labels_from_one(tmp_path, label_names):
     check_samples(dataset)
 
 
-@pytest.mark.parametrize(("name", "count"), [("ade20k", 150), ("cityscapes", 19), ("coco_stuff_10k", 171)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("ade20k", 150), ("ade20k_full", 847), ("cityscapes", 19), ("coco_stuff_10k", 171)]
+)
 def test_the_names_of_well_known_classes_come_along(name, count):
     assert layouts._named_labels(name).num_labels == count
+
+
+def write_ade20k_full(root, ids, split="training", name="ADE_train_1"):
+    """Writes one image whose map numbers objects by red and green, beside files that are neither."""
+    ids = np.array(ids)
+    blue = np.full_like(ids, 7)
+    colors = np.stack([ids // 256 * 10, ids % 256, blue], axis=-1).astype(np.uint8)
+    folder = root / f"images/ADE/{split}/urban/street"
+    write_image(folder / f"{name}.jpg", ids.shape)
+    Image.fromarray(colors).save(folder / f"{name}_seg.png")
+    Image.fromarray(colors).save(folder / f"{name}_parts_1.png")
+    write_map(folder / name / f"instance_000_{name}.png")
+    (folder / f"{name}.json").write_text("{}")
+
+
+def test_ade20k_full_numbers_objects_of_which_some_are_classes(tmp_path):
+    root = tmp_path / "ADE20K_2021_17_01"
+    write_ade20k_full(root, [[0, 2978, 312], [14, 3148, 3500]])
+    write_ade20k_full(root, [[2420]], "validation", "ADE_val_1")
+    dataset = open_dataset(str(root), "train")
+    assert [sample["name"] for sample in dataset] == ["ADE_train_1"]
+    # Nothing, wall, building; airplane, adding machine, and an object that is no class.
+    assert dataset[0]["segmentation_map"].tolist() == [[65535, 0, 1], [94, 846, 65535]]
+    assert [dataset.labels.id2label[label] for label in (0, 1, 94, 846)] == [
+        "wall",
+        "building",
+        "airplane",
+        "adding machine",
+    ]
+    assert open_dataset(str(root), "val")[0]["segmentation_map"].tolist() == [[2]]
+    check_samples(dataset)
+    write_parquet(dataset, tmp_path / "parquet", "train")
+    again = open_dataset(str(tmp_path / "parquet"), "train")
+    assert again.labels == dataset.labels
+    assert again[0]["segmentation_map"].tolist() == dataset[0]["segmentation_map"].tolist()
+
+
+def test_the_classes_of_ade20k_s_150_are_among_its_847():
+    full, parsing = layouts._named_labels("ade20k_full"), layouts._named_labels("ade20k")
+    assert set(parsing.id2label.values()) <= set(full.id2label.values())
+    assert full.ignore_index == 65535
+
+
+def test_the_objects_of_ade20k_full_are_numbered_by_the_alphabet():
+    full = layouts._named_labels("ade20k_full")
+    # Where two objects have one name, another of its synonyms stands for one of them.
+    others = {"flowerpot", "handbag", "terrace", "traveling bag", "tube", "wharf"}
+    names = [full.id2label[label] for label in np.argsort(full.category_ids).tolist()]
+    # The last 20 came when the alphabet was full.
+    initials = [name[0] for name in names[:-20] if name not in others]
+    assert initials == sorted(initials)
+
+
+def test_classes_of_ade20k_full_need_the_numbers_of_their_objects(tmp_path):
+    write_ade20k_full(tmp_path, [[2978, 312]])
+    classes = LabelSet({0: "sky", 1: "building"}, category_ids=(2420, 312))
+    assert layouts.Ade20kFull(tmp_path, "train", classes)[0]["segmentation_map"].tolist() == [[255, 1]]
+    for category_ids in ((), (0, 312), (312, 6656)):
+        with pytest.raises(ValueError, match=r"Give classes\.json category_ids.* 1 to 6655"):
+            layouts.Ade20kFull(tmp_path, "train", replace(classes, category_ids=category_ids))
+
+
+def test_a_grey_map_is_none_of_ade20k_full_s(tmp_path):
+    write_ade20k_full(tmp_path, [[2978]])
+    write_map(tmp_path / "images/ADE/training/urban/street/ADE_train_1_seg.png")
+    with pytest.raises(ValueError, match=r"ADE_train_1_seg\.png is grey"):
+        layouts.Ade20kFull(tmp_path, "train")[0]
 
 
 def test_classes_of_ones_own_take_the_place_of_the_data_sets(tmp_path):

@@ -35,6 +35,7 @@ from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput
 from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
+from hf_maskformer.training.checks import check_eval_classes
 from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.starting_point import image_processor_for, model_on_backbone, new_model, pretrained_model
 
@@ -344,6 +345,17 @@ def test_the_trainer_says_at_once_what_does_not_fit_together(tmp_path):
         trainer(eval_dataset=other)
     with pytest.raises(ValueError, match="nothing to evaluate on"):
         trainer().evaluate()
+
+
+def test_two_classes_of_nearly_one_name_are_no_other_order_of_classes(tmp_path):
+    postboxes = GeneratedScenes(2, image_size=(64, 64))
+    names = ["postbox", "Post box", *list(postboxes.labels.id2label.values())[2:]]
+    postboxes.labels = replace(postboxes.labels, id2label=dict(enumerate(names)))
+    check_eval_classes(postboxes, postboxes)
+    moved = GeneratedScenes(2, image_size=(64, 64))
+    moved.labels = replace(postboxes.labels, id2label=dict(enumerate([*names[2:], *names[:2]])))
+    with pytest.raises(ValueError, match=r"but class [0-9]+ in train_dataset"):
+        check_eval_classes(postboxes, moved)
 
 
 def test_a_part_of_a_data_set_has_its_classes_and_what_has_none_says_what_to_do(tmp_path):

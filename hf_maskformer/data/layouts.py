@@ -15,11 +15,15 @@ from PIL import Image
 from .coco import CocoPanoptic
 from .folder import IMAGE_SUFFIXES, MAP_SUFFIXES, SegmentationFiles, files_by_name
 from .labels import LabelSet
+from .sample import load_image
 
 LABEL_NAMES = Path(__file__).parent / "label_names"
 
 # Of COCO-Stuff's ids 1 to 182, these are planned objects that were never annotated; the other 171 are the classes.
 COCO_STUFF_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+
+# Objects of ADE20K-Full are numbered by 256 * (red // 10) + green.
+ADE20K_MAX_ID = 255 // 10 * 256 + 255
 
 
 def ade20k(root: str | Path, split: str, labels: LabelSet | None = None) -> SegmentationFiles:
@@ -32,6 +36,40 @@ def ade20k(root: str | Path, split: str, labels: LabelSet | None = None) -> Segm
     images = _files(Path(root) / "images" / folder, IMAGE_SUFFIXES)
     maps = _files(Path(root) / "annotations" / folder, MAP_SUFFIXES)
     return SegmentationFiles(images, maps, labels, "ADE20K's classes")
+
+
+class Ade20kFull(SegmentationFiles):
+    """ADE20K-Full, 847 classes: images/ADE/{training,validation}/*/*/NAME.jpg and, beside it, NAME_seg.png.
+
+    Of more than 3,000 kinds of objects, the classes are those that both splits show (paper, appendix on data sets). Red
+    and green of a map number the objects as index_ade20k.pkl does, from 1; `category_ids` of the classes are these
+    numbers, and pixels of other objects are ignored.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, a map has no colours, or `labels` have no such numbers.
+    """
+
+    def __init__(self, root: str | Path, split: str, labels: LabelSet | None = None) -> None:
+        folder = Path(root) / "images" / "ADE" / {"train": "training", "val": "validation"}.get(split, split)
+        images = _files(folder, (".jpg",), pattern="*/*/*")
+        maps = _files(folder, (".png",), "_seg", "*/*/*")
+        labels = labels or _named_labels("ade20k_full")
+        super().__init__(images, maps, labels, "ADE20K-Full's classes")
+        # Zero is where nothing is labelled.
+        if not labels.category_ids or not 0 < min(labels.category_ids) <= max(labels.category_ids) <= ADE20K_MAX_ID:
+            raise ValueError(
+                "The maps of ADE20K-Full number objects. Give classes.json category_ids: for each class the number of "
+                f"its objects, 1 to {ADE20K_MAX_ID}."
+            )
+        self._label_of_id = np.full(ADE20K_MAX_ID + 1, labels.ignore_index, dtype=np.int32)
+        self._label_of_id[list(labels.category_ids)] = np.arange(labels.num_labels)
+
+    def _load_map(self, path: Path) -> Image.Image:
+        values = np.asarray(load_image(path))
+        if values.ndim != 3:
+            raise ValueError(f"{path} is grey, but maps of ADE20K-Full number objects by red and green.")
+        ids = values[..., 0].astype(np.int32) // 10 * 256 + values[..., 1]
+        return Image.fromarray(self._label_of_id[ids])
 
 
 def cityscapes(root: str | Path, split: str, labels: LabelSet | None = None) -> SegmentationFiles:

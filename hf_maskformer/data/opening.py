@@ -9,7 +9,7 @@ from .coco import CocoInstances, CocoPanoptic
 from .columns import StreamedColumns, load_columns
 from .folder import SegmentationFolder
 from .labels import LabelSet
-from .layouts import CocoStuff10k, ade20k, cityscapes, cityscapes_panoptic, mapillary_vistas
+from .layouts import Ade20kFull, CocoStuff10k, ade20k, cityscapes, cityscapes_panoptic, mapillary_vistas
 
 COLUMN_FORMATS = ("columns", "instance-columns")
 
@@ -123,6 +123,7 @@ def _existing(root: Path, patterns: tuple[str, ...], split: str, *others: str) -
 FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
     "folder": SegmentationFolder,
     "ade20k": _with_labels(ade20k),
+    "ade20k-full": _with_labels(Ade20kFull),
     "cityscapes": _with_labels(cityscapes),
     "cityscapes-panoptic": _with_labels(cityscapes_panoptic),
     "coco-instances": _coco(CocoInstances, INSTANCE_FILES),
@@ -134,6 +135,7 @@ FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
 MARKS = {
     "folder": ("classes.json",),
     "ade20k": ("annotations/training", "annotations/validation"),
+    "ade20k-full": ("images/ADE",),
     "cityscapes": ("leftImg8bit",),
     "cityscapes-panoptic": ("gtFine/cityscapes_panoptic_*.json",),
     "coco-instances": tuple(pattern.format("*") for pattern in INSTANCE_FILES),

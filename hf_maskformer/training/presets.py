@@ -94,6 +94,7 @@ DATA_SETS = {
         num_labels=847,
         test_size=(512, 2048),
         ignore_index=65535,
+        label_names="ade20k_full",
     ),
     "cityscapes": DataSet(
         title="Cityscapes",
