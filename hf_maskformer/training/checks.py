@@ -46,8 +46,8 @@ def check_eval_classes(train_dataset: Any, eval_dataset: Any) -> None:
         found = places.get(_spelt_alike(name), [label])
         if label not in found:
             raise ValueError(
-                f"{name!r} is class {label} in eval_dataset, but class {found[0]} in train_dataset, so that it would be "
-                "evaluated as another one. Open both with the same classes (--classes classes.json): categories of "
+                f"{name!r} is class {label} in eval_dataset, but class {found[0]} in train_dataset, so that it would "
+                "be evaluated as another one. Open both with the same classes (--classes classes.json): categories of "
                 "COCO's files are then matched by name."
             )
 
