@@ -218,6 +218,10 @@ def test_a_missing_classes_json_is_named(root):
         ('{"id2label": {"0": 1}}', "id2label maps 0 to 1"),
         ('{"id2label": {"0": "sky", "1": "sky"}}', "id2label names several classes sky"),
         ('{"id2label": {"0": "sky"}, "ignore_index": "255"}', "ignore_index is '255'"),
+        (
+            '{"id2label": {"0": "sky"}, "ignore_index": 3000000000}',
+            "ignore_index is 3000000000, but pixels have at most",
+        ),
         ('{"id2label": {"0": "sky"}, "ignore_index": 0}', "ignore_index 0 is also the pixel value of a class"),
         ('{"id2label": {"0": "sky"}, "ignore_index": 1, "do_reduce_labels": true}', "ignore_index 1 is also"),
         ('{"id2label": {"0": "sky"}, "do_reduce_labels": 1}', "do_reduce_labels is 1"),

@@ -107,6 +107,17 @@ def test_the_objects_of_ade20k_full_are_numbered_by_the_alphabet():
     assert initials == sorted(initials)
 
 
+@pytest.mark.parametrize(
+    ("label", "name", "number"),
+    [(11, "person", 1831), (99, "aircraft carrier", 3144), (188, "pot", 1974), (244, "roof", 2155),
+     (300, "altar", 3108), (358, "alga", 3156), (412, "tube", 1885), (500, "cat", 430), (574, "spectacles", 2490),
+     (663, "grill", 1138), (729, "cellular telephone", 457), (803, "videocassette recorder", 3145)],
+)  # fmt: skip
+def test_some_classes_of_ade20k_full(label, name, number):
+    full = layouts._named_labels("ade20k_full")
+    assert (full.id2label[label], full.category_ids[label]) == (name, number)
+
+
 def test_classes_of_ade20k_full_need_the_numbers_of_their_objects(tmp_path):
     write_ade20k_full(tmp_path, [[2978, 312]])
     classes = LabelSet({0: "sky", 1: "building"}, category_ids=(2420, 312))
@@ -116,10 +127,12 @@ def test_classes_of_ade20k_full_need_the_numbers_of_their_objects(tmp_path):
             layouts.Ade20kFull(tmp_path, "train", replace(classes, category_ids=category_ids))
 
 
-def test_a_grey_map_is_none_of_ade20k_full_s(tmp_path):
+@pytest.mark.parametrize("mode", ["L", "LA", "P"])
+def test_maps_of_ade20k_full_are_in_colour(tmp_path, mode):
     write_ade20k_full(tmp_path, [[2978]])
-    write_map(tmp_path / "images/ADE/training/urban/street/ADE_train_1_seg.png")
-    with pytest.raises(ValueError, match=r"ADE_train_1_seg\.png is grey"):
+    path = tmp_path / "images/ADE/training/urban/street/ADE_train_1_seg.png"
+    Image.open(path).convert(mode).save(path)
+    with pytest.raises(ValueError, match=rf"ADE_train_1_seg\.png has mode {mode}, but"):
         layouts.Ade20kFull(tmp_path, "train")[0]
 
 

@@ -23,8 +23,8 @@ class LabelSet:
         do_reduce_labels: the files number the classes from 1, and 0 is ignored too. The ids here are those after
             the reduction: pixel value 1 is class 0.
         thing_ids: classes with countable instances; the others are stuff. Empty where the data set does not say.
-        category_ids: for each class the `category_id` by which lists of segments call it. Empty where these are the
-            ids of the classes themselves.
+        category_ids: for each class the `category_id` by which lists of segments, and maps of ADE20K-Full, call it.
+            Empty where these are the ids of the classes themselves.
 
     Raises:
         ValueError: ids have gaps, a name is no string, `thing_ids` has an unknown class, `category_ids` is not one id
@@ -154,6 +154,10 @@ class LabelSet:
                 raise ValueError(f"id2label maps {label_id!r} to {label!r}; it must map integers to names.")
         if not _is_integer(self.ignore_index):
             raise ValueError(f"ignore_index is {self.ignore_index!r}; it must be an integer.")
+        if not -(2**31) <= self.ignore_index < 2**31:
+            raise ValueError(
+                f"ignore_index is {self.ignore_index}, but pixels have at most 32 bits. Take 255 or 65535."
+            )
         if not isinstance(self.do_reduce_labels, bool):
             raise ValueError(f"do_reduce_labels is {self.do_reduce_labels!r}; it must be true or false.")
         if not all(_is_integer(thing_id) for thing_id in self.thing_ids):

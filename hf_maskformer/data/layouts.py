@@ -46,7 +46,7 @@ class Ade20kFull(SegmentationFiles):
     numbers, and pixels of other objects are ignored.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, a map has no colours, or `labels` have no such numbers.
+        FileNotFoundError, ValueError: a file is missing, a map is not in RGB, or `labels` have no such numbers.
     """
 
     def __init__(self, root: str | Path, split: str, labels: LabelSet | None = None) -> None:
@@ -65,9 +65,13 @@ class Ade20kFull(SegmentationFiles):
         self._label_of_id[list(labels.category_ids)] = np.arange(labels.num_labels)
 
     def _load_map(self, path: Path) -> Image.Image:
-        values = np.asarray(load_image(path))
-        if values.ndim != 3:
-            raise ValueError(f"{path} is grey, but maps of ADE20K-Full number objects by red and green.")
+        image = load_image(path)
+        if image.mode not in ("RGB", "RGBA"):
+            raise ValueError(
+                f"{path} has mode {image.mode}, but maps of ADE20K-Full number objects by red and green. Unpack it "
+                "from the download again."
+            )
+        values = np.asarray(image)
         ids = values[..., 0].astype(np.int32) // 10 * 256 + values[..., 1]
         return Image.fromarray(self._label_of_id[ids])
 

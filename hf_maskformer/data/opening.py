@@ -135,7 +135,7 @@ FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
 MARKS = {
     "folder": ("classes.json",),
     "ade20k": ("annotations/training", "annotations/validation"),
-    "ade20k-full": ("images/ADE",),
+    "ade20k-full": ("images/ADE/training", "images/ADE/validation"),
     "cityscapes": ("leftImg8bit",),
     "cityscapes-panoptic": ("gtFine/cityscapes_panoptic_*.json",),
     "coco-instances": tuple(pattern.format("*") for pattern in INSTANCE_FILES),

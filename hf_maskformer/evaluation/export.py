@@ -19,7 +19,8 @@ from .tasks import Task
 class PredictionWriter:
     """Takes the results of `evaluate`, as its `on_result`, and writes them; `finish` completes the files.
 
-    - Semantic: FOLDER/NAME.png, whose pixels number the classes as the files of the data set do.
+    - Semantic: FOLDER/NAME.png, whose pixels number the classes as maps of a folder would: from 0, or from 1 where
+      `do_reduce_labels` says so.
     - Panoptic, for panopticapi: FOLDER/panoptic/NAME.png (id = R + 256 G + 65536 B) and FOLDER/panoptic.json.
     - Instance, for `COCO.loadRes`: FOLDER/instances.json, a list of results with their run lengths.
 

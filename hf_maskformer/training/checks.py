@@ -38,16 +38,14 @@ def check_eval_classes(train_dataset: Any, eval_dataset: Any) -> None:
         trained, evaluated = ([*labels_of(each).id2label.items()] for each in (train_dataset, eval_dataset))
     except ValueError:
         return
-    # More than one place: ADE20K-Full has both a postbox and a post box.
-    places: dict[str, list[int]] = {}
-    for label, name in trained:
-        places.setdefault(_spelt_alike(name), []).append(label)
+    # The very name first: ADE20K-Full has both a postbox and a post box.
+    places = {_spelt_alike(name): label for label, name in trained} | {name: label for label, name in trained}
     for label, name in evaluated:
-        found = places.get(_spelt_alike(name), [label])
-        if label not in found:
+        place = places.get(name, places.get(_spelt_alike(name), label))
+        if place != label:
             raise ValueError(
-                f"{name!r} is class {label} in eval_dataset, but class {found[0]} in train_dataset, so that it would "
-                "be evaluated as another one. Open both with the same classes (--classes classes.json): categories of "
+                f"{name!r} is class {label} in eval_dataset, but class {place} in train_dataset, so that it would be "
+                "evaluated as another one. Open both with the same classes (--classes classes.json): categories of "
                 "COCO's files are then matched by name."
             )
 
