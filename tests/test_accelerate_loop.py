@@ -46,6 +46,7 @@ def run_loop(root, num_processes):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_docs_runs_on_a_stream_with_two_processes_that_count_every_sample_once(columns):
     printed = re.fullmatch(r"PQ (\S+)\nof 2 processes\n", run_loop(columns, num_processes=2))
     model = MaskFormerForInstanceSegmentation.from_pretrained(columns / "output")

@@ -400,6 +400,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="peak memory is read in the Unix way")
 def test_opening_large_files_takes_a_bounded_few_bytes_per_image(tmp_path):
     write_image(tmp_path / "a.png", (2, 2))

@@ -93,6 +93,7 @@ def test_a_worker_that_dies_ends_the_training_with_what_to_do(tmp_path):
     assert_goes_on(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_evaluation_too(tmp_path):
     assert error_of(evaluate_until_death, tmp_path).startswith("One of the 1 processes that read data died")
 

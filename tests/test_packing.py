@@ -353,6 +353,13 @@ def test_the_operators_of_compiled_code_meet_torchs_rules():
     torch.library.opcheck(
         operators.convolve.default, (states, weight, bias, *geometry, norm, 1e-5, torch.float32, "relu")
     )
+
+
+@BFLOAT16
+def test_the_operators_of_compiled_code_meet_torchs_rules_in_bfloat16():
+    operators = torch.ops.hf_maskformer
+    states, weight = torch.randn(2, 4, 9, 8), torch.randn(6, 4, 3, 3)
+    geometry = ([2, 1], [1, 2], [1, 2])
     torch.library.opcheck(
         operators.convolve.default, (states, weight, None, *geometry, [], None, torch.bfloat16, "none")
     )
@@ -452,6 +459,7 @@ def test_weights_of_inference_mode_are_not_kept(reorders):
         assert not kept(layer)
 
 
+@BFLOAT16
 def test_the_results_of_inference_mode_serve_without_it(reorders):
     layer, states = Linear(8, 16).eval().bfloat16(), torch.randn(5, 8).bfloat16()
     with torch.inference_mode():
@@ -484,7 +492,7 @@ def test_nothing_holds_on_to_the_memory_of_weights(reorders):
 
 def test_moving_a_model_frees_what_is_kept():
     model = tiny_model().eval()
-    run(model, torch.randn(1, 3, 64, 64))
+    run(model, torch.randn(1, 3, 64, 64), numbers="float32")
     assert kept(model)
     model.to(torch.float64)
     assert not kept(model)
@@ -548,7 +556,7 @@ def test_a_bias_of_some_of_queries_keys_and_values_is_added(numbers):
 def test_training_frees_what_is_kept_and_copies_have_nothing_of_it():
     model = tiny_model().eval()
     names = set(model.state_dict())
-    run(model, torch.randn(1, 3, 64, 64))
+    run(model, torch.randn(1, 3, 64, 64), numbers="float32")
     assert kept(model)
     assert set(model.state_dict()) == names
     torch.save(model, io.BytesIO())
@@ -557,6 +565,7 @@ def test_training_frees_what_is_kept_and_copies_have_nothing_of_it():
     assert not kept(model)
 
 
+@BFLOAT16
 def test_what_is_kept_goes_with_its_module():
     layer = Linear(8, 16).eval().bfloat16()
     with torch.no_grad():

@@ -239,7 +239,7 @@ def test_sigterm_leaves_out_the_evaluation_that_is_due(tmp_path):
     assert steps_saved(tmp_path) == [2]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_script_ends_on_sigterm_with_its_own_exit_code(tmp_path, num_workers):
     """The signal goes to the workers too, as a scheduler sends it."""
     scripts = Path(__file__).parents[1] / "scripts"
