@@ -127,6 +127,14 @@ def test_classes_of_ade20k_full_need_the_numbers_of_their_objects(tmp_path):
             layouts.Ade20kFull(tmp_path, "train", replace(classes, category_ids=category_ids))
 
 
+def test_ade20k_full_without_its_folders_of_scenes_says_what_was_found(tmp_path):
+    write_ade20k_full(tmp_path, [[2978]])
+    folder = tmp_path / "images/ADE/training"
+    (folder / "urban/street/ADE_train_1_seg.png").rename(folder / "ADE_train_1_seg.png")
+    with pytest.raises(FileNotFoundError, match=r"images/ADE/training holds 1 images .* and 0 maps"):
+        layouts.Ade20kFull(tmp_path, "train")
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "P"])
 def test_maps_of_ade20k_full_are_in_colour(tmp_path, mode):
     write_ade20k_full(tmp_path, [[2978]])

@@ -53,6 +53,11 @@ class Ade20kFull(SegmentationFiles):
         folder = Path(root) / "images" / "ADE" / {"train": "training", "val": "validation"}.get(split, split)
         images = _files(folder, (".jpg",), pattern="*/*/*")
         maps = _files(folder, (".png",), "_seg", "*/*/*")
+        if not images or not maps:
+            raise FileNotFoundError(
+                f"{folder} holds {len(images)} images */*/NAME.jpg and {len(maps)} maps */*/NAME_seg.png. Unpack both "
+                "from the download, with their folders of scenes."
+            )
         labels = labels or _named_labels("ade20k_full")
         super().__init__(images, maps, labels, "ADE20K-Full's classes")
         # Zero is where nothing is labelled.
