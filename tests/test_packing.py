@@ -345,27 +345,23 @@ def test_tensors_that_torch_swaps_can_be_loaded():
     torch.testing.assert_close(found.masks_queries_logits, expected.masks_queries_logits, **CLOSE_IN_FLOAT32)
 
 
-def test_the_operators_of_compiled_code_meet_torchs_rules():
-    states, weight, bias = torch.randn(2, 4, 9, 8), torch.randn(6, 4, 3, 3), torch.randn(6)
-    norm = [torch.rand(6) + 0.5 for _ in range(4)]
+@pytest.mark.parametrize(
+    ("has_norm", "dtype"), [(True, torch.float32), pytest.param(False, torch.bfloat16, marks=BFLOAT16)]
+)
+def test_a_convolution_of_compiled_code_meets_torchs_rules(has_norm, dtype):
+    states, weight = torch.randn(2, 4, 9, 8), torch.randn(6, 4, 3, 3)
+    norm, eps = ([torch.rand(6) + 0.5 for _ in range(4)], 1e-5) if has_norm else ([], None)
     geometry = ([2, 1], [1, 2], [1, 2])
-    operators = torch.ops.hf_maskformer
-    torch.library.opcheck(
-        operators.convolve.default, (states, weight, bias, *geometry, norm, 1e-5, torch.float32, "relu")
-    )
+    arguments = (states, weight, None, *geometry, norm, eps, dtype, "relu" if has_norm else "none")
+    torch.library.opcheck(torch.ops.hf_maskformer.convolve.default, arguments)
 
 
 @BFLOAT16
-def test_the_operators_of_compiled_code_meet_torchs_rules_in_bfloat16():
-    operators = torch.ops.hf_maskformer
-    states, weight = torch.randn(2, 4, 9, 8), torch.randn(6, 4, 3, 3)
-    geometry = ([2, 1], [1, 2], [1, 2])
-    torch.library.opcheck(
-        operators.convolve.default, (states, weight, None, *geometry, [], None, torch.bfloat16, "none")
-    )
+def test_a_linear_layer_of_compiled_code_meets_torchs_rules():
+    operator = torch.ops.hf_maskformer.linear_in_bfloat16.default
     matrices, vectors = [torch.randn(3, 4), torch.randn(5, 4)], [torch.randn(3), torch.randn(5)]
-    torch.library.opcheck(operators.linear_in_bfloat16.default, (torch.randn(2, 7, 4), matrices, vectors))
-    torch.library.opcheck(operators.linear_in_bfloat16.default, (torch.randn(7, 4), matrices, []))
+    torch.library.opcheck(operator, (torch.randn(2, 7, 4), matrices, vectors))
+    torch.library.opcheck(operator, (torch.randn(7, 4), matrices, []))
 
 
 def test_statistics_of_another_batch_count_at_once():
@@ -459,9 +455,8 @@ def test_weights_of_inference_mode_are_not_kept(reorders):
         assert not kept(layer)
 
 
-@BFLOAT16
 def test_the_results_of_inference_mode_serve_without_it(reorders):
-    layer, states = Linear(8, 16).eval().bfloat16(), torch.randn(5, 8).bfloat16()
+    layer, states = ConvNorm(8, 16, 1).eval(), torch.randn(2, 8, 9, 10)
     with torch.inference_mode():
         expected = layer(states)
     with torch.no_grad():
@@ -565,11 +560,10 @@ def test_training_frees_what_is_kept_and_copies_have_nothing_of_it():
     assert not kept(model)
 
 
-@BFLOAT16
 def test_what_is_kept_goes_with_its_module():
-    layer = Linear(8, 16).eval().bfloat16()
+    layer = ConvNorm(8, 16, 1).eval()
     with torch.no_grad():
-        layer(torch.randn(5, 8).bfloat16())
+        layer(torch.randn(2, 8, 9, 10))
     count = len(packing._KEPT)
     del layer
     assert len(packing._KEPT) == count - 1

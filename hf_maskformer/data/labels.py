@@ -28,7 +28,7 @@ class LabelSet:
 
     Raises:
         ValueError: ids have gaps, a name is no string, `thing_ids` has an unknown class, `category_ids` is not one id
-            for each class, or `ignore_index` is also the value of a class.
+            for each class, or `ignore_index` is also the value of a class or beyond 32 bits.
     """
 
     id2label: dict[int, str]

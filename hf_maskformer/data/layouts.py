@@ -18,6 +18,10 @@ from .labels import LabelSet
 from .sample import load_image
 
 LABEL_NAMES = Path(__file__).parent / "label_names"
+ON_LAYOUTS = "docs/data.md shows the folders that are read."
+
+# What some downloads call their splits.
+LONG_NAMES = {"train": "training", "val": "validation"}
 
 # Of COCO-Stuff's ids 1 to 182, these are planned objects that were never annotated; the other 171 are the classes.
 COCO_STUFF_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
@@ -31,7 +35,7 @@ def ade20k(root: str | Path, split: str, labels: LabelSet | None = None) -> Segm
 
     Reads images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, whose labels count from 1.
     """
-    folder = {"train": "training", "val": "validation"}.get(split, split)
+    folder = LONG_NAMES.get(split, split)
     labels = labels or replace(_named_labels("ade20k"), do_reduce_labels=True)
     images = _files(Path(root) / "images" / folder, IMAGE_SUFFIXES)
     maps = _files(Path(root) / "annotations" / folder, MAP_SUFFIXES)
@@ -50,14 +54,9 @@ class Ade20kFull(SegmentationFiles):
     """
 
     def __init__(self, root: str | Path, split: str, labels: LabelSet | None = None) -> None:
-        folder = Path(root) / "images" / "ADE" / {"train": "training", "val": "validation"}.get(split, split)
+        folder = Path(root) / "images" / "ADE" / LONG_NAMES.get(split, split)
         images = _files(folder, (".jpg",), pattern="*/*/*")
         maps = _files(folder, (".png",), "_seg", "*/*/*")
-        if not images or not maps:
-            raise FileNotFoundError(
-                f"{folder} holds {len(images)} images */*/NAME.jpg and {len(maps)} maps */*/NAME_seg.png. Unpack both "
-                "from the download, with their folders of scenes."
-            )
         labels = labels or _named_labels("ade20k_full")
         super().__init__(images, maps, labels, "ADE20K-Full's classes")
         # Zero is where nothing is labelled.
@@ -85,12 +84,8 @@ def cityscapes(root: str | Path, split: str, labels: LabelSet | None = None) -> 
     """Cityscapes, 19 classes: leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and gtFine/..._gtFine_labelTrainIds.png."""
     labels = labels or _named_labels("cityscapes")
     images = _files(Path(root) / "leftImg8bit" / split, IMAGE_SUFFIXES, "_leftImg8bit", "*/*")
-    maps = _files(Path(root) / "gtFine" / split, MAP_SUFFIXES, "_gtFine_labelTrainIds", "*/*")
-    if not maps:
-        raise FileNotFoundError(
-            f"{Path(root) / 'gtFine' / split} holds no *_gtFine_labelTrainIds.png. Make them from the polygons by "
-            "createTrainIdLabelImgs.py of cityscapesscripts."
-        )
+    remedy = "Make them from the polygons by createTrainIdLabelImgs.py of cityscapesscripts."
+    maps = _files(Path(root) / "gtFine" / split, MAP_SUFFIXES, "_gtFine_labelTrainIds", "*/*", remedy)
     return SegmentationFiles(images, maps, labels, "Cityscapes' classes")
 
 
@@ -122,7 +117,7 @@ def mapillary_vistas(root: str | Path, split: str, labels: LabelSet | None = Non
     A download of version 2.0 has a folder for each version: {training,validation}/v1.2/labels and config_v1.2.json.
     Without `labels`, the classes are those of config.json, and its "Unlabeled" is ignored.
     """
-    part = Path(root) / {"train": "training", "val": "validation"}.get(split, split)
+    part = Path(root) / LONG_NAMES.get(split, split)
     config = Path(root) / "config.json"
     version = ""
     if not config.is_file():
@@ -170,10 +165,16 @@ class CocoStuff10k(SegmentationFiles):
         return Image.fromarray(self._label_of_id[ids])
 
 
-def _files(folder: Path, suffixes: tuple[str, ...], ending: str = "", pattern: str = "*") -> dict[str, Path]:
+def _files(
+    folder: Path, suffixes: tuple[str, ...], ending: str = "", pattern: str = "*", remedy: str = ON_LAYOUTS
+) -> dict[str, Path]:
+    """As `files_by_name`, or a FileNotFoundError if there is none; `remedy` says then what to do."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist. docs/data.md shows the folders that are read.")
-    return files_by_name(folder, suffixes, ending, pattern)
+        raise FileNotFoundError(f"{folder} does not exist. {ON_LAYOUTS}")
+    files = files_by_name(folder, suffixes, ending, pattern)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no {pattern}{ending} ({', '.join(suffixes)}). {remedy}")
+    return files
 
 
 def _chosen(files: dict[str, Path], names: set[str], list_path: Path) -> dict[str, Path]:
