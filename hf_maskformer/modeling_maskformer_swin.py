@@ -24,12 +24,12 @@ from .modeling_maskformer_packing import (
     packing_dtype,
 )
 from .modeling_maskformer_swin_windows import WindowGrid, count_parts, pad_to_multiple, window_grid
-from .modeling_maskformer_winograd import can_overwrite, is_traced
+from .modeling_maskformer_winograd import can_overwrite, is_traced, register_operator
 
 # What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
-# feed-forward network see so many positions at a time that all this stays in the cache. In bfloat16 products are so
-# fast that the time to start them counts too.
-POSITIONS_AT_ONCE, POSITIONS_AT_ONCE_IN_BFLOAT16 = 800, 3200
+# feed-forward network see so many positions at a time that all this stays in the cache, and not so few that the time to
+# start their products counts; likewise the products inside attention.
+POSITIONS_AT_ONCE, SCORES_AT_ONCE = 3200, 2**19
 
 
 class SwinLinear(Linear):
@@ -95,15 +95,22 @@ class WindowSelfAttention(nn.Module):
             states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for states in project((self.query, self.key, self.value), windows)
         )
+        if not self.training and is_inference() and packing_dtype(query):
+            is_compiled = torch.compiler.is_compiling()
+            attend = torch.ops.hf_maskformer.attend_in_windows if is_compiled else attend_in_windows
+            return attend(query, key, value, self._position_bias(torch.float32), separation)
         bias = self._position_bias(query.dtype)
         if separation is not None:
             num_images = windows.shape[0] // separation.shape[0]
             bias = (bias + separation[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
-        dropout = self.dropout_probability if self.training else 0.0
         bias = bias.to(query.dtype)
-        if torch.compiler.is_exporting():
-            # Spelled out: how the fused form lays out its result differs between the steps of an export to ONNX.
-            attended = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias).softmax(-1) @ value
+        dropout = self.dropout_probability if self.training else 0.0
+        # How torch's own lays out its result differs between the steps of an export to ONNX. On a CPU it spells out
+        # attention too if what is added to the scores wants a gradient, and looks at all of them for rows of -inf.
+        is_trained_on_cpu = bias.requires_grad and bias.device.type == "cpu" and not torch.compiler.is_compiling()
+        if torch.compiler.is_exporting() or is_trained_on_cpu:
+            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
+            attended = F.dropout(scores.softmax(-1), dropout) @ value
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return attended.transpose(1, 2).flatten(2)
@@ -120,6 +127,41 @@ class WindowSelfAttention(nn.Module):
         if torch.compiler.is_compiling() or not (keeps(self) and packing_dtype(table)):
             return arranged()
         return keep(lambda: arranged().contiguous(), dtype, None, table, self.relative_position_index)
+
+
+def attend_in_windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, separation: Tensor | None) -> Tensor:
+    """Attention inside windows at inference on a CPU, of some windows of one image at a time.
+
+    Their products are taken at once. torch's own takes those of each window and head by themselves, in twice the time.
+
+    Takes (B W, heads, N, C/heads) three times, and what is added to the scores, (1, heads, N, N) in float32 and
+    (W, N, N); gives (B W, N, C).
+    """
+    num_windows, num_heads, num_positions, width = query.shape
+    output = query.new_empty(num_windows, num_positions, num_heads, width)
+    at_once = max(SCORES_AT_ONCE // (num_heads * num_positions**2), 1)
+    in_image = num_windows if separation is None else len(separation)
+    for image in range(0, num_windows, in_image):
+        for first in range(image, image + in_image, at_once):
+            part = slice(first, min(first + at_once, image + in_image))
+            scores = (query[part] @ key[part].transpose(-1, -2)).float()
+            torch.add(bias, scores, alpha=width**-0.5, out=scores)
+            if separation is not None:
+                scores += separation[part.start - image : part.stop - image, None]
+            output[part] = (scores.softmax(-1).to(query.dtype) @ value[part]).transpose(1, 2)
+    return output.flatten(2)
+
+
+def _output_of_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, separation: Tensor | None) -> Tensor:
+    return query.new_empty(len(query), query.shape[2], query.shape[1] * query.shape[3])
+
+
+# The compiler neither unrolls the loop over parts nor asks for their number.
+register_operator(
+    "attend_in_windows(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor? separation) -> Tensor",
+    attend_in_windows,
+    _output_of_attention,
+)
 
 
 class Projection(nn.Module):
@@ -170,19 +212,18 @@ class SwinBlock(GradientCheckpointingLayer):
             states = states + self._drop_path(grid.to_map(self.attention(windows, grid.separation)))
             return states + self._drop_path(self._feed_forward(states))
         is_half = is_inference() and computes_in_bfloat16(states)
-        positions_at_once = POSITIONS_AT_ONCE_IN_BFLOAT16 if is_half else POSITIONS_AT_ONCE
         normalized = self.layernorm_before(states)
         # Under autocast too, since attention would round them one by one.
         windows = grid.to_windows(normalized.bfloat16() if is_half else normalized)
-        self._attend_in_parts(windows, grid, positions_at_once)
+        self._attend_in_parts(windows, grid)
         states = (states + grid.to_map(windows)).contiguous()  # so that its parts below are views of it
-        for positions in states.flatten(0, 2).split(positions_at_once):
+        for positions in states.flatten(0, 2).split(POSITIONS_AT_ONCE):
             positions += self._feed_forward(positions)
         return states
 
-    def _attend_in_parts(self, windows: Tensor, grid: WindowGrid, positions_at_once: int) -> None:
+    def _attend_in_parts(self, windows: Tensor, grid: WindowGrid) -> None:
         """Replaces the windows (B W, N, C) by what they attend to, a few of one image at a time."""
-        at_once = max(positions_at_once // grid.num_positions, 1)
+        at_once = max(POSITIONS_AT_ONCE // grid.num_positions, 1)
         for image in windows.unflatten(0, (-1, grid.num_windows)):
             whole, cut = image.tensor_split((grid.num_whole_windows,))
             if len(whole):

@@ -18,13 +18,14 @@ from models import (
     tiny_batch,
     tiny_model,
 )
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import ResNetConfig
 
 from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
 from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramid, FeaturePyramidLayer
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
-from hf_maskformer.modeling_maskformer_swin import SwinBackbone, SwinBlock
+from hf_maskformer.modeling_maskformer_swin import SwinBackbone, SwinBlock, WindowSelfAttention, attend_in_windows
 from hf_maskformer.modeling_maskformer_swin_windows import WindowGrid, _kept_grid
 from hf_maskformer.modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS
 
@@ -295,6 +296,30 @@ def test_attention_is_never_asked_about_no_windows(height, width):
         torch.testing.assert_close(block(states.clone(), grids, in_parts=True), expected, **CLOSE)
     assert min(numbers) > 0
     assert sum(numbers) == 2 * grids[1].num_windows
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("scores_at_once", [1, 5 * 2 * 16**2, 2**19])
+def test_attention_in_parts_is_that_in_each_window(monkeypatch, scores_at_once, shift):
+    monkeypatch.setattr(modeling_maskformer_swin, "SCORES_AT_ONCE", scores_at_once)
+    grid = WindowGrid((12, 16), 4, shift, torch.device("cpu"))
+    query, key, value = torch.randn(3, 2 * grid.num_windows, 2, 16, 8)
+    bias = torch.randn(1, 2, 16, 16)
+    separation = torch.zeros(grid.num_windows, 16, 16) if grid.separation is None else grid.separation
+    separations = separation[:, None].repeat(2, 1, 1, 1)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=bias + separations)
+    found = attend_in_windows(query, key, value, bias, grid.separation)
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2), **CLOSE)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_attention_drops_all_that_it_is_told_to_in_training(with_gradient):
+    config = swin_config()
+    config.attention_probs_dropout_prob = 1.0
+    attention, windows = WindowSelfAttention(config, 8, 2), torch.randn(3, 16, 8)
+    with torch.set_grad_enabled(with_gradient):
+        assert not attention.train()(windows, None).any()
+        assert attention.eval()(windows, None).all()
 
 
 def test_a_swin_takes_no_images_and_any_norm():
