@@ -1,7 +1,7 @@
 """Swin Transformer backbone (arXiv 2103.14030) as MaskFormer uses it: any input size, a norm on each stage's output.
 
-Own code because transformers' version materialises every attention matrix. Where the window does not divide the
-feature map, zeros are added after the first norm and take part in the attention, as in the paper's code.
+Own code because transformers' version materialises every attention matrix, at inference too. Where the window does not
+divide the feature map, zeros are added after the first norm and take part in the attention, as in the paper's code.
 
 Letters: B images, h x w feature map of the stage, C its channels, W windows in one image, N = window x window
 positions in a window.
@@ -27,8 +27,8 @@ from .modeling_maskformer_swin_windows import WindowGrid, count_parts, pad_to_mu
 from .modeling_maskformer_winograd import can_overwrite, is_traced, register_operator
 
 # What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
-# feed-forward network see so many positions at a time that all this stays in the cache, and not so few that the time to
-# start their products counts; likewise the products inside attention.
+# feed-forward network see so many positions at a time that most of this stays in the cache, and not so few that the
+# time to start their products counts; likewise the products inside attention.
 POSITIONS_AT_ONCE, SCORES_AT_ONCE = 3200, 2**19
 
 
@@ -104,14 +104,16 @@ class WindowSelfAttention(nn.Module):
             num_images = windows.shape[0] // separation.shape[0]
             bias = (bias + separation[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
         bias = bias.to(query.dtype)
-        dropout = self.dropout_probability if self.training else 0.0
         # How torch's own lays out its result differs between the steps of an export to ONNX. On a CPU it spells out
-        # attention too if what is added to the scores wants a gradient, and looks at all of them for rows of -inf.
-        is_trained_on_cpu = bias.requires_grad and bias.device.type == "cpu" and not torch.compiler.is_compiling()
-        if torch.compiler.is_exporting() or is_trained_on_cpu:
-            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
-            attended = F.dropout(scores.softmax(-1), dropout) @ value
+        # attention too if what is added to the scores wants a gradient, and looks at all scores for rows of -inf.
+        needs_gradient_on_cpu = bias.requires_grad and bias.device.type == "cpu" and not torch.compiler.is_compiling()
+        if torch.compiler.is_exporting() or needs_gradient_on_cpu:
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
+            weights = F.dropout(scores.softmax(-1), self.dropout_probability, self.training)
+            attended = weights.to(value.dtype) @ value
         else:
+            dropout = self.dropout_probability if self.training else 0.0
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return attended.transpose(1, 2).flatten(2)
 
@@ -121,18 +123,19 @@ class WindowSelfAttention(nn.Module):
 
         def arranged() -> Tensor:
             bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-            return bias.view(num_positions, num_positions, -1).permute(2, 0, 1)[None].to(dtype)
+            return bias.view(num_positions, num_positions, -1).permute(2, 0, 1)[None].to(dtype).contiguous()
 
         table = self.relative_position_bias_table
         if torch.compiler.is_compiling() or not (keeps(self) and packing_dtype(table)):
             return arranged()
-        return keep(lambda: arranged().contiguous(), dtype, None, table, self.relative_position_index)
+        return keep(arranged, dtype, None, table, self.relative_position_index)
 
 
 def attend_in_windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, separation: Tensor | None) -> Tensor:
-    """Attention inside windows at inference on a CPU, of some windows of one image at a time.
+    """Attention inside windows at inference on a CPU, a few of them at a time.
 
     Their products are taken at once. torch's own takes those of each window and head by themselves, in twice the time.
+    In bfloat16 only the products are rounded.
 
     Takes (B W, heads, N, C/heads) three times, and what is added to the scores, (1, heads, N, N) in float32 and
     (W, N, N); gives (B W, N, C).
@@ -153,7 +156,8 @@ def attend_in_windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, s
 
 
 def _output_of_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, separation: Tensor | None) -> Tensor:
-    return query.new_empty(len(query), query.shape[2], query.shape[1] * query.shape[3])
+    num_windows, num_heads, num_positions, width = query.shape
+    return query.new_empty(num_windows, num_positions, num_heads * width)
 
 
 # The compiler neither unrolls the loop over parts nor asks for their number.

@@ -18,6 +18,8 @@ from models import (
     tiny_batch,
     tiny_model,
 )
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import ResNetConfig
 
@@ -300,16 +302,47 @@ def test_attention_is_never_asked_about_no_windows(height, width):
 
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("scores_at_once", [1, 5 * 2 * 16**2, 2**19])
-def test_attention_in_parts_is_that_in_each_window(monkeypatch, scores_at_once, shift):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, CLOSE), (torch.bfloat16, {"rtol": 2e-2, "atol": 2e-2})]
+)
+def test_attention_in_parts_is_that_in_each_window(monkeypatch, dtype, tolerance, scores_at_once, shift):
     monkeypatch.setattr(modeling_maskformer_swin, "SCORES_AT_ONCE", scores_at_once)
     grid = WindowGrid((12, 16), 4, shift, torch.device("cpu"))
-    query, key, value = torch.randn(3, 2 * grid.num_windows, 2, 16, 8)
+    query, key, value = torch.randn(3, 2 * grid.num_windows, 2, 16, 8).to(dtype)
     bias = torch.randn(1, 2, 16, 16)
     separation = torch.zeros(grid.num_windows, 16, 16) if grid.separation is None else grid.separation
-    separations = separation[:, None].repeat(2, 1, 1, 1)
-    expected = scaled_dot_product_attention(query, key, value, attn_mask=bias + separations)
+    added = bias + separation[:, None].repeat(2, 1, 1, 1)
+    expected = scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=added)
     found = attend_in_windows(query, key, value, bias, grid.separation)
-    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2), **CLOSE)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2).flatten(2), **tolerance)
+    operator = torch.ops.hf_maskformer.attend_in_windows.default
+    torch.library.opcheck(operator, (query, key, value, bias, grid.separation))
+
+
+@torch.no_grad()
+def test_compiled_attention_serves_any_number_of_windows():
+    attention, counter = WindowSelfAttention(swin_config(), 8, 2).eval(), CompileCounter()
+    compiled = torch.compile(attention, backend=counter, fullgraph=True, dynamic=True)
+    for size in ((9, 13), (17, 6)):
+        grid = WindowGrid(size, 4, 2, torch.device("cpu"))
+        windows = torch.randn(2 * grid.num_windows, 16, 8)
+        torch.testing.assert_close(compiled(windows, grid.separation), attention(windows, grid.separation), **CLOSE)
+    assert counter.frame_count == 1
+
+
+def test_gradients_of_attention_in_bfloat16_are_near_those_in_float32():
+    attention = WindowSelfAttention(swin_config(), 8, 2).bfloat16()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    # The bias of the keys has none: it changes all scores of a query alike.
+    parameters = [parameter for name, parameter in attention.named_parameters() if name != "key.bias"]
+    windows, gradients = torch.randn(64, 16, 8).bfloat16(), []
+    for dtype in (torch.bfloat16, torch.float32):
+        output = attention.to(dtype)(windows.to(dtype), None)
+        gradients.append(torch.autograd.grad(output.float().square().sum(), parameters))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
