@@ -82,7 +82,8 @@ class WindowSelfAttention(nn.Module):
         self.key = SwinLinear(dim, dim, bias=config.qkv_bias)
         self.value = SwinLinear(dim, dim, bias=config.qkv_bias)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * self.window_size - 1) ** 2, num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(self.window_size))
+        index = torch.empty(self.window_size**2, self.window_size**2, dtype=torch.long)
+        self.register_buffer("relative_position_index", index)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -356,8 +357,9 @@ class SwinBackbone(nn.Module):
 
 
 def relative_position_index(window_size: int) -> Tensor:
-    """(N, N): the row of the bias table for each pair of positions in a window."""
-    axis = torch.arange(window_size)
+    """(N, N): the row of the bias table for each pair of positions in a window, on the CPU."""
+    # Wherever the model is made: on the meta device, where loading makes it, each of these operations takes a while.
+    axis = torch.arange(window_size, device="cpu")
     rows, columns = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
     row_offsets = rows[:, None] - rows + window_size - 1
     column_offsets = columns[:, None] - columns + window_size - 1
