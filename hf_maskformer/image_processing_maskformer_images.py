@@ -241,9 +241,12 @@ def make_batch(
     factor = settings.rescale_factor if settings.do_rescale else 1.0
     mean, std = (settings.image_mean, settings.image_std) if settings.do_normalize else ([0.0] * 3, [1.0] * 3)
     # (pixel * factor - mean) / std, with two passes over the pixels instead of three.
-    scale = torch.tensor([factor / deviation for deviation in std], device=device)
-    shift = torch.tensor([average / deviation for average, deviation in zip(mean, std, strict=True)], device=device)
-    scale, shift = (values[:, None, None] for values in (scale, shift))
+    scales = [factor / deviation for deviation in std]
+    shifts = [average / deviation for average, deviation in zip(mean, std, strict=True)]
+    # Whatever the default type and device are.
+    scale, shift = (
+        torch.tensor(values, dtype=torch.float32, device=device or "cpu")[:, None, None] for values in (scales, shifts)
+    )
     data = empty_batch(sizes, padded_size, device)
     for indices in _alike(images, sizes, device):
         # Moved before they are resized and turned to float: bytes are a quarter of that.

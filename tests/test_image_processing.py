@@ -249,6 +249,18 @@ def test_normalisation_by_hand():
     assert processor(image)["pixel_values"].flatten().tolist() == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
 
 
+def test_other_defaults_for_tensors_leave_no_trace():
+    image, processor = Image.effect_noise((40, 30), 50), MaskFormerImageProcessor(size={"height": 32, "width": 48})
+    expected = processor(image, return_tensors="pt").pixel_values
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = processor(image, return_tensors="pt").pixel_values
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_an_image_is_the_same_in_every_form(tmp_path):
     image = random_image(6, 5)
     image.save(tmp_path / "image.png")
