@@ -88,7 +88,7 @@ class FeaturePyramidLayer(nn.Module):
             states = lateral
         else:
             states = F.interpolate(coarse, size=lateral.shape[-2:], mode="nearest").add_(lateral)
-        del lateral
+        del coarse, lateral
         for module in steps_of(self.block):
             states = module(states)
         return states
@@ -107,19 +107,18 @@ class FeaturePyramid(nn.Module):
         self.stem = conv_norm_relu(channels[-1], feature_size)
         self.layers = nn.ModuleList(FeaturePyramidLayer(feature_size, size) for size in reversed(channels[:-1]))
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Takes the feature maps finest first; returns the levels after the stem, coarsest first.
+    def forward(self, features: list[Tensor], with_levels: bool = True) -> list[Tensor]:
+        """Takes the feature maps finest first; returns the levels after the stem, coarsest first, or the last alone.
 
         The list is empty afterwards: a map that has been used need not be kept while finer ones are, which are larger.
         """
-        level = self.stem(features.pop())
-        levels = []
+        levels = [self.stem(features.pop())]
         for layer in self.layers:
-            # A module's call would hold the map that its forward has used.
+            # A module's call would hold the maps that its forward has used.
             is_plain = is_only_called(layer) and not (torch.is_grad_enabled() or is_traced())
-            level = (layer.forward if is_plain else layer)(level, features.pop())
-            levels.append(level)
-        return levels
+            coarse = levels[-1:] if with_levels else levels
+            levels.append((layer.forward if is_plain else layer)(coarse.pop(), features.pop()))
+        return levels[1:] if with_levels else levels
 
 
 class PixelDecoderOutput(NamedTuple):
@@ -129,7 +128,7 @@ class PixelDecoderOutput(NamedTuple):
         pixel_embeddings: (B, mask_feature_size, h, w); None if not asked for.
         memory: (B, C', H/32, W/32), what the transformer decoder attends to: the backbone's last feature map or, with
             encoder layers, their output.
-        levels: The levels of the pyramid at strides 16, 8 and 4.
+        levels: The levels of the pyramid at strides 16, 8 and 4, or the last alone if the others are not asked for.
         memory_sizes: (B, 2), how many rows and columns of the memory hold an image; None if padding counts as image.
     """
 
@@ -173,7 +172,11 @@ class PixelDecoder(nn.Module):
         self.mask_projection = MaskProjection(feature_size, mask_feature_size, kernel_size=3, padding=1)
 
     def forward(
-        self, features: list[Tensor], memory_sizes: Tensor | None = None, with_embeddings: bool = True
+        self,
+        features: list[Tensor],
+        memory_sizes: Tensor | None = None,
+        with_embeddings: bool = True,
+        with_levels: bool = True,
     ) -> PixelDecoderOutput:
         """Without embeddings the last projection is left to whoever knows the queries (`MaskProjection`).
 
@@ -183,7 +186,7 @@ class PixelDecoder(nn.Module):
         if self.input_projection is not None and self.encoder is not None:
             memory = self.encoder(self.input_projection(memory), memory_sizes)
         features.append(memory)
-        levels = self.fpn(features)
+        levels = self.fpn(features, with_levels)
         pixel_embeddings = self.mask_projection(levels[-1]) if with_embeddings else None
         return PixelDecoderOutput(pixel_embeddings, memory, levels, memory_sizes)
 

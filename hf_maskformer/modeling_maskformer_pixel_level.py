@@ -58,19 +58,21 @@ class PixelLevelModule(nn.Module):
     ) -> tuple[tuple[Tensor, ...], PixelDecoderOutput]:
         """With a `pixel_mask` (B, H, W), transformer encoder layers leave the padding out.
 
-        Without features the pixel decoder frees each map of the backbone but the last once it has used it.
+        Without features the pixel decoder frees each map of the backbone but the last once it has used it, and likewise
+        the levels of the pyramid.
         """
         # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
-        if self._is_safe_with_channels_last(pixel_values):
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        is_safe = self._is_safe_with_channels_last(pixel_values)
+        images = pixel_values.contiguous(memory_format=torch.channels_last) if is_safe else pixel_values
         is_foreign = isinstance(self.encoder, PreTrainedModel)
         # A list of our own: the pixel decoder empties it.
-        features = list(foreign_feature_maps(self.encoder, pixel_values) if is_foreign else self.encoder(pixel_values))
+        features = list(foreign_feature_maps(self.encoder, images) if is_foreign else self.encoder(images))
+        del images
         memory_sizes = None
         if pixel_mask is not None:
             memory_sizes = covered_part(*sizes_in_batch(pixel_values, pixel_mask), features[-1].shape[-2:])
         returned = tuple(features) if with_features else (features[-1],)
-        return returned, self.decoder(features, memory_sizes, with_embeddings)
+        return returned, self.decoder(features, memory_sizes, with_embeddings, with_levels=with_features)
 
     def _is_safe_with_channels_last(self, pixel_values: Tensor) -> bool:
         if is_transformed():  # torch.vmap knows no such layout

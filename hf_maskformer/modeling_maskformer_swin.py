@@ -206,13 +206,13 @@ class SwinBlock(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.output = Projection(hidden_dim, dim, config.hidden_dropout_prob)
 
-    def forward(self, states: Tensor, grids: tuple[WindowGrid, WindowGrid], in_parts: bool = False) -> Tensor:
+    def forward(self, states: Tensor, grids: tuple[WindowGrid, WindowGrid], in_place: bool = False) -> Tensor:
         """Takes (B, h, w, C), and the stage's windows without and with shift; returns (B, h, w, C).
 
-        In parts, on a CPU: of a few windows and positions at a time, whose memory is used again.
+        In place, on a CPU: a few windows and positions at a time, and where the states are.
         """
         grid = grids[1 if self.shift else 0]
-        if not in_parts or self.training or states.device.type != "cpu" or is_traced():
+        if not in_place or self.training or states.device.type != "cpu" or is_traced():
             windows = grid.to_windows(self.layernorm_before(states))
             states = states + self._drop_path(grid.to_map(self.attention(windows, grid.separation)))
             return states + self._drop_path(self._feed_forward(states))
@@ -220,8 +220,11 @@ class SwinBlock(GradientCheckpointingLayer):
         normalized = self.layernorm_before(states)
         # Under autocast too, since attention would round them one by one.
         windows = grid.to_windows(normalized.bfloat16() if is_half else normalized)
+        del normalized
         self._attend_in_parts(windows, grid)
-        states = (states + grid.to_map(windows)).contiguous()  # so that its parts below are views of it
+        states = states.contiguous()  # so that its parts below are views of it
+        states += grid.to_map(windows)
+        del windows
         for positions in states.flatten(0, 2).split(POSITIONS_AT_ONCE):
             positions += self._feed_forward(positions)
         return states
@@ -277,17 +280,18 @@ class SwinStage(nn.Module):
         )
         self.downsample = PatchMerging(dim) if stage < len(config.depths) - 1 else None
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the stage's output, and the input of the next stage."""
+    def forward(self, states: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns the stage's output, in place where its input was, and the input of the next stage."""
         size, device = states.shape[1:3], states.device
         # Once for all blocks: they differ in the shift only.
         grids = (
             window_grid(size, self.window_size, 0, device),
             window_grid(size, self.window_size, self.shift, device),
         )
-        in_parts = can_overwrite(self)
         for block in self.blocks:
-            states = block(states, grids, in_parts)
+            states = block(states, grids, in_place)
+            # Something else may stand in the place of a block, and keep what it gives.
+            in_place = in_place and type(block) is SwinBlock
         return states, states if self.downsample is None else self.downsample(states)
 
 
@@ -347,10 +351,13 @@ class SwinBackbone(nn.Module):
         self.hidden_states_norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        is_private = can_overwrite(self)
         states = self.model.embeddings(pixel_values)
+        is_own = type(self.model.embeddings) is PatchEmbedding
         feature_maps = []
         for stage, norm in zip(self.model.encoder.layers, self.hidden_states_norms, strict=True):
-            states, next_states = stage(states)
+            states, next_states = stage(states, is_private and is_own)
+            is_own = type(stage.downsample) is PatchMerging
             feature_maps.append(norm(states).permute(0, 3, 1, 2))
             states = next_states
         return feature_maps

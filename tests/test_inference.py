@@ -27,7 +27,13 @@ from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
 from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramid, FeaturePyramidLayer
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
-from hf_maskformer.modeling_maskformer_swin import SwinBackbone, SwinBlock, WindowSelfAttention, attend_in_windows
+from hf_maskformer.modeling_maskformer_swin import (
+    SwinBackbone,
+    SwinBlock,
+    SwinStage,
+    WindowSelfAttention,
+    attend_in_windows,
+)
 from hf_maskformer.modeling_maskformer_swin_windows import WindowGrid, _kept_grid
 from hf_maskformer.modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS
 
@@ -146,8 +152,8 @@ class Keeper(torch.nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, states):
-        self.kept = self.module(states)
+    def forward(self, *arguments):
+        self.kept = self.module(*arguments)
         self.copy = self.kept.clone()
         return self.kept
 
@@ -168,6 +174,39 @@ def test_layers_of_a_resnet_may_be_replaced():
     keepers = [module for module in backbone.modules() if isinstance(module, Keeper)]
     for tensor, copy in [*kept, *((keeper.kept, keeper.copy) for keeper in keepers)]:
         assert torch.equal(tensor, copy)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["embeddings", "encoder.layers.0.blocks.0", "encoder.layers.0.downsample"])
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_what_others_keep_of_a_swin_is_not_overwritten(place, is_replaced):
+    backbone, pixel_values = SwinBackbone(swin_config()).eval(), torch.randn(1, 3, 64, 96)
+    expected, kept = backbone(pixel_values), []
+    if is_replaced:
+        keeper = Keeper(backbone.model.get_submodule(place))
+        backbone.model.set_submodule(place, keeper)
+    else:
+        hook = lambda module, inputs, output: kept.extend((output, output.clone()))  # noqa: E731
+        backbone.model.get_submodule(place).register_forward_hook(hook)
+    for found, tensor in zip(backbone(pixel_values), expected, strict=True):
+        torch.testing.assert_close(found, tensor, **CLOSE)
+    assert torch.equal(*((keeper.kept, keeper.copy) if is_replaced else kept))
+
+
+@torch.no_grad()
+def test_a_swin_has_memory_for_one_map_of_states_in_each_stage(monkeypatch):
+    backbone, pointers = SwinBackbone(swin_config()).eval(), []
+    stage_forward = SwinStage.forward
+
+    def record(stage, states, in_place):
+        output, next_states = stage_forward(stage, states, in_place)
+        pointers.append((states.data_ptr(), output.data_ptr()))
+        return output, next_states
+
+    monkeypatch.setattr(SwinStage, "forward", record)
+    backbone(torch.randn(1, 3, 60, 96))
+    assert len(pointers) == 4
+    assert all(given == taken for given, taken in pointers)
 
 
 def test_activations_of_a_resnet_have_the_names_of_checkpoints():
@@ -295,7 +334,7 @@ def test_attention_is_never_asked_about_no_windows(height, width):
     expected = block(states, grids)
     block.attention.register_forward_pre_hook(lambda module, inputs: numbers.append(len(inputs[0])))
     with torch.no_grad():
-        torch.testing.assert_close(block(states.clone(), grids, in_parts=True), expected, **CLOSE)
+        torch.testing.assert_close(block(states.clone(), grids, in_place=True), expected, **CLOSE)
     assert min(numbers) > 0
     assert sum(numbers) == 2 * grids[1].num_windows
 
@@ -366,23 +405,31 @@ def test_a_swin_takes_no_images_and_any_norm():
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("wanted", [False, True])
-def test_a_feature_map_is_kept_until_it_is_used_or_as_long_as_it_is_wanted(backbone, wanted):
+def test_a_feature_map_is_kept_until_it_is_used_or_as_long_as_it_is_wanted(monkeypatch, backbone, wanted):
     model, kept = tiny_model(backbone()).eval(), []
     module, references = model.model.pixel_level_module, []
-    maps_of = module.encoder.forward
+    maps_of, level_of = module.encoder.forward, FeaturePyramidLayer.forward
 
-    def record(*arguments):
-        output = maps_of(*arguments)
-        references.extend(weakref.ref(each) for each in getattr(output, "feature_maps", output))
+    def record(images):
+        output = maps_of(images)
+        references.extend(weakref.ref(each) for each in (images, *getattr(output, "feature_maps", output)))
         return output
 
+    def record_level(layer, coarse, lateral):
+        level = level_of(layer, coarse, lateral)
+        references.append(weakref.ref(level))
+        return level
+
     module.encoder.forward = record
+    monkeypatch.setattr(FeaturePyramidLayer, "forward", record_level)
     module.decoder.mask_projection.register_forward_pre_hook(
         lambda *arguments: kept.extend(reference() is not None for reference in references)
     )
     outputs = model(torch.randn(1, 3, 64, 96), output_hidden_states=wanted)
-    assert kept == [wanted] * 3 + [True]
+    # The image as the backbone saw it, its maps, and the levels of the pyramid.
+    assert kept == [False] + [wanted] * 3 + [True] + [wanted] * 2 + [True]
     assert len(outputs.encoder_hidden_states or ()) == (4 if wanted else 0)
+    assert len(outputs.pixel_decoder_hidden_states or ()) == (3 if wanted else 0)
 
 
 @pytest.mark.parametrize("shift", [0, 2])
