@@ -38,6 +38,10 @@ HAS_BFLOAT16_OPERATORS = (
 )
 
 
+# For how many sizes of maps a convolution remembers its weights.
+MAX_SIZES = 256
+
+
 class FixedConvolution(NamedTuple):
     """A convolution and perhaps the batch normalisation after it, which at inference scales and shifts each channel.
 
@@ -79,18 +83,25 @@ class FixedConvolution(NamedTuple):
         return self.packed(states, dtype)(states, activation)
 
     def packed(self, states: Tensor, dtype: torch.dtype) -> "PackedConvolution | PackedWinograd":
-        """Packed in an earlier pass if may be; in float32 one with states of this size."""
+        """Packed in an earlier pass if may be."""
         geometry = (tuple(self.stride), tuple(self.padding), tuple(self.dilation))
         weights = (self.bias, *self.norm)
         is_plain = dtype == torch.float32 and geometry == WINOGRAD_GEOMETRY
         if is_plain and kept_winograd_pays(states, self.weight):
             by_winograd = partial(PackedWinograd, self)
             return keep(by_winograd, PackedWinograd, self.eps, self.weight, *weights)
-        # In float32 the order of the weights depends on the size of the map: in that of another one, some convolutions
-        # would take ten times as long, as they arrange the weights again in each pass.
-        size = states.shape if dtype == torch.float32 else None
-        make = partial(PackedConvolution, self, dtype, states.shape)
-        return keep(make, dtype, (geometry, self.eps, size), self.weight, *weights)
+        # The order of the weights of some 1 x 1 convolutions depends on the size of the map. In that of another size
+        # they take ten times as long, as they arrange the weights again in each pass.
+        by_size: dict[Sequence[int], PackedConvolution] = keep(dict, dtype, (geometry, self.eps), self.weight, *weights)
+        packed = by_size.get(states.shape)
+        if packed is None:
+            packed = PackedConvolution(self, dtype, states.shape)
+            # Few orders serve all sizes, mostly one.
+            packed = next((other for other in list(by_size.values()) if other.is_arranged_as(packed)), packed)
+            if len(by_size) >= MAX_SIZES:
+                by_size.clear()
+            by_size[states.shape] = packed
+        return packed
 
 
 class PackedConvolution:
@@ -99,7 +110,7 @@ class PackedConvolution:
     Args:
         convolution: What to pack.
         dtype: Type of inputs, weights and outputs.
-        size: Of the inputs to expect, (B, C, h, w); others are taken too, in float32 slowly.
+        size: Of the inputs to expect, (B, C, h, w); others are taken too, perhaps slowly.
     """
 
     def __init__(self, convolution: FixedConvolution, dtype: torch.dtype, size: Sequence[int]) -> None:
@@ -125,6 +136,10 @@ class PackedConvolution:
         stride, padding, dilation = self.geometry
         convolution = torch.ops.mkldnn._convolution_pointwise
         return convolution(states, self.weight, self.bias, padding, stride, dilation, 1, activation, [], "")
+
+    def is_arranged_as(self, other: "PackedConvolution") -> bool:
+        """Whether the weights of another size lie in the same order; both are of the same convolution."""
+        return np.array_equal(memory_of(self.weight), memory_of(other.weight))
 
     def _adds_to(self, residual: Tensor) -> bool:
         is_plain = type(residual) is Tensor and residual.dtype == self.dtype
@@ -281,6 +296,12 @@ def samples(weight: Tensor) -> list[np.ndarray]:
         step = max(row - 1, 1)
         found.append(np.ndarray(-(-count // step), f"V{size}", memory, strides=(step * size,)))
     return found
+
+
+def memory_of(packed: Tensor) -> np.ndarray:
+    """The bytes of weights that oneDNN has arranged, while these are there: torch itself does not show them."""
+    count = torch.ops.mkldnn._nbytes(packed)
+    return np.frombuffer((ctypes.c_ubyte * count).from_address(torch.ops.mkldnn.data_ptr(packed)), np.uint8)
 
 
 # By the first weight, which it goes with, and by kind.

@@ -40,11 +40,17 @@ GROUPED = ([0, 0], [1, 1], [1, 1], PATCH**2)
 HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 # Others are quantised, sharded or without values.
 PLAIN_TYPES = (Tensor, nn.Parameter)
-# What torch's compiler calls: to arrange the weights of a convolution before, here for many strips of an image, and to
-# add to a residual.
+# What torch's compiler calls: to arrange the weights of a convolution before, here for many strips of an image, to add
+# to a residual, and to see what was arranged.
 HAS_ONEDNN_OPERATORS = HAS_MKL_AND_ONEDNN and all(
     hasattr(torch.ops.mkldnn, name)
-    for name in ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
+    for name in (
+        "_reorder_convolution_weight",
+        "_convolution_pointwise",
+        "_convolution_pointwise_",
+        "data_ptr",
+        "_nbytes",
+    )
 )
 
 

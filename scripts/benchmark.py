@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py forward --backbone swin-tiny --size 512 --kept 20
     python scripts/benchmark.py forward --size 1024 --width 2048 --repeats 1
+    python scripts/benchmark.py forward --width 384 512 640 704
     python scripts/benchmark.py forward --compile --onnx
     python scripts/benchmark.py forward --profile
     python scripts/benchmark.py forward --plot docs/images/latency.png
@@ -53,7 +54,7 @@ SUBJECTS: dict[str, tuple[Subject, dict[str, Any]]] = {  # each with its options
 OPTIONS: dict[str, dict[str, Any]] = {
     "backbone": {"choices": models.BACKBONES},
     "size": {"type": int, "help": "side of the square images, or height of those that are not square, in pixels"},
-    "width": {"type": int, "help": "width of the images, where it is not their height"},
+    "width": {"type": int, "nargs": "+", "help": "widths of the images, in turn, where they are not the height"},
     "edges": {"type": int, "nargs": "+", "help": "shorter edges that images are resized to, in pixels"},
     "batch": {"type": int, "help": "images"},
     "segments": {"type": int, "help": "segments per image, at most 256"},

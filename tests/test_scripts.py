@@ -376,8 +376,8 @@ def benchmark(tmp_path, monkeypatch):
         ("forward --size=64", {"forward": ["stock", "ours"]}),
         ("forward --size=64 --batch=2 --kept=20", {"forward": ["stock", "ours", "ours, 20 kept"]}),
         (
-            "forward --size=64 --width=96 --bf16",
-            {"forward": ["stock", "ours", "stock, no autocast", "ours, no autocast"]},
+            "forward --size=64 --width 64 96 --kept=20 --bf16",
+            {"forward": ["stock", "ours", "ours, 20 kept", "stock, no autocast", "ours, no autocast"]},
         ),
         pytest.param(
             "forward --size=64 --compile --onnx",

@@ -40,7 +40,7 @@ PLOT_SIZES = (256, 384, 512, 640, 768)
 
 
 def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
-    """An evaluation pass of each model.
+    """An evaluation pass of each model; of several widths, over images of each in turn.
 
     With `kept`, also ours with the masks of that many queries alone; with `bf16`, also both with weights and images in
     bfloat16 instead of autocast; with `onnx`, also ours under ONNX Runtime; with `compile`, both compiled in
@@ -53,52 +53,55 @@ def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
     if arguments.plot:
         for size in PLOT_SIZES:
             sized = argparse.Namespace(**{**vars(arguments), "size": size})
-            yield f"size {size}", passes(stock, ours, random_images(sized), sized, session)
+            yield f"size {size}", passes(stock, ours, [random_images(sized)], sized, session)
         return
-    pixel_values = random_images(arguments, arguments.width)
-    peers = passes(stock, ours, pixel_values, arguments, session)
+    batches = [random_images(arguments, width) for width in arguments.width or [arguments.size]]
+    peers = passes(stock, ours, batches, arguments, session)
     if arguments.kept:
-        peers[f"ours, {arguments.kept} kept"] = late_bound(ours, pixel_values, arguments)
+        runs = [late_bound(ours, pixel_values, arguments) for pixel_values in batches]
+        peers[f"ours, {arguments.kept} kept"] = lambda: [run() for run in runs]
     if arguments.bf16:
         for name, model in (("stock", stock), ("ours", ours)):
-            peers[f"{name}, no autocast"] = pass_in_bfloat16(model, pixel_values)
+            peers[f"{name}, no autocast"] = pass_in_bfloat16(model, batches)
     yield "forward", peers
     if arguments.compile:
         # Frozen weights are constants of the compiled code, which folds and rearranges them beforehand.
         for name, options in (("compiled", {}), ("compiled, frozen", {"freezing": True})):
             compiled = [torch.compile(model, dynamic=False, options=options) for model in (stock, ours)]
-            yield name, {**passes(*compiled, pixel_values, arguments), "ours, not compiled": peers["ours"]}
+            yield name, {**passes(*compiled, batches, arguments), "ours, not compiled": peers["ours"]}
 
 
 def passes(
     stock: Callable[..., Any],
     ours: Callable[..., Any],
-    pixel_values: torch.Tensor,
+    batches: list[torch.Tensor],
     arguments: argparse.Namespace,
     session: "InferenceSession | None" = None,
 ) -> dict[str, Callable[[], object]]:
-    """A pass of each over these images, once they are seen to agree."""
+    """A pass of each over these batches, one after the other, once they are seen to agree."""
 
     def run(model: Callable[..., Any]) -> Any:
         with torch.no_grad(), autocast(arguments):
-            return model(pixel_values)
+            return [model(pixel_values) for pixel_values in batches]
 
-    with torch.no_grad():  # in float32, where they agree closely
-        expected, found = (model(pixel_values).masks_queries_logits for model in (stock, ours))
-    check_equal(expected, found, tolerance(arguments))
+    inputs = [{"pixel_values": pixel_values.cpu().numpy()} for pixel_values in batches] if session else []
+    for index, pixel_values in enumerate(batches):
+        with torch.no_grad():  # in float32, where they agree closely
+            expected, found = (model(pixel_values).masks_queries_logits for model in (stock, ours))
+        check_equal(expected, found, tolerance(arguments))
+        if session is not None:
+            found = torch.from_numpy(session.run(["masks_queries_logits"], inputs[index])[0])
+            check_equal(expected.cpu(), found, tolerance(arguments))
     peers: dict[str, Callable[[], object]] = {"stock": lambda: run(stock), "ours": lambda: run(ours)}
     if session is not None:
-        inputs = {"pixel_values": pixel_values.cpu().numpy()}
-        found = torch.from_numpy(session.run(["masks_queries_logits"], inputs)[0])
-        check_equal(expected.cpu(), found, tolerance(arguments))
-        peers["ONNX Runtime"] = lambda: session.run(None, inputs)
+        peers["ONNX Runtime"] = lambda: [session.run(None, each) for each in inputs]
     return peers
 
 
-def pass_in_bfloat16(model: torch.nn.Module, pixel_values: torch.Tensor) -> Callable[[], object]:
+def pass_in_bfloat16(model: torch.nn.Module, batches: list[torch.Tensor]) -> Callable[[], object]:
     """A pass of a copy whose weights are in bfloat16, over images in it; in float32 it was seen to agree."""
-    model, pixel_values = copy.deepcopy(model).bfloat16(), pixel_values.bfloat16()
-    return torch.no_grad()(lambda: model(pixel_values))
+    model, batches = copy.deepcopy(model).bfloat16(), [pixel_values.bfloat16() for pixel_values in batches]
+    return torch.no_grad()(lambda: [model(pixel_values) for pixel_values in batches])
 
 
 def onnx_session(model: MaskFormerForInstanceSegmentation) -> "InferenceSession":
