@@ -5,7 +5,7 @@ C pixel feature width; H x W is the padded image, h x w = H/4 x W/4.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,14 @@ from transformers import initialization as init
 
 from .configuration_maskformer_parts import check_loss
 from .loss_maskformer_logits import mask_logits_of_image, matched_mask_logits
-from .loss_maskformer_masks import DenseMaskLosses, MatchedMasks, PointSampling, SampledMaskLosses
+from .loss_maskformer_masks import (
+    DenseMaskLosses,
+    MasksOfImage,
+    MasksOfSegment,
+    PointSampling,
+    SampledMaskLosses,
+    works_in_cache,
+)
 from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask_costs
 from .loss_maskformer_targets import (
     NO_LABEL,
@@ -177,7 +184,7 @@ class MaskFormerLoss(nn.Module):
             batch_size,
             size,
             class_queries_logits.device,
-            self.point_sampling is None,
+            self.point_sampling is None and works_in_cache(class_queries_logits.device),
             image_sizes,
         )
         # Gradients are averaged over processes, so the normalisers are averages too.
@@ -216,9 +223,12 @@ class MaskFormerLoss(nn.Module):
             cross_entropy = self.cross_entropy_weight * cross_entropy / class_weight
             weights = self.mask_weight, self.dice_weight
             if self.point_sampling is None:
-                mask_loss, focal, dice = DenseMaskLosses.apply(
-                    mask_logits, self.groups(pairs, targets, starts), targets.size, *weights
+                groups: Iterator[MasksOfSegment | MasksOfImage] = (
+                    self.masks_of_segments(pairs, targets, starts)
+                    if works_in_cache(mask_logits.device)
+                    else self.masks_of_images(counts, segments, targets)
                 )
+                mask_loss, focal, dice = DenseMaskLosses.apply(mask_logits, groups, targets.size, *weights)
             else:
                 mask_loss, focal, dice = SampledMaskLosses.apply(
                     mask_logits, self.point_sampling, counts, segments, targets, self.ignores_void, *weights
@@ -298,12 +308,14 @@ class MaskFormerLoss(nn.Module):
             count = num_segments if image_masks.dim() == 2 else min(len(image_masks), num_segments)
             masks = masks_at(image_masks, torch.arange(count, device=pixels.device), pixels)
             left_out = ~are_owned(image_masks).flatten()[pixels] if self.ignores_void else None
-            for layer, logits in enumerate(mask_logits_of_image(mask_logits, embeddings, image, chosen)):
+            costs = []
+            for logits in mask_logits_of_image(mask_logits, embeddings, image, chosen):
                 # Autocast would take the sums to half precision, where areas overflow.
                 with torch.autocast(class_logits.device.type, enabled=False):
-                    focal_cost[layer, image, :, :count], dice_cost[layer, image, :, :count] = pairwise_mask_costs(
-                        logits, masks, left_out
-                    )
+                    costs.append(torch.stack(pairwise_mask_costs(logits, masks, left_out)))
+            focal_cost[:, image, :, :count], dice_cost[:, image, :, :count] = torch.cat(costs, 1).unflatten(
+                1, (-1, num_queries)
+            )
         return {
             "class cost": self.class_cost * class_cost,
             "mask cost": self.mask_cost * focal_cost,
@@ -328,9 +340,9 @@ class MaskFormerLoss(nn.Module):
         entropies = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), weights, reduction="none")
         return entropies.view(len(class_logits), -1).sum(1)
 
-    def groups(
+    def masks_of_segments(
         self, pairs: list[tuple[int, int, int, int]], targets: Targets, starts: list[list[int]]
-    ) -> Iterator[MatchedMasks]:
+    ) -> Iterator[MasksOfSegment]:
         """The matched rows, sorted by image and segment, with the pixels of each segment, made when it is due."""
         stop = 0
         for image, pairs_of_image in groupby(pairs, key=lambda pair: pair[0]):
@@ -338,7 +350,13 @@ class MaskFormerLoss(nn.Module):
             for segment, rows in groupby(pairs_of_image, key=lambda pair: pair[1]):
                 start, stop = stop, stop + sum(1 for _ in rows)
                 inside = pixels_of_segment(targets, image, segment, starts[image])
-                yield MatchedMasks(slice(start, stop), inside, void)
+                yield MasksOfSegment(slice(start, stop), inside, void)
+
+    def masks_of_images(self, counts: list[int], segments: Tensor, targets: Targets) -> Iterator[MasksOfImage]:
+        """The matched rows, sorted by image, of which each has so many."""
+        for stop, count, masks in zip(accumulate(counts), counts, targets.masks, strict=True):
+            counted = are_owned(masks).flatten() if self.ignores_void else None
+            yield MasksOfImage(slice(stop - count, stop), segments, masks, counted)
 
 
 def count_items(class_labels: Tensor | Sequence[Tensor], num_queries: int, no_object_weight: float) -> Tensor:

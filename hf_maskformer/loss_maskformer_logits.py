@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .loss_maskformer_masks import rows_at_once, works_in_cache
+
 
 class Projection(NamedTuple):
     """The 3 x 3 convolution, of stride 1 with one pixel of zeros around, that made pixel embeddings.
@@ -53,9 +55,9 @@ def take_projection(pixel_embeddings: Tensor) -> Projection | None:
 def mask_logits_of_image(
     mask_logits: Tensor | None, embeddings: tuple[Tensor, Tensor] | None, image: int, pixels: Tensor | None
 ) -> Iterator[Tensor]:
-    """Mask logits of an image after each layer, (Q, P), at some pixels or all (None).
+    """Mask logits (n, P) of an image at some pixels or all (None): of the queries after each layer, some at a time.
 
-    If there are no logits they are made from embeddings, after one layer at a time and at those pixels only.
+    If there are no logits they are made from embeddings, at those pixels only.
 
     Args:
         mask_logits: (L, B, Q, h, w).
@@ -64,14 +66,23 @@ def mask_logits_of_image(
         pixels: (P,), positions in h * w.
     """
     if mask_logits is not None:
-        for logits in mask_logits[:, image].flatten(2):
+        for logits in mask_logits[:, image].flatten(2).split(_layers_at_once(mask_logits)):
+            logits = logits.flatten(0, 1)
             yield logits if pixels is None else logits.index_select(1, pixels)
     elif embeddings is not None:
         pixel_embeddings = embeddings[1][image].flatten(1)
         if pixels is not None:
             pixel_embeddings = pixel_embeddings.index_select(1, pixels)
-        for mask_embeddings in embeddings[0][:, image]:
-            yield mask_embeddings @ pixel_embeddings
+        for mask_embeddings in embeddings[0][:, image].split(_layers_at_once(*embeddings)):
+            yield mask_embeddings.flatten(0, 1) @ pixel_embeddings
+
+
+def _layers_at_once(queries: Tensor, maps: Tensor | None = None) -> int:
+    """Of (L, B, Q, ...) and maps (..., h, w): on a CPU one layer, elsewhere as many as make a good number of logits."""
+    if works_in_cache(queries.device):
+        return 1
+    num_pixels = (queries if maps is None else maps).shape[-2:].numel()
+    return max(1, rows_at_once(queries.device, num_pixels) // queries.shape[2])
 
 
 def matched_mask_logits(mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int]) -> Tensor:

@@ -22,13 +22,25 @@ FOCAL_GAMMA = 2.0  # the closed forms of the gradient below are those of an expo
 NEVER = -80.0
 # Pixels in work at once: small enough for a CPU's cache, large enough to keep a GPU busy.
 CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**19, 2**23
+
+
+def works_in_cache(device: torch.device) -> bool:
+    """Whether few pixels at a time are fastest, as on a CPU; on a GPU it counts how many operations are started."""
+    return device.type == "cpu"
+
+
+def rows_at_once(device: torch.device, num_pixels: int) -> int:
+    """How many masks of so many pixels are in work at once."""
+    return max(1, (CHUNK_SIZE_CPU if works_in_cache(device) else CHUNK_SIZE_GPU) // num_pixels)
+
+
 BLOCK_SIZE = 32
 # Logits at points to choose from in work at once: 16 MiB.
 MANY_POINTS = 2**22
 
 
 @dataclass
-class MatchedMasks:
+class MasksOfSegment:
     """Consecutive rows of logits that are matched to one segment, by one decoder layer each.
 
     Args:
@@ -41,13 +53,43 @@ class MatchedMasks:
     inside: Tensor
     left_out: Tensor | None = None
 
+    def losses(
+        self, rows: slice, logits: Tensor, focal_weight: float | None, dice_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Focal and dice loss of some of the rows, whose `logits` (m, P) become the gradient; see `_chunk_losses`."""
+        return _chunk_losses(logits, self, focal_weight, dice_weight)
+
+
+@dataclass
+class MasksOfImage:
+    """Consecutive rows of logits that are matched to segments of one image.
+
+    Args:
+        rows: Their place among the M masks.
+        segments: (M,), the segment of each of the M masks.
+        masks: Those of the image, as in `Targets`.
+        counted: (P,) bool, pixels that count; None if all do.
+    """
+
+    rows: slice
+    segments: Tensor
+    masks: Tensor
+    counted: Tensor | None = None
+
+    def losses(
+        self, rows: slice, logits: Tensor, focal_weight: float | None, dice_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Likewise."""
+        inside = masks_at(self.masks, self.segments[rows])
+        counted = None if self.counted is None else self.counted.expand_as(logits)
+        return _point_losses(logits, inside, counted, focal_weight, dice_weight)
+
 
 class DenseMaskLosses(torch.autograd.Function):
     """Focal and dice loss on all H x W pixels, with logits enlarged bilinearly, a few masks at a time.
 
     The gradient at h x w is made in the forward pass, while the pixels of a mask are in the cache, and nothing of size
-    H x W outlives its mask. A segment owns few pixels of an image: all pixels are treated as outside first, those
-    inside are then taken out and treated apart, so that no mask is ever built.
+    H x W outlives its mask.
 
     Shapes:
         logits: (M, h, w), any floating type; computed in float32.
@@ -58,7 +100,7 @@ class DenseMaskLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        groups: Iterable[MatchedMasks],
+        groups: Iterable[MasksOfSegment | MasksOfImage],
         size: tuple[int, int],
         focal_weight: float,
         dice_weight: float,
@@ -67,14 +109,13 @@ class DenseMaskLosses(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(logits, dtype=torch.float32) if needs_gradient else None
         enlargement = Enlargement(logits.shape[-2:], size, logits.device)
-        chunk_size = CHUNK_SIZE_CPU if logits.device.type == "cpu" else CHUNK_SIZE_GPU
-        masks_per_chunk = max(1, chunk_size // (size[0] * size[1]))
+        masks_per_chunk = rows_at_once(logits.device, size[0] * size[1])
         for group in groups:
             for start in range(group.rows.start, group.rows.stop, masks_per_chunk):
                 rows = slice(start, min(start + masks_per_chunk, group.rows.stop))
                 pixels = enlargement(logits[rows].float()).flatten(1)
-                focal[rows], dice[rows] = _chunk_losses(
-                    pixels, group, focal_weight if needs_gradient else None, dice_weight
+                focal[rows], dice[rows] = group.losses(
+                    rows, pixels, focal_weight if needs_gradient else None, dice_weight
                 )
                 if gradient is not None:
                     gradient[rows] = enlargement.transposed(pixels.unflatten(1, size))
@@ -91,9 +132,12 @@ class DenseMaskLosses(torch.autograd.Function):
 
 
 def _chunk_losses(
-    logits: Tensor, group: MatchedMasks, focal_weight: float | None, dice_weight: float
+    logits: Tensor, group: MasksOfSegment, focal_weight: float | None, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Focal and dice loss of a few masks of one segment, (m, P) -> (m,) each; `logits` become the gradient.
+
+    A segment owns few pixels of an image: all pixels are treated as outside first, those inside are then taken out and
+    treated apart, so that no mask is ever built.
 
     Without `focal_weight` there is no gradient, and `logits` become meaningless.
     """
@@ -315,9 +359,8 @@ class SampledMaskLosses(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(logits, dtype=torch.float32) if needs_gradient else None
         focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
-        chunk_size = CHUNK_SIZE_CPU if logits.device.type == "cpu" else CHUNK_SIZE_GPU
         masks_per_draw = max(1, MANY_POINTS // sampling.num_drawn)
-        masks_per_chunk = max(1, chunk_size // sampling.num_points)
+        masks_per_chunk = rows_at_once(logits.device, sampling.num_points)
         ends = itertools.accumulate(counts)
         for end, count, masks in zip(ends, counts, targets.masks, strict=True):
             is_owned = are_owned(masks).flatten() if ignores_void else None

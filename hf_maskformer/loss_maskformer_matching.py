@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import is_scipy_available
 
-from .loss_maskformer_masks import CHUNK_SIZE_CPU, CHUNK_SIZE_GPU, FOCAL_ALPHA, NEVER
+from .loss_maskformer_masks import FOCAL_ALPHA, NEVER, rows_at_once
 
 # Far above every finite cost, and still exact enough in float32 for the sums of the assignment.
 COST_OF_THE_LAST = 1e6
@@ -39,9 +39,8 @@ def pairwise_mask_costs(mask_logits: Tensor, masks: Tensor, left_out: Tensor | N
     num_counted = num_pixels if left_out is None else (~left_out).sum().clamp(min=1)
     num_segments = len(masks)
     inside = F.pad(masks.float(), (0, 0, 0, -num_segments % REGISTER_SIZE)).T.contiguous()  # (P, N and a few zeros)
-    chunk_size = CHUNK_SIZE_CPU if mask_logits.device.type == "cpu" else CHUNK_SIZE_GPU
     focal, overlap, area = [], [], []
-    for logits in mask_logits.split(max(1, chunk_size // num_pixels)):
+    for logits in mask_logits.split(rows_at_once(mask_logits.device, num_pixels)):
         logits = logits.float()
         if left_out is not None:
             logits = logits.masked_fill(left_out, NEVER)

@@ -244,17 +244,18 @@ def _check_mask_sizes(targets: Targets, image_sizes: np.ndarray) -> None:
             )
 
 
-def masks_at(masks: Tensor, segments: Tensor, pixels: Tensor) -> Tensor:
+def masks_at(masks: Tensor, segments: Tensor, pixels: Tensor | None = None) -> Tensor:
     """Whether pixels belong to segments, (N, P) bool.
 
     Args:
         masks: An index map (H, W) or masks (N_i, H, W).
         segments: (N,).
-        pixels: (P,) or (N, P), positions in the flattened image.
+        pixels: (P,) or (N, P), positions in the flattened image; None for all.
     """
     if masks.dim() == 2:
-        return masks.flatten()[pixels] == segments[:, None]
-    return masks.flatten(1)[segments[:, None], pixels]
+        owners = masks.flatten()
+        return (owners if pixels is None else owners[pixels]) == segments[:, None]
+    return masks.flatten(1)[segments] if pixels is None else masks.flatten(1)[segments[:, None], pixels]
 
 
 def are_owned(masks: Tensor) -> Tensor:

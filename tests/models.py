@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoImageProcessor,
     ConvNextConfig,
@@ -103,3 +104,15 @@ def as_mask_list(batch: dict[str, torch.Tensor]) -> dict[str, object]:
 def masks(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(pixel_values).masks_queries_logits
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is started on a device: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not any(output.alias_info for output in function._schema.returns)
+        return function(*args, **(kwargs or {}))

@@ -12,10 +12,12 @@ from models import (
     ARCHITECTURES,
     NUM_LABELS,
     NUM_QUERIES,
+    Operations,
     convnext_config,
     resnet_config,
     swin_config,
     tiny_batch,
+    tiny_config,
     tiny_model,
 )
 from torch import nn
@@ -23,7 +25,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import ResNetConfig
 
-from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
 from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramid, FeaturePyramidLayer
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
@@ -110,6 +112,19 @@ def test_hooks_on_a_norm_are_called():
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
     assert calls == [1]
+
+
+@torch.no_grad()
+def test_a_pass_of_a_resnet_on_a_gpu_starts_no_more_operations_than_transformers():
+    """The meta device stands for a GPU: there a pass takes as long as it takes to start its operations."""
+    config = tiny_config()
+    stock = transformers.MaskFormerForInstanceSegmentation(transformers.MaskFormerConfig(**config.to_dict()))
+    counts = []
+    for model in (MaskFormerForInstanceSegmentation(config), stock):
+        with Operations() as operations:
+            model.eval().to("meta")(torch.randn(1, 3, 64, 64, device="meta"))
+        counts.append(operations.count)
+    assert counts[0] <= counts[1]
 
 
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])

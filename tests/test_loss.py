@@ -3,14 +3,16 @@ import warnings
 
 import pytest
 import torch
-from models import NUM_LABELS, as_mask_list, tiny_batch
+from models import NUM_LABELS, Operations, as_mask_list, tiny_batch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_maskformer import MaskFormerLoss, loss_maskformer
+from hf_maskformer import MaskFormerLoss, loss_maskformer, loss_maskformer_masks
 from hf_maskformer.loss_maskformer_masks import plain_mask_losses
 from hf_maskformer.loss_maskformer_matching import assign, finite_costs, pairwise_mask_costs
 from hf_maskformer.loss_maskformer_targets import prepare_targets
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def random_logits(num_layers=2, batch_size=2, num_queries=6, size=(16, 24)):
@@ -381,6 +383,36 @@ def test_the_host_waits_once_in_a_step(form, matching, points, void_in_loss):
     assert waits_of_operators.found == []
 
 
+@pytest.mark.parametrize("form", [dict, as_mask_list])
+def test_on_a_gpu_more_segments_are_no_more_operations(form, way):
+    counts = []
+    for num_segments in (3, 12):
+        index_map = torch.arange(32 * 48).view(1, 32, 48) % num_segments
+        labels = torch.zeros(1, num_segments, dtype=torch.int64)
+        batch = form({"pixel_values": None, "mask_labels": index_map, "class_labels": labels})
+        logits, loss = random_logits(batch_size=1, num_queries=20, size=(8, 12)), MaskFormerLoss(NUM_LABELS)
+        with Operations() as operations:
+            loss(*logits, *labels_of(batch))[0].backward()
+        counts.append(operations.count)
+    assert (counts[0] == counts[1]) == (way == "GPU")
+
+
+@pytest.mark.parametrize("form", [dict, as_mask_list])
+@pytest.mark.parametrize("void_in_loss", ["background", "ignore"])
+def test_how_many_masks_are_in_work_at_once_does_not_matter(form, void_in_loss, monkeypatch):
+    batch, losses = form(tiny_batch(size=(32, 48))), []
+    class_logits, mask_logits = random_logits(size=(8, 12))
+    for name in ("CHUNK_SIZE_CPU", "CHUNK_SIZE_GPU"):
+        monkeypatch.setattr(loss_maskformer_masks, name, 32 * 48 * 100)
+    for _ in range(2):
+        loss = MaskFormerLoss(NUM_LABELS, void_in_loss=void_in_loss)(class_logits, mask_logits, *labels_of(batch))[0]
+        losses.append((loss, *torch.autograd.grad(loss, (class_logits, mask_logits))))
+        for name in ("CHUNK_SIZE_CPU", "CHUNK_SIZE_GPU"):
+            monkeypatch.setattr(loss_maskformer_masks, name, 32 * 48 * 2)
+    for found, expected in zip(*losses, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
 def peak_memory(run) -> int:
     """The most bytes that were allocated during a run, beyond what was before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -390,6 +422,7 @@ def peak_memory(run) -> int:
     return max(itertools.accumulate(sizes, initial=0))
 
 
+@pytest.mark.parametrize("way", ["CPU"], indirect=True)
 @pytest.mark.parametrize("void_in_loss", ["background", "ignore"])
 def test_full_masks_in_list_form_take_little_more_memory_than_they_do_themselves(void_in_loss):
     num_segments, side = 40, 128

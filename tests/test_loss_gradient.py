@@ -22,7 +22,7 @@ from hf_maskformer.loss_maskformer_logits import matched_mask_logits
 from hf_maskformer.loss_maskformer_masks import (
     DenseMaskLosses,
     Enlargement,
-    MatchedMasks,
+    MasksOfSegment,
     Points,
     PointSampling,
     SampledMaskLosses,
@@ -30,6 +30,8 @@ from hf_maskformer.loss_maskformer_masks import (
 )
 from hf_maskformer.loss_maskformer_targets import are_owned, prepare_targets
 from hf_maskformer.modeling_maskformer_pixel_decoder import MaskProjection
+
+pytestmark = pytest.mark.usefixtures("way")
 
 TOLERANCE = 1e-5  # relative L2 per tensor
 FLOOR = 1e-6  # of the total norm: some true gradients are zero
@@ -121,7 +123,7 @@ def test_an_odd_size_costs_what_an_even_one_does():
 def test_dense_losses_of_a_chunk_are_the_plain_ones(scale, left_out):
     logits = (scale * torch.randn(4, 8, 8)).requires_grad_()
     inside = [torch.arange(5), torch.arange(100, 400)]
-    groups = [MatchedMasks(slice(0, 3), inside[0], left_out), MatchedMasks(slice(3, 4), inside[1], left_out)]
+    groups = [MasksOfSegment(slice(0, 3), inside[0], left_out), MasksOfSegment(slice(3, 4), inside[1], left_out)]
     total, focal, dice = DenseMaskLosses.apply(logits, groups, (32, 32), 20.0, 1.0)
     total.backward()
     found, logits.grad = logits.grad, None

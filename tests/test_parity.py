@@ -98,6 +98,7 @@ def test_logits_of_an_image_whose_sides_are_no_multiple_of_32(golden: Golden) ->
     assert_close(output.masks_queries_logits, golden.arrays["odd.pred_masks"])
 
 
+@pytest.mark.usefixtures("way")
 def test_assignments_of_every_layer(golden: Golden) -> None:
     found = []
     match = golden.model.criterion.match
@@ -113,6 +114,7 @@ def test_assignments_of_every_layer(golden: Golden) -> None:
             assert segments == golden.arrays[f"match.{layer}.{image}.tgt"].tolist()
 
 
+@pytest.mark.usefixtures("way")
 def test_every_loss_term_and_their_sum(golden: Golden) -> None:
     output = golden.model.train()(golden.arrays["pixel_values"], **golden.labels)
     terms = {name.replace("cross_entropy", "ce"): float(value) for name, value in output.loss_dict.items()}
@@ -120,6 +122,7 @@ def test_every_loss_term_and_their_sum(golden: Golden) -> None:
     assert output.loss.item() == pytest.approx(golden.meta["loss_total"], rel=LOSS_TOLERANCE)
 
 
+@pytest.mark.usefixtures("way")
 def test_gradients_of_every_parameter(golden: Golden) -> None:
     check_gradients(golden)
 
