@@ -178,13 +178,14 @@ class MaskFormerLoss(nn.Module):
                 f"{self.num_labels} classes. Give as many queries, or set matching='bipartite'."
             )
         _check_num_items(num_items_in_batch)
+        is_by_segment = self.point_sampling is None and works_in_cache(class_queries_logits.device)
         targets = prepare_targets(
             mask_labels,
             class_labels,
             batch_size,
             size,
             class_queries_logits.device,
-            self.point_sampling is None and works_in_cache(class_queries_logits.device),
+            is_by_segment,
             image_sizes,
         )
         # Gradients are averaged over processes, so the normalisers are averages too.
@@ -225,7 +226,7 @@ class MaskFormerLoss(nn.Module):
             if self.point_sampling is None:
                 groups: Iterator[MasksOfSegment | MasksOfImage] = (
                     self.masks_of_segments(pairs, targets, starts)
-                    if works_in_cache(mask_logits.device)
+                    if is_by_segment
                     else self.masks_of_images(counts, segments, targets)
                 )
                 mask_loss, focal, dice = DenseMaskLosses.apply(mask_logits, groups, targets.size, *weights)
@@ -353,7 +354,7 @@ class MaskFormerLoss(nn.Module):
                 yield MasksOfSegment(slice(start, stop), inside, void)
 
     def masks_of_images(self, counts: list[int], segments: Tensor, targets: Targets) -> Iterator[MasksOfImage]:
-        """The matched rows, sorted by image, of which each has so many."""
+        """The matched rows, sorted by image, `counts[i]` of image i; the segment of each, (M,), is given."""
         for stop, count, masks in zip(accumulate(counts), counts, targets.masks, strict=True):
             counted = are_owned(masks).flatten() if self.ignores_void else None
             yield MasksOfImage(slice(stop - count, stop), segments, masks, counted)

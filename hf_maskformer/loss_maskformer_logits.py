@@ -5,7 +5,7 @@ width, F channels of the pyramid, P pixels; h x w = H/4 x W/4 for the H x W padd
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -65,24 +65,26 @@ def mask_logits_of_image(
         image: Which one.
         pixels: (P,), positions in h * w.
     """
+    queries, maps = embeddings or (cast(Tensor, mask_logits),) * 2
+    num_pixels = maps.shape[-2:].numel() if pixels is None else len(pixels)
+    layers_at_once = _layers_at_once(queries.shape[0], queries.shape[2], num_pixels, queries.device)
     if mask_logits is not None:
-        for logits in mask_logits[:, image].flatten(2).split(_layers_at_once(mask_logits)):
-            logits = logits.flatten(0, 1)
-            yield logits if pixels is None else logits.index_select(1, pixels)
+        for layers in mask_logits[:, image].flatten(2).split(layers_at_once):
+            yield (layers if pixels is None else layers.index_select(2, pixels)).flatten(0, 1)
     elif embeddings is not None:
         pixel_embeddings = embeddings[1][image].flatten(1)
         if pixels is not None:
             pixel_embeddings = pixel_embeddings.index_select(1, pixels)
-        for mask_embeddings in embeddings[0][:, image].split(_layers_at_once(*embeddings)):
+        for mask_embeddings in embeddings[0][:, image].split(layers_at_once):
             yield mask_embeddings.flatten(0, 1) @ pixel_embeddings
 
 
-def _layers_at_once(queries: Tensor, maps: Tensor | None = None) -> int:
-    """Of (L, B, Q, ...) and maps (..., h, w): on a CPU one layer, elsewhere as many as make a good number of logits."""
-    if works_in_cache(queries.device):
+def _layers_at_once(num_layers: int, num_queries: int, num_pixels: int, device: torch.device) -> int:
+    """On a CPU one, elsewhere as many as are in work at once, in parts of like size."""
+    if works_in_cache(device):
         return 1
-    num_pixels = (queries if maps is None else maps).shape[-2:].numel()
-    return max(1, rows_at_once(queries.device, num_pixels) // queries.shape[2])
+    at_most = max(1, rows_at_once(device, num_pixels) // num_queries)
+    return -(-num_layers // -(-num_layers // at_most))
 
 
 def matched_mask_logits(mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int]) -> Tensor:

@@ -22,21 +22,19 @@ FOCAL_GAMMA = 2.0  # the closed forms of the gradient below are those of an expo
 NEVER = -80.0
 # Pixels in work at once: small enough for a CPU's cache, large enough to keep a GPU busy.
 CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**19, 2**23
+BLOCK_SIZE = 32
+# Logits at points to choose from in work at once: 16 MiB.
+MANY_POINTS = 2**22
 
 
 def works_in_cache(device: torch.device) -> bool:
-    """Whether few pixels at a time are fastest, as on a CPU; on a GPU it counts how many operations are started."""
+    """Whether few pixels at a time are fastest, as on a CPU; on a GPU each operation may take longer to start."""
     return device.type == "cpu"
 
 
 def rows_at_once(device: torch.device, num_pixels: int) -> int:
     """How many masks of so many pixels are in work at once."""
     return max(1, (CHUNK_SIZE_CPU if works_in_cache(device) else CHUNK_SIZE_GPU) // num_pixels)
-
-
-BLOCK_SIZE = 32
-# Logits at points to choose from in work at once: 16 MiB.
-MANY_POINTS = 2**22
 
 
 @dataclass
@@ -79,7 +77,7 @@ class MasksOfImage:
     def losses(
         self, rows: slice, logits: Tensor, focal_weight: float | None, dice_weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Likewise."""
+        """Focal and dice loss of some of the rows, whose `logits` (m, P) become the gradient; see `_point_losses`."""
         inside = masks_at(self.masks, self.segments[rows])
         counted = None if self.counted is None else self.counted.expand_as(logits)
         return _point_losses(logits, inside, counted, focal_weight, dice_weight)
@@ -88,8 +86,8 @@ class MasksOfImage:
 class DenseMaskLosses(torch.autograd.Function):
     """Focal and dice loss on all H x W pixels, with logits enlarged bilinearly, a few masks at a time.
 
-    The gradient at h x w is made in the forward pass, while the pixels of a mask are in the cache, and nothing of size
-    H x W outlives its mask.
+    The gradient at h x w is made in the forward pass, on a CPU while the pixels of a mask are in the cache, and nothing
+    of size H x W outlives its mask.
 
     Shapes:
         logits: (M, h, w), any floating type; computed in float32.

@@ -280,8 +280,7 @@ def pixels_at_stride(size: Sequence[int], low_size: Sequence[int], device: torch
 def pixels_of_segment(targets: Targets, image: int, segment: int, starts: Sequence[int]) -> Tensor:
     """Positions in the flattened image of the pixels of a segment.
 
-    Of masks they are looked for here, one at a time: those of all would take eight times the memory of the masks. How
-    many there are is known, so that the host does not wait for the device.
+    Of masks they are looked for here, one at a time: those of all would take eight times the memory of the masks.
 
     Args:
         targets: The segments, with sorted pixels.

@@ -59,7 +59,7 @@ class PixelLevelModule(nn.Module):
         """With a `pixel_mask` (B, H, W), transformer encoder layers leave the padding out.
 
         Without features the pixel decoder frees each map of the backbone but the last once it has used it, and likewise
-        the levels of the pyramid.
+        the levels of the pyramid, which are then not among its outputs.
         """
         # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
         is_safe = self._is_safe_with_channels_last(pixel_values)

@@ -62,8 +62,8 @@ class ConvNorm(nn.Module):
     """Convolution, batch normalisation and, unless None, an activation.
 
     At inference on a CPU the norm's scale and shift of each channel are done to the weights, which are far fewer than
-    the pixels. Not on a GPU, where each of the small operations that this takes is one more to start, in each pass.
-    And not where gradients are wanted, which would differ from the paper's code by more than need be: a sum in another
+    the pixels. Not on a GPU, where each of the small operations that this takes in each pass is one more to start. And
+    not where gradients are wanted, which would differ from the paper's code by more than need be: a sum in another
     order lets some ReLU fall on the other side of zero.
     """
 

@@ -24,7 +24,7 @@ from .modeling_maskformer_packing import (
     packing_dtype,
 )
 from .modeling_maskformer_swin_windows import WindowGrid, count_parts, pad_to_multiple, window_grid
-from .modeling_maskformer_winograd import can_overwrite, is_traced, register_operator
+from .modeling_maskformer_winograd import can_overwrite, is_hooked, is_traced, register_operator
 
 # What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
 # feed-forward network see so many positions at a time that most of this stays in the cache, and not so few that the
@@ -280,18 +280,23 @@ class SwinStage(nn.Module):
         )
         self.downsample = PatchMerging(dim) if stage < len(config.depths) - 1 else None
 
-    def forward(self, states: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns the stage's output, in place where its input was, and the input of the next stage."""
+    def forward(self, states: Tensor, owns_states: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns the stage's output, perhaps in the memory of states that it owns, and the input of the next stage."""
         size, device = states.shape[1:3], states.device
         # Once for all blocks: they differ in the shift only.
         grids = (
             window_grid(size, self.window_size, 0, device),
             window_grid(size, self.window_size, self.shift, device),
         )
+        is_private = can_overwrite(self)
         for block in self.blocks:
-            states = block(states, grids, in_place)
-            # Something else may stand in the place of a block, and keep what it gives.
-            in_place = in_place and type(block) is SwinBlock
+            # Something else may stand in the place of a block, and keep what it takes or gives.
+            is_plain = type(block) is SwinBlock
+            if is_private and is_plain:
+                states = block(states if owns_states else states.clone(), grids, in_place=True)
+            else:
+                states = block(states, grids)
+            owns_states = is_plain
         return states, states if self.downsample is None else self.downsample(states)
 
 
@@ -351,16 +356,37 @@ class SwinBackbone(nn.Module):
         self.hidden_states_norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        is_private = can_overwrite(self)
         states = self.model.embeddings(pixel_values)
-        is_own = type(self.model.embeddings) is PatchEmbedding
+        are_own = gives_its_own(self.model.embeddings)
         feature_maps = []
         for stage, norm in zip(self.model.encoder.layers, self.hidden_states_norms, strict=True):
-            states, next_states = stage(states, is_private and is_own)
-            is_own = type(stage.downsample) is PatchMerging
+            if type(stage) is SwinStage:
+                states, next_states = stage(states, are_own)
+                are_own = not is_hooked(stage) and gives_its_own(stage.downsample)
+            else:
+                states, next_states = stage(states)
+                are_own = False
             feature_maps.append(norm(states).permute(0, 3, 1, 2))
             states = next_states
         return feature_maps
+
+
+def gives_its_own(module: nn.Module | None) -> bool:
+    """Whether nobody else reads what a module gives: something else may stand in its place or inside, and keep it."""
+    if module is None or not can_overwrite(module):
+        return False
+    return {type(part) for part in module.modules()} <= PARTS_THAT_GIVE_THEIR_OWN
+
+
+PARTS_THAT_GIVE_THEIR_OWN = {
+    PatchEmbedding,
+    PatchProjection,
+    PatchMerging,
+    SwinLinear,
+    nn.Conv2d,
+    nn.LayerNorm,
+    nn.Dropout,
+}
 
 
 def relative_position_index(window_size: int) -> Tensor:

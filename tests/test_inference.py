@@ -17,7 +17,6 @@ from models import (
     resnet_config,
     swin_config,
     tiny_batch,
-    tiny_config,
     tiny_model,
 )
 from torch import nn
@@ -25,7 +24,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import ResNetConfig
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor, modeling_maskformer_swin
+from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
 from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramid, FeaturePyramidLayer
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
@@ -116,13 +115,11 @@ def test_hooks_on_a_norm_are_called():
 
 @torch.no_grad()
 def test_a_pass_of_a_resnet_on_a_gpu_starts_no_more_operations_than_transformers():
-    """The meta device stands for a GPU: there a pass takes as long as it takes to start its operations."""
-    config = tiny_config()
-    stock = transformers.MaskFormerForInstanceSegmentation(transformers.MaskFormerConfig(**config.to_dict()))
-    counts = []
-    for model in (MaskFormerForInstanceSegmentation(config), stock):
+    """The meta device stands for a GPU, where small operations may take longer to start than to run."""
+    config, counts = resnet_config(), []
+    for backbone in (ResNetBackbone(config), transformers.ResNetBackbone(config)):
         with Operations() as operations:
-            model.eval().to("meta")(torch.randn(1, 3, 64, 64, device="meta"))
+            backbone.eval().to("meta")(torch.empty(1, 3, 64, 64, device="meta"))
         counts.append(operations.count)
     assert counts[0] <= counts[1]
 
@@ -168,9 +165,26 @@ class Keeper(torch.nn.Module):
         self.module = module
 
     def forward(self, *arguments):
-        self.kept = self.module(*arguments)
-        self.copy = self.kept.clone()
-        return self.kept
+        output = self.module(*arguments)
+        self.kept, self.copy = with_copy(output)
+        return output
+
+
+def with_copy(output):
+    """What a module gives, or the last of several tensors, and a copy."""
+    kept = output[-1] if isinstance(output, tuple) else output
+    return kept, kept.clone()
+
+
+class Parallel(torch.nn.Module):
+    """Adds its input to what a module gives, as adapters beside a module do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, states, *arguments, **settings):
+        return self.module(states, *arguments, **settings) + states
 
 
 def test_layers_of_a_resnet_may_be_replaced():
@@ -192,7 +206,18 @@ def test_layers_of_a_resnet_may_be_replaced():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("place", ["embeddings", "encoder.layers.0.blocks.0", "encoder.layers.0.downsample"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "embeddings",
+        "embeddings.norm",
+        "embeddings.dropout",
+        "encoder.layers.0",
+        "encoder.layers.0.blocks.0",
+        "encoder.layers.0.downsample",
+        "encoder.layers.0.downsample.reduction",
+    ],
+)
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_what_others_keep_of_a_swin_is_not_overwritten(place, is_replaced):
     backbone, pixel_values = SwinBackbone(swin_config()).eval(), torch.randn(1, 3, 64, 96)
@@ -201,11 +226,34 @@ def test_what_others_keep_of_a_swin_is_not_overwritten(place, is_replaced):
         keeper = Keeper(backbone.model.get_submodule(place))
         backbone.model.set_submodule(place, keeper)
     else:
-        hook = lambda module, inputs, output: kept.extend((output, output.clone()))  # noqa: E731
-        backbone.model.get_submodule(place).register_forward_hook(hook)
+        module = backbone.model.get_submodule(place)
+        module.register_forward_hook(lambda module, inputs, output: kept.extend(with_copy(output)))
     for found, tensor in zip(backbone(pixel_values), expected, strict=True):
         torch.testing.assert_close(found, tensor, **CLOSE)
     assert torch.equal(*((keeper.kept, keeper.copy) if is_replaced else kept))
+
+
+@pytest.mark.parametrize("place", ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"])
+def test_what_stands_beside_a_block_of_a_swin_reads_its_input(place):
+    backbone, pixel_values = SwinBackbone(swin_config()).eval(), torch.randn(1, 3, 64, 96)
+    backbone.model.encoder.set_submodule(place, Parallel(backbone.model.encoder.get_submodule(place)))
+    expected = backbone(pixel_values)
+    with torch.no_grad():
+        for found, tensor in zip(backbone(pixel_values), expected, strict=True):
+            torch.testing.assert_close(found, tensor, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["embeddings", "encoder.layers.0.downsample", "encoder.layers.0.blocks.0"])
+def test_what_is_replaced_in_a_swin_leaves_the_rest_in_place(monkeypatch, place):
+    backbone, numbers = SwinBackbone(swin_config()).eval(), []
+    attend_in_parts = SwinBlock._attend_in_parts
+    monkeypatch.setattr(SwinBlock, "_attend_in_parts", lambda *inputs: numbers.append(1) or attend_in_parts(*inputs))
+    backbone(torch.randn(1, 3, 64, 96))
+    count = len(numbers)
+    backbone.model.set_submodule(place, Keeper(backbone.model.get_submodule(place)))
+    backbone(torch.randn(1, 3, 64, 96))
+    assert len(numbers) - count == count - ("blocks" in place)
 
 
 @torch.no_grad()
@@ -213,8 +261,8 @@ def test_a_swin_has_memory_for_one_map_of_states_in_each_stage(monkeypatch):
     backbone, pointers = SwinBackbone(swin_config()).eval(), []
     stage_forward = SwinStage.forward
 
-    def record(stage, states, in_place):
-        output, next_states = stage_forward(stage, states, in_place)
+    def record(stage, states, owns_states):
+        output, next_states = stage_forward(stage, states, owns_states)
         pointers.append((states.data_ptr(), output.data_ptr()))
         return output, next_states
 
@@ -235,17 +283,27 @@ def test_a_map_of_the_backbone_is_free_once_the_pyramid_has_projected_it(monkeyp
     pyramid = FeaturePyramid([8, 12, 16, 20], 32).eval()
     features = [torch.randn(1, channels, 32 >> i, 32 >> i) for i, channels in enumerate([8, 12, 16, 20])]
     maps = [weakref.ref(values) for values in features]
-    alive = []
+    alive, alive_levels = [], []
 
     def forward(self, states):
         alive.append(sum(values() is not None for values in maps))
+        alive_levels.append(sum(values() is not None for values in levels))
         return original(self, states)
 
-    original = torch.nn.GroupNorm.forward
+    def layer_forward(self, coarse, lateral):
+        inputs = [lateral, coarse]
+        del coarse, lateral  # or this call would hold them
+        level = original_of_layer(self, inputs.pop(), inputs.pop())
+        levels.append(weakref.ref(level))
+        return level
+
+    original, original_of_layer, levels = torch.nn.GroupNorm.forward, FeaturePyramidLayer.forward, []
     monkeypatch.setattr(torch.nn.GroupNorm, "forward", forward)
-    pyramid(features)
-    # One norm after the coarsest map, then two for each of the others.
+    monkeypatch.setattr(FeaturePyramidLayer, "forward", layer_forward)
+    pyramid(features, with_levels=False)
+    # One norm after the coarsest map, then two for each of the others: before a coarser level is added, and after it.
     assert alive == [4, 2, 2, 1, 1, 0, 0]
+    assert alive_levels == [0, 0, 0, 1, 0, 1, 0]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_maskformer import MaskFormerLoss, loss_maskformer, loss_maskformer_masks
+from hf_maskformer.loss_maskformer_logits import _layers_at_once
 from hf_maskformer.loss_maskformer_masks import plain_mask_losses
 from hf_maskformer.loss_maskformer_matching import assign, finite_costs, pairwise_mask_costs
 from hf_maskformer.loss_maskformer_targets import prepare_targets
@@ -397,20 +398,38 @@ def test_on_a_gpu_more_segments_are_no_more_operations(form, way):
     assert (counts[0] == counts[1]) == (way == "GPU")
 
 
+def test_on_a_gpu_more_layers_are_no_more_operations_of_matching(way):
+    batch, counts = tiny_batch(size=(32, 48)), []
+    targets = prepare_targets(*labels_of(batch), 2)
+    for num_layers in (2, 6):
+        embeddings = torch.randn(num_layers, 2, 6, 8), torch.randn(2, 8, 8, 12)
+        class_logits, _ = random_logits(num_layers)
+        with Operations() as operations:
+            MaskFormerLoss(NUM_LABELS).matching_costs(class_logits, None, targets, embeddings)
+        counts.append(operations.count)
+    assert (counts[0] == counts[1]) == (way == "GPU")
+
+
+@pytest.mark.parametrize(("at_most", "expected"), [(1, 1), (2, 2), (4, 3), (5, 3), (6, 6), (9, 6)])
+def test_layers_are_matched_in_parts_of_like_size(monkeypatch, way, at_most, expected):
+    monkeypatch.setattr(loss_maskformer_masks, "CHUNK_SIZE_GPU", at_most * 100 * 64 + 5)
+    assert _layers_at_once(6, 100, 64, torch.device("cpu")) == (expected if way == "GPU" else 1)
+
+
 @pytest.mark.parametrize("form", [dict, as_mask_list])
 @pytest.mark.parametrize("void_in_loss", ["background", "ignore"])
 def test_how_many_masks_are_in_work_at_once_does_not_matter(form, void_in_loss, monkeypatch):
     batch, losses = form(tiny_batch(size=(32, 48))), []
-    class_logits, mask_logits = random_logits(size=(8, 12))
-    for name in ("CHUNK_SIZE_CPU", "CHUNK_SIZE_GPU"):
-        monkeypatch.setattr(loss_maskformer_masks, name, 32 * 48 * 100)
-    for _ in range(2):
+    class_logits, mask_logits = random_logits(num_layers=3, size=(8, 12))
+    # All, two masks of the image and two of three layers, or one of each.
+    for chunk_size in (32 * 48 * 100, 32 * 48 * 2, 1):
+        for name in ("CHUNK_SIZE_CPU", "CHUNK_SIZE_GPU"):
+            monkeypatch.setattr(loss_maskformer_masks, name, chunk_size)
         loss = MaskFormerLoss(NUM_LABELS, void_in_loss=void_in_loss)(class_logits, mask_logits, *labels_of(batch))[0]
         losses.append((loss, *torch.autograd.grad(loss, (class_logits, mask_logits))))
-        for name in ("CHUNK_SIZE_CPU", "CHUNK_SIZE_GPU"):
-            monkeypatch.setattr(loss_maskformer_masks, name, 32 * 48 * 2)
-    for found, expected in zip(*losses, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    for of_all, *others in zip(*losses, strict=True):
+        for found in others:
+            torch.testing.assert_close(found, of_all, rtol=1e-4, atol=1e-7)
 
 
 def peak_memory(run) -> int:
