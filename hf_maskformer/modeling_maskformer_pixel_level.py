@@ -145,7 +145,10 @@ def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Ten
             f"pixel_mask has the shape {tuple(pixel_mask.shape)}, but the images are {tuple(pixel_values.shape)}: give "
             f"one number for each pixel, {shape}, 1 in the image and 0 in its padding."
         )
-    padded_sizes = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).repeat(pixel_values.shape[0], 1)
+    # Not from a list of numbers: to copy it to a GPU, the host would wait for all that was queued there.
+    batch_size, device = pixel_values.shape[0], pixel_values.device
+    lengths = [torch.full((batch_size,), side, dtype=torch.int64, device=device) for side in pixel_values.shape[-2:]]
+    padded_sizes = torch.stack(lengths, dim=1)
     if pixel_mask is None:
         return padded_sizes, padded_sizes
     is_image = pixel_mask.bool()
@@ -154,5 +157,5 @@ def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Ten
 
 def covered_part(image_sizes: Tensor, padded_sizes: Tensor, size: Sequence[int]) -> Tensor:
     """How many rows and columns of a feature map of this size hold at least a pixel of each image, (B, 2) int64."""
-    scaled = image_sizes * torch.tensor(size, device=image_sizes.device)
+    scaled = torch.stack([lengths * length for lengths, length in zip(image_sizes.unbind(1), size, strict=True)], dim=1)
     return (scaled + padded_sizes - 1) // padded_sizes

@@ -18,6 +18,7 @@ from models import (
     tiny_config,
     tiny_model,
 )
+from torch.overrides import TorchFunctionMode
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerModel
 from hf_maskformer.modeling_maskformer_pixel_level import covered_part
@@ -506,3 +507,30 @@ def test_masked_padding_is_saved_with_the_configuration(tmp_path):
 def test_a_position_with_any_pixel_of_the_image_is_image():
     found = covered_part(torch.tensor([[33, 64], [1, 96]]), torch.tensor([[64, 96], [64, 96]]), (2, 3))
     assert found.tolist() == [[2, 2], [1, 3]]
+
+
+class NumbersFromTheHost(TorchFunctionMode):
+    """Notes what makes tensors of the host's numbers: to copy them to a GPU the host waits until it is idle."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("tensor", "as_tensor", "new_tensor", "from_numpy"):
+            self.found.append(args)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask_padding", [False, True])
+@pytest.mark.parametrize("backbone", [resnet_config, swin_config])
+def test_a_pass_copies_no_numbers_to_the_device(backbone, mask_padding):
+    model = tiny_model(backbone(), mask_padding=mask_padding).eval()
+    pixel_mask = torch.ones(2, 64, 96, dtype=torch.int64)
+    pixel_mask[1, 40:] = 0
+    with NumbersFromTheHost() as numbers:
+        outputs = model(torch.randn(2, 3, 64, 96), pixel_mask=pixel_mask)
+    assert numbers.found == []
+    assert outputs.padded_sizes.tolist() == [[64, 96], [64, 96]]
+    assert outputs.image_sizes.tolist() == [[64, 96], [40, 96]]
