@@ -19,11 +19,10 @@ from .loss_maskformer_masks import (
     DenseMaskLosses,
     MasksOfImage,
     MasksOfSegment,
-    PointSampling,
-    SampledMaskLosses,
     works_in_cache,
 )
 from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask_costs
+from .loss_maskformer_points import PointSampling, SampledMaskLosses
 from .loss_maskformer_targets import (
     NO_LABEL,
     Targets,

@@ -1,10 +1,9 @@
-"""Focal and dice loss of matched masks: on all pixels without holding them, or on sampled points.
+"""Focal and dice loss of matched masks, on all pixels without holding them.
 
-Letters: M masks, P pixels or points; h x w is the size of the logits, H x W that of the image.
+Letters: M masks, m of them in work at once, P pixels or points; h x w is the size of the logits, H x W of the image.
 """
 
 import functools
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss_maskformer_targets import Targets, are_owned, masks_at
+from .loss_maskformer_targets import masks_at
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0  # the closed forms of the gradient below are those of an exponent of 2
@@ -23,8 +22,6 @@ NEVER = -80.0
 # Pixels in work at once: small enough for a CPU's cache, large enough to keep a GPU busy.
 CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**19, 2**23
 BLOCK_SIZE = 32
-# Logits at points to choose from in work at once: 16 MiB.
-MANY_POINTS = 2**22
 
 
 def works_in_cache(device: torch.device) -> bool:
@@ -51,12 +48,6 @@ class MasksOfSegment:
     inside: Tensor
     left_out: Tensor | None = None
 
-    def losses(
-        self, rows: slice, logits: Tensor, focal_weight: float | None, dice_weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """Focal and dice loss of some of the rows, whose `logits` (m, P) become the gradient; see `_chunk_losses`."""
-        return _chunk_losses(logits, self, focal_weight, dice_weight)
-
 
 @dataclass
 class MasksOfImage:
@@ -73,14 +64,6 @@ class MasksOfImage:
     segments: Tensor
     masks: Tensor
     counted: Tensor | None = None
-
-    def losses(
-        self, rows: slice, logits: Tensor, focal_weight: float | None, dice_weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """Focal and dice loss of some of the rows, whose `logits` (m, P) become the gradient; see `_point_losses`."""
-        inside = masks_at(self.masks, self.segments[rows])
-        counted = None if self.counted is None else self.counted.expand_as(logits)
-        return _point_losses(logits, inside, counted, focal_weight, dice_weight)
 
 
 class DenseMaskLosses(torch.autograd.Function):
@@ -112,9 +95,12 @@ class DenseMaskLosses(torch.autograd.Function):
             for start in range(group.rows.start, group.rows.stop, masks_per_chunk):
                 rows = slice(start, min(start + masks_per_chunk, group.rows.stop))
                 pixels = enlargement(logits[rows].float()).flatten(1)
-                focal[rows], dice[rows] = group.losses(
-                    rows, pixels, focal_weight if needs_gradient else None, dice_weight
-                )
+                weights = focal_weight if needs_gradient else None, dice_weight
+                if isinstance(group, MasksOfSegment):
+                    focal[rows], dice[rows] = _losses_of_segment(pixels, group, *weights)
+                else:
+                    inside = masks_at(group.masks, group.segments[rows])
+                    focal[rows], dice[rows] = mask_losses(pixels, inside, group.counted, *weights)
                 if gradient is not None:
                     gradient[rows] = enlargement.transposed(pixels.unflatten(1, size))
         ctx.save_for_backward(gradient)
@@ -129,7 +115,7 @@ class DenseMaskLosses(torch.autograd.Function):
         return (gradient * total_gradient).to(ctx.dtype), None, None, None, None
 
 
-def _chunk_losses(
+def _losses_of_segment(
     logits: Tensor, group: MasksOfSegment, focal_weight: float | None, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Focal and dice loss of a few masks of one segment, (m, P) -> (m,) each; `logits` become the gradient.
@@ -232,177 +218,13 @@ def _interpolation(low_length: int, length: int, device: torch.device) -> Interp
     return Interpolation(low_length, length, device)
 
 
-@dataclass
-class PointSampling:
-    """Focal and dice loss, and matching costs, on points drawn anew in every step instead of all pixels.
-
-    Matching draws pixels of the logits, all with the same chance (or takes all, if they are few). The losses draw
-    points anywhere: for each mask the most uncertain ones (logits near 0) of more such points, and some more. A point
-    has the logit that bilinear interpolation gives, and belongs to the segment that owns the pixel it falls into.
-
-    Mask2Former draws for each mask by itself, and for matching in each image after each layer. Here all layers and
-    images share the pixels for matching, masks of an image the points to choose from: what one mask or one cost sees
-    has the same distribution, so that the expected loss and gradient are the same.
-
-    Where void does not count its points are never uncertain, and those drawn without choice are left out afterwards:
-    what is predicted there changes neither which points are taken nor their loss.
-
-    Args:
-        num_points: P, points per mask.
-        oversample_ratio: How many times P are drawn to choose the most uncertain ones from.
-        importance_sample_ratio: The share of P that is chosen by uncertainty.
-    """
-
-    num_points: int
-    oversample_ratio: float = 3.0
-    importance_sample_ratio: float = 0.75
-
-    @property
-    def num_candidates(self) -> int:
-        return int(self.oversample_ratio * self.num_points)
-
-    @property
-    def num_uncertain(self) -> int:
-        return int(self.importance_sample_ratio * self.num_points)
-
-    @property
-    def num_drawn(self) -> int:
-        """Candidates, and the points that count without being chosen, which stand behind them."""
-        return self.num_candidates + self.num_points - self.num_uncertain
-
-    def choose_pixels(self, pixels: Tensor) -> Tensor | None:
-        """Draws P positions in a list of pixels, ascending, for the matching; None says to take all."""
-        if len(pixels) <= self.num_points:
-            return None
-        return torch.randperm(len(pixels), device=pixels.device)[: self.num_points].sort().values
-
-    def choose_points(self, logits: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Which P of the points that were drawn each mask takes, (m, P), by its logits there, (m, `num_drawn`).
-
-        Points that do not count, (`num_drawn`,) bool, are chosen last, whatever their logits are.
-        """
-        certainty = logits[:, : self.num_candidates].abs()
-        if counted is not None:
-            certainty.masked_fill_(~counted[: self.num_candidates], float("inf"))
-        # As integers, floats without a sign have the same order, which is found in two thirds of the time on a CPU.
-        order = certainty.view(torch.int32)
-        uncertain = order.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
-        others = torch.arange(self.num_candidates, self.num_drawn, device=logits.device)
-        return torch.cat((uncertain, others.expand(len(logits), -1)), dim=1)
-
-
-class Points:
-    """Bilinear interpolation of (m, h, w) at P points, and its transpose, for all m at once.
-
-    A point depends on four pixels. Maps are turned so that the m values of a pixel stand together: each point is then a
-    weighted sum of four rows, several times faster on a CPU than the library's `grid_sample`.
-
-    Args:
-        positions: (2, P) float32, y and x in 0 to 1.
-        low_size: (h, w).
-    """
-
-    def __init__(self, positions: Tensor, low_size: Sequence[int]) -> None:
-        (top, bottom, down), (left, right, along) = (
-            _neighbours(position, length) for position, length in zip(positions, low_size, strict=True)
-        )
-        self.low_size = tuple(low_size)
-        row_length = low_size[1]
-        self.corners = torch.stack(
-            [row * row_length + column for row in (top, bottom) for column in (left, right)], dim=1
-        )  # (P, 4)
-        self.weights = torch.stack([y * x for y in (1 - down, down) for x in (1 - along, along)], dim=1)
-
-    def __call__(self, maps: Tensor) -> Tensor:
-        rows = maps.flatten(1).T.contiguous()
-        return F.embedding_bag(self.corners, rows, per_sample_weights=self.weights, mode="sum").T.contiguous()
-
-    def transposed(self, values: Tensor) -> Tensor:
-        """(m, P) -> (m, h, w). Each pixel is a weighted sum of the points around it."""
-        corners, order = self.corners.flatten().sort(stable=True)
-        num_pixels = self.low_size[0] * self.low_size[1]
-        starts = torch.searchsorted(corners, torch.arange(num_pixels, device=corners.device))
-        rows, weights = values.T.contiguous(), self.weights.flatten()[order]
-        sums = F.embedding_bag(order // 4, rows, starts, per_sample_weights=weights, mode="sum")
-        return sums.T.unflatten(1, self.low_size)
-
-
-def _neighbours(positions: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The two of `length` pixels around each position in 0 to 1, and the weight of the second."""
-    exact = (positions * length - 0.5).clamp_(0, length - 1)
-    first = exact.long()
-    return first, (first + 1).clamp_(max=length - 1), exact - first
-
-
-class SampledMaskLosses(torch.autograd.Function):
-    """Focal and dice loss on sampled points, a few masks at a time, whose gradient is made at once.
-
-    Shapes:
-        logits: (M, h, w), any floating type, sorted by image; computed in float32.
-        returns: as `DenseMaskLosses`, focal being the mean over points.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        sampling: PointSampling,
-        counts: list[int],
-        segments: Tensor,
-        targets: Targets,
-        ignores_void: bool,
-        focal_weight: float,
-        dice_weight: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits, dtype=torch.float32) if needs_gradient else None
-        focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
-        masks_per_draw = max(1, MANY_POINTS // sampling.num_drawn)
-        masks_per_chunk = rows_at_once(logits.device, sampling.num_points)
-        ends = itertools.accumulate(counts)
-        for end, count, masks in zip(ends, counts, targets.masks, strict=True):
-            is_owned = are_owned(masks).flatten() if ignores_void else None
-            for start in range(end - count, end, masks_per_draw):
-                stop = min(start + masks_per_draw, end)
-                positions = torch.rand(2, sampling.num_drawn, dtype=torch.float32, device=logits.device)
-                points = Points(positions, logits.shape[-2:])
-                pixels = _pixels_at(positions, targets.size)
-                counted = None if is_owned is None else is_owned[pixels]
-                at_points = points(logits[start:stop].float())
-                for first in range(0, stop - start, masks_per_chunk):
-                    chunk = at_points[first : first + masks_per_chunk]
-                    rows = slice(start + first, start + first + len(chunk))
-                    chosen = sampling.choose_points(chunk, counted)
-                    logits_at_chosen = chunk.gather(1, chosen)
-                    focal[rows], dice[rows] = _point_losses(
-                        logits_at_chosen,
-                        masks_at(masks, segments[rows], pixels).gather(1, chosen),
-                        None if counted is None else counted[chosen],
-                        focal_weight if needs_gradient else None,
-                        dice_weight,
-                    )
-                    if needs_gradient:
-                        chunk.zero_().scatter_(1, chosen, logits_at_chosen)
-                if gradient is not None:
-                    gradient[start:stop] = points.transposed(at_points)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logits.dtype
-        ctx.mark_non_differentiable(focal, dice)
-        return focal_weight * focal.sum() + dice_weight * dice.sum(), focal, dice
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, total_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * total_gradient).to(ctx.dtype), *(None,) * 7
-
-
-def _point_losses(
+def mask_losses(
     logits: Tensor, inside: Tensor, counted: Tensor | None, focal_weight: float | None, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
     """`plain_mask_losses`; `logits` (M, P) become the gradient.
 
-    Without `focal_weight` there is no gradient, and `logits` become meaningless.
+    Without `focal_weight` there is no gradient, and `logits` become meaningless. What counts may be the same for all
+    masks, (P,).
     """
     sign = inside.float().mul_(2).sub_(1)
     logits *= sign  # now of the truth
@@ -414,7 +236,7 @@ def _point_losses(
     if counted is not None:  # what is inside counts
         for factor in (focal_factor, probabilities, slope):
             factor *= counted
-        num_points = counted.sum(1).clamp(min=1)
+        num_points = counted.sum(-1).clamp(min=1)
     focal = torch.linalg.vecdot(focal_factor, negative_log) / num_points
     numerator = 2 * torch.linalg.vecdot(probabilities, inside.float()) + 1
     denominator = probabilities.sum(1) + inside.sum(1) + 1
@@ -444,10 +266,3 @@ def plain_mask_losses(logits: Tensor, inside: Tensor, counted: Tensor | None = N
     num_pixels = logits.shape[1] if counted is None else counted.sum(1).clamp(min=1)
     dice = 1 - (2 * (probabilities * inside).sum(1) + 1) / (probabilities.sum(1) + inside.sum(1) + 1)
     return focal.sum(1) / num_pixels, dice
-
-
-def _pixels_at(positions: Tensor, size: tuple[int, int]) -> Tensor:
-    """Positions in the flattened image of the pixels that points (2, P), y and x in 0 to 1, fall into."""
-    # Random numbers stay so far below 1 that no product is rounded up to the height or width itself.
-    rows, columns = ((position * length).long() for position, length in zip(positions, size, strict=True))
-    return rows * size[1] + columns

@@ -23,11 +23,9 @@ from hf_maskformer.loss_maskformer_masks import (
     DenseMaskLosses,
     Enlargement,
     MasksOfSegment,
-    Points,
-    PointSampling,
-    SampledMaskLosses,
     plain_mask_losses,
 )
+from hf_maskformer.loss_maskformer_points import Points, PointSampling, SampledMaskLosses
 from hf_maskformer.loss_maskformer_targets import are_owned, prepare_targets
 from hf_maskformer.modeling_maskformer_pixel_decoder import MaskProjection
 

@@ -84,13 +84,13 @@ def passes(
         with torch.no_grad(), autocast(arguments):
             return [model(pixel_values) for pixel_values in batches]
 
-    inputs = [{"pixel_values": pixel_values.cpu().numpy()} for pixel_values in batches] if session else []
-    for index, pixel_values in enumerate(batches):
+    inputs = [{"pixel_values": pixel_values.cpu().numpy()} for pixel_values in batches]
+    for pixel_values, as_numpy in zip(batches, inputs, strict=True):
         with torch.no_grad():  # in float32, where they agree closely
             expected, found = (model(pixel_values).masks_queries_logits for model in (stock, ours))
         check_equal(expected, found, tolerance(arguments))
         if session is not None:
-            found = torch.from_numpy(session.run(["masks_queries_logits"], inputs[index])[0])
+            found = torch.from_numpy(session.run(["masks_queries_logits"], as_numpy)[0])
             check_equal(expected.cpu(), found, tolerance(arguments))
     peers: dict[str, Callable[[], object]] = {"stock": lambda: run(stock), "ours": lambda: run(ours)}
     if session is not None:
