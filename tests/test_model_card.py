@@ -226,6 +226,21 @@ def test_a_renamed_card_loads_by_its_new_name_and_keeps_the_rest(card):
     ]
 
 
+def test_a_renamed_card_keeps_its_task_where_the_model_was_called_after_it(card):
+    called_so = rename_card(card, "semantic")
+    renamed = rename_card(called_so, "ada/scenes")
+    assert renamed.text == rename_card(card, "ada/scenes").text
+    assert 'subtask="semantic"' in renamed.text
+
+
+@pytest.mark.parametrize(
+    "text", ["WARNING: not for medical use.\n\nMore.\n", "# Scenes of mine\n\nText.\n", "<!-- mine -->\n\n"]
+)
+def test_nothing_of_a_card_written_by_hand_is_lost_by_renaming(text):
+    card = ModelCard(f"---\nlicense: mit\n---\n{text}")
+    assert rename_card(card, "ada/scenes").content == card.content
+
+
 def test_the_loss_is_a_table_where_nothing_draws(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     text = write_loss([{"step": step, "loss": 3.0 / step} for step in range(1, 101)], tmp_path)

@@ -1,5 +1,6 @@
 """Publishing on the Hub, against a stand-in for it: all of a folder or nothing, and what it says when it fails."""
 
+import json
 import re
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def test_checkpoints_logs_and_pickles_stay_at_home(hub, tmp_path):
         "training_args.bin",
         "trainer_state.json",
         "mine.txt",
+        "analysis.py",
+        "pictures/mine.pkl",
     ):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("private")
@@ -257,6 +260,36 @@ def test_an_incomplete_folder_is_refused_before_anything_is_sent(hub, tmp_path, 
     with pytest.raises(FileNotFoundError, match=f"{name}.*{remedy}"):
         publish(tmp_path, "ada/name")
     assert hub.requests == []
+
+
+def test_a_model_without_one_of_its_shards_is_refused_before_anything_is_sent(hub, tmp_path):
+    save(tmp_path, "50KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}, which model.safetensors.index.json names"):
+        publish(tmp_path, "ada/name")
+    assert hub.requests == []
+
+
+def test_code_goes_along_if_the_settings_name_it_and_stays_in_the_repository(hub, tmp_path):
+    save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "mine.MyConfig",
+        "AutoModel": "user/other--theirs.Model",
+        "AutoImageProcessor": [None, "mine.P"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("from .helper import help_me\n")
+    for name in ("helper.py", "theirs.py", "unused.py"):
+        (tmp_path / name).write_text("")
+    publish(tmp_path, "ada/name")
+    files = hub.repositories["ada/name"].files()
+    assert {path for path in files if path.endswith(".py")} == {"mine.py", "helper.py"}
+    files["by_hand.py"] = b""
+    (tmp_path / "eval_results.json").write_text("{}")
+    publish(tmp_path, "ada/name")
+    assert {"by_hand.py", "eval_results.json"} <= hub.repositories["ada/name"].files().keys()
 
 
 def test_a_card_with_bad_metadata_is_refused_by_the_hub_before_the_upload(hub, tmp_path):

@@ -181,11 +181,17 @@ def describe(config: MaskFormerConfig | PerPixelBaselineConfig, task: str) -> st
 
 
 def rename_card(card: ModelCard, name: str) -> ModelCard:
-    """The card with another name, in its heading, its examples and its results."""
-    heading, _, rest = card.text.lstrip().partition("\n")
-    old = heading.removeprefix("# ").strip()
+    """The card with another name, in its heading, in what its examples load and in its results.
+
+    The text of a card whose examples load something else than its heading says, such as one written by hand, stays.
+    """
     renamed = ModelCard(card.content)
-    renamed.text = f"\n# {name}\n" + rest.replace(f'"{old}"', f'"{name}"')
+    heading = re.search(r"^# (.+)$", card.text, re.MULTILINE)
+    # Only where a model is loaded: it may be called "semantic" or "photo.jpg", as other strings in the examples are.
+    loads = heading and re.compile(rf'(from_pretrained\(|model=)"{re.escape(heading[1])}"')
+    if heading and loads and loads.search(card.text):
+        text = card.text[: heading.start()] + f"# {name}" + card.text[heading.end() :]
+        renamed.text = loads.sub(lambda found: f'{found[1]}"{name}"', text)
     if renamed.data.get("eval_results"):
         renamed.data["model_name"] = name.rpartition("/")[2]
     return renamed

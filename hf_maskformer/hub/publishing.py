@@ -1,5 +1,6 @@
 """Publishes a folder on the Hub: all of it in one commit, or nothing."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -8,17 +9,23 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RevisionNotFoundError
+from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..data.labels import shorten
+from ..modeling_maskformer import check_weight_indices
 from .model_card import CARD_FILE, read_card, rename_card
 
 WEIGHTS = "*.safetensors"
-# What is published, by patterns of paths in the folder. Checkpoints of a training, its log and pickles stay at home.
+INDEX = f"{WEIGHTS}.index.json"
+MODEL_SETTINGS, PROCESSOR_SETTINGS = "config.json", "preprocessor_config.json"
+# What is published, by patterns of paths in the folder, beside the code that the model runs. Checkpoints of a training,
+# its log and pickles stay at home.
 PUBLISHED = (
-    "config.json",
-    "preprocessor_config.json",
+    MODEL_SETTINGS,
+    PROCESSOR_SETTINGS,
     "adapter_config.json",
     WEIGHTS,
-    "*.safetensors.index.json",
+    INDEX,
     CARD_FILE,
     "training_args.json",
     "train_results.json",
@@ -26,8 +33,8 @@ PUBLISHED = (
     "all_results.json",
     "metrics.json",
     "loss_curve.png",
-    "pictures/*",
-    "*.py",
+    "pictures/*.jpg",
+    "pictures/*.png",
 )
 
 
@@ -42,9 +49,10 @@ def publish(
 ) -> CommitInfo:
     """Publishes a saved model with its image processor, card, figures and pictures, in one commit.
 
-    The files that `PUBLISHED` names are uploaded; those of the same kinds that are in the repository and not in the
-    folder, such as other shards of the weights, are removed in the same commit. So the repository is either as it was
-    or complete, whatever happens on the way. Its name is put into the card.
+    The files that `PUBLISHED` names are uploaded, and the code that the settings name. Files that `PUBLISHED` names in
+    the repository and that the folder has not, such as other shards of the weights, are removed in the same commit. So
+    the repository is either as it was or complete, whatever happens on the way. Its name is put into the card, if this
+    package wrote that.
 
     Args:
         folder: what `save_pretrained` or a trainer has written, with a README.md.
@@ -55,7 +63,7 @@ def publish(
         commit_message: of the commit.
 
     Raises:
-        FileNotFoundError: the folder has no saved model, image processor or card.
+        FileNotFoundError: the folder has no saved model, image processor or card, or a part of the model is missing.
         ValueError: the repository is public, but `private` is true; or the card's metadata cannot be read, or the Hub
             refuses them.
         PermissionError: there is no token, it has expired, or it may not write there.
@@ -90,20 +98,40 @@ def publish(
 
 def published_files(folder: Path) -> list[str]:
     """The files of a folder that `publish` uploads, by their paths in it. Raises a FileNotFoundError as it does."""
-    paths = sorted(
-        path.relative_to(folder).as_posix() for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()
-    )
+    found = {path.relative_to(folder).as_posix() for pattern in PUBLISHED for path in folder.glob(pattern)}
+    paths = sorted(path for path in found | _code_files(folder) if (folder / path).is_file())
     save_model = "Save a model there by save_pretrained or trainer.save_model."
     required = {
-        "config.json": save_model,
+        MODEL_SETTINGS: save_model,
         WEIGHTS: save_model,
-        "preprocessor_config.json": "Save the image processor there too, by its save_pretrained.",
+        PROCESSOR_SETTINGS: "Save the image processor there too, by its save_pretrained.",
         CARD_FILE: "trainer.create_model_card() writes one; without a trainer, write it by hand.",
     }
     for pattern, remedy in required.items():
         if not any(fnmatch(path.removeprefix("adapter_"), pattern) for path in paths):
             raise FileNotFoundError(f"{folder} has no {pattern}, so nothing was published. {remedy}")
+    check_weight_indices(folder, "")
+    for index in folder.glob(INDEX):
+        missing = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - set(paths))
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {shorten(missing)}, which {index.name} names, so nothing was published. {save_model}"
+            )
     return paths
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The modules beside the settings that these name, and what they import of each other."""
+    names = set()
+    for settings in (folder / MODEL_SETTINGS, folder / PROCESSOR_SETTINGS):
+        auto_map = json.loads(settings.read_text(encoding="utf-8")).get("auto_map", {}) if settings.is_file() else {}
+        for entry in auto_map.values():
+            # "file.Class", or two of them, one of which may be None. One in another repository begins with its name.
+            for class_name in filter(None, [entry] if isinstance(entry, str) else entry):
+                module = folder / f"{class_name.partition('.')[0]}.py"
+                if "--" not in class_name and module.is_file():
+                    names |= {module.name, *(Path(path).name for path in get_relative_import_files(module))}
+    return names
 
 
 def _is_published(path: str) -> bool:
