@@ -5,7 +5,7 @@ image. Sizes are (height, width). Images stay uint8 until they lie in the batch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -108,6 +108,15 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         checked = ImageProcessorSettings(**current_settings(settings, DEFAULT_SIZE))
         for name in SETTINGS:
             setattr(self, name, getattr(checked, name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for a file. Raises a ValueError for one that was set to something without a meaning."""
+        settings, checked = super().to_dict(), asdict(self._settings_with({}))
+        return settings | {name: checked[name] for name in checked.keys() & settings.keys()}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self.to_json_string()  # should it fail, the file that is there has not been emptied
+        return super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -399,6 +408,6 @@ def _logits_and_sizes(outputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     image_sizes = getattr(outputs, "image_sizes", None)
     if image_sizes is None:
         height, width = mask_logits.shape[-2:]
-        input_sizes = torch.tensor([[4 * height, 4 * width]] * len(mask_logits))
+        input_sizes = torch.tensor([[4 * height, 4 * width]] * len(mask_logits), device="cpu")
         return class_logits, mask_logits, input_sizes, input_sizes
     return class_logits, mask_logits, image_sizes, outputs.padded_sizes

@@ -24,6 +24,9 @@ from .post_processing_maskformer_inputs import Size
 
 # Pillow knows some fifty formats by their content, whatever a file is called, and hands one of them to Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Where an image's `info` says that it was stored with so many bits of grey, which Pillow spreads over 0 to 255.
+BITS = "hf_maskformer_bits"
+
 MAX_DOWNLOAD_BYTES = 100 * 2**20
 MAX_DOWNLOAD_SECONDS = 60.0
 
@@ -126,10 +129,24 @@ def open_image(file: str | Path | IO[bytes]) -> Image.Image:
     Image.init()  # not every build of Pillow has all of them
     formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
     try:
-        return Image.open(file, formats=formats)
+        image: Any = Image.open(file, formats=formats)
     except UnidentifiedImageError:
         # Pillow's own words name an object in memory.
         raise UnidentifiedImageError(f"cannot identify it as one of {', '.join(formats)}") from None
+    # Of a loaded image Pillow no longer says it.
+    arguments = image.tile[0][3] if image.mode == "L" and image.tile else ""
+    raw_mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
+    bits = re.match("L;([24])", str(raw_mode))
+    if bits is not None:
+        image.info[BITS] = int(bits[1])
+    return image
+
+
+def stored_values(image: Image.Image) -> np.ndarray:
+    """The values (h, w) or (h, w, C) of an image of `open_image` as the file holds them."""
+    values = np.array(image)
+    bits = image.info.get(BITS)
+    return values if bits is None else values // (255 // (2**bits - 1))
 
 
 def is_url(source: str | Path) -> bool:
@@ -185,7 +202,10 @@ def _download(url: str, seconds: float) -> bytes:
 
 def _channels_are_last(shape: tuple[int, ...], input_data_format: str | None) -> bool:
     if input_data_format is not None:
-        return getattr(input_data_format, "value", input_data_format) == "channels_last"
+        order = getattr(input_data_format, "value", input_data_format)
+        if order not in ("channels_first", "channels_last"):
+            raise ValueError(f'input_data_format is {order!r}; give "channels_first" or "channels_last".')
+        return order == "channels_last"
     # Three channels are the most likely, then grey and RGBA; where both ends fit, the first are the channels.
     counts = [count for count in (3, 1, 4) if count in (shape[0], shape[-1])]
     return bool(counts) and shape[0] != counts[0]

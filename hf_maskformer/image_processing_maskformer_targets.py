@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .image_processing_maskformer_images import read_upright, resize_nearest, zeros
+from .image_processing_maskformer_images import read_upright, resize_nearest, stored_values, zeros
 from .image_processing_maskformer_settings import ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
 
+# Above, masks are no training targets: a few bytes of a file can ask for any number of segments.
+MAX_MASK_BYTES = 8 * 10**9
 # Fills up class labels in their tensor form; cross-entropy ignores this value by default.
 NO_LABEL = -100
 # What stands for "ignore" when the settings do not say; 8-bit maps use it.
@@ -47,8 +49,9 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> T
     try:
         if isinstance(segmentation_map, str | Path):
             # In its own mode: pixels of a palette are indices, which are the labels.
-            segmentation_map = read_upright(segmentation_map)
-        values = np.asarray(segmentation_map)
+            values = stored_values(read_upright(segmentation_map))
+        else:
+            values = np.asarray(segmentation_map)
     except Exception as error:  # a damaged file shows when it is decoded
         raise ValueError(f"Segmentation map {index}{source} cannot be read: {error}") from error
     if is_coloured(values):
@@ -149,10 +152,10 @@ def split_segmentation_map(
     if instance_labels is not None:
         _check_ids(values.tolist(), settings, instance_labels, index)
     labels = [_label_of(value, settings, instance_labels, index) for value in values.tolist()]
-    has_label = torch.tensor([label is not None for label in labels])
+    has_label = torch.tensor([label is not None for label in labels], device="cpu")
     segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(_index_type(len(values)))
     segment_map = segment_of_value.index_select(0, positions.flatten()).view_as(segmentation_map)
-    return segment_map, torch.tensor([label for label in labels if label is not None], dtype=torch.int64)
+    return segment_map, torch.tensor([label for label in labels if label is not None], dtype=torch.int64, device="cpu")
 
 
 def _index_type(num_segments: int) -> torch.dtype:
@@ -234,8 +237,13 @@ def pad_as_masks(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Makes lists of (N_i, H, W) bool masks and of (N_i,) labels from what `split_segmentation_map` gives."""
     all_masks = []
-    for segment_map, labels in segments:
+    for index, (segment_map, labels) in enumerate(segments):
         height, width = segment_map.shape
+        if len(labels) * size[0] * size[1] > MAX_MASK_BYTES:
+            raise ValueError(
+                f"Segmentation map {index} has {len(labels)} segments; masks of {size[0]} x {size[1]} pixels take "
+                f'more than {MAX_MASK_BYTES / 1e9:.0f} GB. Take target_format="segment_map", or a smaller size.'
+            )
         masks = zeros((len(labels), *size), torch.bool, device)
         masks[:, :height, :width] = segment_map.to(device) == torch.arange(len(labels), device=device)[:, None, None]
         all_masks.append(masks)
@@ -247,8 +255,8 @@ def pad_as_segment_map(
 ) -> tuple[Tensor, Tensor]:
     """Makes one (B, H, W) integer map of segment indices, -1 for none, and (B, max N_i) labels filled up with -100."""
     most_segments = max(len(labels) for _, labels in segments)
-    segment_maps = torch.full((len(segments), *size), -1, dtype=_index_type(most_segments))
-    class_labels = torch.full((len(segments), most_segments), NO_LABEL)
+    segment_maps = torch.full((len(segments), *size), -1, dtype=_index_type(most_segments), device="cpu")
+    class_labels = torch.full((len(segments), most_segments), NO_LABEL, device="cpu")
     for index, (segment_map, labels) in enumerate(segments):
         height, width = segment_map.shape
         segment_maps[index, :height, :width] = segment_map
@@ -260,7 +268,7 @@ def pad_as_label_map(
     segments: Sequence[tuple[Tensor, Tensor]], size: Size, ignore_index: int, device: Device
 ) -> Tensor:
     """Makes one (B, H, W) int64 map of labels, `ignore_index`, which must be no label, where no segment is."""
-    label_maps = torch.full((len(segments), *size), ignore_index)
+    label_maps = torch.full((len(segments), *size), ignore_index, device="cpu")
     for index, (segment_map, labels) in enumerate(segments):
         if (labels == ignore_index).any():
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .post_processing_maskformer_inputs import ImageLogits, ImageSizes, Size, split_batch
+from .post_processing_maskformer_inputs import ImageLogits, ImageSizes, Size, check_thresholds, split_batch
 from .post_processing_maskformer_tiles import TILE, Mode, TiledMasks
 
 # Labels that reach this part of the best score anywhere in a tile are tried first; others only where these are weak.
@@ -82,7 +82,8 @@ def semantic_scores(
         canvas = mask_logits.new_zeros(
             probabilities.shape[1], num_rows, TILE, num_columns, TILE, dtype=probabilities.dtype
         )
-        every_tile = torch.cartesian_prod(torch.arange(num_rows), torch.arange(num_columns)).to(mask_logits.device)
+        places = (torch.arange(count, device=mask_logits.device) for count in (num_rows, num_columns))
+        every_tile = torch.cartesian_prod(*places)
         for tiles in masks.chunks(every_tile, max(probabilities.shape)):
             scores = masks.at_pixels(masks.resized_logits(tiles).sigmoid() @ probabilities, tiles)
             canvas[:, tiles[:, 0], :, tiles[:, 1]] = scores.permute(0, 3, 1, 2)
@@ -156,8 +157,13 @@ def panoptic_segmentation(
           fused segment each query counts with the pixels it brought.
 
     Raises:
-        ValueError: see `split_batch`.
+        ValueError: a threshold is no number from 0 to 1; see also `split_batch`.
     """
+    check_thresholds(
+        threshold=threshold,
+        mask_threshold=mask_threshold,
+        overlap_mask_area_threshold=overlap_mask_area_threshold,
+    )
     images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
     with torch.autocast(masks_queries_logits.device.type, enabled=False):
         return [

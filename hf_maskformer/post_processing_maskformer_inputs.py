@@ -1,6 +1,7 @@
 """What post-processing takes: the logits of a batch and the sizes that turn them into pixels, image by image."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,13 @@ def split_batch(
     sizes = map(ImageSizes, image_size_list, padded_size_list, targets)
     rows = zip(class_queries_logits, masks_queries_logits, sizes, strict=True)
     return [ImageLogits(*row) for row in rows]
+
+
+def check_thresholds(**thresholds: Any) -> None:
+    """Raises a ValueError unless each is a number from 0 to 1."""
+    for name, value in thresholds.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+            raise ValueError(f"{name} is {value!r}; give a number from 0 to 1.")
 
 
 def _check_logits(class_logits: Tensor, mask_logits: Tensor) -> None:

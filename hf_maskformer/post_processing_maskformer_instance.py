@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .post_processing_maskformer_inputs import ImageLogits, Size, split_batch
+from .post_processing_maskformer_inputs import ImageLogits, Size, check_thresholds, split_batch
 from .post_processing_maskformer_rle import encode_tiles
 from .post_processing_maskformer_tiles import TILE, TiledMasks
 
@@ -57,8 +57,11 @@ def instance_segmentation(
           `label_id`, `was_fused` (False) and `score`.
 
     Raises:
-        ValueError: top_k is below 1; see also `split_batch`.
+        ValueError: top_k is below 1, or a threshold is no number from 0 to 1; see also `split_batch`.
     """
+    check_thresholds(threshold=threshold, mask_threshold=mask_threshold)
+    if overlap_mask_area_threshold is not None:
+        check_thresholds(overlap_mask_area_threshold=overlap_mask_area_threshold)
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; give at least 1, or None for as many candidates as queries.")
     images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)

@@ -58,7 +58,7 @@ def _changes(
     # All at once: each copy from a GPU waits for it.
     starts = masks_of_tiles * (height * width + 1) + columns * (side * height) + rows * side
     places = differs.flatten().nonzero().flatten()
-    in_tile = torch.arange(side + 1)[:, None] + torch.arange(side) * height
+    in_tile = torch.arange(side + 1, device="cpu")[:, None] + torch.arange(side, device="cpu") * height
     area = in_tile.numel()
     positions = starts[places // area] + in_tile.flatten().to(places.device)[places % area]
     changes = positions.cpu().numpy()

@@ -159,7 +159,7 @@ class TiledMasks:
 
 
 def _axis(target: int, image: int, padded: int, grid: int, mode: Mode) -> Axis:
-    positions = torch.arange(-(-target // TILE) * TILE).view(-1, TILE)
+    positions = torch.arange(-(-target // TILE) * TILE, device="cpu").view(-1, TILE)
     is_inside = positions < target
     positions = positions.clamp(max=target - 1)
     if mode == "fast":
@@ -185,13 +185,13 @@ def _interpolation(positions: Tensor, scale: float, length: int) -> tuple[Tensor
     first = low.amin(dim=1, keepdim=True)
     num_points = int((high - first).max()) + 1
     if num_points <= 2 * positions.shape[1]:
-        points = (first + torch.arange(num_points)).clamp(max=length - 1)
+        points = (first + torch.arange(num_points, device=first.device)).clamp(max=length - 1)
         low_at, high_at = low - first, high - first
     else:  # a much smaller result skips most points
         points = torch.cat([low, high], dim=1)
-        low_at, high_at = torch.arange(points.shape[1]).expand_as(points).chunk(2, dim=1)
+        low_at, high_at = torch.arange(points.shape[1], device=points.device).expand_as(points).chunk(2, dim=1)
     share = (source - low)[..., None]
-    weights = torch.zeros(*positions.shape, points.shape[1])
+    weights = share.new_zeros(*positions.shape, points.shape[1])
     weights.scatter_add_(2, low_at[..., None], 1 - share).scatter_add_(2, high_at[..., None], share)
     return points, weights
 

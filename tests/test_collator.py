@@ -141,6 +141,17 @@ def test_crowds_of_a_map_and_segments_that_vanished_are_left_out():
     assert segmentation_map.tolist() == [[256, 257]]
 
 
+@pytest.mark.parametrize("ignore_index", [65535, -1])
+def test_crowds_of_a_map_of_few_bits_are_ignored_by_any_value(ignore_index):
+    segmentation_map = np.array([[255, 7], [9, 9]], dtype=np.uint8)
+    sample = make_sample("a", instance_id_to_semantic_id={255: 0, 7: 1, 9: 0}, crowd_ids=(9,))
+    sample |= {"image": Image.new("RGB", (2, 2)), "segmentation_map": segmentation_map}
+    processor = MaskFormerImageProcessor(ignore_index=ignore_index, do_resize=False, size_divisor=0)
+    batch = MaskFormerDataCollator(processor)([sample])
+    assert batch["mask_labels"].tolist() == [[[1, 0], [-1, -1]]]
+    assert batch["class_labels"].tolist() == [[1, 0]]
+
+
 def test_crowds_need_a_value_to_be_ignored_by():
     sample = make_sample("a", instance_id_to_semantic_id={0: 1, 1: 1}, crowd_ids=(1,))
     with pytest.raises(ValueError, match=r"The batch of a cannot be built: there are crowds, but .* no ignore_index"):

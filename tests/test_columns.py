@@ -14,6 +14,7 @@ from coco_files import encode_ids
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.data.check import check_samples, inspect_samples
 from hf_maskformer.data.columns import SegmentationColumns, StreamedColumns, load_columns
 from hf_maskformer.data.labels import LabelSet
@@ -65,7 +66,7 @@ def test_sixteen_bit_labels_keep_their_values():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_labels_of_a_few_bits_keep_their_values(bits):
+def test_labels_of_a_few_bits_keep_their_values(bits, tmp_path):
     labels = np.arange(2**bits, dtype=np.uint8).repeat(4).reshape(-1, 8)
     stored = np.packbits((labels[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(labels), -1).astype(bool), axis=1)
     lines = b"".join(b"\0" + line.tobytes() for line in stored)
@@ -90,6 +91,9 @@ def test_labels_of_a_few_bits_keep_their_values(bits):
         labels=LabelSet(ID2LABEL),
     )
     assert len(np.unique(ids[0]["segmentation_map"])) == 2**bits
+    (tmp_path / "map.png").write_bytes(content)
+    processed = MaskFormerImageProcessor(do_resize=False)(columns[0]["image"], tmp_path / "map.png")
+    assert processed["class_labels"][0].tolist() == list(range(2**bits))
 
 
 def test_images_are_read_from_their_paths_too(tmp_path):

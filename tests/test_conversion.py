@@ -263,6 +263,18 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
     assert (tmp_path / "model" / "mine.txt").read_text() == "mine"
 
 
+def test_the_current_folder_is_refused_and_a_link_to_an_empty_one_is_filled(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with whole_folder(tmp_path / "link") as folder:
+        (folder / "file").write_text("content")
+    assert (tmp_path / "empty" / "file").read_text() == "content"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match="here is the current folder"), whole_folder(Path()):
+        pass
+
+
 def test_an_interrupted_conversion_leaves_nothing(tmp_path):
     def write_half():
         with whole_folder(tmp_path / "model") as folder:

@@ -252,6 +252,12 @@ def test_classes_are_written_as_they_are_read(tmp_path):
     assert (label_set.label_of(3, "x"), label_set.label_of(184, "x")) == (1, 0)
 
 
+def test_ids_of_numpy_are_written_as_numbers(tmp_path):
+    labels = LabelSet({np.int64(0): "sky"}, ignore_index=np.uint8(255), thing_ids=(np.int64(0),))
+    labels.to_json(tmp_path / "classes.json")
+    assert LabelSet.from_json(tmp_path / "classes.json") == LabelSet({0: "sky"}, thing_ids=(0,))
+
+
 def test_a_byte_order_mark_in_classes_json_does_no_harm(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps(CLASSES), encoding="utf-8-sig")
     assert LabelSet.from_json(tmp_path / "classes.json").num_labels == 2

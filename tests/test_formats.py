@@ -38,6 +38,12 @@ def test_panoptic_files_hold_what_panopticapi_reads(tmp_path):
     assert ids.tolist() == RESULT["segmentation"].tolist()
 
 
+def test_names_of_panoptic_files_may_have_folders(tmp_path):
+    path = write_panoptic([(42, "train/0001", RESULT)], tmp_path / "panoptic")
+    assert (tmp_path / "panoptic" / "train" / "0001.png").is_file()
+    assert json.loads(path.read_text())["annotations"][0]["file_name"] == "train/0001.png"
+
+
 def test_panoptic_images_are_segmentation_maps_of_the_image_processor():
     ids = np.array([[1, 300], [70_000, 256**3 - 1]])
     labels = {1: 4, 300: 5, 70_000: 6, 256**3 - 1: 7}

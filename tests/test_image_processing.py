@@ -409,6 +409,8 @@ def test_the_data_format_decides_where_the_shape_does_not():
     last = unscaled(size_divisor=0)(array, input_data_format="channels_last")["pixel_values"]
     assert torch.equal(first, last.permute(0, 2, 3, 1))
     assert first[0].flatten().tolist() == list(range(27))
+    with pytest.raises(ValueError, match="input_data_format is 'channels_lats'; give"):
+        unscaled()(array, input_data_format="channels_lats")
 
 
 def test_images_are_padded_right_and_below_with_zeros():
@@ -590,3 +592,33 @@ def test_a_setting_of_a_later_transformers_is_left_out_with_a_warning(tmp_path, 
         processor = MaskFormerImageProcessor.from_pretrained(tmp_path)
     assert not processor.do_resize
     assert "do_magic" in caplog.text
+
+
+NUMPY_SETTINGS = {
+    "num_labels": np.int64(4),
+    "ignore_index": np.uint8(255),
+    "rescale_factor": np.float32(0.5),
+    "image_mean": np.array([0.5, 0.25, 0], dtype=np.float32),
+    "panoptic_thresholds": {"threshold": np.float32(0.5)},
+}
+
+
+@pytest.mark.parametrize("is_assigned", [False, True])
+def test_numbers_of_numpy_are_saved_as_those_of_python(tmp_path, is_assigned):
+    processor = MaskFormerImageProcessor(**({} if is_assigned else NUMPY_SETTINGS))
+    for name, value in NUMPY_SETTINGS.items() if is_assigned else ():
+        setattr(processor, name, value)
+    processor.save_pretrained(tmp_path)
+    loaded = MaskFormerImageProcessor.from_pretrained(tmp_path)
+    assert (loaded.num_labels, loaded.ignore_index, loaded.rescale_factor) == (4, 255, 0.5)
+    assert (loaded.image_mean, loaded.panoptic_thresholds) == ([0.5, 0.25, 0], {"threshold": 0.5})
+
+
+@pytest.mark.parametrize("value", [0, "four", object()])
+def test_a_setting_without_a_meaning_is_not_saved_over_a_file(tmp_path, value):
+    processor = MaskFormerImageProcessor(num_labels=4)
+    processor.save_pretrained(tmp_path)
+    processor.num_labels = value
+    with pytest.raises(ValueError, match="num_labels is"):
+        processor.save_pretrained(tmp_path)
+    assert MaskFormerImageProcessor.from_pretrained(tmp_path).num_labels == 4

@@ -10,6 +10,7 @@ from transformers.models.maskformer.image_processing_pil_maskformer import (
     MaskFormerImageProcessorPil as StockImageProcessor,
 )
 
+from hf_maskformer import image_processing_maskformer_targets
 from hf_maskformer.image_processing_maskformer import MaskFormerImageProcessor
 
 
@@ -225,6 +226,18 @@ def test_both_target_formats_hold_the_same(settings):
         assert torch.equal(rebuilt, masks["mask_labels"][index])
         assert torch.equal(segment_map["class_labels"][index, : len(labels)], labels)
         assert (segment_map["class_labels"][index, len(labels) :] == -100).all()
+
+
+def test_masks_that_no_memory_holds_are_refused(monkeypatch):
+    segmentation_map = np.arange(64, dtype=np.int32).reshape(8, 8)
+    image, settings = Image.new("RGB", (8, 8)), {"do_resize": False, "size_divisor": 0}
+    monkeypatch.setattr(image_processing_maskformer_targets, "MAX_MASK_BYTES", 64 * 64)
+    assert len(MaskFormerImageProcessor(**settings)(image, segmentation_map)["mask_labels"][0]) == 64
+    monkeypatch.setattr(image_processing_maskformer_targets, "MAX_MASK_BYTES", 64 * 64 - 1)
+    with pytest.raises(ValueError, match=r'map 0 has 64 segments; masks of 8 x 8 .* target_format="segment_map"'):
+        MaskFormerImageProcessor(**settings)(image, segmentation_map)
+    batch = MaskFormerImageProcessor(**settings)(image, segmentation_map, target_format="segment_map")
+    assert batch["class_labels"].shape == (1, 64)
 
 
 def test_an_image_without_segments_has_no_masks():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from coco_files import write_instances, write_panoptic
 from PIL import Image
+from torch.utils.data import Subset
 
 from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.generated_scenes import GeneratedScenes, write_generated_scenes
@@ -90,6 +91,49 @@ def test_files_of_an_earlier_writing_are_not_read_beside_the_new_ones(dataset, t
         write_parquet(dataset, tmp_path / "out", "train")
     write_parquet(dataset, tmp_path / "out", "val")
     assert len(open_dataset(str(tmp_path / "out"), "train")) == len(dataset)
+
+
+@pytest.mark.parametrize("damaged", [0, 2])
+def test_a_sample_that_cannot_be_read_leaves_no_file(tmp_path, damaged):
+    class Damaged(GeneratedScenes):
+        def __getitem__(self, index):
+            if index == damaged:
+                raise ValueError("scene cannot be read")
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match="scene cannot be read"):
+        write_parquet(Damaged(3, image_size=(64, 64)), tmp_path / "out", "val", samples_per_file=2)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_split_that_are_missing_are_told_of(dataset, tmp_path, streaming, caplog):
+    paths = write_parquet(dataset, tmp_path / "out", "train", samples_per_file=1)
+    open_dataset(str(tmp_path / "out"), "train", streaming=streaming)
+    assert not caplog.records
+    paths[1].unlink()
+    open_dataset(str(tmp_path / "out"), "train", streaming=streaming)
+    assert "Only 2 of the 3 files" in caplog.text
+
+
+def test_a_part_of_a_data_set_is_written(dataset, tmp_path):
+    write_parquet(Subset(dataset, [1]), tmp_path / "out", "train")
+    (found,) = open_dataset(str(tmp_path / "out"), "train")
+    assert found["name"] == dataset[1]["name"]
+
+
+@pytest.mark.parametrize("split", ["my-split", "fold 1", "../train", ""])
+def test_a_split_that_could_not_be_read_is_refused(tmp_path, split):
+    with pytest.raises(ValueError, match="name it by letters, digits, _"):
+        write_parquet(GeneratedScenes(1, image_size=(64, 64)), tmp_path / "out", split)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_that_would_be_taken_for_a_pattern_is_refused(tmp_path, streaming):
+    write_parquet(GeneratedScenes(1, image_size=(64, 64)), tmp_path / "out[1]", "val")
+    with pytest.raises(ValueError, match=r"Rename the folder, without \["):
+        open_dataset(str(tmp_path / "out[1]"), "val", streaming=streaming)
 
 
 def test_a_data_set_without_files_is_stored_without_loss(tmp_path):

@@ -333,3 +333,37 @@ def test_logits_that_are_not_finite_are_refused(function):
         function(classes * float("inf"), mixed_batch()[1], *rest)
     with pytest.raises(ValueError, match=r"class logits have shape \(3, 9, 6\)"):
         function(classes[:, 1:], mixed_batch()[1], *rest)
+
+
+def every_result(batch, target_sizes):
+    scores = [semantic_segmentation(*batch, target_sizes, mode) for mode in ("paper", "direct", "fast")]
+    return (
+        *(label_map for label_maps in scores for label_map in label_maps),
+        *(result["segmentation"] for result in panoptic_segmentation(*batch, 0.1, target_sizes=target_sizes)),
+        *(result["segmentation"] for result in instance_segmentation(*batch, 0.1, target_sizes=target_sizes)),
+        semantic_scores(batch[0][0], batch[1][0], (32, 48), (32, 48), (70, 90)),
+        *instance_segmentation(*batch, 0.1, target_sizes=target_sizes, form="rle"),
+    )
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_results_do_not_depend_on_the_default_type_or_device(default):
+    batch, targets = mixed_batch(), [(70, 90), (5, 4), (1200, 3)]
+    expected = every_result(batch, targets)
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_device(default) if default == "meta" else torch.set_default_dtype(default)
+        found = every_result(batch, targets)
+    finally:
+        torch.set_default_dtype(usual)
+        torch.set_default_device(None)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("threshold", [None, "0.5", 1.5, -0.1, True, math.nan])
+@pytest.mark.parametrize("function", [panoptic_segmentation, instance_segmentation])
+@pytest.mark.parametrize("name", ["threshold", "mask_threshold"])
+def test_a_threshold_that_is_no_probability_is_refused(function, threshold, name):
+    with pytest.raises(ValueError, match=f"^{name} is .*; give a number from 0 to 1"):
+        function(*mixed_batch(), **{name: threshold})

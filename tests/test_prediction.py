@@ -85,7 +85,7 @@ def test_the_segments_describe_the_map(image, image_processor, task):
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_written_files_hold_the_prediction(tmp_path, image, image_processor, task):
     prediction = predict(TwoCars(), image_processor, image, task)
-    labels, segments, overlay = write_prediction(prediction, image, ID2LABEL, task, tmp_path / "new", "photo")
+    labels, segments, overlay = write_prediction(prediction, image, ID2LABEL, task, tmp_path, "new/photo")
     assert np.array_equal(np.asarray(Image.open(labels)), prediction.segmentation)
     assert json.loads(segments.read_text())["segments"] == prediction.segments
     assert Image.open(overlay).size == image.size

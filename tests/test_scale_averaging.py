@@ -69,6 +69,16 @@ def test_scales_are_made_of_the_image_at_the_size_of_the_processor():
     assert (original_scores(model, image, RESIZINGS, (80, 120)) - expected).abs().max() > 5e-3
 
 
+def test_the_size_to_which_the_processor_pads_does_not_bound_the_scales(image):
+    model = tiny_model().eval()
+    plain = MaskFormerImageProcessor(size={"height": 40, "width": 40}, size_divisor=0)
+    padding = MaskFormerImageProcessor(size={"height": 40, "width": 40}, size_divisor=0, pad_size=48)
+    scales = {"shortest_edges": [48, 64], "longest_edge": 96}
+    found, expected = (augmented_semantic_scores(model, each, image, **scales) for each in (padding, plain))
+    assert torch.equal(found, expected)
+    assert padding.pad_size == {"height": 48, "width": 48}
+
+
 def test_a_mirrored_image_gets_the_mirrored_scores(image):
     model, processor = tiny_model().eval(), MaskFormerImageProcessor()
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -81,7 +81,8 @@ class MaskFormerDataCollator:
         ignore_index = getattr(self.image_processor, "ignore_index", None)
         if ignore_index is None:
             raise ValueError("there are crowds, but the image processor has no ignore_index to mark their pixels with.")
-        return np.where(np.isin(segmentation_map, sample["crowd_ids"]), ignore_index, segmentation_map)
+        # Of any integers; few bits of them might not hold the value.
+        return np.where(np.isin(segmentation_map, sample["crowd_ids"]), ignore_index, segmentation_map.astype(np.int64))
 
     def _from_masks(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if self.target_format == "label_map":

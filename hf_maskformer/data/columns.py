@@ -1,7 +1,9 @@
 """Reads data sets of the `datasets` library, held on disk or streamed, whose columns hold images and labels."""
 
 import glob
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
+from transformers.utils import logging
 
 from .labels import LabelSet
 from .rle import decode_mask
@@ -18,6 +21,8 @@ from .segments import number_segments, read_ids, split_class_and_instance
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.get_logger(__name__)
 
 # Columns that are read where they are there.
 SEGMENTS_COLUMN = "segments_info"
@@ -301,6 +306,10 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
         raise ValueError(
             f"{path} holds a single data set without splits. Save a DatasetDict with the split '{split}' instead."
         )
+    if Path(path).is_dir() and glob.has_magic(path):
+        raise ValueError(
+            f"`datasets` takes the name of {path} for a pattern. Rename the folder, without [, ], * and ?."
+        )
     try:
         if not streaming and Path(path).is_dir() and not (Path(path) / "README.md").is_file():
             # `datasets` would prepare all splits. A README may hold settings.
@@ -322,7 +331,8 @@ def _check_files(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for path in sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")]):
+    paths = sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")])
+    for path in paths:
         try:
             if path.suffix == ".parquet":
                 pq.read_metadata(path)
@@ -330,6 +340,21 @@ def _check_files(folder: Path) -> None:
                 pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}). Download or write it again.") from error
+    _warn_of_missing_files(paths)
+
+
+def _warn_of_missing_files(paths: Sequence[Path]) -> None:
+    """Of files that are numbered. An error would keep people from trying a part of a large data set."""
+    found: Counter[tuple[Path, int]] = Counter()
+    for path in paths:
+        numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", path.stem)
+        if numbered:
+            found[path.parent / numbered[1], int(numbered[2])] += 1
+    for (split, total), count in found.items():
+        if count < total:
+            logger.warning(
+                f"Only {count} of the {total} files {split}-*{paths[0].suffix} are there; the rest is not read."
+            )
 
 
 def _as_rows(cell: Any) -> list[dict[str, Any]]:

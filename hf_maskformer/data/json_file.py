@@ -1,6 +1,7 @@
 """Walks a JSON file that is too large to hold, such as COCO's, and reads single entries of it later."""
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -65,8 +66,8 @@ class _Cursor:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._window, self._place)
-                # A number at the very end may go on.
-                if end < len(self._window) or not self._read_on():
+                # A number at the very end may go on, as with "." or "e-".
+                if not re.fullmatch(r"|\.|[eE][+-]?", self._window[end : end + 3]) or not self._read_on():
                     break
             except RecursionError as error:
                 raise self._error("is nested too deeply") from error

@@ -97,8 +97,9 @@ class LabelSet:
 
     def to_json(self, path: Path) -> None:
         """Writes a `classes.json` that `from_json` reads back equal."""
+        # numpy's integers are taken for ids, but JSON has none.
         content = {**asdict(self), "id2label": {str(label): name for label, name in self.id2label.items()}}
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=int), encoding="utf-8")
 
     def label_of(self, category_id: int, source: str) -> int:
         """The label of a category, as in the files. Raises a ValueError that names the source if it is unknown."""

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .check import LabelledDataset
-from .labels import LabelSet
+from .labels import LabelSet, labels_of
 from .rle import encode_rle
 from .sample import Sample, crowds_of
 
@@ -25,41 +26,56 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
     """Writes one split to `folder`/data/SPLIT-*.parquet and its classes to `folder`/classes.json.
 
     Images are stored as the bytes of their files where the data set has them (`image_path`), otherwise as PNG; maps as
-    PNG, masks as packed RLE. Several files let processes and workers share a stream. Each file appears only once it is
-    complete. Shows a progress bar.
+    PNG, masks as packed RLE. Several files let processes and workers share a stream. The files appear only once all of
+    them are complete. Shows a progress bar.
 
     Returns:
         The files.
 
     Raises:
         ValueError: there is no sample or one cannot be read, a map holds values that a PNG cannot, samples are of both
-            forms, or the folder has other classes or other files of the split.
+            forms, `datasets` would not take the split's name, or the folder has other classes or other files of the
+            split.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    labels = labels_of(dataset)
     if len(dataset) == 0:
         raise ValueError(f"The {split} split is empty, so there is nothing to write.")
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(f"Parquet files of a split called {split!r} could not be read: name it by letters, digits, _.")
     folder = Path(folder)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    _write_classes(dataset.labels, folder / "classes.json")
-    features = _features(dataset[0])
+    classes = folder / "classes.json"
+    if classes.is_file() and LabelSet.from_json(classes) != labels:
+        raise ValueError(f"{classes} holds other classes. Write this data set to another folder.")
     num_files = -(-len(dataset) // samples_per_file)
     paths = [folder / "data" / f"{split}-{number:05}-of-{num_files:05}.parquet" for number in range(num_files)]
     _check_other_files(paths, split)
-    bar = tqdm(total=len(dataset), desc="Writing samples", unit="sample")
-    for number, path in enumerate(paths):
-        indices = range(number * samples_per_file, min((number + 1) * samples_per_file, len(dataset)))
-        partial = path.with_suffix(".partial")
-        with pq.ParquetWriter(partial, features.arrow_schema) as writer:
-            for start in range(0, len(indices), ROWS_AT_ONCE):
-                rows = [_row(dataset, index) for index in indices[start : start + ROWS_AT_ONCE]]
-                _check_columns(rows, features, path)
-                writer.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema))
-                bar.update(len(rows))
-        os.replace(partial, path)
-    bar.close()
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    partial = [path.with_suffix(".partial") for path in paths]
+    try:
+        _write_files(dataset, partial, samples_per_file)
+        for path, complete in zip(partial, paths, strict=True):
+            os.replace(path, complete)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    labels.to_json(classes)
     return paths
+
+
+def _write_files(dataset: LabelledDataset, paths: list[Path], samples_per_file: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = _features(dataset[0])
+    with tqdm(total=len(dataset), desc="Writing samples", unit="sample") as bar:
+        for number, path in enumerate(paths):
+            indices = range(number * samples_per_file, min((number + 1) * samples_per_file, len(dataset)))
+            with pq.ParquetWriter(path, features.arrow_schema) as writer:
+                for start in range(0, len(indices), ROWS_AT_ONCE):
+                    rows = [_row(dataset, index) for index in indices[start : start + ROWS_AT_ONCE]]
+                    _check_columns(rows, features)
+                    writer.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema))
+                    bar.update(len(rows))
 
 
 def _features(sample: Sample) -> "datasets.Features":
@@ -104,7 +120,7 @@ def _row(dataset: Any, index: int) -> dict[str, Any]:
         }
     segmentation_map = sample["segmentation_map"]
     if "instance_id_to_semantic_id" in sample:
-        segmentation_map, row["segments_info"] = _segments(sample, dataset.labels)
+        segmentation_map, row["segments_info"] = _segments(sample, labels_of(dataset))
     return row | {"label": {"bytes": _png(_as_image(segmentation_map, sample["name"])), "path": None}}
 
 
@@ -141,10 +157,10 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _check_columns(rows: list[dict[str, Any]], features: "datasets.Features", path: Path) -> None:
+def _check_columns(rows: list[dict[str, Any]], features: "datasets.Features") -> None:
     for row in rows:
         if row.keys() != features.keys():
-            raise ValueError(f"{path}: {row['name']} has {', '.join(row)}, but other samples {', '.join(features)}.")
+            raise ValueError(f"{row['name']} has {', '.join(row)}, but other samples {', '.join(features)}.")
 
 
 def _check_other_files(paths: list[Path], split: str) -> None:
@@ -156,9 +172,3 @@ def _check_other_files(paths: list[Path], split: str) -> None:
             f"{others[0].parent} holds files of an earlier {split}, such as {others[0].name}. Remove them, or write to "
             "another folder."
         )
-
-
-def _write_classes(labels: LabelSet, path: Path) -> None:
-    if path.is_file() and LabelSet.from_json(path) != labels:
-        raise ValueError(f"{path} holds other classes. Write this data set to another folder.")
-    labels.to_json(path)

@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -11,16 +10,12 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..image_processing_maskformer_images import open_image
+from ..image_processing_maskformer_images import open_image, stored_values
 from ..image_processing_maskformer_images import to_rgb as convert_to_rgb
+from ..image_processing_maskformer_targets import MAX_MASK_BYTES
 
 # 1 bit, 8 bit, 8 bit with a palette (whose indices are the labels), 16 bit in three byte orders, 32 bit.
 MODES_OF_SEGMENTATION_MAPS = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")
-
-# Where an image's `info` says that it was stored with so many bits of grey, which Pillow spreads over 0 to 255.
-BITS = "hf_maskformer_bits"
-
-MAX_MASK_BYTES = 8 * 10**9
 
 
 class Sample(TypedDict):
@@ -80,14 +75,8 @@ def load_image(path: Path) -> Image.Image:
 
 def decode_image(content: bytes) -> Image.Image:
     """The image in a file, as it is stored, upright or not. Raises errors of Pillow, of many kinds."""
-    image: Any = open_image(io.BytesIO(content))
-    # Of a loaded image Pillow no longer says it.
-    arguments = image.tile[0][3] if image.mode == "L" and image.tile else ""
-    raw_mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
-    bits = re.match("L;([24])", str(raw_mode))
+    image = open_image(io.BytesIO(content))
     image.load()
-    if bits is not None:
-        image.info[BITS] = int(bits[1])
     return image
 
 
@@ -153,13 +142,6 @@ def to_rgb(image: Image.Image, source: str) -> Image.Image:
         return convert_to_rgb(image)
     except ValueError as error:
         raise ValueError(f"{source} cannot be taken as a picture: {error}") from error
-
-
-def stored_values(image: Image.Image) -> np.ndarray:
-    """The values (H, W) or (H, W, C) of an image of `decode_image` as the file holds them."""
-    values = np.array(image)
-    bits = image.info.get(BITS)
-    return values if bits is None else values // (255 // (2**bits - 1))
 
 
 def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..image_processing_maskformer_images import stored_values
 from .labels import LabelSet, shorten
-from .sample import stored_values
 
 # The first id in the map of a sample. It lies above every 8-bit value, so that no segment has the ignored one.
 FIRST_ID = 256

@@ -56,7 +56,8 @@ def write_panoptic(
     """Writes what panopticapi evaluates: one PNG per image in `folder`, and FOLDER.json beside it.
 
     Args:
-        results: the id of each image, the name of its file without ending, and its panoptic result.
+        results: the id of each image, the name of its file without ending, which may lie in a folder ("train/0001"),
+            and its panoptic result.
         folder: made if it does not exist.
         category_ids: see above.
 
@@ -70,7 +71,9 @@ def write_panoptic(
     annotations = []
     for image_id, name, result in results:
         check_file_name(f"{name}.png", folder, "The results")
-        panoptic_image(result["segmentation"]).save(folder / f"{name}.png")
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)  # the names of some data sets have folders
+        panoptic_image(result["segmentation"]).save(path)
         annotations.append(panoptic_annotation(result, image_id, f"{name}.png", category_ids))
     path = folder.parent / f"{folder.name}.json"
     path.write_text(json.dumps({"annotations": annotations}))

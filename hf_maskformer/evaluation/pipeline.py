@@ -190,7 +190,10 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
     ) -> list[dict[str, Any]]:
         lengths = zip(label_map.shape, image_size, shares.shape[1:], covered_size, strict=True)
         rows, columns = (
-            ((torch.arange(target) + 0.5) * (image * grid / (target * covered))).long()
+            (
+                (torch.arange(target, dtype=torch.float32, device=label_map.device) + 0.5)
+                * (image * grid / (target * covered))
+            ).long()
             for target, image, grid, covered in lengths
         )
         score_map = shares[label_map, rows[:, None], columns]

@@ -99,7 +99,7 @@ def write_prediction(
     for a name that leads out of it.
     """
     check_file_name(name, folder, "The prediction")
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}{ending}" for ending in ("_labels.png", "_segments.json", "_overlay.png")]
     ids = prediction.segmentation
     Image.fromarray(ids.astype(np.uint16 if ids.max() > 255 else np.uint8)).save(paths[0])

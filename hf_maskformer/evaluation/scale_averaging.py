@@ -4,6 +4,7 @@ K labels; H x W the size of the image.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, get_args
 
 import torch
@@ -71,6 +72,8 @@ def augmented_semantic_scores(
     inputs = image_processor(images=photograph, do_rescale=False, do_normalize=False)
     height, width = _size_of_image(inputs["pixel_mask"][0])
     pixels = inputs["pixel_values"][0, :, :height, :width].to(photograph.dtype)
+    image_processor = copy(image_processor)
+    image_processor.pad_size = None  # type: ignore[attr-defined]  # a setting; scales are of sizes of their own
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}

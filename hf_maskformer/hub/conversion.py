@@ -117,8 +117,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
     """Gives a folder to write into, which becomes `output` at the end, and vanishes on an error.
 
     Raises:
-        FileExistsError: `output` is a file, or a folder with something in it.
+        FileExistsError: `output` is a file, a folder with something in it, or the current one.
     """
+    output = output.resolve()  # of a link, what it leads to
+    if output == Path.cwd():
+        raise FileExistsError(f"{output} is the current folder, which cannot be replaced. Name a new one.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder. Name a new one.")
     output.parent.mkdir(parents=True, exist_ok=True)
