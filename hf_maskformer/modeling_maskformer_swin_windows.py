@@ -75,7 +75,9 @@ class WindowGrid:
         num_images = windows.shape[0] // self.num_windows
         positions = windows.reshape(num_images, self.num_windows * self.num_positions, windows.shape[-1])
         states = Rearrange.apply(positions, self.inverse, self.order).unflatten(1, self.padded_size)
-        return states[:, : self.height, : self.width]
+        states = states[:, : self.height, : self.width]
+        # Strides show whether something is cut off, so that a graph would be for such sizes only, or for others.
+        return states.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else states
 
 
 # Of the stages of a Swin, at two sizes of images.
@@ -136,10 +138,18 @@ def count_parts(length: int, part: int) -> int:
 
 
 def windows_by_rows(positions: Tensor, window_size: int) -> Tensor:
-    """(h, w) to (W, N); h and w are multiples of the window."""
+    """(h, w) to (W, N); h and w are multiples of the window.
+
+    By arithmetic: views would fix in a graph whether there is one row or column of windows, or more.
+    """
     height, width = positions.shape
-    grid = positions.view(height // window_size, window_size, width // window_size, window_size)
-    return grid.transpose(1, 2).reshape(-1, window_size**2)
+    places = torch.arange(height * width, device=positions.device)
+    windows, in_window = places // window_size**2, places % window_size**2
+    window_rows = windows // (width // window_size)
+    window_columns = windows - window_rows * (width // window_size)  # ONNX knows no remainder of what varies
+    rows = window_rows * window_size + in_window // window_size
+    columns = window_columns * window_size + in_window % window_size
+    return positions.flatten().index_select(0, rows * width + columns).view(-1, window_size**2)
 
 
 def windows_cut_last(positions: Tensor, window_size: int) -> Tensor:
