@@ -52,8 +52,6 @@ def main(arguments: Arguments) -> None:
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint)
     names = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
     thresholds = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if thresholds and arguments.task != "panoptic":
-        raise ValueError(f"--{' and --'.join(thresholds)}: only --task panoptic has thresholds, not {arguments.task}.")
     path = export_model(
         model.float(),
         MaskFormerImageProcessor.from_pretrained(arguments.checkpoint),

@@ -234,3 +234,34 @@ def test_the_thresholds_of_the_image_processor_are_those_of_the_file(image_proce
     image_processor.panoptic_thresholds = {"threshold": 0.8, "mask_threshold": 0.4}
     head = build_head(tiny_model().eval(), image_processor, "panoptic", mask_threshold=0.3)
     assert (head.threshold, head.mask_threshold, head.overlap_mask_area_threshold) == (0.8, 0.3, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("task", "thresholds", "message"),
+    [
+        ("logits", {"threshold": 0.8}, "Only the task 'panoptic' has thresholds, but 'logits' was given threshold"),
+        ("panoptic", {"treshold": 0.8}, "There is no treshold; thresholds are threshold, mask_threshold, "),
+        ("panoptic", {"threshold": 3}, "threshold is 3; give a number from 0 to 1"),
+    ],
+)
+def test_thresholds_that_mean_nothing_are_refused(image_processor, tmp_path, task, thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        export_model(tiny_model(), image_processor, tmp_path / "exported", "torch_export", task, (64, 64), **thresholds)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_model_of_half_precision_is_refused(image_processor, tmp_path):
+    with pytest.raises(ValueError, match=r"The model is in torch.bfloat16 on cpu. Export model.float\(\).cpu\(\)"):
+        export_model(tiny_model().bfloat16(), image_processor, tmp_path, "torch_export", size=(64, 64))
+
+
+def test_a_model_in_training_stays_in_training(image_processor, tmp_path):
+    model = tiny_model().train()
+    model.model.pixel_level_module.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    export_model(model, image_processor, tmp_path, "torch_export", size=(64, 64))
+    assert [module.training for module in model.modules()] == modes
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    pixel_values = torch.randn(2, 3, 64, 64)
+    expected = model.eval()(pixel_values)
+    torch.testing.assert_close(program(pixel_values)[1], expected.masks_queries_logits, rtol=1e-4, atol=1e-4)

@@ -650,15 +650,14 @@ def test_the_export_script_hands_on_sizes_and_the_thresholds_of_panoptic_segment
 
     script = load("export")
     monkeypatch.setattr(script, "export_model", export_model)
-    for options in ({"task": "panoptic", "threshold": 0.25}, {"task": "semantic"}):
+    for options in ({"task": "panoptic", "threshold": 0.25}, {"task": "semantic"}, {"threshold": 0.5}):
         script.main(script.Arguments(str(checkpoint), "out", size=[64, 96], **options))
     sizes = {"size": (64, 96), "output_size": None}
     assert calls == [
         (("out", "onnx", "panoptic"), {**sizes, "threshold": 0.25}),  # the others are the checkpoint's
         (("out", "onnx", "semantic"), sizes),
+        (("out", "onnx", "logits"), {**sizes, "threshold": 0.5}),  # which is refused there
     ]
-    with pytest.raises(ValueError, match="--threshold: only --task panoptic has thresholds, not semantic"):
-        script.main(script.Arguments(str(checkpoint), "out", task="semantic", threshold=0.25))
     with pytest.raises(ValueError, match="--size takes a height and a width"):
         script.main(script.Arguments(str(checkpoint), "out", size=[64]))
 

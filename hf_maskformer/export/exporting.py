@@ -10,9 +10,10 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
 from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
-from ..post_processing_maskformer_inputs import Size
+from ..post_processing_maskformer_inputs import Size, check_thresholds
 from .heads import Logits, Panoptic, PerPixelLogits, Semantic
 
 Format = Literal["onnx", "torch_export"]
@@ -38,7 +39,8 @@ def export_model(
     """Writes the model with `task` inside, and its `config.json` and `preprocessor_config.json`, into a folder.
 
     Args:
-        model: A `MaskFormerForInstanceSegmentation` or a per-pixel baseline, in float32 on the CPU.
+        model: A `MaskFormerForInstanceSegmentation` or a per-pixel baseline, in float32 on the CPU. Its modules stay
+            in the modes, training or evaluation, in which they are.
         image_processor: Says how images become `pixel_values`, and which labels panoptic segmentation fuses.
         folder: Where to; made if missing.
         format: "onnx" gives `model.onnx`, "torch_export" gives `model.pt2`.
@@ -46,14 +48,14 @@ def export_model(
         size: (H, W) of all images. By default any size of at least 33 pixels each way, with a ResNet or Swin; with
             other backbones what their code allows. The batch may be of any size.
         output_size: (height, width) of the segmentation; by default that of the images.
-        thresholds: Of `Panoptic`; by default the image processor's `panoptic_thresholds`.
+        thresholds: Of `Panoptic`, for that task only; by default the image processor's `panoptic_thresholds`.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: Format or task is unknown, the model does not do the task, a size is too small, or there is none
-            for a plain vision transformer.
+        ValueError: Format or task is unknown, the model does not do the task, a threshold is not one of the task or no
+            number from 0 to 1, a size is too small, or there is none for a plain vision transformer.
         ImportError: What ONNX needs is not installed.
     """
     if format not in get_args(Format):
@@ -66,21 +68,29 @@ def export_model(
         raise ValueError("The backbone cuts images into whole patches, so that it does not take any size. Give size.")
     if output_size is not None and min(output_size) < 1:
         raise ValueError(f"output_size is {tuple(output_size)}, but height and width must be positive.")
-    head = build_head(model.eval(), image_processor, task, output_size, **thresholds)
-    program = trace(head, size)
+    if (model.dtype, model.device.type) != (torch.float32, "cpu"):
+        raise ValueError(f"The model is in {model.dtype} on {model.device}. Export model.float().cpu() instead.")
+    head = build_head(model, image_processor, task, output_size, **thresholds)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        program = trace(head.eval(), size)
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    image_processor.save_pretrained(folder)
     path = folder / {"onnx": "model.onnx", "torch_export": "model.pt2"}[format]
     if format == "torch_export":
         program.example_inputs = None  # 17 million numbers, which would be saved with it
         torch.export.save(program, path)
-        return path
-    onnx_program: Any = torch.onnx.export(
-        program, input_names=["pixel_values"], output_names=list(head.output_names), opset_version=OPSET, dynamo=True
-    )
-    onnx_program.save(path)
+    else:
+        outputs = list(head.output_names)
+        onnx_program: Any = torch.onnx.export(
+            program, input_names=["pixel_values"], output_names=outputs, opset_version=OPSET, dynamo=True
+        )
+        onnx_program.save(path)
+    model.config.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
     return path
 
 
@@ -100,6 +110,12 @@ def build_head(
     """The module that is exported; see `export_model`."""
     if task not in get_args(Task):
         raise ValueError(f"task is {task!r}, but must be one of {get_args(Task)}.")
+    if thresholds and task != "panoptic":
+        raise ValueError(f"Only the task 'panoptic' has thresholds, but {task!r} was given {', '.join(thresholds)}.")
+    unknown = sorted(thresholds.keys() - DEFAULT_PANOPTIC_THRESHOLDS.keys())
+    if unknown:
+        raise ValueError(f"There is no {', '.join(unknown)}; thresholds are {', '.join(DEFAULT_PANOPTIC_THRESHOLDS)}.")
+    check_thresholds(**thresholds)
     is_per_pixel = isinstance(model, PerPixelBaselineForSemanticSegmentation)
     logits: Any = PerPixelLogits(model) if is_per_pixel else Logits(model)  # type: ignore[arg-type]
     if task == "logits":
