@@ -13,6 +13,7 @@ from .configuration_maskformer_parts import (
     check_sizes,
     make_backbone_config,
     nested_config,
+    refuse_backbone_by_name,
 )
 from .configuration_with_code import ConfigWithCode
 
@@ -126,6 +127,7 @@ class MaskFormerConfig(ConfigWithCode):
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_num_labels(kwargs.get("num_labels"))
+        refuse_backbone_by_name(self.backbone_config, kwargs)
         self.backbone_config = make_backbone_config(self.backbone_config, DEFAULT_BACKBONE)
         self.decoder_config = _decoder_config(self.decoder_config)
         if self.use_auxiliary_loss:

@@ -280,6 +280,19 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
     return config
 
 
+def refuse_backbone_by_name(backbone_config: Any, fields: Mapping[str, Any]) -> None:
+    """Raises a ValueError where transformers would look up the backbone's configuration by its name.
+
+    The name alone would be kept as a field that means nothing, beside the default backbone.
+    """
+    name = fields.get("backbone")
+    if name is not None and backbone_config is None:
+        raise ValueError(
+            f"backbone={name!r} names a backbone, but its configuration is needed: give backbone_config="
+            f"AutoConfig.from_pretrained({name!r}), or of a model of timm TimmBackboneConfig(backbone={name!r})."
+        )
+
+
 def _check_swin(config: PreTrainedConfig) -> None:
     if len(config.depths) != NUM_FEATURE_MAPS or len(config.num_heads) != NUM_FEATURE_MAPS:
         raise ValueError(

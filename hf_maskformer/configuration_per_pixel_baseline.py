@@ -12,6 +12,7 @@ from .configuration_maskformer_parts import (
     check_sizes,
     make_backbone_config,
     nested_config,
+    refuse_backbone_by_name,
 )
 from .configuration_with_code import ConfigWithCode
 
@@ -61,6 +62,7 @@ class PerPixelBaselineConfig(ConfigWithCode):
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_num_labels(kwargs.get("num_labels"))
+        refuse_backbone_by_name(self.backbone_config, kwargs)
         self.backbone_config = make_backbone_config(self.backbone_config, {"model_type": "resnet"})
         if self.decoder_config == NO_DECODER:
             self.decoder_config = None

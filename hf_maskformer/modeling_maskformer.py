@@ -186,14 +186,13 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
             encoder_last_hidden_state=features[-1],
             pixel_decoder_last_hidden_state=pixel_embeddings,
             transformer_decoder_last_hidden_state=queries.last_hidden_state,
+            encoder_hidden_states=features if output_hidden_states else None,
+            pixel_decoder_hidden_states=tuple(levels) if output_hidden_states else None,
+            transformer_decoder_hidden_states=queries.hidden_states,
+            hidden_states=(*features, *levels, *queries.hidden_states) if output_hidden_states else None,
             attentions=queries.attentions,
             transformer_decoder_intermediate_states=queries.intermediate_states,
         )
-        if output_hidden_states:
-            output.encoder_hidden_states = features
-            output.pixel_decoder_hidden_states = tuple(levels)
-            output.transformer_decoder_hidden_states = queries.hidden_states
-            output.hidden_states = (*features, *levels, *queries.hidden_states)
         return output if first_set(return_dict, self.config.return_dict) else output.to_tuple()
 
 

@@ -92,6 +92,7 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
         ({"decoder_config": {"num_queries": 0}}, "decoder_config.num_queries is 0"),
         ({"decoder_config": {"position_embedding_type": "learned"}}, "position_embedding_type is 'learned'"),
         ({"backbone_config": {"hidden_sizes": [8]}}, "backbone_config has model_type None"),
+        ({"backbone": "microsoft/resnet-50", "use_timm_backbone": False}, "names a backbone, but its configuration is"),
         (
             {"backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage4"]}},
             "backbone_config.out_features is .* takes 4 feature maps",

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from models import tiny_model
 from PIL import Image
@@ -356,3 +357,40 @@ def test_all_workers_have_something_to_do_where_batches_are_small(monkeypatch):
 def test_an_image_that_a_worker_cannot_read_is_an_error():
     with pytest.raises(ValueError, match="missing"):
         list(segmenter()((image for image in [images()[0], "missing.jpg"]), num_workers=1))
+
+
+def test_images_before_an_error_of_their_source_are_segmented():
+    def stream():
+        yield from images()
+        raise LookupError("the source is gone")
+
+    results = segmenter()(stream(), batch_size=1, num_workers=4)
+    for _ in images():
+        next(results)
+    with pytest.raises(LookupError, match="the source is gone"):
+        next(results)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"num_workers": -1}])
+def test_numbers_that_mean_nothing_are_refused(options):
+    with pytest.raises(ValueError, match="give at least 1 and 0"):
+        list(segmenter()((image for image in images()), **options))
+
+
+@pytest.mark.parametrize("subtask", ["semantic", "panoptic", "instance"])
+def test_the_model_of_transformers_gives_equal_segments(tmp_path, subtask):
+    model = tiny_model(num_labels=4)
+    model.save_pretrained(tmp_path)
+    stock = transformers.MaskFormerForInstanceSegmentation.from_pretrained(tmp_path)
+    options = {"subtask": subtask} if subtask == "semantic" else {"subtask": subtask, **THRESHOLDS}
+    ours, theirs = (segmenter(each)(images(), **options) for each in (model, stock))
+    for found, expected in zip(theirs, ours, strict=True):
+        areas = [[(segment["label"], segment["area"]) for segment in segments] for segments in (found, expected)]
+        assert areas[0] == areas[1]
+
+
+def test_the_image_processor_of_transformers_is_answered_by_how_to_get_ours(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    processor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Call register_auto_classes\(\) before pipeline"):
+        pipeline("image-segmentation", model=str(tmp_path), pipeline_class=MaskFormerPipeline, device="cpu")

@@ -7,7 +7,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,12 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         return preprocess, forward, postprocess
 
     def check_model_type(self, supported_models: Any) -> None:
+        if not hasattr(self.image_processor, "segmentation_task"):
+            raise ValueError(
+                f"The image processor is transformers' {type(self.image_processor).__name__}. Call "
+                "register_auto_classes() before pipeline(...), which then loads model and image processor of this "
+                "package, or give it both as objects."
+            )
         # transformers' tables of models do not list the baselines, and it would log an error.
         if not isinstance(self.model, PerPixelBaselineForSemanticSegmentation):
             super().check_model_type(supported_models)
@@ -118,6 +124,8 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         postprocess_params: dict[str, Any],
     ) -> Iterator[list[dict[str, Any]]]:
         """Segments the images batch by batch; nothing but the batch at hand, and with workers the next, is held."""
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; give at least 1 and 0.")
         total = len(inputs) if hasattr(inputs, "__len__") else None  # type: ignore[arg-type]
         # A `Dataset` has a length and indices, but iterating over it need not end.
         images = iter(inputs) if total is None else (inputs[index] for index in range(total))  # type: ignore[index]
@@ -224,13 +232,24 @@ def _prepared_ahead(
         yield from map(prepare, images)
         return
     pool = ThreadPoolExecutor(num_workers)
+    submitted = _submitted(pool, prepare, images)
     try:
-        pending = deque(pool.submit(prepare, image) for image in itertools.islice(images, num_ahead))
+        pending = deque(itertools.islice(submitted, num_ahead))
         while pending:
-            pending.extend(pool.submit(prepare, image) for image in itertools.islice(images, 1))
+            pending.extend(itertools.islice(submitted, 1))
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ThreadPoolExecutor, prepare: Callable[[Any], Any], images: Iterator[Any]) -> Iterator[Future[Any]]:
+    try:
+        for image in images:
+            yield pool.submit(prepare, image)
+    except Exception as error:  # of where the images come from: in its place, after those that are on their way
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        yield failed
 
 
 def _stacked(inputs: list[Any]) -> Any:

@@ -14,6 +14,7 @@ from ..data.labels import LabelSet
 from ..data.sample import Sample, crowds_of
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_settings import DEFAULT_INSTANCE_THRESHOLD, DEFAULT_PANOPTIC_THRESHOLDS
+from ..modeling_maskformer_pixel_level import sizes_in_batch
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 from .average_precision import AveragePrecision
@@ -174,14 +175,19 @@ def outputs_for(
 
     Args:
         task: of the post-processing.
-        model: ours, or one with outputs like transformers' own, which computes all masks.
+        model: ours, or one with outputs like transformers' own, which computes all masks; they are given the sizes of
+            the images, without which padding would count as image.
         image_processor: whose `panoptic_thresholds` count.
         inputs: what the model takes.
         threshold: that of the post-processing, if not its default.
     """
     is_wrapped = hasattr(model, "_orig_mod") or hasattr(model, "_hf_hook")
     if task == "semantic" or not hasattr(model, "predict") or is_wrapped or model._compiled_call_impl is not None:
-        return model(**inputs)
+        outputs = model(**inputs)
+        if getattr(outputs, "image_sizes", None) is None and "pixel_mask" in inputs:  # of transformers' own model
+            sizes = sizes_in_batch(inputs["pixel_values"], inputs["pixel_mask"])
+            outputs["image_sizes"], outputs["padded_sizes"] = sizes
+        return outputs
     if threshold is None:
         threshold = DEFAULT_INSTANCE_THRESHOLD if task == "instance" else panoptic_threshold(image_processor)
     return model.predict(**inputs, threshold=threshold)
