@@ -29,6 +29,16 @@ COMMANDS = {
     "benchmark": "benchmark.py",
 }
 
+# What other programs call options of these.
+SYNONYMS = {
+    "--batch_size": "--per_device_train_batch_size",
+    "--epochs": "--num_train_epochs",
+    "--lr": "--learning_rate",
+    "--lr_backbone": "--backbone_learning_rate_factor",
+    "--num_epochs": "--num_train_epochs",
+    "--num_steps": "--max_steps",
+}
+
 _WHOLE = r"(?<![\w./\\-])"  # what follows is no part of a longer path, which a message may quote
 
 
@@ -74,6 +84,14 @@ class OptionParser(HfArgumentParser):
         self._prepare(sys.argv[1:] if args is None else args)
         return super().parse_args(args, namespace)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for word in sys.argv[1:] if args is None else args:
+            name, known = word.partition("=")[0], self._option_string_actions
+            meant = SYNONYMS.get(name)
+            if meant in known and name not in known:
+                self.error(f"there is no option {name}. Did you mean {meant}?")
+        return super().parse_known_args(args, namespace)
+
     def parse_args_into_dataclasses(self, args: Any = None, *others: Any, **kwargs: Any) -> tuple[Any, ...]:
         self._prepare(sys.argv[1:] if args is None else args)
         return super().parse_args_into_dataclasses(args, *others, **kwargs)
@@ -113,6 +131,8 @@ def errors_as_messages() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         message = as_commands(str(error)) if sys.argv[0].startswith(PROGRAM) else str(error)
+        if isinstance(error, FileExistsError) and error.filename:  # of the system, which was to make a folder
+            message = f"{error.filename} is a file, but a folder is needed there. Name another."
         print(f"\nerror: {message}", file=sys.stderr)
         sys.exit(1)
     except subprocess.CalledProcessError as error:

@@ -6,12 +6,13 @@ image. Sizes are (height, width). Images stay uint8 until they lie in the batch.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.utils import ModelOutput, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, ModelOutput, logging
 
 from .configuration_maskformer_parts import errors_as_value_errors
 from .image_processing_maskformer_images import (
@@ -121,6 +122,11 @@ class MaskFormerImageProcessor(BaseImageProcessor):
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Reads the JSON of a processor. Raises an OSError if there is none, or it is no JSON object."""
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if folder.is_dir() and not any((folder / name).is_file() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
+            raise OSError(
+                f"{folder} has no {IMAGE_PROCESSOR_NAME}. Save the image processor there too, by its save_pretrained."
+            )
         try:
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         except (TypeError, RecursionError) as error:

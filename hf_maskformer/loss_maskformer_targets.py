@@ -13,6 +13,7 @@ from torch import Tensor
 
 NO_SEGMENT = -1  # in an index map: the pixel belongs to no segment
 NO_LABEL = -100  # in a padded tensor of labels: there is no such segment
+MAX_SEGMENTS_OF_MAP = torch.iinfo(torch.int16).max
 FLOAT_PADDING = 255  # in masks of floating type: padding by transformers' image processor, part of no segment
 
 
@@ -127,6 +128,12 @@ def _check_forms(mask_labels: Tensor | Sequence[Tensor], class_labels: Tensor | 
                 f"class_labels of image {image} are {labels.dtype} of shape {tuple(labels.shape)}, but must be "
                 "integers (N,), one for each segment."
             )
+    for image, (masks, labels) in enumerate(zip(mask_labels, class_labels, strict=False)):
+        if masks.dim() == 2 and len(labels) > MAX_SEGMENTS_OF_MAP:
+            raise ValueError(
+                f"class_labels of image {image} are {len(labels)}, but an index map has at most {MAX_SEGMENTS_OF_MAP} "
+                "segments. Join some, or give a list of masks."
+            )
 
 
 def _prepared_masks(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -135,7 +142,7 @@ def _prepared_masks(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     padding = (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2])
     if masks.dim() == 2:
         # Two bytes suffice for all indices that have a label; one that has none is refused later, as one below -1 is.
-        prepared = masks.long().clamp(NO_SEGMENT - 1, torch.iinfo(torch.int16).max).to(torch.int16)
+        prepared = masks.long().clamp(NO_SEGMENT - 1, MAX_SEGMENTS_OF_MAP).to(torch.int16)
     elif masks.is_floating_point():
         prepared = masks == 1
         if masks.numel() > 0:

@@ -114,6 +114,8 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
             RuntimeError: Weights have another shape than the model's.
         """
         check_weight_indices(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if str(pretrained_model_name_or_path).endswith(".json"):
+            raise OSError(f"{pretrained_model_name_or_path} is no file of weights. Name the folder that it lies in.")
         if "config" in kwargs:
             kwargs["config"] = own_config(kwargs["config"])
         try:

@@ -36,9 +36,25 @@ class Arguments:
         default=None,
         metadata={"help": "By default that of the checkpoint. Integers need torchao."},
     )
+    threshold: float | None = field(
+        default=None, metadata={"help": "Instance and panoptic: how sure a query must be. By default the checkpoint's."}
+    )
+    mask_threshold: float | None = field(
+        default=None, metadata={"help": "Instance and panoptic: from where on a pixel is in a mask. By default 0.5."}
+    )
+    overlap_mask_area_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Smallest part of its mask that must be on top. By default the checkpoint's for panoptic."},
+    )
 
 
 def main(arguments: Arguments) -> None:
+    if Path(arguments.input).is_dir() and Path(arguments.input).resolve() == Path(arguments.output).resolve():
+        raise ValueError(
+            f"The results would lie among the images of {arguments.input}. Name another folder by --output."
+        )
+    names = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
+    thresholds = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = loading_options(arguments.precision)
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(device).eval()
@@ -47,7 +63,7 @@ def main(arguments: Arguments) -> None:
     images: list[dict[str, Any]] = []
     failed: list[Path] = []
     for name, image in tqdm(read_images(arguments.input, failed), desc="Segmenting", unit="image"):
-        prediction = predict(model, image_processor, image, task)
+        prediction = predict(model, image_processor, image, task, **thresholds)
         files = write_prediction(prediction, image, model.config.id2label, task, Path(arguments.output), name)
         if arguments.json:
             content = json.loads(files[1].read_text())

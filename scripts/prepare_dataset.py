@@ -39,6 +39,9 @@ def main(arguments: argparse.Namespace) -> int:
             except (FileNotFoundError, ValueError) as error:
                 print(error)
                 results[split] = {"problems": [str(error)]}
+                if arguments.command == "parquet":
+                    print(f"{arguments.output} is not complete: {split}, and what was to follow, is not written.")
+                    break
                 continue
             report = inspect_samples(dataset, arguments.num_workers)
             print(report_as_table(report, dataset.labels))
@@ -75,8 +78,9 @@ def print_findings(report: DataReport, missing: str) -> None:
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = OptionParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("check", "parquet"):
-        command = commands.add_parser(name, description=__doc__)
+    helps = {"check": "reads every sample and reports what is wrong", "parquet": "writes a compact Parquet version"}
+    for name, text in helps.items():
+        command = commands.add_parser(name, description=__doc__, help=text)
         command.add_argument("data", help="folder or name of the data set")
         if name == "parquet":
             command.add_argument("output", help="folder to write to")

@@ -25,7 +25,7 @@ help of --help_all has them. --push_to_hub true --hub_model_id user/name publish
 
 import gc
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -38,6 +38,8 @@ from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.evaluation.tasks import TASKS, check_sample, task_of_data
+from hf_maskformer.training.checkpoints import check_free
+from hf_maskformer.training.checks import check_reports
 from hf_maskformer.training.dry_run import describe_run
 from hf_maskformer.training.model_arguments import ModelArguments
 from hf_maskformer.training.recipe_options import parse_with_recipe
@@ -70,7 +72,9 @@ class DataArguments:
     change_colors: bool = field(default=True, metadata={"help": "Change colours at random in training."})
     augmentation: str | None = field(
         default=None,
-        metadata={"help": f"In place of the five above, the paper's for {', '.join(PAPER_AUGMENTATIONS)}."},
+        metadata={
+            "help": f"In place of sizes, scales and crop above, the paper's for {', '.join(PAPER_AUGMENTATIONS)}."
+        },
     )
 
     dry_run: bool = field(default=False, metadata={"help": "Print settings, optimiser, length and memory; then end."})
@@ -105,16 +109,23 @@ class DataArguments:
         if self.augmentation not in PAPER_AUGMENTATIONS:
             known = ", ".join(PAPER_AUGMENTATIONS)
             raise ValueError(f"augmentation is {self.augmentation!r}; known are {known}.")
-        return PAPER_AUGMENTATIONS[self.augmentation]
+        augmentation = PAPER_AUGMENTATIONS[self.augmentation]
+        if isinstance(augmentation, RandomScaleCropFlip) and not self.change_colors:
+            return replace(augmentation, change_colors=False)  # the others never do
+        return augmentation
 
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments) -> None:
     model_arguments.check()
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream does not say how long it is. Give --max_steps.")
+    output = Path(training.output_dir)
+    check_free(output, is_new=not training.resume_from_checkpoint)
+    check_reports(training.report_to)
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
     labels, task = train_dataset.labels, data.task or task_of_data(eval_dataset)
     model_arguments.check_data(eval_dataset, data.task)
+    model_arguments.planned_config(labels)
     check_sample(task, eval_dataset[0])
     with training.main_process_first(desc="data check"):
         if data.check_data and training.process_index == 0:
@@ -122,11 +133,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
                 check_samples(train_dataset)
             check_samples(eval_dataset)
 
-    output = Path(training.output_dir)
     if training.process_index == 0 and not training.resume_from_checkpoint and (output / "config.json").is_file():
         print(
-            f"warning: {output} holds a model already, which this run replaces. Name another folder by --output_dir, "
-            "or go on with it by --resume_from_checkpoint auto.",
+            f"warning: {output} holds a model already, which this run replaces. Name another folder by --output_dir.",
             file=sys.stderr,
         )
     if data.streaming:
@@ -148,7 +157,12 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     result = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model()
     trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
+    if trainer.state.global_step > trainer.first_step:
+        trainer.save_metrics("train", result.metrics)
+        if training.process_index == 0:
+            (output / "metrics.json").unlink(missing_ok=True)  # what evaluate.py wrote of the model before
+    else:
+        print(f"The training was complete: {trainer.first_step} steps.", file=sys.stderr)
     metrics = figures_of_weights(trainer.state, training.load_best_model_at_end) or trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)

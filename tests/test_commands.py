@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_scripts import call, checkpoint, config, data  # noqa: F401  (fixtures)
 
 from hf_maskformer.__main__ import main
@@ -165,3 +166,21 @@ def test_a_command_does_what_its_script_does(run, checkpoint, data, tmp_path):  
     assert run("predict", f"--checkpoint={checkpoint}", f"--input={image}", f"--output={tmp_path / 'command'}")[0] == 0
     for file in (tmp_path / "script").iterdir():
         assert file.read_bytes() == (tmp_path / "command" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"), [("--batch_size=4", "per_device_train_batch_size"), ("--lr", "learning_rate")]
+)
+def test_an_option_by_its_name_elsewhere_is_answered_by_the_one_here(run, option, meant):
+    code, _, errors = run("train", "--data=nowhere", option)
+    assert code == 2
+    assert f"Did you mean --{meant}?" in errors
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(run, checkpoint, tmp_path):  # noqa: F811
+    (tmp_path / "file").touch()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    options = [f"--checkpoint={checkpoint}", f"--input={tmp_path / 'a.png'}", f"--output={tmp_path / 'file'}"]
+    code, _, errors = run("predict", *options)
+    assert code == 1
+    assert f"{tmp_path / 'file'} is a file, but a folder is needed there" in errors

@@ -194,7 +194,7 @@ def test_label_files_of_another_format_are_named(root):
     for path in (root / "annotations/train").iterdir():
         path.rename(path.with_suffix(".jpg"))
     with pytest.raises(
-        FileNotFoundError, match=r"annotations/train holds no label file \(.png, .*\), but a\.jpg, b\.jpg"
+        FileNotFoundError, match=r"annotations/train holds no label file \(.png, .*\); there is a\.jpg, b\.jpg"
     ):
         SegmentationFolder(root, "train")
 

@@ -465,3 +465,9 @@ def test_without_gradient_a_process_waits_for_no_other(monkeypatch):
     assert not reduced
     loss(*logits, *labels_of(batch))
     assert len(reduced) == 1
+
+
+def test_an_index_map_of_more_segments_than_its_indices_count_is_refused():
+    index_map, labels = torch.zeros(1, 8, 8, dtype=torch.int32), torch.zeros(1, 2**15, dtype=torch.int64)
+    with pytest.raises(ValueError, match="class_labels of image 0 are 32768, but an index map has at most 32767"):
+        MaskFormerLoss(NUM_LABELS)(*random_logits(batch_size=1), index_map, labels, size=(64, 96))

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,21 @@ def test_options_that_mean_the_same_outrank_the_recipe_too():
     assert training.paper_schedule is None
     assert data.augmentation is None
     assert data.build_augmentation().crop_size == (64, 64)
+
+
+@pytest.mark.parametrize("preset", ["ade20k-r50", "cityscapes-r101", "mapillary-vistas-r50", "coco-panoptic-r50"])
+def test_colours_can_be_left_as_they_are_without_another_change(preset, caplog):
+    _, as_in_paper, _, _ = parse(f"--preset={preset}")
+    _, without, _, _ = parse(f"--preset={preset}", "--change_colors=false")
+    recipe, found = as_in_paper.build_augmentation(), without.build_augmentation()
+    assert found == (recipe if preset == "coco-panoptic-r50" else replace(recipe, change_colors=False))
+    assert "gives way" not in caplog.text
+
+
+def test_sizes_that_take_the_place_of_the_recipe_s_augmentation_are_told_of(caplog):
+    _, data, _, _ = parse("--preset=cityscapes-r101", "--max_scale=1.5")
+    assert "--max_scale: the recipe's augmentation 'cityscapes' gives way to --image_size, --min_scale" in caplog.text
+    assert data.build_augmentation().crop_size == (1024, 1024)
 
 
 def test_without_a_preset_nothing_changes():

@@ -56,7 +56,7 @@ def trainer_with_chance(folder, is_stream, **options):
     augmentation = RandomScaleCropFlip.from_scales(64, 0.5, 2.0)
     options = {"per_device_train_batch_size": 2, "save_steps": 3, "save_total_limit": 2, **options}
     if is_stream:  # five batches, of which four make two steps
-        options |= {"gradient_accumulation_steps": 2}
+        options = {"gradient_accumulation_steps": 2, **options}
     processor = image_processor_for(NINE.labels, image_size=64)
     return MaskFormerTrainer(
         model=MaskFormerForInstanceSegmentation(config),
@@ -316,3 +316,38 @@ def test_full_determinism_gives_equal_bits(tmp_path):
         torch.use_deterministic_algorithms(False)
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(runs[1][1][name], tensor) for name, tensor in runs[0][1].items())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_run_that_was_complete_stays_as_it_is(tmp_path, is_stream):
+    options = {"max_steps": 3, "lr_scheduler_type": "constant", "warmup_steps": 0}  # in the middle of an epoch
+    trainer = trainer_with_chance(tmp_path, is_stream, **options)
+    trainer.train()
+    again = trainer_with_chance(tmp_path, is_stream, **options)
+    again.train(resume_from_checkpoint="auto")
+    assert (again.first_step, again.state.global_step) == (3, 3)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+def test_the_card_of_a_resumed_run_says_of_which_part_its_time_is(tmp_path):
+    trainer_with_chance(tmp_path, False, max_steps=3).train()
+    trainer = trainer_with_chance(tmp_path, False, max_steps=5)
+    trainer.train(resume_from_checkpoint="auto")
+    trainer.create_model_card()
+    assert "The last part of the training, after step 3, took 0:0" in (tmp_path / "README.md").read_text()
+
+
+def test_a_checkpoint_of_another_run_with_other_classes_is_named(tmp_path):
+    trainer_with_chance(tmp_path, False, max_steps=3).train()
+    trainer = trainer_with_chance(tmp_path, False, max_steps=5)
+    trainer.model.config.id2label = {0: "one", 1: "two"}
+    with pytest.raises(ValueError, match=r"checkpoint-3 is of a model with .* classes, but this one has 2"):
+        trainer.train(resume_from_checkpoint="auto")
+
+
+def test_a_stream_that_is_too_short_for_a_step_is_an_error(tmp_path):
+    trainer = trainer_with_chance(tmp_path, True, gradient_accumulation_steps=8)
+    with pytest.raises(ValueError, match="The stream ends after 5 batches, but a step takes 8"):
+        trainer.train()

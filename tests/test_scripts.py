@@ -675,3 +675,84 @@ def test_prediction_does_what_the_checkpoint_was_trained_for(checkpoint, data, t
         for folder in ("default", "named")
     ]
     assert tasks == ["panoptic", "semantic"]
+
+
+def test_a_new_training_does_not_mix_with_the_checkpoints_of_another(data, config, tmp_path):
+    options = {"config": config, "data": data, "image_size": 64, "save_steps": 1, "output_dir": tmp_path / "run"}
+    call("train", max_steps=1, **options)
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run holds checkpoints of another run, such as .*checkpoint-1"):
+        call("train", max_steps=1, **options)
+    call("train", max_steps=1, resume_from_checkpoint="auto", **options)
+    assert (tmp_path / "run" / "metrics.json").is_file()  # of the model that is still there
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert results["train_loss"] > 0
+    call("train", max_steps=2, resume_from_checkpoint="auto", **options)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"output_dir": "file"}, ValueError, "file is a file. Name a folder"),
+        ({"report_to": "wandb"}, ImportError, "--report_to wandb: not installed"),
+    ],
+)
+def test_what_a_training_cannot_have_shows_before_the_data_are_read(
+    config, tmp_path, monkeypatch, options, error, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    script = load("train")
+    command_line = [
+        f"--{name}={value}" for name, value in {"output_dir": "run", "report_to": "none", **options}.items()
+    ]
+    arguments, _ = script.parse_arguments([f"--config={config}", "--data=nowhere", "--use_cpu=true", *command_line])
+    with pytest.raises(error, match=message):
+        script.main(*arguments)
+
+
+def test_other_classes_than_the_checkpoint_s_show_before_the_data_are_read(checkpoint, data, tmp_path, monkeypatch):
+    write_two_classes(tmp_path / "data", data)
+    script = load("train")
+    monkeypatch.setattr(script, "check_samples", lambda *_: pytest.fail("The data were read."))
+    command_line = [f"--checkpoint={checkpoint}", f"--data={tmp_path / 'data'}", "--use_cpu=true", "--report_to=none"]
+    arguments, _ = script.parse_arguments([*command_line, f"--output_dir={tmp_path / 'run'}"])
+    with pytest.raises(ValueError, match="classes, but the data has 2"):
+        script.main(*arguments)
+
+
+def test_predictions_do_not_lie_among_the_images(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="The results would lie among the images"):
+        call("predict", checkpoint=checkpoint, input=tmp_path, output=f"{tmp_path}/.")
+
+
+def test_predict_takes_thresholds(checkpoint, tmp_path):
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "photo.png")
+    for threshold, name in ((0.0, "all"), (1.0, "none")):
+        options = {"task": "panoptic", "threshold": threshold, "overlap_mask_area_threshold": 0.0}
+        call("predict", checkpoint=checkpoint, input=tmp_path / "photo.png", output=tmp_path / name, **options)
+    counts = [
+        len(json.loads((tmp_path / name / "photo_segments.json").read_text())["segments"]) for name in ("all", "none")
+    ]
+    assert counts[0] > counts[1] == 0
+
+
+def test_a_folder_above_a_checkpoint_and_a_file_in_it_are_answered(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json, but .*run has"):
+        call("predict", checkpoint=tmp_path, input="photo.jpg", output=tmp_path / "out")
+    with pytest.raises(OSError, match=r"config\.json is no file of weights\. Name the folder"):
+        call("predict", checkpoint=tmp_path / "run" / "config.json", input="photo.jpg", output=tmp_path / "out")
+    (tmp_path / "run" / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match=r"run has no preprocessor_config\.json\. Save the image processor there too"):
+        call("predict", checkpoint=tmp_path / "run", input="photo.jpg", output=tmp_path / "out")
+
+
+def test_a_data_set_of_which_a_split_cannot_be_written_is_not_called_complete(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    next((tmp_path / "data" / "images" / "train").iterdir()).write_bytes(b"damaged")
+    script = load("prepare_dataset")
+    assert script.main(script.parse_arguments(["parquet", str(tmp_path / "data"), str(tmp_path / "out")])) == 1
+    assert "out is not complete: train, and what was to follow, is not written." in capsys.readouterr().out
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

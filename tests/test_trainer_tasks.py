@@ -14,7 +14,7 @@ from transformers.integrations import TensorBoardCallback
 from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
-from hf_maskformer.evaluation.tasks import MAIN_FIGURES, TASKS, metric_for, reference_of
+from hf_maskformer.evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, metric_for, reference_of
 from hf_maskformer.training.pictures import PictureCallback, _as_id_map
 from hf_maskformer.training.starting_point import image_processor_for
 
@@ -207,7 +207,9 @@ def test_ready_made_metrics_read_the_collators_targets(task):
         truth = reference_of(DATA[task][index], SCENES.labels, task)
         prediction = truth if task != "instance" else {**truth, "scores": np.ones(len(truth["labels"]))}
         metric.add(prediction=prediction, reference=reference)
-    assert metric.compute()[MAIN_FIGURES[task]] == pytest.approx(1.0)
+    figures = metric.compute()
+    assert figures[MAIN_FIGURES[task]] == pytest.approx(1.0)
+    assert {name for name in figures if not name.startswith("per_category")} == set(FIGURES[task])
 
 
 def test_ready_made_metrics_take_what_trainer_gives_without_preprocessing():

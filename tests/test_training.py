@@ -8,7 +8,9 @@ import pytest
 import torch
 from golden import Golden
 from models import NUM_LABELS, convnext_config, resnet_config, swin_config, tiny_config, tiny_model
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from test_per_pixel_baseline import tiny_baseline
 from torch.utils.data import Subset
 from transformers import (
     ConvNextForImageClassification,
@@ -32,12 +34,19 @@ from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet, labels_of
 from hf_maskformer.evaluation import evaluation
 from hf_maskformer.evaluation.evaluation import evaluate
+from hf_maskformer.evaluation.tasks import check_model
 from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput
 from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
 from hf_maskformer.training.checks import check_eval_classes
 from hf_maskformer.training.parameter_groups import parameter_groups
-from hf_maskformer.training.starting_point import image_processor_for, model_on_backbone, new_model, pretrained_model
+from hf_maskformer.training.starting_point import (
+    image_processor_for,
+    model_on_backbone,
+    new_model,
+    pretrained_model,
+    target_format,
+)
 
 SCENES = GeneratedScenes(4, image_size=(64, 64))
 OTHER_LABELS = LabelSet({0: "sky", 1: "road"})
@@ -376,6 +385,36 @@ def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
         MaskFormerTrainer(model=scenes_model(), args=args, train_dataset=SCENES)
     with pytest.raises(ValueError, match="metric_for_best_model is the loss"):
         our_trainer(tmp_path, metric_for_best_model="eval_loss")
+    with pytest.raises(ValueError, match="metric_for_best_model is miou, but evaluation gives mean_iou, mean_acc"):
+        our_trainer(tmp_path, metric_for_best_model="miou")
+    for data in (SCENES, {"a": SCENES, "b": SCENES}):
+        trainer = our_trainer(tmp_path, eval_dataset=data, save_strategy="best", eval_strategy="steps")
+        assert trainer.args.metric_for_best_model == ("mean_iou" if data is SCENES else "a_mean_iou")
+    with pytest.raises(ValueError, match="without compute_loss_func"):
+        MaskFormerTrainer(
+            scenes_model(), args, processing_class=MaskFormerImageProcessor(), compute_loss_func=lambda *_: 0
+        )
+
+
+def test_an_optimiser_that_is_given_is_the_one_that_trains(tmp_path):
+    trainer = our_trainer(tmp_path)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"momentum": 0.5})
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.SGD
+    assert all(group["momentum"] == 0.5 for group in optimizer.param_groups)
+    assert len({group["lr"] for group in optimizer.param_groups}) == 2  # that of the backbone is its own
+
+
+def test_masks_are_not_gathered_for_predictions(tmp_path):
+    with pytest.raises(ValueError, match=r"gathers no masks\. For figures, call evaluate"):
+        our_trainer(tmp_path).predict(SCENES)
+
+
+def test_adapters_around_a_baseline_train_as_it_does(tmp_path):
+    adapted = get_peft_model(tiny_baseline(), LoraConfig(r=2, target_modules=r".*convolution"))
+    assert target_format(adapted) == "label_map"
+    with pytest.raises(ValueError, match="A per-pixel baseline knows no segments"):
+        check_model("panoptic", adapted)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -108,7 +108,7 @@ class SegmentationFolder(SegmentationFiles):
             raise FileNotFoundError(f"{image_folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
         if not map_files:
             raise FileNotFoundError(
-                f"{map_folder} holds no label file ({', '.join(MAP_SUFFIXES)}), but {_listed(map_folder)}. Other "
+                f"{map_folder} holds no label file ({', '.join(MAP_SUFFIXES)}); there is {_listed(map_folder)}. Other "
                 "formats, such as JPEG, would change labels."
             )
         label_source = str(classes or Path(root) / "classes.json")

@@ -72,7 +72,7 @@ def _detect(root: Path) -> str:
     if not root.is_dir():
         raise FileNotFoundError(
             f"{root} is no folder. Name a folder in one of the layouts of docs/data.md, such as images/, annotations/ "
-            "and classes.json, or give image_column to read a data set of the Hub."
+            "and classes.json, or give image_column (--image_column) to read a data set of the Hub."
         )
     found = [name for name, marks in MARKS.items() if any(any(root.glob(mark)) for mark in marks)]
     if "folder" in found or not found:
@@ -89,7 +89,7 @@ def _own_classes(path: str) -> str:
     if own.is_file():
         return str(own)
     raise ValueError(
-        f"{path} is read by columns, which do not name the classes. Give the path of a classes.json, such as "
+        f"{path} is read by columns, which do not name the classes. Give a classes.json (--classes), such as "
         '{"id2label": {"0": "sky", "1": "road"}}.'
     )
 

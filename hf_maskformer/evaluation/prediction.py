@@ -131,7 +131,9 @@ def read_images(source: str, failed: list[Path] | None = None) -> Iterator[tuple
     if path.is_dir():
         files = list(files_by_name(path, IMAGE_SUFFIXES).values())
         if not files:
-            raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+            raise FileNotFoundError(
+                f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)}); folders inside it are not searched."
+            )
     for file in files:
         try:
             image = to_rgb(ImageOps.exif_transpose(load_image(file)), str(file))

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import LabelSet
 from ..data.sample import Sample, crowds_of
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_settings import DEFAULT_INSTANCE_THRESHOLD, DEFAULT_PANOPTIC_THRESHOLDS
 from ..modeling_maskformer_pixel_level import sizes_in_batch
-from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 from .average_precision import AveragePrecision
 from .mean_iou import MeanIoU
@@ -23,8 +23,17 @@ from .panoptic_quality import PanopticQuality
 
 Task = Literal["semantic", "instance", "panoptic"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
+# What is measured over all classes.
+FIGURES: dict[Task, tuple[str, ...]] = {
+    "semantic": ("mean_iou", "mean_accuracy", "overall_accuracy", "frequency_weighted_iou"),
+    "instance": (
+        *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+        *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+    ),
+    "panoptic": tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq")),
+}
 # The figure by which the best checkpoint is chosen.
-MAIN_FIGURES: dict[Task, str] = {"semantic": "mean_iou", "instance": "ap", "panoptic": "pq"}
+MAIN_FIGURES: dict[Task, str] = {task: figures[0] for task, figures in FIGURES.items()}
 
 Metric = MeanIoU | PanopticQuality | AveragePrecision
 Context = Callable[[], AbstractContextManager[Any]]
@@ -50,7 +59,9 @@ def check_model(task: Task, model: torch.nn.Module) -> None:
     """Raises a ValueError if there is no such task, or the model does not do it."""
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}.")
-    if task != "semantic" and isinstance(model, PerPixelBaselineForSemanticSegmentation):
+    # By its configuration, which adapters around a model pass on.
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if task != "semantic" and model_type == PerPixelBaselineConfig.model_type:
         raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {task}.")
 
 

@@ -38,6 +38,21 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"output_dir {folder} cannot be written ({error}). Nothing was trained; name another.") from error
 
 
+def check_free(folder: Path, is_new: bool) -> None:
+    """Raises a ValueError if a training cannot have a folder.
+
+    Because it is a file; or for a new training, because it holds checkpoints of another, which would mix with its own.
+    """
+    if folder.is_file():
+        raise ValueError(f"output_dir {folder} is a file. Name a folder.")
+    checkpoint = last_whole_checkpoint(str(folder)) if is_new else None
+    if checkpoint is not None:
+        raise ValueError(
+            f"{folder} holds checkpoints of another run, such as {checkpoint}. Go on with it by "
+            "--resume_from_checkpoint auto, name another folder by --output_dir, or remove them."
+        )
+
+
 def last_whole_checkpoint(folder: str | None) -> str | None:
     checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
     return next(filter(is_whole, reversed(checkpoints)), None)

@@ -1,11 +1,14 @@
 """Faults that a trainer can name before they cost time: of data, of arguments, of what it would save."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.integrations import get_available_reporting_integrations
 
-from ..data.labels import labels_of
-from ..evaluation.tasks import MAIN_FIGURES, TASKS, Task
+from ..data.labels import labels_of, shorten
+from ..evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, Task
 from .checkpoints import way_on
 
 
@@ -54,18 +57,49 @@ def _spelt_alike(name: str) -> str:
     return "".join(filter(str.isalnum, name.casefold()))
 
 
-def check_metric_for_best_model(metric: str | None, task: Task) -> None:
-    """Raises a ValueError for the loss, and for the main figure of another task."""
+def check_checkpoint(checkpoint: str, model: Any) -> None:
+    """Raises a ValueError if a checkpoint is of a model with another number of classes."""
+    path = Path(checkpoint, "config.json")
+    if not path.is_file():  # of adapters, whose weights say by themselves what they fit
+        return
+    trained = len(json.loads(path.read_text(encoding="utf-8")).get("id2label") or {})
+    if trained and trained != model.config.num_labels:
+        raise ValueError(
+            f"{checkpoint} is of a model with {trained} classes, but this one has {model.config.num_labels}: it was "
+            "left by another run. Name another output_dir, or remove its checkpoints."
+        )
+
+
+def check_metric_for_best_model(metric: str | None, task: Task, eval_dataset: Any) -> None:
+    """Raises a ValueError for the loss, the main figure of another task, and what is no figure of the task."""
+    if metric is None:
+        return
     if metric in ("loss", "eval_loss"):
         raise ValueError(
             f"metric_for_best_model is the loss, which evaluation does not compute. Use {MAIN_FIGURES[task]}."
         )
     other = {MAIN_FIGURES[each]: each for each in TASKS if each != task}
-    name = (metric or "").removeprefix("eval_")
+    name = metric.removeprefix("eval_")
     if name in other:
         raise ValueError(
             f"metric_for_best_model is {metric}, a figure of {other[name]} segmentation, but segmentation_task of "
             f"the image processor is {task}. Use {MAIN_FIGURES[task]}."
+        )
+    figures = FIGURES[task]
+    if isinstance(eval_dataset, dict):
+        figures = tuple(f"{data}_{figure}" for data in eval_dataset for figure in figures)
+    if name not in figures:
+        raise ValueError(f"metric_for_best_model is {metric}, but evaluation gives {shorten(figures, limit=30)}.")
+
+
+def check_reports(report_to: str | list[str] | None) -> None:
+    """Raises an ImportError if what shall report a training is not installed."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
+    if missing:
+        raise ImportError(
+            f"--report_to {' '.join(missing)}: not installed, or unknown to transformers. pip install {missing[0]}, or "
+            "--report_to none."
         )
 
 

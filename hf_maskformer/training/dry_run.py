@@ -49,9 +49,11 @@ def describe_run(
 
 def _settings(parsed: Sequence[Any], sources: Mapping[str, str]) -> list[tuple[str, str, str]]:
     # Options that decide about the result are listed also where neither recipe nor command line has them.
-    shown = ("seed", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon")
+    shown: tuple[str, ...] = ("seed", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon")
     rows = []
     for arguments in parsed:
+        if getattr(arguments, "augmentation", "") is None:  # these decide about images in its place
+            shown += ("image_size", "min_scale", "max_scale", "crop", "change_colors")
         for field in fields(arguments):
             if field.name not in (*sources, *shown) or field.name in ("preset", "dry_run"):
                 continue

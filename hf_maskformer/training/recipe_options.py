@@ -18,7 +18,7 @@ PAPER, PACKAGE, COMPUTED, COMMAND_LINE = "paper", "package", "computed", "comman
 YIELDS_TO = {
     "max_steps": ("num_train_epochs",),
     **dict.fromkeys(("paper_schedule", "warmup_factor", "lr_milestones"), ("lr_scheduler_type",)),
-    "augmentation": ("image_size", "min_scale", "max_scale", "crop", "change_colors"),
+    "augmentation": ("image_size", "min_scale", "max_scale", "crop"),
 }
 # The other options of transformers, but those with a default of our own, are shown by --help_all.
 EVERYDAY = ("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "warmup_steps", "report_to")
@@ -68,6 +68,12 @@ def parse_with_recipe(
     parsed = parser.parse_args_into_dataclasses(command_line)
     if "preset" in given:
         _warn_of_departures(_training_arguments(parsed), recipe.data.batch_size, devices)
+        beside = [f"--{name}" for name in YIELDS_TO["augmentation"] if name in given]
+        if beside and "augmentation" not in given:
+            logger.warning(
+                f"{', '.join(beside)}: the recipe's augmentation {recipe.augmentation!r} gives way to --image_size, "
+                "--min_scale, --max_scale and --crop as a whole; see --dry_run for their values."
+            )
     return parsed, sources | dict.fromkeys(given, COMMAND_LINE)
 
 

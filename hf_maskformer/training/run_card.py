@@ -192,7 +192,7 @@ def training_text(trainer: Any, data_name: str, start_name: str | None, loss: st
             f"Trained on {data_name}, beginning with {begins}, for {length}.",
             f"| argument | value |\n| --- | --- |\n{rows}\n| image size at evaluation | {dict(size) if size else ''} |",
             "All arguments are in `training_args.json`.",
-            f"Hardware: {hardware(args)}.{_duration(state.log_history)}",
+            f"Hardware: {hardware(args)}.{_duration(trainer)}",
             f"Versions: torch {torch.__version__}, transformers {transformers.__version__}, "
             f"accelerate {accelerate.__version__}.",
             loss,
@@ -237,6 +237,10 @@ def _draw(points: Sequence[tuple[int, float]], path: Path) -> bool:
     return True
 
 
-def _duration(history: Sequence[Mapping[str, Any]]) -> str:
-    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
-    return f" Training took {timedelta(seconds=round(seconds[-1]))} (h:mm:ss)." if seconds else ""
+def _duration(trainer: Any) -> str:
+    seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    if not seconds or trainer.first_step == trainer.state.global_step:
+        return ""
+    # Of the parts before a checkpoint nobody has the time.
+    what = f"The last part of the training, after step {trainer.first_step:,}," if trainer.first_step else "Training"
+    return f" {what} took {timedelta(seconds=round(seconds[-1]))} (h:mm:ss)."

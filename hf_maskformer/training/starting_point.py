@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_maskformer_parts import SimpleFeaturePyramidConfig
+from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import LabelSet, shorten
 from ..evaluation.tasks import Task, check_model
 from ..hub.conversion import load_original_backbone
@@ -214,6 +215,13 @@ def model_class_of(checkpoint: str) -> Any:
         raise FileNotFoundError(
             f"{checkpoint} does not exist. Name a configuration file, a folder with one or a checkpoint."
         )
+    folder = Path(checkpoint)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        inside = next(iter(sorted(folder.glob("*/config.json"))), None)
+        raise FileNotFoundError(
+            f"{checkpoint} has no config.json{'' if inside is None else f', but {inside.parent} has'}. Name the folder "
+            "of a checkpoint."
+        )
     try:
         content, _ = MaskFormerConfig.get_config_dict(checkpoint)
     except (OSError, HFValidationError) as error:
@@ -234,7 +242,8 @@ def model_class_of(checkpoint: str) -> Any:
 
 def target_format(model: Model) -> Literal["segment_map", "label_map"]:
     """The form of targets that a model trains with, for the data collator."""
-    return "label_map" if isinstance(model, PerPixelBaselineForSemanticSegmentation) else "segment_map"
+    # By its configuration, which adapters around a model pass on.
+    return "label_map" if model.config.model_type == PerPixelBaselineConfig.model_type else "segment_map"
 
 
 def image_processor_for(

@@ -33,7 +33,13 @@ from .checkpoints import (
     removed_if_cut_off,
     way_on,
 )
-from .checks import check_classes, check_eval_classes, check_metric_for_best_model, check_weights
+from .checks import (
+    check_checkpoint,
+    check_classes,
+    check_eval_classes,
+    check_metric_for_best_model,
+    check_weights,
+)
 from .epochs import EpochCallback
 from .interruption import EXIT_INTERRUPTED, InterruptionCallback
 from .loss_terms import LossTerms
@@ -75,6 +81,8 @@ class MaskFormerTrainer(Trainer):
                 "MaskFormerTrainer evaluates by itself, without compute_metrics. Leave it out; or use transformers' "
                 "Trainer with hf_maskformer.evaluation.compute_metrics.ComputeMetrics."
             )
+        if self.compute_loss_func is not None:
+            raise ValueError("The model computes its loss by itself, without compute_loss_func. Leave it out.")
         if not isinstance(self.processing_class, MaskFormerImageProcessor):
             raise ValueError(
                 f"processing_class is {self.processing_class!r}, but evaluation needs a MaskFormerImageProcessor."
@@ -89,8 +97,10 @@ class MaskFormerTrainer(Trainer):
         if self.data_collator is default_data_collator and kwargs.get("data_collator") is None:
             self.data_collator = MaskFormerDataCollator(self.processing_class, target_format=target_format(model))
         if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
-            self.args.metric_for_best_model = MAIN_FIGURES[self.task]
-        check_metric_for_best_model(self.args.metric_for_best_model, self.task)
+            of_data = f"{next(iter(self.eval_dataset))}_" if is_dict and self.eval_dataset else ""
+            self.args.metric_for_best_model = of_data + MAIN_FIGURES[self.task]
+        if type(self).evaluate is MaskFormerTrainer.evaluate:  # another may give other figures
+            check_metric_for_best_model(self.args.metric_for_best_model, self.task, self.eval_dataset)
         self.add_callback(EpochCallback())
         self._interruption = InterruptionCallback()
         self.add_callback(self._interruption)
@@ -102,6 +112,8 @@ class MaskFormerTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_terms = LossTerms()
         self._num_nonfinite = 0
+        # The step from which the last training went on; 0 if it began anew.
+        self.first_step = 0
 
     @property
     def task(self) -> Task:
@@ -114,10 +126,12 @@ class MaskFormerTrainer(Trainer):
         return Path(self.args.output_dir)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Builds the optimiser that the arguments name, over `parameter_groups`."""
+        """Builds the optimiser that the arguments name, or `optimizer_cls_and_kwargs`, over `parameter_groups`."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, optimizer_kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, model
+            )
             groups = parameter_groups(
                 model, self.args.learning_rate, self.args.weight_decay, self.args.backbone_learning_rate_factor
             )
@@ -150,12 +164,13 @@ class MaskFormerTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: a folder; True for the last checkpoint that is whole; "auto" for that too, but to
-                start anew if there is none.
+                start anew if there is none. That of the last step gives its model, without another step.
             args, kwargs: as in `Trainer.train`.
 
         Raises:
             OSError: `output_dir` cannot be written.
-            ValueError: the checkpoint is not whole.
+            ValueError: the checkpoint is not whole, or of a model with other classes; or a stream is too short for
+                one step.
             ChildProcessError: a process that reads data died.
         """
         if self.args.should_save:
@@ -168,6 +183,8 @@ class MaskFormerTrainer(Trainer):
                 f"{resume_from_checkpoint} is no whole checkpoint: it is not there, or its writing was cut off. "
                 f"{way_on(self.args.output_dir)}."
             )
+        if isinstance(resume_from_checkpoint, str):
+            check_checkpoint(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
         with dead_workers_named(self.args.dataloader_num_workers), self._interruption:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._interruption.is_ending:
@@ -187,6 +204,9 @@ class MaskFormerTrainer(Trainer):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
+        self.first_step = self.state.global_step
+        if checkpoint is not None and self.first_step >= max_steps:
+            return num_train_epochs, 0  # in the middle of an epoch, Trainer would make another step
         if checkpoint is not None and self.train_dataset is not None and not has_length(self.train_dataset):
             # Trainer takes a stream for endless, but begins anew where it ends; `epoch` counts passes.
             saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
@@ -201,10 +221,18 @@ class MaskFormerTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """The batches of one step of the optimiser; none where a stream ends before there are enough of them.
 
-        `Trainer` would add the gradient of such a rest to that of the first step after it.
+        `Trainer` would add the gradient of such a rest to that of the first step after it. Raises a ValueError where
+        they do not suffice for the first step.
         """
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return (batch_samples, num_items_in_batch) if len(batch_samples) == num_batches else ([], None)
+        if len(batch_samples) == num_batches:
+            return batch_samples, num_items_in_batch
+        if self.state.global_step == 0:
+            raise ValueError(
+                f"The stream ends after {len(batch_samples)} batches, but a step takes {num_batches}: nothing would be "
+                "trained. Lower gradient_accumulation_steps or per_device_train_batch_size, or take more data."
+            )
+        return [], None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves model, image processor and arguments; these also as training_args.json, without the Hub's token.
@@ -340,6 +368,13 @@ class MaskFormerTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises a ValueError: of all images together, no memory holds the masks."""
+        raise ValueError(
+            "MaskFormerTrainer gathers no masks. For figures, call evaluate(dataset, metric_key_prefix='test'); for "
+            "segments, predict of hf_maskformer.evaluation.prediction or a pipeline."
+        )
 
     def create_model_card(
         self,
