@@ -111,6 +111,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(to_eight_bits(_as_tensor(np.asarray(image), "The image")).numpy())
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} does not say which values are black and white; convert it to RGB.")
+    if image.mode == "La":  # Pillow knows the way to LA only
+        image = image.convert("LA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

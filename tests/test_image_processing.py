@@ -335,6 +335,13 @@ def test_other_modes_are_read_as_pillow_converts_them(mode):
     assert np.array_equal(pixel_values[0].byte().permute(1, 2, 0).numpy(), np.array(image.convert("RGB")))
 
 
+@pytest.mark.parametrize(("opaque", "premultiplied"), [("LA", "La"), ("RGBA", "RGBa")])
+def test_colours_multiplied_by_their_opacity_are_read_as_those_that_are_not(opaque, premultiplied):
+    image = random_image(6, 5).convert(opaque)  # wholly opaque
+    found, expected = (unscaled()(each)["pixel_values"] for each in (image.convert(premultiplied), image))
+    assert torch.equal(found, expected)
+
+
 def test_a_bool_array_is_black_and_white_as_mode_1_is():
     array = np.arange(30).reshape(5, 6) % 4 == 0
     processor = MaskFormerImageProcessor(do_resize=False)
