@@ -34,7 +34,6 @@ SYNONYMS = {
     "--batch_size": "--per_device_train_batch_size",
     "--epochs": "--num_train_epochs",
     "--lr": "--learning_rate",
-    "--lr_backbone": "--backbone_learning_rate_factor",
     "--num_epochs": "--num_train_epochs",
     "--num_steps": "--max_steps",
 }
@@ -92,9 +91,12 @@ class OptionParser(HfArgumentParser):
                 self.error(f"there is no option {name}. Did you mean {meant}?")
         return super().parse_known_args(args, namespace)
 
-    def parse_args_into_dataclasses(self, args: Any = None, *others: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def parse_args_into_dataclasses(self, args: Any = None) -> tuple[Any, ...]:  # type: ignore[override]
         self._prepare(sys.argv[1:] if args is None else args)
-        return super().parse_args_into_dataclasses(args, *others, **kwargs)
+        *parsed, rest = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
+        if rest:
+            self.error(f"there is no use for {' '.join(rest)}.")
+        return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:
         """Ends without the usage, which would hide the message: it can be longer than a screen."""
@@ -131,8 +133,10 @@ def errors_as_messages() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         message = as_commands(str(error)) if sys.argv[0].startswith(PROGRAM) else str(error)
-        if isinstance(error, FileExistsError) and error.filename:  # of the system, which was to make a folder
-            message = f"{error.filename} is a file, but a folder is needed there. Name another."
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            path = error.filename  # that the system could not make a folder of; there is none in our own messages
+            if path and not Path(path).is_dir():
+                message = f"{path} is a file, or lies in one, where a folder is needed. Name another."
         print(f"\nerror: {message}", file=sys.stderr)
         sys.exit(1)
     except subprocess.CalledProcessError as error:

@@ -5,7 +5,7 @@ image. Sizes are (height, width). Images stay uint8 until they lie in the batch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,6 +30,7 @@ from .image_processing_maskformer_settings import (
     SETTINGS,
     ImageProcessorSettings,
     current_settings,
+    plain,
     unknown_settings,
 )
 from .image_processing_maskformer_targets import (
@@ -111,22 +112,21 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             setattr(self, name, getattr(checked, name))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings for a file. Raises a ValueError for one that was set to something without a meaning."""
-        settings, checked = super().to_dict(), asdict(self._settings_with({}))
-        return settings | {name: checked[name] for name in checked.keys() & settings.keys()}
+        """The settings for a file, with Python's numbers in the place of numpy's."""
+        return {name: plain(value) for name, value in super().to_dict().items()}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        self.to_json_string()  # should it fail, the file that is there has not been emptied
+        """As everywhere in transformers. Raises a ValueError for a setting without a meaning, and writes nothing."""
+        self._settings_with({})
         return super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Reads the JSON of a processor. Raises an OSError if there is none, or it is no JSON object."""
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        if folder.is_dir() and not any((folder / name).is_file() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
-            raise OSError(
-                f"{folder} has no {IMAGE_PROCESSOR_NAME}. Save the image processor there too, by its save_pretrained."
-            )
+        name = kwargs.get("image_processor_filename", IMAGE_PROCESSOR_NAME)
+        if folder.is_dir() and not any((folder / each).is_file() for each in (name, PROCESSOR_NAME)):
+            raise OSError(f"{folder} has no {name}. Save the image processor there too, by its save_pretrained.")
         try:
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         except (TypeError, RecursionError) as error:

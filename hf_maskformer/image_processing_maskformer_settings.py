@@ -73,7 +73,7 @@ class ImageProcessorSettings:
                 is_number_by_accident = isinstance(value, bool) and types is not bool
                 if value is not None and (not isinstance(value, types) or is_number_by_accident):
                     raise ValueError(f"{name} is {repr(value)[:60]}, but must be {kind}.")
-                setattr(self, name, _plain(value))
+                setattr(self, name, plain(value))
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
         if self.pad_size is not None:
             self.pad_size = _checked_size("pad_size", self.pad_size, ({"height", "width"},))
@@ -242,11 +242,13 @@ def _three_channels(name: str, value: float | Sequence[float]) -> list[float]:
     channels: Any = [value] * 3 if isinstance(value, int | float) else value
     if not _are_all(channels, Real) or len(channels) != 3 or not all(map(math.isfinite, channels)):
         raise ValueError(f"{name} is {value!r}; give three numbers, for red, green and blue.")
-    return [_plain(channel) for channel in channels]
+    return plain(list(channels))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A setting with Python's numbers in the place of numpy's, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {name: _plain(number) for name, number in value.items()}
+        return {name: plain(number) for name, number in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(number) for number in value]
     return value.item() if isinstance(value, np.generic) else value

@@ -49,9 +49,9 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> T
     try:
         if isinstance(segmentation_map, str | Path):
             # In its own mode: pixels of a palette are indices, which are the labels.
-            values = stored_values(read_upright(segmentation_map))
-        else:
-            values = np.asarray(segmentation_map)
+            segmentation_map = read_upright(segmentation_map)
+        is_image = isinstance(segmentation_map, Image.Image)
+        values = stored_values(segmentation_map) if is_image else np.asarray(segmentation_map)
     except Exception as error:  # a damaged file shows when it is decoded
         raise ValueError(f"Segmentation map {index}{source} cannot be read: {error}") from error
     if is_coloured(values):
@@ -245,7 +245,9 @@ def pad_as_masks(
                 f'more than {MAX_MASK_BYTES / 1e9:.0f} GB. Take target_format="segment_map", or a smaller size.'
             )
         masks = zeros((len(labels), *size), torch.bool, device)
-        masks[:, :height, :width] = segment_map.to(device) == torch.arange(len(labels), device=device)[:, None, None]
+        segment_map = segment_map.to(device)
+        indices = torch.arange(len(labels), device=segment_map.device)
+        masks[:, :height, :width] = segment_map == indices[:, None, None]
         all_masks.append(masks)
     return all_masks, [labels.to(device) for _, labels in segments]
 

@@ -37,7 +37,6 @@ RECIPE = {
     "learning_rate": 1.5e-3,
     "backbone_learning_rate_factor": 1.0,
     "max_grad_norm": 1.0,
-    "warmup_steps": 100,
     "logging_steps": 50,
     "save_strategy": "no",
     "report_to": "none",
@@ -60,9 +59,12 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     output = Path(arguments.output)
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty. Remove what is in it, or name another folder by --output.")
     data, checkpoint, metrics_file = output / "data", output / "checkpoint", output / "metrics.json"
     write_generated_scenes(data, arguments.num_train, arguments.num_val, image_size=(SIDE, SIDE))
-    run("train.py", data=data, output_dir=checkpoint, max_steps=arguments.max_steps, **RECIPE)
+    steps = {"max_steps": arguments.max_steps, "warmup_steps": min(100, arguments.max_steps // 2)}
+    run("train.py", data=data, output_dir=checkpoint, **steps, **RECIPE)
     run("evaluate.py", checkpoint=checkpoint, data=data, batch_size=10, output=metrics_file)
     pictures = draw_pictures(checkpoint, data, output / "pictures")
 

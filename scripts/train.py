@@ -38,7 +38,7 @@ from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.evaluation.tasks import TASKS, check_sample, task_of_data
-from hf_maskformer.training.checkpoints import check_free
+from hf_maskformer.training.checkpoints import check_output_dir
 from hf_maskformer.training.checks import check_reports
 from hf_maskformer.training.dry_run import describe_run
 from hf_maskformer.training.model_arguments import ModelArguments
@@ -120,12 +120,12 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream does not say how long it is. Give --max_steps.")
     output = Path(training.output_dir)
-    check_free(output, is_new=not training.resume_from_checkpoint)
+    check_output_dir(output, is_new=not training.resume_from_checkpoint)
     check_reports(training.report_to)
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
     labels, task = train_dataset.labels, data.task or task_of_data(eval_dataset)
     model_arguments.check_data(eval_dataset, data.task)
-    model_arguments.planned_config(labels)
+    model_arguments.planned_config(labels)  # raises for a checkpoint with other classes
     check_sample(task, eval_dataset[0])
     with training.main_process_first(desc="data check"):
         if data.check_data and training.process_index == 0:
@@ -135,7 +135,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
 
     if training.process_index == 0 and not training.resume_from_checkpoint and (output / "config.json").is_file():
         print(
-            f"warning: {output} holds a model already, which this run replaces. Name another folder by --output_dir.",
+            f"warning: {output} holds a model already, which this run replaces, and removes its metrics.json. Name "
+            "another folder by --output_dir.",
             file=sys.stderr,
         )
     if data.streaming:
@@ -161,7 +162,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
         trainer.save_metrics("train", result.metrics)
         if training.process_index == 0:
             (output / "metrics.json").unlink(missing_ok=True)  # what evaluate.py wrote of the model before
-    else:
+    elif training.process_index == 0:
         print(f"The training was complete: {trainer.first_step} steps.", file=sys.stderr)
     metrics = figures_of_weights(trainer.state, training.load_best_model_at_end) or trainer.evaluate()
     trainer.save_metrics("eval", metrics)

@@ -184,7 +184,6 @@ def test_annotations_before_the_images_and_in_any_order_find_theirs(tmp_path):
 def test_a_json_file_is_walked_in_pieces_of_any_size(tmp_path, monkeypatch, indent, chunk):
     monkeypatch.setattr(json_file, "CHUNK", chunk)
     content = {"info": {"nested": [1, {"Käse": "ü"}]}, "images": [{"id": 12345, "name": "größe"}, 7, []], "empty": []}
-    content |= {"version": 1.5e-3, "scale": 2e10}
     content["year"] = 2017  # a number shows only by what follows where it ends
     path = tmp_path / "file.json"
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8-sig")
@@ -192,11 +191,18 @@ def test_a_json_file_is_walked_in_pieces_of_any_size(tmp_path, monkeypatch, inde
     assert [(key, value) for key, value, _ in members] == [
         ("info", content["info"]),
         *(("images", value) for value in content["images"]),
-        ("version", 1.5e-3),
-        ("scale", 2e10),
         ("year", 2017),
     ]
     assert read_entries(path, [span for _, _, span in members]) == [value for _, value, _ in members]
+
+
+@pytest.mark.parametrize("chunk", range(1, 25))
+def test_numbers_are_read_whole_wherever_a_piece_ends(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(json_file, "CHUNK", chunk)
+    path = tmp_path / "file.json"
+    path.write_text('{"a": 1.5e-3, "b": 2E+10, "c": -7, "d": 0.25, "e": [1e5, 3.0]}')
+    members = [(key, value) for key, value, _ in walk_json(path, ("e",))]
+    assert members == [("a", 1.5e-3), ("b", 2e10), ("c", -7), ("d", 0.25), ("e", 1e5), ("e", 3.0)]
 
 
 @pytest.mark.parametrize(

@@ -183,4 +183,10 @@ def test_a_file_in_the_place_of_a_folder_is_named(run, checkpoint, tmp_path):  #
     options = [f"--checkpoint={checkpoint}", f"--input={tmp_path / 'a.png'}", f"--output={tmp_path / 'file'}"]
     code, _, errors = run("predict", *options)
     assert code == 1
-    assert f"{tmp_path / 'file'} is a file, but a folder is needed there" in errors
+    assert f"{tmp_path / 'file'} is a file, or lies in one, where a folder is needed" in errors
+
+
+def test_words_that_belong_to_no_option_are_no_command_line(run):
+    code, _, errors = run("evaluate", "--checkpoint=x", "--data=y", "--split", "train", "val")
+    assert code == 2
+    assert "there is no use for val." in errors

@@ -122,9 +122,9 @@ def test_a_part_of_a_data_set_is_written(dataset, tmp_path):
     assert found["name"] == dataset[1]["name"]
 
 
-@pytest.mark.parametrize("split", ["my-split", "fold 1", "../train", ""])
+@pytest.mark.parametrize("split", ["my-split", "fold 1", "../train", "", "all"])
 def test_a_split_that_could_not_be_read_is_refused(tmp_path, split):
-    with pytest.raises(ValueError, match="name it by letters, digits, _"):
+    with pytest.raises(ValueError, match="name it by letters, digits and _"):
         write_parquet(GeneratedScenes(1, image_size=(64, 64)), tmp_path / "out", split)
     assert not (tmp_path / "out").exists()
 
@@ -132,7 +132,7 @@ def test_a_split_that_could_not_be_read_is_refused(tmp_path, split):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_that_would_be_taken_for_a_pattern_is_refused(tmp_path, streaming):
     write_parquet(GeneratedScenes(1, image_size=(64, 64)), tmp_path / "out[1]", "val")
-    with pytest.raises(ValueError, match=r"Rename the folder, without \["):
+    with pytest.raises(ValueError, match=r"Rename folders with \["):
         open_dataset(str(tmp_path / "out[1]"), "val", streaming=streaming)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,39 @@ def test_a_model_without_one_of_its_shards_is_refused_before_anything_is_sent(hu
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}, which model.safetensors.index.json names"):
+        publish(tmp_path, "ada/name")
+    assert hub.requests == []
+
+
+def test_an_index_that_an_earlier_saving_has_left_stays_at_home(hub, tmp_path):
+    model = save(tmp_path, "50KB")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    publish(tmp_path, "ada/name")
+    files = hub.repositories["ada/name"].files()
+    assert [path for path in files if "safetensors" in path] == ["model.safetensors"]
+    loaded = MaskFormerForInstanceSegmentation.from_pretrained("ada/name", cache_dir=tmp_path / "cache")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_weights_in_two_forms_are_refused_before_anything_is_sent(hub, tmp_path):
+    save(tmp_path)
+    shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "kept.safetensors")
+    save(tmp_path, "50KB")
+    (tmp_path / "kept.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(FileExistsError, match=r"holds weights twice, in model\.safetensors and in shards"):
+        publish(tmp_path, "ada/name")
+    assert hub.requests == []
+
+
+def test_a_module_that_the_code_lacks_is_named_before_anything_is_sent(hub, tmp_path):
+    save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoConfig": "mine.C", "AutoModel": None}})
+    )
+    (tmp_path / "mine.py").write_text("from .gone import help_me\n")
+    with pytest.raises(FileNotFoundError, match=r"gone\.py is missing, which mine\.py needs"):
         publish(tmp_path, "ada/name")
     assert hub.requests == []
 

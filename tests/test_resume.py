@@ -337,17 +337,25 @@ def test_the_card_of_a_resumed_run_says_of_which_part_its_time_is(tmp_path):
     trainer.train(resume_from_checkpoint="auto")
     trainer.create_model_card()
     assert "The last part of the training, after step 3, took 0:0" in (tmp_path / "README.md").read_text()
+    trainer = trainer_with_chance(tmp_path, False, max_steps=5)
+    trainer.train(resume_from_checkpoint="auto")
+    trainer.create_model_card()
+    assert " took " not in (tmp_path / "README.md").read_text()
 
 
 def test_a_checkpoint_of_another_run_with_other_classes_is_named(tmp_path):
     trainer_with_chance(tmp_path, False, max_steps=3).train()
     trainer = trainer_with_chance(tmp_path, False, max_steps=5)
     trainer.model.config.id2label = {0: "one", 1: "two"}
-    with pytest.raises(ValueError, match=r"checkpoint-3 is of a model with .* classes, but this one has 2"):
+    with pytest.raises(ValueError, match=r"checkpoint-3 was left by another run: .* this one the 2 classes one, two"):
         trainer.train(resume_from_checkpoint="auto")
 
 
 def test_a_stream_that_is_too_short_for_a_step_is_an_error(tmp_path):
     trainer = trainer_with_chance(tmp_path, True, gradient_accumulation_steps=8)
-    with pytest.raises(ValueError, match="The stream ends after 5 batches, but a step takes 8"):
+    with pytest.raises(ValueError, match="Nothing was trained: a pass of the stream has fewer than the 8 batches"):
         trainer.train()
+    trainer_with_chance(tmp_path, True, max_steps=3).train()
+    trainer = trainer_with_chance(tmp_path, True, max_steps=5, gradient_accumulation_steps=8)
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        trainer.train(resume_from_checkpoint="auto")

@@ -79,6 +79,13 @@ def test_the_size_to_which_the_processor_pads_does_not_bound_the_scales(image):
     assert padding.pad_size == {"height": 48, "width": 48}
 
 
+def test_a_processor_that_does_not_resize_is_told_to_for_the_scales(image):
+    model = tiny_model().eval()
+    processor = MaskFormerImageProcessor(do_resize=False, size_divisor=0)
+    scores = [augmented_semantic_scores(model, processor, image, shortest_edges=[edge]) for edge in (48, 96)]
+    assert not torch.allclose(*scores, atol=1e-3)
+
+
 def test_a_mirrored_image_gets_the_mirrored_scores(image):
     model, processor = tiny_model().eval(), MaskFormerImageProcessor()
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

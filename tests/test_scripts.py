@@ -694,8 +694,10 @@ def test_a_new_training_does_not_mix_with_the_checkpoints_of_another(data, confi
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"output_dir": "file"}, ValueError, "file is a file. Name a folder"),
-        ({"report_to": "wandb"}, ImportError, "--report_to wandb: not installed"),
+        ({"output_dir": "file"}, ValueError, "but file is a file"),
+        ({"output_dir": "file/run"}, ValueError, "but file is a file"),
+        ({"report_to": "wandb"}, ImportError, "--report_to wandb: it is not installed"),
+        ({"report_to": "tensorbord"}, ValueError, "--report_to tensorbord is unknown"),
     ],
 )
 def test_what_a_training_cannot_have_shows_before_the_data_are_read(

@@ -405,6 +405,13 @@ def test_an_optimiser_that_is_given_is_the_one_that_trains(tmp_path):
     assert len({group["lr"] for group in optimizer.param_groups}) == 2  # that of the backbone is its own
 
 
+@pytest.mark.parametrize("warmup_steps", [1, 2, 5])
+def test_a_training_may_end_with_or_within_its_warm_up(tmp_path, warmup_steps):
+    trainer = our_trainer(tmp_path, max_steps=2, warmup_steps=warmup_steps)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_masks_are_not_gathered_for_predictions(tmp_path):
     with pytest.raises(ValueError, match=r"gathers no masks\. For figures, call evaluate"):
         our_trainer(tmp_path).predict(SCENES)

@@ -155,7 +155,7 @@ def _inspect_all(dataset: LabelledDataset, num_workers: int) -> Iterator[DataRep
         source = dataset.map_source(index) if hasattr(dataset, "map_source") else sample["name"]
         return _inspect(sample, dataset, source)
 
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:  # 0, as everywhere, is none beside this one
         for start in range(0, len(dataset), BLOCK):
             yield from pool.map(inspect, range(start, min(start + BLOCK, len(dataset))))
 

@@ -306,10 +306,9 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
         raise ValueError(
             f"{path} holds a single data set without splits. Save a DatasetDict with the split '{split}' instead."
         )
-    if Path(path).is_dir() and glob.has_magic(path):
-        raise ValueError(
-            f"`datasets` takes the name of {path} for a pattern. Rename the folder, without [, ], * and ?."
-        )
+    folder = Path(path).absolute()
+    if folder.is_dir() and glob.has_magic(str(folder)):
+        raise ValueError(f"`datasets` takes the path {folder} for a pattern. Rename folders with [, ], * or ?.")
     try:
         if not streaming and Path(path).is_dir() and not (Path(path) / "README.md").is_file():
             # `datasets` would prepare all splits. A README may hold settings.
@@ -345,16 +344,14 @@ def _check_files(folder: Path) -> None:
 
 def _warn_of_missing_files(paths: Sequence[Path]) -> None:
     """Of files that are numbered. An error would keep people from trying a part of a large data set."""
-    found: Counter[tuple[Path, int]] = Counter()
+    found: Counter[tuple[Path, str, int]] = Counter()
     for path in paths:
         numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", path.stem)
         if numbered:
-            found[path.parent / numbered[1], int(numbered[2])] += 1
-    for (split, total), count in found.items():
+            found[path.parent / numbered[1], path.suffix, int(numbered[2])] += 1
+    for (split, suffix, total), count in found.items():
         if count < total:
-            logger.warning(
-                f"Only {count} of the {total} files {split}-*{paths[0].suffix} are there; the rest is not read."
-            )
+            logger.warning(f"Only {count} of the {total} files {split}-*{suffix} are there; the rest is not read.")
 
 
 def _as_rows(cell: Any) -> list[dict[str, Any]]:

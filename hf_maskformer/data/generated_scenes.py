@@ -89,9 +89,12 @@ def write_generated_scenes(
     `classes.json`, `panoptic/{train,val}/NAME.png` (segment id = R + 256 G + 65536 B) and `panoptic_{train,val}.json`.
     No scene is in both splits; those of val come first in the series, so they stay the same when train grows.
 
-    Raises FileExistsError if `root` holds anything: leftovers of another run would count as scenes.
+    Raises FileExistsError if `root` holds anything: leftovers of another run would count as scenes; and a ValueError
+    where a split would have no scene.
     """
     root = Path(root)
+    if min(num_train, num_val) < 1:
+        raise ValueError(f"num_train is {num_train} and num_val {num_val}; each split needs at least one scene.")
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty; remove it or name a new folder for the generated scenes.")
     scenes = GeneratedScenes(num_val + num_train, seed, image_size)

@@ -40,8 +40,8 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
     labels = labels_of(dataset)
     if len(dataset) == 0:
         raise ValueError(f"The {split} split is empty, so there is nothing to write.")
-    if not re.fullmatch(r"\w+(\.\w+)*", split):
-        raise ValueError(f"Parquet files of a split called {split!r} could not be read: name it by letters, digits, _.")
+    if not re.fullmatch(r"\w+(\.\w+)*", split) or split == "all":
+        raise ValueError(f"`datasets` reads no split called {split!r}: name it by letters, digits and _, and not all.")
     folder = Path(folder)
     classes = folder / "classes.json"
     if classes.is_file() and LabelSet.from_json(classes) != labels:

@@ -87,7 +87,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
     def check_model_type(self, supported_models: Any) -> None:
         if not hasattr(self.image_processor, "segmentation_task"):
             raise ValueError(
-                f"The image processor is transformers' {type(self.image_processor).__name__}. Call "
+                f"The image processor is a {type(self.image_processor).__name__}, not one of this package. Call "
                 "register_auto_classes() before pipeline(...), which then loads model and image processor of this "
                 "package, or give it both as objects."
             )

@@ -77,7 +77,7 @@ def augmented_semantic_scores(
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
-        inputs = image_processor(images=pixels, size=size, return_tensors="pt")
+        inputs = image_processor(images=pixels, size=size, do_resize=True, return_tensors="pt")
         total = total + _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode)
         if flip:
             # Padding stays on the right.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers.utils import ModelOutput
 
 from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import LabelSet
@@ -195,7 +196,8 @@ def outputs_for(
     is_wrapped = hasattr(model, "_orig_mod") or hasattr(model, "_hf_hook")
     if task == "semantic" or not hasattr(model, "predict") or is_wrapped or model._compiled_call_impl is not None:
         outputs = model(**inputs)
-        if getattr(outputs, "image_sizes", None) is None and "pixel_mask" in inputs:  # of transformers' own model
+        is_of_transformers = isinstance(outputs, ModelOutput) and getattr(outputs, "image_sizes", None) is None
+        if is_of_transformers and "pixel_mask" in inputs:
             sizes = sizes_in_batch(inputs["pixel_values"], inputs["pixel_mask"])
             outputs["image_sizes"], outputs["padded_sizes"] = sizes
         return outputs

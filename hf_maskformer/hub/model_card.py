@@ -186,7 +186,7 @@ def rename_card(card: ModelCard, name: str) -> ModelCard:
     The text of a card whose examples load something else than its heading says, such as one written by hand, stays.
     """
     renamed = ModelCard(card.content)
-    heading = re.search(r"^# (.+)$", card.text, re.MULTILINE)
+    heading = re.search(r"^# (.+?)[ \t\r]*$", card.text, re.MULTILINE)
     # Only where a model is loaded: it may be called "semantic" or "photo.jpg", as other strings in the examples are.
     loads = heading and re.compile(rf'(from_pretrained\(|model=)"{re.escape(heading[1])}"')
     if heading and loads and loads.search(card.text):

@@ -63,7 +63,9 @@ def publish(
         commit_message: of the commit.
 
     Raises:
-        FileNotFoundError: the folder has no saved model, image processor or card, or a part of the model is missing.
+        FileNotFoundError: the folder has no saved model, image processor or card, or a part of the model or of its code
+            is missing.
+        OSError: an index of weights is none, or the folder holds the weights twice.
         ValueError: the repository is public, but `private` is true; or the card's metadata cannot be read, or the Hub
             refuses them.
         PermissionError: there is no token, it has expired, or it may not write there.
@@ -97,7 +99,7 @@ def publish(
 
 
 def published_files(folder: Path) -> list[str]:
-    """The files of a folder that `publish` uploads, by their paths in it. Raises a FileNotFoundError as it does."""
+    """The files of a folder that `publish` uploads, by their paths in it. Raises the errors of a folder as it does."""
     found = {path.relative_to(folder).as_posix() for pattern in PUBLISHED for path in folder.glob(pattern)}
     paths = sorted(path for path in found | _code_files(folder) if (folder / path).is_file())
     save_model = "Save a model there by save_pretrained or trainer.save_model."
@@ -112,8 +114,14 @@ def published_files(folder: Path) -> list[str]:
             raise FileNotFoundError(f"{folder} has no {pattern}, so nothing was published. {remedy}")
     check_weight_indices(folder, "")
     for index in folder.glob(INDEX):
-        missing = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - set(paths))
-        if missing:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(shards - set(paths))
+        whole = index.name.removesuffix(".index.json")
+        if whole in paths and not missing:
+            raise FileExistsError(f"{folder} holds weights twice, in {whole} and in shards. Remove those of one kind.")
+        if whole in paths:
+            paths.remove(index.name)  # transformers leaves it when a model in shards is saved again in one file
+        elif missing:
             raise FileNotFoundError(
                 f"{folder} lacks {shorten(missing)}, which {index.name} names, so nothing was published. {save_model}"
             )
@@ -124,13 +132,19 @@ def _code_files(folder: Path) -> set[str]:
     """The modules beside the settings that these name, and what they import of each other."""
     names = set()
     for settings in (folder / MODEL_SETTINGS, folder / PROCESSOR_SETTINGS):
-        auto_map = json.loads(settings.read_text(encoding="utf-8")).get("auto_map", {}) if settings.is_file() else {}
-        for entry in auto_map.values():
-            # "file.Class", or two of them, one of which may be None. One in another repository begins with its name.
-            for class_name in filter(None, [entry] if isinstance(entry, str) else entry):
+        content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        for entry in (content.get("auto_map") or {}).values():
+            # "file.Class", or two of them, one of which may be None; "user/name--file.Class" lies elsewhere.
+            for class_name in filter(None, [entry] if isinstance(entry, str) else entry or ()):
                 module = folder / f"{class_name.partition('.')[0]}.py"
-                if "--" not in class_name and module.is_file():
+                if not module.is_file():
+                    continue
+                try:
                     names |= {module.name, *(Path(path).name for path in get_relative_import_files(module))}
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(
+                        f"{error.filename} is missing, which {module.name} needs, so nothing was published."
+                    ) from error
     return names
 
 

@@ -38,13 +38,15 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"output_dir {folder} cannot be written ({error}). Nothing was trained; name another.") from error
 
 
-def check_free(folder: Path, is_new: bool) -> None:
+def check_output_dir(folder: Path, is_new: bool) -> None:
     """Raises a ValueError if a training cannot have a folder.
 
-    Because it is a file; or for a new training, because it holds checkpoints of another, which would mix with its own.
+    Because it is a file, or lies in one; or for a new training, because it holds checkpoints of another, which would
+    mix with its own.
     """
-    if folder.is_file():
-        raise ValueError(f"output_dir {folder} is a file. Name a folder.")
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise ValueError(f"output_dir is {folder}, but {path} is a file. Name a folder.")
     checkpoint = last_whole_checkpoint(str(folder)) if is_new else None
     if checkpoint is not None:
         raise ValueError(

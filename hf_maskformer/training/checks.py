@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..data.labels import labels_of, shorten
 from ..evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, Task
@@ -58,15 +58,19 @@ def _spelt_alike(name: str) -> str:
 
 
 def check_checkpoint(checkpoint: str, model: Any) -> None:
-    """Raises a ValueError if a checkpoint is of a model with another number of classes."""
+    """Raises a ValueError if a checkpoint is of a model with other classes."""
     path = Path(checkpoint, "config.json")
     if not path.is_file():  # of adapters, whose weights say by themselves what they fit
         return
-    trained = len(json.loads(path.read_text(encoding="utf-8")).get("id2label") or {})
-    if trained and trained != model.config.num_labels:
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8")).get("id2label")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). {way_on(str(Path(checkpoint).parent))}.") from error
+    names, own = list((trained or {}).values()), list(model.config.id2label.values())
+    if trained is not None and names != own:
         raise ValueError(
-            f"{checkpoint} is of a model with {trained} classes, but this one has {model.config.num_labels}: it was "
-            "left by another run. Name another output_dir, or remove its checkpoints."
+            f"{checkpoint} was left by another run: its model has the {len(names)} classes {shorten(names)}, this one "
+            f"the {len(own)} classes {shorten(own)}. Name another output_dir, or remove its checkpoints."
         )
 
 
@@ -93,14 +97,13 @@ def check_metric_for_best_model(metric: str | None, task: Task, eval_dataset: An
 
 
 def check_reports(report_to: str | list[str] | None) -> None:
-    """Raises an ImportError if what shall report a training is not installed."""
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
-    if missing:
-        raise ImportError(
-            f"--report_to {' '.join(missing)}: not installed, or unknown to transformers. pip install {missing[0]}, or "
-            "--report_to none."
-        )
+    """Raises a ValueError for what cannot report a training, and an ImportError if it is not installed."""
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
+            raise ValueError(f"--report_to {name} is unknown; known are {', '.join(INTEGRATION_TO_CALLBACK)} and none.")
+        # Of the first two, transformers does not say whether they are there.
+        if name not in ("flyte", "azure_ml", "none", "all", *get_available_reporting_integrations()):
+            raise ImportError(f"--report_to {name}: it is not installed. Install it, or give --report_to none.")
 
 
 def check_weights(model: nn.Module, step: int, output_dir: str | None) -> None:

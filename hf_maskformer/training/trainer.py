@@ -126,7 +126,10 @@ class MaskFormerTrainer(Trainer):
         return Path(self.args.output_dir)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Builds the optimiser that the arguments name, or `optimizer_cls_and_kwargs`, over `parameter_groups`."""
+        """Builds the optimiser that the arguments name, or `optimizer_cls_and_kwargs`, over `parameter_groups`.
+
+        Learning rates and weight decay are those of the arguments in any case.
+        """
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, optimizer_kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
@@ -154,6 +157,9 @@ class MaskFormerTrainer(Trainer):
             assert optimizer is not None  # Trainer builds it first
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
+        if self.args.lr_scheduler_type == "polynomial":
+            # transformers divides by the steps after the warm-up, of which a short training has none.
+            num_training_steps = max(num_training_steps, self.args.get_warmup_steps(num_training_steps) + 1)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -189,6 +195,12 @@ class MaskFormerTrainer(Trainer):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._interruption.is_ending:
             self._end_interrupted()
+        is_stream = self.train_dataset is not None and not has_length(self.train_dataset)
+        if is_stream and self.state.global_step == self.first_step < self.state.max_steps:
+            raise ValueError(
+                f"Nothing was trained: a pass of the stream has fewer than the {self.args.gradient_accumulation_steps} "
+                "batches of a step. Lower gradient_accumulation_steps or per_device_train_batch_size."
+            )
         return result
 
     def _end_interrupted(self) -> None:
@@ -221,18 +233,10 @@ class MaskFormerTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """The batches of one step of the optimiser; none where a stream ends before there are enough of them.
 
-        `Trainer` would add the gradient of such a rest to that of the first step after it. Raises a ValueError where
-        they do not suffice for the first step.
+        `Trainer` would add the gradient of such a rest to that of the first step after it.
         """
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if len(batch_samples) == num_batches:
-            return batch_samples, num_items_in_batch
-        if self.state.global_step == 0:
-            raise ValueError(
-                f"The stream ends after {len(batch_samples)} batches, but a step takes {num_batches}: nothing would be "
-                "trained. Lower gradient_accumulation_steps or per_device_train_batch_size, or take more data."
-            )
-        return [], None
+        return (batch_samples, num_items_in_batch) if len(batch_samples) == num_batches else ([], None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves model, image processor and arguments; these also as training_args.json, without the Hub's token.
