@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.evaluation.pipeline import THRESHOLDS
 from hf_maskformer.export.exporting import Format, Task, export_model
 from hf_maskformer.training.starting_point import model_class_of
 
@@ -50,8 +51,7 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     sizes = {name: as_size(name, getattr(arguments, name)) for name in ("size", "output_size")}
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint)
-    names = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
-    thresholds = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    thresholds = {name: getattr(arguments, name) for name in THRESHOLDS if getattr(arguments, name) is not None}
     path = export_model(
         model.float(),
         MaskFormerImageProcessor.from_pretrained(arguments.checkpoint),

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.evaluation.pipeline import THRESHOLDS
 from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.prediction import predict, read_images, write_prediction
 from hf_maskformer.evaluation.tasks import TASKS
@@ -53,8 +54,7 @@ def main(arguments: Arguments) -> None:
         raise ValueError(
             f"The results would lie among the images of {arguments.input}. Name another folder by --output."
         )
-    names = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
-    thresholds = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    thresholds = {name: getattr(arguments, name) for name in THRESHOLDS if getattr(arguments, name) is not None}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = loading_options(arguments.precision)
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(device).eval()

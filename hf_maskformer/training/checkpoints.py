@@ -60,6 +60,17 @@ def last_whole_checkpoint(folder: str | None) -> str | None:
     return next(filter(is_whole, reversed(checkpoints)), None)
 
 
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str | None) -> str | bool | None:
+    """The checkpoint from which a training goes on, as `MaskFormerTrainer.train` explains; raises a ValueError too."""
+    if asked is True or asked == "auto":
+        return last_whole_checkpoint(output_dir) or asked is True  # of True, Trainer says that there is none
+    if isinstance(asked, str) and not is_whole(asked):
+        raise ValueError(
+            f"{asked} is no whole checkpoint: it is not there, or its writing was cut off. {way_on(output_dir)}."
+        )
+    return asked
+
+
 def way_on(folder: str | None) -> str:
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:

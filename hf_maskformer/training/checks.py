@@ -9,7 +9,29 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from ..data.labels import labels_of, shorten
 from ..evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, Task
+from ..image_processing_maskformer import MaskFormerImageProcessor
+from .arguments import MaskFormerTrainingArguments
 from .checkpoints import way_on
+
+
+def check_parts(trainer: Any) -> None:
+    """Raises a ValueError if a `MaskFormerTrainer` was given parts that it cannot work with, or would not use."""
+    if not isinstance(trainer.args, MaskFormerTrainingArguments):
+        raise ValueError(
+            f"args are {type(trainer.args).__name__}. Give MaskFormerTrainingArguments, which have the same fields "
+            "and some more."
+        )
+    if trainer.compute_metrics is not None:
+        raise ValueError(
+            "MaskFormerTrainer evaluates by itself, without compute_metrics. Leave it out; or use transformers' "
+            "Trainer with hf_maskformer.evaluation.compute_metrics.ComputeMetrics."
+        )
+    if trainer.compute_loss_func is not None:
+        raise ValueError("The model computes its loss by itself, without compute_loss_func. Leave it out.")
+    if not isinstance(trainer.processing_class, MaskFormerImageProcessor):
+        raise ValueError(
+            f"processing_class is {trainer.processing_class!r}, but evaluation needs a MaskFormerImageProcessor."
+        )
 
 
 def check_classes(model: Any, dataset: Any, image_processor: Any) -> None:

@@ -22,13 +22,11 @@ from ..evaluation.evaluation import evaluate
 from ..evaluation.report import scalars
 from ..evaluation.tasks import MAIN_FIGURES, Task, check_model
 from ..hub.publishing import publish
-from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..loss_maskformer import count_items
 from .arguments import MaskFormerTrainingArguments
 from .checkpoints import (
     check_writable,
-    is_whole,
-    last_whole_checkpoint,
+    checkpoint_to_resume,
     named_if_not_written,
     removed_if_cut_off,
     way_on,
@@ -38,6 +36,7 @@ from .checks import (
     check_classes,
     check_eval_classes,
     check_metric_for_best_model,
+    check_parts,
     check_weights,
 )
 from .epochs import EpochCallback
@@ -71,22 +70,7 @@ class MaskFormerTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, MaskFormerTrainingArguments):
-            raise ValueError(
-                f"args are {type(self.args).__name__}. Give MaskFormerTrainingArguments, which have the same fields "
-                "and some more."
-            )
-        if self.compute_metrics is not None:
-            raise ValueError(
-                "MaskFormerTrainer evaluates by itself, without compute_metrics. Leave it out; or use transformers' "
-                "Trainer with hf_maskformer.evaluation.compute_metrics.ComputeMetrics."
-            )
-        if self.compute_loss_func is not None:
-            raise ValueError("The model computes its loss by itself, without compute_loss_func. Leave it out.")
-        if not isinstance(self.processing_class, MaskFormerImageProcessor):
-            raise ValueError(
-                f"processing_class is {self.processing_class!r}, but evaluation needs a MaskFormerImageProcessor."
-            )
+        check_parts(self)
         model: Any = self.accelerator.unwrap_model(self.model)
         check_model(self.task, model)
         check_classes(model, self.train_dataset, getattr(self.data_collator, "image_processor", self.processing_class))
@@ -119,6 +103,10 @@ class MaskFormerTrainer(Trainer):
     def task(self) -> Task:
         """What is evaluated: the `segmentation_task` of the image processor, "semantic" where it does not say."""
         return self.processing_class.segmentation_task or "semantic"
+
+    @property
+    def _has_stream(self) -> bool:
+        return self.train_dataset is not None and not has_length(self.train_dataset)
 
     @property
     def _folder(self) -> Path:
@@ -181,22 +169,14 @@ class MaskFormerTrainer(Trainer):
         """
         if self.args.should_save:
             check_writable(Path(self.args.output_dir or "."))
-        if resume_from_checkpoint is True or resume_from_checkpoint == "auto":
-            # Trainer says of True that there is none.
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or resume_from_checkpoint is True
-        if isinstance(resume_from_checkpoint, str) and not is_whole(resume_from_checkpoint):
-            raise ValueError(
-                f"{resume_from_checkpoint} is no whole checkpoint: it is not there, or its writing was cut off. "
-                f"{way_on(self.args.output_dir)}."
-            )
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             check_checkpoint(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
         with dead_workers_named(self.args.dataloader_num_workers), self._interruption:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._interruption.is_ending:
             self._end_interrupted()
-        is_stream = self.train_dataset is not None and not has_length(self.train_dataset)
-        if is_stream and self.state.global_step == self.first_step < self.state.max_steps:
+        if self._has_stream and self.state.global_step == self.first_step < self.state.max_steps:
             raise ValueError(
                 f"Nothing was trained: a pass of the stream has fewer than the {self.args.gradient_accumulation_steps} "
                 "batches of a step. Lower gradient_accumulation_steps or per_device_train_batch_size."
@@ -219,7 +199,7 @@ class MaskFormerTrainer(Trainer):
         self.first_step = self.state.global_step
         if checkpoint is not None and self.first_step >= max_steps:
             return num_train_epochs, 0  # in the middle of an epoch, Trainer would make another step
-        if checkpoint is not None and self.train_dataset is not None and not has_length(self.train_dataset):
+        if checkpoint is not None and self._has_stream:
             # Trainer takes a stream for endless, but begins anew where it ends; `epoch` counts passes.
             saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             passes, share = divmod(saved.epoch or 0.0, 1)
