@@ -38,6 +38,7 @@ class PixelLevelModule(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.encoder = build_backbone(config.backbone_config)
+        self.num_channels = getattr(config.backbone_config, "num_channels", None)  # of images; not all backbones say
         self.freeze_batch_norm = config.freeze_batch_norm
         transformer = config.decoder_config
         has_encoder = is_of_type(transformer, MaskFormerTransformerConfig) and transformer.pixel_decoder_layers > 0
@@ -60,7 +61,10 @@ class PixelLevelModule(nn.Module):
 
         Without features the pixel decoder frees each map of the backbone but the last once it has used it, and likewise
         the levels of the pyramid, which are then not among its outputs.
+
+        Raises a ValueError for what are no images of the backbone's channels.
         """
+        check_images(pixel_values, self.num_channels)
         # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
         is_safe = self._is_safe_with_channels_last(pixel_values)
         images = pixel_values.contiguous(memory_format=torch.channels_last) if is_safe else pixel_values
@@ -131,6 +135,16 @@ def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Seq
             f"{STRIDES}. Choose other out_features in backbone_config, or another backbone."
         )
     return feature_maps
+
+
+def check_images(pixel_values: Tensor, num_channels: int | None) -> None:
+    """Raises a ValueError for what is no batch of images with so many channels, of which oneDNN would not say more."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) != 4 or 0 in shape or num_channels not in (None, shape[1]):
+        raise ValueError(
+            f"pixel_values have the shape {shape}, but the model takes (images, {num_channels or 'channels'}, height, "
+            "width), none of them 0. The image processor makes such a batch of three channels."
+        )
 
 
 def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor]:

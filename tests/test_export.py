@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHITECTURES, tiny_model
+from models import ARCHITECTURES, resnet_config, tiny_model
 from PIL import Image
 from transformers import Dinov2Config
 
@@ -216,18 +216,37 @@ def test_onnx_runtime_gives_what_pytorch_gives(build, task, thresholds, image_pr
 
 
 @pytest.mark.slow
-def test_the_documented_code_runs_a_file_without_this_package(image_processor, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_normalize": False, "resample": 0}, {"do_rescale": False}, {"rescale_factor": 0.5}]
+)
+def test_the_documented_code_runs_a_file_without_this_package(tmp_path, monkeypatch, settings):
     pytest.importorskip("onnxruntime")
     page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     assert "maskformer" not in code
     model = tiny_model().eval()
+    image_processor = MaskFormerImageProcessor(size={"height": 512, "width": 512}, **settings)
     export_model(model, image_processor, tmp_path / "exported", "onnx", "semantic", size=(512, 512))
-    Image.effect_noise((200, 100), 90).convert("RGB").save(tmp_path / "photo.jpg")
+    image = Image.effect_noise((200, 100), 90).convert("RGB")
+    image.save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
+    found = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, {})
+        exec(code.replace("photo.jpg", "photo.png"), found)
     assert "LABEL_" in printed.getvalue()
+    pixel_values = torch.from_numpy(found["pixel_values"])
+    torch.testing.assert_close(pixel_values, image_processor(image, return_tensors="pt").pixel_values)
+
+
+def test_a_model_of_other_channels_is_exported_with_them(image_processor, tmp_path):
+    backbone = resnet_config()
+    backbone.num_channels = 1
+    model = tiny_model(backbone).eval()
+    path = export_model(model, image_processor, tmp_path, "torch_export")
+    pixel_values = torch.randn(2, 1, 70, 90)
+    with torch.no_grad():
+        _, found = torch.export.load(path).module()(pixel_values)
+        torch.testing.assert_close(found, model(pixel_values).masks_queries_logits)
 
 
 def test_the_thresholds_of_the_image_processor_are_those_of_the_file(image_processor):

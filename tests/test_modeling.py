@@ -256,6 +256,19 @@ def test_a_pixel_mask_of_another_shape_than_the_images_is_refused(shape):
             call(pixel_values, pixel_mask=torch.ones(shape))
 
 
+@pytest.mark.parametrize("backbone", [resnet_config, swin_config])
+@pytest.mark.parametrize("shape", [(1, 1, 64, 96), (1, 4, 64, 96), (1, 64, 96, 3), (3, 64, 96), (0, 3, 64, 96)])
+def test_what_is_no_batch_of_the_images_of_the_model_is_refused(shape, backbone):
+    model = tiny_model(backbone()).eval()
+    message = re.escape(f"pixel_values have the shape {shape}, but the model takes (images, 3, height, width)")
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(shape))
+    with torch.no_grad():
+        for call in (model, model.predict):
+            with pytest.raises(ValueError, match=message):
+                call(torch.randn(shape))
+
+
 def test_more_segments_than_queries_and_images_without_any_train():
     model, batch = tiny_model(), tiny_batch()
     batch["mask_labels"][0] = torch.arange(64 * 96).view(64, 96) % (NUM_QUERIES + 3)

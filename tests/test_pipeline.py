@@ -371,6 +371,11 @@ def test_images_before_an_error_of_their_source_are_segmented():
         next(results)
 
 
+@pytest.mark.parametrize("nothing", [[], ()])
+def test_no_images_give_no_segments(nothing):
+    assert segmenter()(nothing, batch_size=2) == []
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"num_workers": -1}])
 def test_numbers_that_mean_nothing_are_refused(options):
     with pytest.raises(ValueError, match="give at least 1 and 0"):

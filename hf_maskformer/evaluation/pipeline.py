@@ -95,6 +95,11 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         if not isinstance(self.model, PerPixelBaselineForSemanticSegmentation):
             super().check_model_type(supported_models)
 
+    def __call__(self, inputs: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        # transformers looks at the first image of a list.
+        is_empty = isinstance(inputs, list | tuple) and not inputs
+        return [] if is_empty else super().__call__(inputs, **kwargs)
+
     def preprocess(  # type: ignore[override]
         self, image: Any, *, timeout: float | None = None, index: int = 0, **_: Any
     ) -> Any:

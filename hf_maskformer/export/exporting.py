@@ -73,7 +73,7 @@ def export_model(
     head = build_head(model, image_processor, task, output_size, **thresholds)
     modes = [(module, module.training) for module in model.modules()]
     try:
-        program = trace(head.eval(), size)
+        program = trace(head.eval(), size, getattr(model.config.backbone_config, "num_channels", 3))
     finally:
         for module, is_training in modes:
             module.training = is_training
@@ -132,10 +132,10 @@ def build_head(
 
 
 @torch.no_grad()
-def trace(head: nn.Module, size: Size | None = None) -> ExportedProgram:
+def trace(head: nn.Module, size: Size | None = None, num_channels: int = 3) -> ExportedProgram:
     """The program of a module that takes pixel values of any batch size and, unless given, any size."""
     side = Dim.DYNAMIC if size is None else Dim.STATIC
-    pixel_values = torch.zeros(2, 3, *(size or EXAMPLE_SIZE))
+    pixel_values = torch.zeros(2, num_channels, *(size or EXAMPLE_SIZE))
     program = torch.export.export(
         head,
         (pixel_values,),
