@@ -27,6 +27,9 @@ class ConfigWithCode(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.label2id is None and self.id2label:
+            label2id: dict[Any, Any] = {name: label for label, name in self.id2label.items()}
+            self.label2id = label2id
         warn_of_misspelt_fields(self, kwargs)
         warn_of_misplaced_fields(self, kwargs)
 

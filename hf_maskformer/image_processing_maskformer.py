@@ -196,7 +196,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             - `pixel_values` (B, 3, H, W) float32, padded on the right and below with 0 after normalisation,
             - `pixel_mask` (B, H, W) int64, 1 in the image and 0 in the padding,
             - with maps, `mask_labels` and `class_labels`: as `"masks"`, lists of (N_i, H, W) bool masks and of (N_i,)
-              int64 labels; as `"segment_map"`, (B, H, W) int16 with the index of the segment that owns each pixel, -1
+              int64 labels; as `"segment_map"`, (B, H, W) int32 with the index of the segment that owns each pixel, -1
               for none, and (B, max N_i) int64 labels filled up with -100. Segments are in ascending order of their
               value in the map; padding belongs to none. As `"label_map"`, instead `labels` (B, H, W) int64 with the
               label of each pixel, and `ignore_index` (255 unless set, and no label) where no segment or padding is.

@@ -153,13 +153,10 @@ def split_segmentation_map(
         _check_ids(values.tolist(), settings, instance_labels, index)
     labels = [_label_of(value, settings, instance_labels, index) for value in values.tolist()]
     has_label = torch.tensor([label is not None for label in labels], device="cpu")
-    segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(_index_type(len(values)))
+    index_type = torch.int16 if len(values) < 2**15 else torch.int32
+    segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(index_type)
     segment_map = segment_of_value.index_select(0, positions.flatten()).view_as(segmentation_map)
     return segment_map, torch.tensor([label for label in labels if label is not None], dtype=torch.int64, device="cpu")
-
-
-def _index_type(num_segments: int) -> torch.dtype:
-    return torch.int16 if num_segments < 2**15 else torch.int32
 
 
 def _distinct_values(segmentation_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,9 +252,12 @@ def pad_as_masks(
 def pad_as_segment_map(
     segments: Sequence[tuple[Tensor, Tensor]], size: Size, device: Device = None
 ) -> tuple[Tensor, Tensor]:
-    """Makes one (B, H, W) integer map of segment indices, -1 for none, and (B, max N_i) labels filled up with -100."""
+    """Makes one (B, H, W) int32 map of segment indices, -1 for none, and (B, max N_i) labels filled up with -100.
+
+    Not int16, which processes cannot gather.
+    """
     most_segments = max(len(labels) for _, labels in segments)
-    segment_maps = torch.full((len(segments), *size), -1, dtype=_index_type(most_segments), device="cpu")
+    segment_maps = torch.full((len(segments), *size), -1, dtype=torch.int32, device="cpu")
     class_labels = torch.full((len(segments), most_segments), NO_LABEL, device="cpu")
     for index, (segment_map, labels) in enumerate(segments):
         height, width = segment_map.shape

@@ -283,6 +283,7 @@ class MaskFormerLoss(nn.Module):
             finite_costs(torch.from_numpy(host_costs), terms, self.reported_terms), num_segments
         ), starts.tolist()
 
+    @torch.no_grad()
     def matching_costs(
         self,
         class_logits: Tensor,

@@ -292,6 +292,24 @@ def test_other_backbones_train_and_survive_a_round_trip(name: str, tmp_path) -> 
     assert expected.shape[-2:] == (24, 24)  # of 6 patches of 14 pixels as of 96 pixels at stride 4
 
 
+@pytest.mark.parametrize("layers", ["pixel_decoder_layers", "encoder_layers"])
+@torch.no_grad()
+def test_masked_padding_has_no_part_in_the_encoders(layers: str) -> None:
+    config = tiny_config(decoder_config={**TRANSFORMER, layers: 2}, mask_padding=True)
+    model = MaskFormerForInstanceSegmentation(config).eval().model
+    sizes = ((8, 16, 24), (16, 8, 12), (32, 4, 6), (64, 2, 3))
+    maps = [torch.randn(1, *size) for size in sizes]
+    padded = [F.pad(each, (0, 2 * each.shape[3] // 3, 0, each.shape[2]), value=9.0) for each in maps]
+    found = []
+    for features, image_sizes in ((maps, None), (padded, torch.tensor([[2, 3]]))):
+        memory = model.pixel_level_module.decoder(features, image_sizes).memory
+        if layers == "encoder_layers":
+            found.append(model.transformer_module(memory, image_sizes=image_sizes).last_hidden_state)
+        else:
+            found.append(memory[:, :, :2, :3])
+    torch.testing.assert_close(*found)
+
+
 def test_a_backbone_without_the_four_strides_is_refused() -> None:
     beit = BeitConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=64)
     with pytest.raises(ValueError, match=r"BeitBackbone have the strides \(16, 16, 16, 16\), but .* \(4, 8, 16, 32\)"):

@@ -297,6 +297,32 @@ def test_of_predictions_of_the_same_score_the_one_given_first_ranks_first():
         assert metric.compute()["ap"] == pytest.approx(ap)
 
 
+@pytest.mark.parametrize("are_apart", [False, True])
+def test_many_predictions_of_the_same_score_keep_their_order(are_apart):
+    """Among others of another label: a sort that is not stable leaves a few equal numbers in order, or equal ones."""
+    number = 600
+    hit, miss = box(0, 0, 4, 4), box(20, 20, 4, 4)
+    nothing, truth = objects([]), objects([hit])
+    scores, labels = (
+        np.random.default_rng(0).permutation(1000)[:number] / 1000,
+        (np.arange(number) % 20 > 0).astype(int),
+    )
+    scores[labels == 0] = 0.5
+    parts = [slice(each, each + 1) for each in range(number)] if are_apart else [slice(None)]
+    for place, ap in ((0, 1.0), (580, 1 / 30)):
+        masks, metric = np.where((np.arange(number) == place)[:, None, None], hit, miss), AveragePrecision(2)
+        for part in parts:
+            prediction = {"masks": masks[part], "labels": labels[part], "scores": scores[part]}
+            has_truth = not are_apart or part.start == place
+            metric.add(prediction=prediction, reference=truth if has_truth else nothing)
+        assert metric.compute()["per_category"][0]["ap50"] == pytest.approx(ap)
+
+
+def test_labels_beyond_a_byte_are_told_apart():
+    prediction, reference = objects([FIRST], [299], scores=[1.0]), objects([FIRST], [299])
+    assert figures(prediction, reference, num_labels=300)["per_category"][299]["ap"] == 1
+
+
 def test_an_area_at_the_border_of_two_ranges_is_in_both():
     result = figures(objects([FIRST], scores=[1.0]), objects([FIRST], area=[32.0**2]))
     assert (result["ap_small"], result["ap_medium"]) == (1, 1)

@@ -59,6 +59,13 @@ def test_a_format_of_the_data_set_does_not_matter():
     assert columns[0]["segmentation_map"].tolist() == LABELS.tolist()
 
 
+def test_a_transform_that_would_not_be_called_is_refused():
+    dataset = make_dataset()
+    for changed in (dataset.with_transform(lambda rows: rows), dataset.with_format("numpy").with_transform(dict)):
+        with pytest.raises(ValueError, match=r"has a transform .* which would not be called\. Use dataset\.map"):
+            SegmentationColumns(changed, labels=LabelSet(ID2LABEL))
+
+
 def test_sixteen_bit_labels_keep_their_values():
     labels = np.array([[0, 1, 65535], [300, 0, 0]], dtype=np.uint16)
     columns = SegmentationColumns(make_dataset(labels=labels), labels=LabelSet(ID2LABEL))
@@ -125,6 +132,12 @@ def test_streams_that_were_filtered_or_mapped_are_read():
         samples = list(StreamedColumns(changed, labels=LabelSet(ID2LABEL)))
         assert [sample["name"] for sample in samples] == names
         assert all(sample["segmentation_map"].tolist() == LABELS.tolist() for sample in samples)
+
+
+def test_a_stream_of_images_without_features_says_how_to_name_them():
+    stream = make_stream().map(lambda row: {"image": row["image"].rotate(180)})
+    with pytest.raises(ValueError, match=r"columns of the stream cannot be told .* features=datasets\.Features"):
+        StreamedColumns(stream, labels=LabelSet(ID2LABEL))
 
 
 def test_ids_are_the_indices_of_a_palette_whose_colours_are_none():

@@ -157,3 +157,15 @@ def test_names_of_the_own_are_kept_and_files_of_any_version_loaded_without_a_war
     PerPixelBaselineConfig(decoder_config=TRANSFORMER, num_labels=5).save_pretrained(tmp_path)
     PerPixelBaselineConfig.from_pretrained(tmp_path)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("source", ["new", "changed", "saved"])
+def test_labels_are_found_by_their_names(source, tmp_path):
+    config = tiny_config(id2label={0: "sky", 1: "road"})
+    config.save_pretrained(tmp_path)
+    if source == "changed":
+        tiny_config().save_pretrained(tmp_path)
+        config = MaskFormerConfig.from_pretrained(tmp_path, id2label={0: "sky", 1: "road"})
+    elif source == "saved":
+        config = MaskFormerConfig.from_pretrained(tmp_path)
+    assert config.label2id == {"sky": 0, "road": 1}

@@ -150,6 +150,7 @@ def test_settings_that_change_nothing_are_accepted():
         ({"size_divisor": -1}, "size_divisor is -1"),
         ({"resample": 1}, r"resample is 1; known are 0 \(nearest\), 2 \(bilinear\)"),
         ({"image_mean": [0.5]}, "image_mean is .* give three numbers"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean is .* give three numbers"),
         ({"image_std": [1, 0, 1]}, "image_std is .* must not hold a zero"),
         ({"num_labels": 0}, "num_labels is 0"),
         ({"num_labels": "a"}, "num_labels is 'a', but must be an integer"),
@@ -207,11 +208,12 @@ def test_resized_sizes(size, image_size, resized_size):
     assert ImageProcessorSettings(size=size).resized_size(image_size) == resized_size
 
 
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 @pytest.mark.parametrize("size", [(512, 683), (240, 320), (37, 51), (800, 1067)])
-def test_bilinear_resizing_is_within_one_level_of_pil(size):
+def test_resizing_is_within_one_level_of_pil(size, resample):
     image = random_image(480, 640)
-    ours = resize_image(torch.from_numpy(np.array(image)).permute(2, 0, 1), size, resample=2)
-    pil = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    ours = resize_image(torch.from_numpy(np.array(image)).permute(2, 0, 1), size, resample)
+    pil = np.array(image.resize(size[::-1], resample))
     assert ours.dtype == torch.uint8
     assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - pil).max() <= 1
 
@@ -306,6 +308,16 @@ def test_arrays_and_tensors_of_sixteen_bits_are_scaled_to_eight(dtype):
     for form in (deep, np.stack([deep] * 3), torch.from_numpy(deep.astype(np.uint16))):
         pixel_values = unscaled(size_divisor=0)(form)["pixel_values"]
         assert pixel_values[0, :, 0].tolist() == [[0, 1, 128, 255]] * 3
+
+
+def test_sixteen_bits_are_rounded():
+    pixels = np.array([[0, 128, 129, 65535 - 128]], np.uint16)
+    assert unscaled(size_divisor=0)(pixels)["pixel_values"][0, 0, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_a_tensor_with_gradient_is_an_image():
+    batch = MaskFormerImageProcessor(do_rescale=False)(torch.rand(3, 40, 60, requires_grad=True))
+    assert not batch["pixel_values"].requires_grad
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint32"])
@@ -420,6 +432,11 @@ def test_the_data_format_decides_where_the_shape_does_not():
         unscaled()(array, input_data_format="channels_lats")
 
 
+def test_of_two_axes_that_may_be_channels_three_are_more_likely_than_one():
+    image = torch.arange(60, dtype=torch.uint8).reshape(1, 20, 3)
+    assert unscaled(size_divisor=0)(image)["pixel_values"].shape == (1, 3, 1, 20)
+
+
 def test_images_are_padded_right_and_below_with_zeros():
     images = [np.full((2, 3, 3), 9, dtype=np.uint8), np.full((4, 1, 3), 9, dtype=np.uint8)]
     batch = unscaled(size_divisor=0)(images)
@@ -448,6 +465,18 @@ def test_pad_size_is_the_size_of_every_batch():
     assert processor(random_image(5, 7))["pixel_values"].shape == (1, 3, 50, 70)
     with pytest.raises(ValueError, match=r"Image 1 is 51 x 7 after resizing and does not fit into pad_size 50 x 70"):
         processor([random_image(5, 7), random_image(51, 7)])
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40)])
+def test_an_image_that_pad_size_does_not_hold_is_refused(size):
+    processor = unscaled(pad_size={"height": 32, "width": 32})
+    with pytest.raises(ValueError, match="does not fit into pad_size"):
+        processor(np.zeros((*size, 3), np.uint8))
+
+
+def test_a_size_given_in_a_call_changes_one_edge_of_the_processors():
+    processor = MaskFormerImageProcessor(size={"shortest_edge": 20, "longest_edge": 50}, size_divisor=0)
+    assert processor(np.zeros((10, 30, 3), np.uint8), size=40)["pixel_values"].shape[-2:] == (17, 50)
 
 
 def test_settings_of_a_call_hold_for_this_call_only():

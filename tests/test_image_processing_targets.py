@@ -219,13 +219,48 @@ def test_both_target_formats_hold_the_same(settings):
     masks = processor(images, maps)
     segment_map = processor(images, maps, target_format="segment_map")
     most_segments = max(len(labels) for labels in masks["class_labels"])
-    assert segment_map["mask_labels"].dtype == torch.int16
+    assert segment_map["mask_labels"].dtype == torch.int32
     assert segment_map["class_labels"].shape == (3, most_segments)
     for index, labels in enumerate(masks["class_labels"]):
         rebuilt = segment_map["mask_labels"][index] == torch.arange(len(labels))[:, None, None]
         assert torch.equal(rebuilt, masks["mask_labels"][index])
         assert torch.equal(segment_map["class_labels"][index, : len(labels)], labels)
         assert (segment_map["class_labels"][index, len(labels) :] == -100).all()
+
+
+def test_more_segments_than_two_bytes_count_keep_their_places():
+    ids = np.arange(256 * 160, dtype=np.int32).reshape(256, 160)
+    processor = MaskFormerImageProcessor(do_resize=False, size_divisor=0)
+    batch = processor(np.zeros((256, 160, 3), np.uint8), ids, target_format="segment_map")
+    assert torch.equal(batch["mask_labels"][0].long(), torch.from_numpy(ids).long())
+
+
+@pytest.mark.parametrize("size", [(2, 4), (2, 16), (16, 2)])
+def test_a_segment_that_shrinking_removes_is_no_segment(size):
+    ids = np.zeros((8, 8), int)
+    ids[0, 0], ids[1, 1] = 5, 6  # of which the nearest neighbours meet one at most
+    processor = MaskFormerImageProcessor(size={"height": size[0], "width": size[1]})
+    batch = processor(np.zeros((8, 8, 3), np.uint8), ids)
+    assert batch["mask_labels"][0].flatten(1).any(1).all()
+    assert len(batch["class_labels"][0]) == len(batch["mask_labels"][0]) < 3
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64])
+def test_ids_beyond_31_bits_keep_their_labels(dtype):
+    ids, labels = np.array([[2**31 + 5, 1]], dtype), {2**31 + 5: 3, 1: 0}
+    assert targets(ids, labels)[1] == [0, 3]
+
+
+def test_255_is_no_label_of_a_label_map_whatever_the_map_shows():
+    processor, image = MaskFormerImageProcessor(num_labels=256), np.zeros((2, 3, 3), np.uint8)
+    with pytest.raises(ValueError, match="Set ignore_index to a value that is no label"):
+        processor(image, np.zeros((2, 3), int), target_format="label_map")
+
+
+def test_the_memory_of_masks_is_that_of_the_padded_size(monkeypatch):
+    monkeypatch.setattr(image_processing_maskformer_targets, "MAX_MASK_BYTES", 64 * 64)
+    with pytest.raises(ValueError, match="map 0 has 64 segments; masks of 32 x 32"):
+        MaskFormerImageProcessor(do_resize=False)(np.zeros((8, 8, 3), np.uint8), np.arange(64).reshape(8, 8))
 
 
 def test_masks_that_no_memory_holds_are_refused(monkeypatch):
@@ -298,3 +333,10 @@ def test_errors_name_the_image():
 def test_maps_that_do_not_fit_their_images_are_refused(maps, options, message):
     with pytest.raises(ValueError, match=message):
         MaskFormerImageProcessor()(np.zeros((2, 3, 3), np.uint8), maps, **options)
+
+
+@pytest.mark.parametrize("size", [(2, 4), (3, 3)])
+def test_a_map_of_another_height_or_width_is_refused(size):
+    message = f"Segmentation map 0 is {size[0]} x {size[1]}, but image 0 is 2 x 3"
+    with pytest.raises(ValueError, match=message):
+        MaskFormerImageProcessor()(np.zeros((2, 3, 3), np.uint8), np.zeros(size, int))

@@ -114,6 +114,17 @@ def test_hooks_on_a_norm_are_called():
 
 
 @torch.no_grad()
+def test_hooks_on_all_modules_are_called():
+    model, called = tiny_model().eval(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module))
+    try:
+        model(torch.randn(1, 3, 64, 64))
+    finally:
+        handle.remove()
+    assert called >= {each for each in model.modules() if isinstance(each, nn.Conv2d | nn.BatchNorm2d)}
+
+
+@torch.no_grad()
 def test_a_pass_of_a_resnet_on_a_gpu_starts_no_more_operations_than_transformers():
     """The meta device stands for a GPU, where small operations may take longer to start than to run."""
     config, counts = resnet_config(), []
@@ -410,6 +421,21 @@ def test_attention_is_never_asked_about_no_windows(height, width):
         torch.testing.assert_close(block(states.clone(), grids, in_place=True), expected, **CLOSE)
     assert min(numbers) > 0
     assert sum(numbers) == 2 * grids[1].num_windows
+
+
+@torch.no_grad()
+def test_states_in_another_layout_pass_a_block_in_place():
+    block = SwinBlock(swin_config(), 8, 2, shift=2, drop_path=0.0).eval()
+    grids = tuple(WindowGrid((6, 7), 4, shift, torch.device("cpu")) for shift in (0, 2))
+    states = torch.randn(2, 8, 6, 7).permute(0, 2, 3, 1)
+    torch.testing.assert_close(block(states.clone(), grids, in_place=True), block(states, grids), **CLOSE)
+
+
+def test_scores_of_half_precision_meet_their_bias_in_float32(monkeypatch):
+    attention, softmax, types = WindowSelfAttention(swin_config(), 8, 2).bfloat16(), torch.Tensor.softmax, []
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda scores, *_: types.append(scores.dtype) or softmax(scores, *_))
+    attention(torch.randn(3, 16, 8).bfloat16(), None)
+    assert types == [torch.float32]
 
 
 @pytest.mark.parametrize("shift", [0, 2])

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.skipif(not HAS_MKL_AND_ONEDNN, reason="here products ar
 
 @pytest.fixture(autouse=True)
 def slow_mkl(monkeypatch):
-    """As on processors that are not Intel's."""
+    """As on processors that are not Intel's, of several cores."""
     monkeypatch.setattr(modeling_maskformer_linear, "IS_MKL_SLOW", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 STATES = torch.randn(2, MIN_POSITIONS, 12)
@@ -116,13 +117,9 @@ def test_the_operators_meet_torchs_rules():
 
 
 @torch.no_grad()
-def test_one_thread_gets_the_plain_operator():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert not convolution_pays(STATES, torch.randn(7, 12))
-    finally:
-        torch.set_num_threads(threads)
+def test_one_thread_gets_the_plain_operator(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not convolution_pays(STATES, torch.randn(7, 12))
 
 
 def test_compiled_derivatives_go_through_plain_operators():

@@ -8,7 +8,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_maskformer import MaskFormerLoss, loss_maskformer, loss_maskformer_masks
-from hf_maskformer.loss_maskformer_logits import _layers_at_once
+from hf_maskformer.loss_maskformer_logits import (
+    _PROJECTIONS,
+    _layers_at_once,
+    matched_mask_logits,
+    remember_projection,
+)
 from hf_maskformer.loss_maskformer_masks import plain_mask_losses
 from hf_maskformer.loss_maskformer_matching import assign, finite_costs, pairwise_mask_costs
 from hf_maskformer.loss_maskformer_targets import prepare_targets
@@ -21,6 +26,9 @@ def random_logits(num_layers=2, batch_size=2, num_queries=6, size=(16, 24)):
         torch.randn(num_layers, batch_size, num_queries, NUM_LABELS + 1, requires_grad=True),
         torch.randn(num_layers, batch_size, num_queries, *size, requires_grad=True),
     )
+
+
+WRAPPING = (2**16, 2**32, -(2**16))
 
 
 def labels_of(batch):
@@ -56,6 +64,23 @@ def test_matching_costs_are_the_losses_of_every_pair():
         assert dice[query, segment].item() == pytest.approx(one[1].item(), rel=1e-4)
 
 
+def test_matching_costs_are_those_on_the_pixels_that_count():
+    logits, masks, left_out = torch.randn(5, 40), torch.rand(3, 40) > 0.5, torch.arange(40) >= 24
+    masks &= ~left_out
+    found = pairwise_mask_costs(logits, masks, left_out)
+    for cost, expected in zip(found, pairwise_mask_costs(logits[:, :24], masks[:, :24]), strict=True):
+        torch.testing.assert_close(cost, expected)
+    for cost in pairwise_mask_costs(logits, torch.zeros_like(masks), torch.ones_like(left_out)):
+        assert cost.abs().max() < 1e-6
+
+
+def test_matching_on_points_sees_every_part_of_the_image():
+    sampling = MaskFormerLoss(NUM_LABELS, train_num_points=10).point_sampling
+    draws = [sampling.choose_pixels(torch.arange(40)).tolist() for _ in range(200)]
+    assert all(len(set(draw)) == 10 and draw == sorted(draw) for draw in draws)
+    assert set().union(*draws) == set(range(40))
+
+
 @pytest.mark.parametrize("copies", [1, 12_000])  # the many are solved by threads
 def test_the_assignment_is_the_cheapest_of_all(copies):
     cost = torch.rand(4, 3)
@@ -81,6 +106,14 @@ def test_costs_that_are_not_finite_match_last():
         cost = finite_costs(cost, {"class cost": True, "mask cost": False}, set())
     (((rows, columns),),) = assign(cost[None, None], [2])
     assert dict(zip(rows, columns, strict=True)) == {0: 1, 1: 0}
+
+
+def test_a_cost_of_minus_infinity_matches_last_too():
+    cost = torch.tensor([[float("-inf"), float("-inf")], [2.0, 1.0], [1.0, 3.0]])
+    with pytest.warns(UserWarning, match="not finite"):
+        cost = finite_costs(cost, {"mask cost": False}, set())
+    (((rows, columns),),) = assign(cost[None, None], [2])
+    assert dict(zip(rows, columns, strict=True)) == {1: 1, 2: 0}
 
 
 def test_more_segments_than_queries_leave_some_unmatched():
@@ -142,6 +175,17 @@ def test_masks_of_any_type_mean_the_same(dtype):
     assert loss(*logits, *labels_of(batch))[0].item() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_have_the_costs_and_losses_of_their_numbers(dtype):
+    batch, loss = tiny_batch(size=(16, 24)), MaskFormerLoss(NUM_LABELS)
+    halves = [logits.detach().to(dtype) for logits in random_logits()]
+    exact = [logits.float() for logits in halves]
+    targets = prepare_targets(*labels_of(batch), 2)
+    found, expected = (loss.matching_costs(*logits, targets) for logits in (halves, exact))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert loss(*halves, *labels_of(batch))[1] == loss(*exact, *labels_of(batch))[1]
+
+
 def test_half_precision_logits_give_a_finite_loss():
     batch = tiny_batch(batch_size=1, size=(512, 512))
     class_logits, mask_logits = (logits.half() * 10 for logits in random_logits(1, 1, 6, (128, 128)))
@@ -178,6 +222,19 @@ def test_half_precision_logits_give_a_finite_loss():
             "class_labels of image 0 are torch.float32 of shape",
         ),
         (lambda b: b.update(size=(8, 8)), "are 16 x 24 pixels, but the padded images have 8 x 8"),
+        (lambda b: b.update(size=(64, 96)), "are 16 x 24 pixels, but the padded images have 64 x 96"),
+        (lambda b: b.update(as_mask_list(b), size=(64, 96)), "are 16 x 24 pixels, but the padded images have 64 x 96"),
+        # Numbers that would be others in two bytes.
+        *(
+            (lambda b, index=index: b["mask_labels"][0, 0, :1].fill_(index), "mask_labels of image 0")
+            for index in WRAPPING
+        ),
+        (
+            lambda b: (
+                b.update(as_mask_list(b)) or b["mask_labels"].append(torch.ones(3, 16, 24)) or b["mask_labels"].pop(1)
+            ),
+            "Image 1 has 3 masks, but 2 labels",
+        ),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(change, message):
@@ -196,11 +253,46 @@ def test_padding_of_255_in_float_masks_belongs_to_no_segment():
     assert loss(*logits, *labels_of(batch))[0].item() == expected
 
 
-def test_autocast_changes_neither_matching_nor_loss():
-    batch, logits, loss = tiny_batch(size=(16, 24)), random_logits(), MaskFormerLoss(NUM_LABELS)
-    expected = loss(*logits, *labels_of(batch))[0].item()
+@pytest.mark.parametrize("size", [(16, 24), (64, 96)])
+def test_autocast_changes_neither_matching_nor_loss(size):
+    batch, logits, loss = tiny_batch(size=size), random_logits(), MaskFormerLoss(NUM_LABELS)
+    targets = prepare_targets(*labels_of(batch), 2)
+    expected, expected_costs = loss(*logits, *labels_of(batch))[0].item(), loss.matching_costs(*logits, targets)
     with torch.autocast("cpu", torch.bfloat16):
         assert loss(*logits, *labels_of(batch))[0].item() == expected
+        for name, cost in loss.matching_costs(*logits, targets).items():
+            assert torch.equal(cost, expected_costs[name])
+
+
+@pytest.mark.parametrize("form", [dict, as_mask_list])
+@pytest.mark.parametrize("points", [None, 64])
+def test_an_image_that_is_all_void_has_a_finite_loss_if_void_is_ignored(form, points):
+    batch, logits = form(tiny_batch(size=(16, 24))), random_logits()
+    batch["mask_labels"][1][:] = -1 if form is dict else 0  # a crop has removed both of its segments
+    loss = MaskFormerLoss(NUM_LABELS, void_in_loss="ignore", train_num_points=points)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        total, terms = loss(*logits, *labels_of(batch))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(total, logits))
+    assert not any(term.requires_grad for term in terms.values())
+
+
+def test_a_wrong_value_is_seen_behind_padding():
+    batch = as_mask_list(tiny_batch(size=(16, 24)))
+    batch["mask_labels"] = [masks.float() for masks in batch["mask_labels"]]
+    batch["mask_labels"][0][0, 0, 0], batch["mask_labels"][0][1, 15, 3] = 255, 0.5
+    with pytest.raises(ValueError, match=r"mask_labels of image 0 contain 0\.5"):
+        MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch))
+
+
+def test_no_masks_have_no_size_that_could_be_wrong():
+    batch, logits, losses = as_mask_list(tiny_batch(size=(16, 24))), random_logits(), []
+    batch["class_labels"][1] = torch.zeros(0, dtype=torch.int64)
+    for size in ((16, 24), (1, 1)):
+        batch["mask_labels"][1] = torch.zeros(0, *size)
+        sizes = {"image_sizes": torch.tensor([[16, 24]] * 2), "size": (16, 24)}
+        losses.append(MaskFormerLoss(NUM_LABELS)(*logits, *labels_of(batch), **sizes)[0].item())
+    assert losses[0] == losses[1]
 
 
 def test_the_weight_of_no_object_is_that_of_the_configuration_not_of_the_checkpoint():
@@ -465,6 +557,26 @@ def test_without_gradient_a_process_waits_for_no_other(monkeypatch):
     assert not reduced
     loss(*logits, *labels_of(batch))
     assert len(reduced) == 1
+
+
+def test_fewer_masks_than_processes_are_divided_by_their_own_number(monkeypatch):
+    """Each process takes four times its part, of which the gradients' average over processes is a quarter."""
+    batch, logits = tiny_batch(batch_size=1, size=(16, 24)), random_logits(batch_size=1)
+    batch["class_labels"][0, 1] = -100
+    batch["mask_labels"][batch["mask_labels"] == 1] = -1
+    expected = MaskFormerLoss(NUM_LABELS)(*logits, *labels_of(batch))[1]
+    monkeypatch.setattr(loss_maskformer, "num_processes", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda numbers: None)  # the other three have no mask
+    found = MaskFormerLoss(NUM_LABELS)(*logits, *labels_of(batch))[1]
+    for name in ("loss_mask", "loss_dice"):
+        assert found[name].item() == pytest.approx(4 * expected[name].item())
+
+
+def test_what_made_pixel_embeddings_is_forgotten_once_it_was_used():
+    embeddings = torch.randn(1, 8, 4, 6)
+    remember_projection(embeddings, torch.randn(1, 5, 4, 6), torch.randn(8, 5, 3, 3), torch.randn(8))
+    matched_mask_logits(torch.randn(2, 8), embeddings, [2])
+    assert embeddings not in _PROJECTIONS
 
 
 def test_an_index_map_of_more_segments_than_its_indices_count_is_refused():

@@ -142,6 +142,20 @@ def test_metrics_of_different_classes_do_not_merge():
         MeanIoU(2).merge(MeanIoU(3))
 
 
+def test_metrics_that_ignore_different_labels_do_not_merge():
+    with pytest.raises(ValueError, match="ignore_index 255 and 0"):
+        MeanIoU(2).merge(MeanIoU(2, ignore_index=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32])
+def test_the_highest_number_of_a_type_may_stand_for_void(dtype):
+    highest = 2 ** (8 * dtype.itemsize) - 1
+    metric = MeanIoU(2, ignore_index=highest)
+    prediction, reference = (torch.tensor([[0, 1, number]]).to(dtype) for number in (1, highest))
+    metric.add(prediction=prediction, reference=reference)
+    assert metric.confusion_matrix[:, :2].tolist() == [[1, 0], [0, 1]]
+
+
 @pytest.mark.parametrize(
     "convert",
     [

@@ -75,6 +75,12 @@ def test_a_loaded_metric_takes_its_options_with_the_images_too(load, name):
     assert result[key] == pytest.approx(value)
 
 
+def test_a_loaded_metric_ignores_what_it_is_told_to(load):
+    metric = load("mean_iou", num_labels=3, ignore_index=2)
+    metric.add(prediction=np.array([[0, 1, 1]]), reference=np.array([[0, 1, 2]]))
+    assert metric.compute()["mean_iou"] == 1
+
+
 def test_a_loaded_metric_says_how_it_is_used(load):
     with pytest.raises(ValueError, match="one of mean_iou, panoptic_quality, average_precision"):
         load()

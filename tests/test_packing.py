@@ -243,6 +243,37 @@ def test_a_change_of_the_settings_counts_at_once(numbers):
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize(("channels", "size"), [(8, 8), (192, 32)])
+def test_another_eps_alone_counts_at_once(channels, size, numbers):
+    layer = prepared(with_statistics(ConvNorm(channels, channels, 3)), numbers)
+    states = torch.randn(1, channels, size, size)
+    run(layer, states, numbers=numbers)
+    layer.normalization.eps = 2.0
+    found, expected = (way(layer, states, numbers=numbers) for way in (run, run_plainly))
+    torch.testing.assert_close(found, expected, **close(numbers))
+
+
+@BFLOAT16
+@pytest.mark.parametrize(("first", "second"), [("autocast", "float32"), ("float32", "autocast")])
+def test_weights_packed_for_one_type_do_not_serve_another(first, second):
+    layer, states = XavierConv2d(8, 16, 3, padding=1).eval(), torch.randn(1, 8, 9, 10)
+    run(layer, states, numbers=first)
+    found, expected = (way(layer, states, numbers=second) for way in (run, run_plainly))
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, **close(second))
+
+
+@torch.no_grad()
+def test_a_norm_is_folded_into_half_precision_with_one_rounding():
+    norm = [torch.rand(64).add(0.5).bfloat16() for _ in range(4)]
+    weight = torch.randn(64, 8, 3, 3).bfloat16()
+    found = packing.FixedConvolution(weight, None, (1, 1), (1, 1), (1, 1), norm, 1e-5).folded()
+    scale = norm[0].double() * (norm[3].double() + 1e-5).rsqrt()
+    expected = weight * scale[:, None, None, None], norm[1] - norm[2] * scale
+    for values, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(values.double(), exact, rtol=2**-8, atol=2**-8)
+
+
 def orders(weight):
     """The arrangements of a convolution's weight that are kept, by the size of its inputs."""
     return next(kept.made for kept in packing._KEPT[weight].values() if isinstance(kept.made, dict))
@@ -518,6 +549,26 @@ def test_nothing_holds_on_to_the_memory_of_weights(reorders):
         torch.testing.assert_close(layer(states), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("channels", "size"), [(8, 8), (192, 32)])
+def test_what_is_kept_has_a_bias_of_its_own(channels, size):
+    layer = XavierConv2d(channels, channels, 3, padding=1).eval()
+    layer(torch.randn(1, channels, size, size))
+    for kept_of_kind in packing._KEPT[layer.weight].values():
+        made = kept_of_kind.made
+        for packed in made.values() if isinstance(made, dict) else [made]:
+            assert packed.bias.data_ptr() != layer.bias.data_ptr()
+
+
+@torch.no_grad()
+def test_nothing_is_kept_in_training_even_without_gradient():
+    layer, states = XavierConv2d(8, 16, 3, padding=1), torch.randn(1, 8, 9, 10)
+    layer.train()(states)
+    assert not kept(layer)
+    layer.eval()(states)
+    assert kept(layer)
+
+
 def test_moving_a_model_frees_what_is_kept():
     model = tiny_model().eval()
     run(model, torch.randn(1, 3, 64, 64), numbers="float32")
@@ -568,6 +619,13 @@ def test_a_residual_in_another_layout_is_added_too(numbers):
     torch.testing.assert_close(*results, **CLOSE)
     expected = (run_plainly(layer, states, numbers=numbers) + residual).relu()
     torch.testing.assert_close(results[0], expected, **CLOSE)
+
+
+def test_a_wide_convolution_is_added_to_its_residual(numbers):
+    layer = prepared(with_statistics(ConvNorm(192, 192, 3, activation=None)), numbers)
+    states, residual = torch.randn(2, 1, 192, 32, 32)
+    found, expected = (way(layer, states, residual.clone(), numbers=numbers) for way in (run, run_plainly))
+    torch.testing.assert_close(found, expected, **close(numbers))
 
 
 def test_a_bias_of_some_of_queries_keys_and_values_is_added(numbers):

@@ -147,6 +147,20 @@ def test_maps_may_be_tensors_arrays_and_images(convert):
     assert metric_of(prediction, reference).compute()["pq"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32])
+def test_the_highest_number_of_a_type_may_be_an_id(dtype):
+    highest = 2 ** (8 * dtype.itemsize) - 1
+    one = image([[0, highest]], {highest: THING})
+    one["segmentation"] = torch.from_numpy(one["segmentation"]).to(dtype)
+    assert metric_of(one, one).compute()["pq"] == 1
+
+
+def test_what_memory_held_before_does_not_count(monkeypatch):
+    monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 1, dtype))
+    one = image(np.ones((1, 163), int), {1: THING})  # pixels that fill no whole number of words
+    assert metric_of(one, one).compute()["pq"] == 1
+
+
 def test_large_ids_as_coco_writes_them():
     same = image([[2**24 - 1, 5], [5, 0]], {2**24 - 1: THING, 5: STUFF})
     assert metric_of(same, same).compute()["pq"] == 1

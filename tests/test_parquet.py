@@ -1,5 +1,7 @@
 """Parquet versions of data sets, written and read back."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -91,6 +93,24 @@ def test_files_of_an_earlier_writing_are_not_read_beside_the_new_ones(dataset, t
         write_parquet(dataset, tmp_path / "out", "train")
     write_parquet(dataset, tmp_path / "out", "val")
     assert len(open_dataset(str(tmp_path / "out"), "train")) == len(dataset)
+
+
+def test_a_data_set_is_not_written_into_itself(tmp_path):
+    root = tmp_path / "source"
+    write_generated_scenes(root, num_train=2, num_val=1, image_size=(64, 64))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds annotations, which does not belong to a data set of Parquet files"):
+        write_parquet(open_dataset(str(root), "train"), root, "train")
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_classes_that_are_there_already_stay_as_they_are(dataset, tmp_path):
+    write_parquet(dataset, tmp_path / "out", "train")
+    path = tmp_path / "out" / "classes.json"
+    text = json.dumps(json.loads(path.read_text()) | {"palette": [[1, 2, 3]]})
+    path.write_text(text)
+    write_parquet(dataset, tmp_path / "out", "val")
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize("damaged", [0, 2])

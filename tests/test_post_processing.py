@@ -220,6 +220,13 @@ def test_a_query_that_wins_too_little_of_its_mask_leaves_its_pixels_void():
     assert panoptic(classes, masks, overlap_mask_area_threshold=0.25)["segmentation"].tolist() == [[1, 1, 1, 2]]
 
 
+def test_a_pixel_that_just_reaches_the_mask_threshold_is_part_of_the_mask():
+    classes = torch.tensor([[[0.7, 0.1, 0.2], [0.05, 0.9, 0.05]]]).log()
+    masks = torch.tensor([[[[9.0, 0.0, 0.0, 0.0, -9.0]], [[-9.0, 9.0, 9.0, 9.0, 9.0]]]])
+    # The first wins one of the four pixels of its mask, of which three are at exactly 1/2.
+    assert panoptic(classes, masks)["segmentation"].tolist() == [[0, 1, 1, 1, 1]]
+
+
 def test_the_area_test_does_not_weigh_the_mask_by_the_label_score():
     # 0.6 x 0.7 lies below 0.5: weighed, the mask would have no pixel at all and the segment would vanish.
     classes = torch.tensor([[[0.6, 0.2, 0.2]]]).log()
@@ -231,6 +238,31 @@ def test_the_area_test_does_not_weigh_the_mask_by_the_label_score():
 def test_scores_keep_no_graph():
     classes, masks, *_ = mixed_batch()
     assert not semantic_scores(classes[0].requires_grad_(), masks[0].requires_grad_(), (4, 4), (32, 48)).requires_grad
+
+
+def test_autocast_changes_no_result():
+    batch, targets = mixed_batch(), [(70, 90), (50, 40), (120, 30)]
+
+    def results():
+        yield from semantic_segmentation(*batch, targets)
+        for function in (panoptic_segmentation, instance_segmentation):
+            for result in function(*batch, 0.1, target_sizes=targets):
+                yield result["segmentation"]
+                yield torch.tensor([entry["score"] for entry in result["segments_info"]])
+
+    expected = list(results())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(results())
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("function", [semantic_segmentation, panoptic_segmentation, instance_segmentation])
+def test_logits_are_left_as_they_are(function):
+    masks = torch.randn(1, 8, 12, 5).permute(0, 3, 1, 2)
+    masks[0, 0, 0, 0] = torch.finfo(torch.float32).max
+    before = masks.clone()
+    function(torch.randn(1, 5, 4), masks, sizes((32, 48)), sizes((32, 48)))
+    assert torch.equal(masks, before)
 
 
 def test_half_precision_logits_are_computed_in_float32():
@@ -279,6 +311,14 @@ def test_semantic_maps_of_a_panoptic_model_equal_the_original_in_direct_mode(ind
         mode="direct",
     )[index]
     assert_equal_but_for_ties(label_map, arrays[f"result_{index}.sem_seg"])
+
+
+@pytest.mark.parametrize("mode", ["paper", "direct", "fast"])
+def test_a_label_of_the_same_score_throughout_wins_only_where_no_other_is_above(mode):
+    classes = torch.tensor([[[200.0, 0.0, 0.0], [0.0, 200.0, 0.0]]])
+    masks = torch.tensor([[[[0.0] * 4], [[-9.0, -3.0, 3.0, 9.0]]]])  # sky is 1/2 everywhere
+    (label_map,) = semantic_segmentation(classes, masks, sizes((1, 4)), sizes((1, 4)), mode=mode)
+    assert label_map.tolist() == [[SKY, SKY, PERSON, PERSON]]
 
 
 def test_modes_differ_in_what_is_resized():
@@ -367,3 +407,10 @@ def test_results_do_not_depend_on_the_default_type_or_device(default):
 def test_a_threshold_that_is_no_probability_is_refused(function, threshold, name):
     with pytest.raises(ValueError, match=f"^{name} is .*; give a number from 0 to 1"):
         function(*mixed_batch(), **{name: threshold})
+
+
+@pytest.mark.parametrize("threshold", ["0.5", 1.5, -0.1, True, math.nan])
+@pytest.mark.parametrize("function", [panoptic_segmentation, instance_segmentation])
+def test_a_share_that_a_mask_has_to_show_is_one_from_0_to_1(function, threshold):
+    with pytest.raises(ValueError, match=r"^overlap_mask_area_threshold is .*; give a number from 0 to 1"):
+        function(*mixed_batch(), overlap_mask_area_threshold=threshold)

@@ -52,6 +52,23 @@ def test_an_instance_that_shows_too_little_leaves_the_id_map_if_asked_for():
     assert shown["segmentation"].tolist() == [[2, 1, 1, 1]]
 
 
+def test_an_instance_that_shows_just_enough_stays_in_the_id_map():
+    classes, masks = class_logits(SKY, PERSON), mask_logits([[1, 1, 0, 0]], [[0, 0, 1, 1]])
+    assert instances(classes, masks, overlap_mask_area_threshold=1.0)["segmentation"].unique().tolist() == [1, 2]
+
+
+def test_a_pixel_that_just_reaches_the_mask_threshold_is_part_of_the_mask():
+    classes = torch.tensor([[[0.7, 0.1, 0.2]]]).log()
+    for masks, expected in (([9.0, 0.0, -9.0], [True, True, False]), ([0.0, 0.0, 0.0], [True] * 3)):
+        result = instances(classes, torch.tensor(masks).view(1, 1, 1, 3), threshold=0.1, form="masks")
+        assert result["segmentation"].tolist() == [[expected]]
+
+
+def test_an_instance_whose_score_is_the_threshold_is_found():
+    classes, masks = torch.tensor([[[0.0, -200.0, 0.0]]]), torch.full((1, 1, 1, 2), 200.0)
+    assert [entry["score"] for entry in instances(classes, masks, threshold=0.5)["segments_info"]] == [0.5]
+
+
 def test_the_score_of_an_instance_is_that_of_its_label_times_the_mean_of_its_mask():
     classes = torch.tensor([[[0.8, 0.1, 0.1]]]).log()
     masks = torch.logit(torch.tensor([[[[0.9, 0.6, 0.2]]]]))

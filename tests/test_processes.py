@@ -23,10 +23,16 @@ from test_per_pixel_baseline import KINDS, batch_of_labels, tiny_baseline
 from test_resume import Signal, kill_when_opening, trainer_with_chance
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerTrainer, MaskFormerTrainingArguments
+from hf_maskformer import (
+    MaskFormerDataCollator,
+    MaskFormerForInstanceSegmentation,
+    MaskFormerTrainer,
+    MaskFormerTrainingArguments,
+)
 from hf_maskformer.data.generated_scenes import GeneratedScenes
+from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.training.starting_point import image_processor_for
 
@@ -82,7 +88,28 @@ def replicated(folder, num_processes):
     # Ten images: the second batch is short, or some process has none.
     uneven = trainer_of(folder, num_processes, train_dataset=images() + images() + images()[:2], max_steps=4)
     uneven.train()
-    return runs, trainer.evaluate(), uneven.state.global_step
+    return runs, trainer.evaluate(), uneven.state.global_step, plain_figures(trainer)
+
+
+def plain_figures(trainer):
+    """What transformers' trainer gathers of all processes and counts with ready-made metrics."""
+    metrics = ComputeMetrics(trainer.processing_class, FIVE.labels)
+    plain = Trainer(
+        model=trainer.accelerator.unwrap_model(trainer.model),
+        args=TrainingArguments(
+            trainer.args.output_dir,
+            batch_eval_metrics=True,
+            remove_unused_columns=False,
+            per_device_eval_batch_size=2,
+            use_cpu=True,
+            report_to="none",
+        ),
+        eval_dataset=FIVE,
+        data_collator=MaskFormerDataCollator(trainer.processing_class),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=metrics.logits,
+    )
+    return plain.evaluate()
 
 
 def sharded(folder, num_processes):
@@ -259,10 +286,11 @@ def test_one_process_trains_the_same_model_in_parts(tmp_path, alone, accumulatio
 def test_processes_train_the_model_of_one(tmp_path, alone, num_processes):
     results = run(replicated, num_processes, tmp_path)
     assert len(results) == num_processes
-    for runs, figures, uneven_steps in results:
+    for runs, figures, uneven_steps, figures_of_plain_trainer in results:
         for found in runs:
             assert_same_run(found, alone[0])
         assert_same_figures(figures, alone[1])
+        assert_same_figures(figures_of_plain_trainer, alone[1])
         assert uneven_steps == 4
 
 

@@ -351,6 +351,16 @@ def test_a_checkpoint_of_another_run_with_other_classes_is_named(tmp_path):
         trainer.train(resume_from_checkpoint="auto")
 
 
+def test_a_checkpoint_of_another_optimiser_is_named(tmp_path):
+    trainer_with_chance(tmp_path, False, max_steps=3).train()
+    with pytest.raises(ValueError, match=r"checkpoint-3 was trained by optim=adamw_torch.*, whose states sgd cannot"):
+        trainer_with_chance(tmp_path, False, max_steps=5, optim="sgd").train(resume_from_checkpoint="auto")
+    for optimizer in ("adamw_torch", "adamw_torch_fused"):
+        trainer = trainer_with_chance(tmp_path, False, max_steps=5, optim=optimizer)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert trainer.state.global_step == 5
+
+
 def test_a_stream_that_is_too_short_for_a_step_is_an_error(tmp_path):
     trainer = trainer_with_chance(tmp_path, True, gradient_accumulation_steps=8)
     with pytest.raises(ValueError, match="Nothing was trained: a pass of the stream has fewer than the 8 batches"):

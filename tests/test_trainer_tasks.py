@@ -212,6 +212,25 @@ def test_ready_made_metrics_read_the_collators_targets(task):
     assert {name for name in figures if not name.startswith("per_category")} == set(FIGURES[task])
 
 
+@pytest.mark.parametrize("is_baseline", [False, True])
+def test_void_counts_for_nothing_in_ready_made_metrics(is_baseline):
+    metrics = ComputeMetrics(image_processor_for(SCENES.labels, 32), SCENES.labels)
+    index_map = torch.zeros(1, 32, 32, dtype=torch.int32)
+    index_map[:, 16:] = -1
+    num_labels = SCENES.labels.num_labels
+    if is_baseline:
+        logits = torch.zeros(1, num_labels, 8, 8)
+        logits[:, 0] = 5.0
+        given = EvalPrediction(predictions=logits, label_ids=index_map.long().masked_fill(index_map < 0, 255))
+    else:
+        class_logits = torch.zeros(1, 1, num_labels + 1)
+        class_logits[..., 0] = 9.0
+        logits = class_logits, torch.full((1, 1, 8, 8), 5.0)
+        given = EvalPrediction(predictions=logits, label_ids=(index_map, torch.tensor([[0, -100]])))
+    figures = metrics(given, compute_result=True)
+    assert figures["mean_iou"] == figures["overall_accuracy"] == 1
+
+
 def test_ready_made_metrics_take_what_trainer_gives_without_preprocessing():
     metrics = ComputeMetrics(image_processor_for(SCENES.labels, 64), SCENES.labels)
     batch = MaskFormerDataCollator(metrics._image_processor)([SCENES[0], SCENES[1]])

@@ -275,6 +275,15 @@ def test_a_dictionary_of_data_sets_is_evaluated_one_by_one(tmp_path):
     assert {"eval_a_mean_iou", "eval_b_mean_iou"} < trainer.evaluate({"a": SCENES, "b": SCENES}).keys()
 
 
+def test_one_of_several_data_sets_is_evaluated_by_its_name(tmp_path):
+    trainer = our_trainer(tmp_path, eval_dataset={"a": SCENES, "b": SCENES})
+    assert trainer.evaluate("a")["eval_mean_iou"] == trainer.evaluate(SCENES)["eval_mean_iou"]
+    with pytest.raises(ValueError, match="There is no eval_dataset 'c'; known are a, b"):
+        trainer.evaluate("c")
+    with pytest.raises(ValueError, match="There is no eval_dataset 'a'; known are none by name"):
+        our_trainer(tmp_path).evaluate("a")
+
+
 def test_the_trainer_uses_the_groups_of_the_paper(tmp_path):
     trainer = our_trainer(tmp_path)
     groups = trainer.create_optimizer().param_groups
@@ -316,6 +325,51 @@ def test_the_defaults_are_the_recipe_of_the_paper(tmp_path):
         trainer.optimizer.step()
         scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(1e-4 * 0.5**0.9)
+
+
+def test_one_argument_of_the_schedule_leaves_the_others_as_they_are(tmp_path):
+    for given in ({"lr_end": 0.0}, '{"lr_end": 0.0}', None):
+        args = MaskFormerTrainingArguments(**arguments(tmp_path, lr_scheduler_kwargs=given))
+        assert args.lr_scheduler_kwargs == {"power": 0.9, "lr_end": 0.0}
+    args = MaskFormerTrainingArguments(**arguments(tmp_path, lr_scheduler_kwargs={"power": 2}))
+    assert args.lr_scheduler_kwargs == {"power": 2, "lr_end": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor and neftune_noise_alpha do not apply"),
+        ({"neftune_noise_alpha": 5.0}, "label_smoothing_factor and neftune_noise_alpha do not apply"),
+        ({"backbone_learning_rate_factor": -1.0}, "backbone_learning_rate_factor is -1.0, but must be at least 0"),
+        ({"backbone_learning_rate_factor": float("nan")}, "backbone_learning_rate_factor is nan"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give at least 1"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        MaskFormerTrainingArguments(**arguments(tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr_scheduler_kwargs": {"powr": 2}}, {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {}}],
+)
+def test_arguments_that_a_schedule_lacks_are_named(tmp_path, options):
+    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs .* are not those of lr_scheduler_type .* argument"):
+        our_trainer(tmp_path, **options).train()
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_fewer_images_than_a_batch_are_an_error_where_the_rest_is_left_out(tmp_path, options):
+    options |= {"per_device_train_batch_size": 8}
+    trainer = our_trainer(tmp_path, dataloader_drop_last=True, **options)
+    with pytest.raises(
+        ValueError, match="train_dataset has 4 samples, but a batch 8, and dataloader_drop_last is True"
+    ):
+        trainer.train()
+    our_trainer(tmp_path, **options).train()
+    with pytest.raises(ValueError, match="train_dataset has 0 samples"):
+        our_trainer(tmp_path, dataset=Subset(SCENES, []), **options).train()
 
 
 def test_the_trainer_says_at_once_what_does_not_fit_together(tmp_path):

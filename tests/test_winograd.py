@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 WIDE = torch.randn(MIN_CHANNELS, MIN_CHANNELS, 3, 3)
 LARGE = torch.randn(1, MIN_CHANNELS, 48, 48)
-SIZES = [(1, 1), (3, 5), (4, 8), (23, 18), (90, 37)]
+SIZES = [(1, 1), (3, 5), (4, 8), (23, 18), (90, 37), (5, 1400)]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -58,7 +58,7 @@ class SegmentationColumns(Dataset[Sample]):
         instance_maps: whether label maps hold class and instance.
 
     Raises:
-        ValueError: a column is missing or holds no images.
+        ValueError: a column is missing or holds no images, or the data set has a transform.
     """
 
     def __init__(
@@ -71,6 +71,11 @@ class SegmentationColumns(Dataset[Sample]):
         label_source: str = "id2label",
         instance_maps: bool = False,
     ) -> None:
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                "The data set has a transform (set_transform or with_transform), which would not be called. Use "
+                "dataset.map, or AugmentedDataset of hf_maskformer.data.augmented."
+            )
         self._reader = _RowReader(dataset, image_column, label_column, labels, instance_maps)
         # Reading a row decodes all of its columns, so the unused ones go; a format would decode to something else.
         self._dataset = self._reader.encoded(dataset.select_columns(self._reader.columns).with_format(None))
@@ -109,7 +114,7 @@ class StreamedColumns(IterableDataset[Sample]):
         instance_maps: bool = False,
     ) -> None:
         # The columns of some sources are known only once they are read.
-        dataset = dataset if dataset.features is not None else dataset._resolve_features()
+        dataset = dataset if dataset.features is not None else _with_features(dataset)
         self._reader = _RowReader(dataset, image_column, label_column, labels, instance_maps)
         self._dataset = self._reader.encoded(dataset.select_columns(self._reader.columns))
         self.labels = labels
@@ -352,6 +357,17 @@ def _warn_of_missing_files(paths: Sequence[Path]) -> None:
     for (split, suffix, total), count in found.items():
         if count < total:
             logger.warning(f"Only {count} of the {total} files {split}-*{suffix} are there; the rest is not read.")
+
+
+def _with_features(dataset: "datasets.IterableDataset") -> "datasets.IterableDataset":
+    """A stream that knows its columns, from its first row."""
+    try:
+        return dataset._resolve_features()
+    except Exception as error:  # of Arrow, of the user's functions, of what reads the source
+        raise ValueError(
+            f"The columns of the stream cannot be told from its rows ({error}). Where a map or a generator makes "
+            "images, name the columns there: features=datasets.Features({'image': datasets.Image(), ...})."
+        ) from error
 
 
 def _as_rows(cell: Any) -> list[dict[str, Any]]:

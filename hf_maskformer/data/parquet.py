@@ -34,8 +34,8 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
 
     Raises:
         ValueError: there is no sample or one cannot be read, a map holds values that a PNG cannot, samples are of both
-            forms, `datasets` would not take the split's name, or the folder has other classes or other files of the
-            split.
+            forms, `datasets` would not take the split's name, or the folder has other classes, other files of the
+            split, or what does not belong to a data set of Parquet files.
     """
     labels = labels_of(dataset)
     if len(dataset) == 0:
@@ -43,6 +43,7 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
     if not re.fullmatch(r"\w+(\.\w+)*", split) or split == "all":
         raise ValueError(f"`datasets` reads no split called {split!r}: name it by letters, digits and _, and not all.")
     folder = Path(folder)
+    _check_is_for_parquet(folder)
     classes = folder / "classes.json"
     if classes.is_file() and LabelSet.from_json(classes) != labels:
         raise ValueError(f"{classes} holds other classes. Write this data set to another folder.")
@@ -58,7 +59,8 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
-    labels.to_json(classes)
+    if not classes.is_file():
+        labels.to_json(classes)
     return paths
 
 
@@ -161,6 +163,16 @@ def _check_columns(rows: list[dict[str, Any]], features: "datasets.Features") ->
     for row in rows:
         if row.keys() != features.keys():
             raise ValueError(f"{row['name']} has {', '.join(row)}, but other samples {', '.join(features)}.")
+
+
+def _check_is_for_parquet(folder: Path) -> None:
+    # Above all the data set itself, whose layout would no longer be recognised.
+    known = ("data", "classes.json", "README.md")
+    others = sorted(path.name for path in folder.glob("*") if path.name not in known and path.name[0] != ".")
+    if others:
+        raise ValueError(
+            f"{folder} holds {others[0]}, which does not belong to a data set of Parquet files. Write to a new folder."
+        )
 
 
 def _check_other_files(paths: list[Path], split: str) -> None:

@@ -1,5 +1,6 @@
 """`TrainingArguments` with the paper's recipe as defaults."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,15 @@ class MaskFormerTrainingArguments(TrainingArguments):
             raise ValueError(
                 "enable_jit_checkpoint must be False: MaskFormerTrainer saves a checkpoint on SIGTERM by itself."
             )
+        if self.label_smoothing_factor or self.neftune_noise_alpha:
+            raise ValueError("label_smoothing_factor and neftune_noise_alpha do not apply here. Leave them out.")
+        if not 0 <= self.backbone_learning_rate_factor < math.inf:
+            raise ValueError(
+                f"backbone_learning_rate_factor is {self.backbone_learning_rate_factor}, but must be at least 0: the "
+                "backbone's share of learning_rate."
+            )
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; give at least 1.")
         if self.paper_schedule is not None:
             check_schedule(self.paper_schedule, self.warmup_factor, self.lr_milestones)
         # Trainer takes the loss by default, which evaluation does not compute. The task is known to the trainer only.
@@ -82,8 +92,9 @@ class MaskFormerTrainingArguments(TrainingArguments):
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             accelerator_config.dispatch_batches = False
-        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+        if self.lr_scheduler_type == "polynomial":
+            given: Any = self.lr_scheduler_kwargs or {}  # a string no longer
+            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0} | given
         # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import has_length
 
 from ..data.labels import labels_of, shorten
 from ..evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, Task
@@ -79,8 +80,21 @@ def _spelt_alike(name: str) -> str:
     return "".join(filter(str.isalnum, name.casefold()))
 
 
-def check_checkpoint(checkpoint: str, model: Any) -> None:
-    """Raises a ValueError if a checkpoint is of a model with other classes."""
+def check_length(dataset: Any, args: MaskFormerTrainingArguments) -> None:
+    """Raises a ValueError for a data set that holds less than a batch, if such a rest is left out."""
+    if dataset is None or not has_length(dataset):
+        return
+    batch_size = args.train_batch_size * args.world_size
+    if len(dataset) < (batch_size if args.dataloader_drop_last else 1):
+        raise ValueError(
+            f"train_dataset has {len(dataset)} samples, but a batch {batch_size}, and dataloader_drop_last is "
+            f"{args.dataloader_drop_last}: there is nothing to train on. Lower per_device_train_batch_size."
+        )
+
+
+def check_checkpoint(checkpoint: str, model: Any, args: MaskFormerTrainingArguments) -> None:
+    """Raises a ValueError if a checkpoint is of a model with other classes, or of another optimiser."""
+    _check_optimizer(checkpoint, args)
     path = Path(checkpoint, "config.json")
     if not path.is_file():  # of adapters, whose weights say by themselves what they fit
         return
@@ -94,6 +108,23 @@ def check_checkpoint(checkpoint: str, model: Any) -> None:
             f"{checkpoint} was left by another run: its model has the {len(names)} classes {shorten(names)}, this one "
             f"the {len(own)} classes {shorten(own)}. Name another output_dir, or remove its checkpoints."
         )
+
+
+def _check_optimizer(checkpoint: str, args: MaskFormerTrainingArguments) -> None:
+    try:
+        trained = json.loads(Path(checkpoint, "training_args.json").read_text(encoding="utf-8")).get("optim")
+    except (OSError, ValueError):  # of transformers' Trainer, which writes none
+        return
+    # Those of AdamW have the same states.
+    if trained is not None and _kind(trained) != _kind(str(args.to_dict()["optim"])):
+        raise ValueError(
+            f"{checkpoint} was trained by optim={trained}, whose states {args.to_dict()['optim']} cannot go on with. "
+            f"Give optim={trained}, or begin a new run with the weights of this checkpoint."
+        )
+
+
+def _kind(optimizer: str) -> str:
+    return "adamw" if optimizer in ("adamw_torch", "adamw_torch_fused") else optimizer
 
 
 def check_metric_for_best_model(metric: str | None, task: Task, eval_dataset: Any) -> None:

@@ -35,6 +35,7 @@ from .checks import (
     check_checkpoint,
     check_classes,
     check_eval_classes,
+    check_length,
     check_metric_for_best_model,
     check_parts,
     check_weights,
@@ -148,7 +149,13 @@ class MaskFormerTrainer(Trainer):
         if self.args.lr_scheduler_type == "polynomial":
             # transformers divides by the steps after the warm-up, of which a short training has none.
             num_training_steps = max(num_training_steps, self.args.get_warmup_steps(num_training_steps) + 1)
-        return super().create_scheduler(num_training_steps, optimizer)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:  # how Python answers arguments that a function does not have, or lacks
+            raise ValueError(
+                f"lr_scheduler_kwargs {self.args.lr_scheduler_kwargs} are not those of lr_scheduler_type "
+                f"{self.args.lr_scheduler_type} ({error})."
+            ) from error
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, as `Trainer` does.
@@ -163,15 +170,16 @@ class MaskFormerTrainer(Trainer):
 
         Raises:
             OSError: `output_dir` cannot be written.
-            ValueError: the checkpoint is not whole, or of a model with other classes; or a stream is too short for
-                one step.
+            ValueError: the checkpoint is not whole, or of a model with other classes or another optimiser; or there
+                are too few images for one step.
             ChildProcessError: a process that reads data died.
         """
+        check_length(self.train_dataset, self.args)
         if self.args.should_save:
             check_writable(Path(self.args.output_dir or "."))
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
-            check_checkpoint(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
+            check_checkpoint(resume_from_checkpoint, self.accelerator.unwrap_model(self.model), self.args)
         with dead_workers_named(self.args.dataloader_num_workers), self._interruption:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._interruption.is_ending:
@@ -316,6 +324,7 @@ class MaskFormerTrainer(Trainer):
 
         Args:
             eval_dataset: samples with their `labels`, or a dictionary of such data sets; default that of the trainer.
+                Of those in its dictionary, one is asked for by its name.
             ignore_keys: without meaning here, since no outputs are gathered.
             metric_key_prefix: begins the names of the figures; for a dictionary followed by the data set's name.
 
@@ -325,6 +334,12 @@ class MaskFormerTrainer(Trainer):
             for is left out.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            name = eval_dataset
+            known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if name not in known:
+                raise ValueError(f"There is no eval_dataset {name!r}; known are {', '.join(known) or 'none by name'}.")
+            eval_dataset = known[name]
         if isinstance(eval_dataset, dict):
             parts = [
                 self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
