@@ -46,7 +46,7 @@ from .image_processing_maskformer_targets import (
     resized_segments,
 )
 from .post_processing_maskformer import panoptic_segmentation, semantic_scores, semantic_segmentation
-from .post_processing_maskformer_inputs import Size, split_batch
+from .post_processing_maskformer_inputs import Size, logits_and_sizes, split_batch
 from .post_processing_maskformer_instance import Form, instance_segmentation
 from .post_processing_maskformer_tiles import Mode
 from .post_processing_per_pixel_baseline import per_pixel_scores, per_pixel_segmentation
@@ -295,12 +295,14 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         if hasattr(outputs, "logits"):
             if mode != "paper":
                 raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')
+            self._warn_of_padding(outputs.image_sizes, outputs.padded_sizes, target_sizes)
             logits = outputs.logits, outputs.image_sizes, outputs.padded_sizes, target_sizes
             if not return_segmentation_scores:
                 return per_pixel_segmentation(*logits)
             all_scores = per_pixel_scores(*logits)
         else:
-            batch = _logits_and_sizes(outputs)
+            batch = logits_and_sizes(outputs)
+            self._warn_of_padding(*batch[2:], target_sizes)
             if not return_segmentation_scores:
                 return semantic_segmentation(*batch, target_sizes, mode)
             images = split_batch(*batch, target_sizes)
@@ -340,7 +342,9 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             raise ValueError("return_coco_annotation and return_binary_maps exclude each other; set one of them.")
         form: Form = "rle" if return_coco_annotation else "masks" if return_binary_maps else "id_map"
         thresholds = threshold, mask_threshold, overlap_mask_area_threshold
-        return instance_segmentation(*_logits_and_sizes(outputs), *thresholds, target_sizes, form, top_k, min_area)
+        batch = logits_and_sizes(outputs)
+        self._warn_of_padding(*batch[2:], target_sizes)
+        return instance_segmentation(*batch, *thresholds, target_sizes, form, top_k, min_area)
 
     def post_process_panoptic_segmentation(
         self,
@@ -373,10 +377,29 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             "overlap_mask_area_threshold": overlap_mask_area_threshold,
         }
         thresholds = defaults | {name: value for name, value in given.items() if value is not None}
-        batch = _logits_and_sizes(outputs)
+        batch = logits_and_sizes(outputs)
+        self._warn_of_padding(*batch[2:], target_sizes)
         return panoptic_segmentation(
             *batch, **thresholds, label_ids_to_fuse=label_ids_to_fuse, target_sizes=target_sizes
         )
+
+    def _warn_of_padding(self, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None) -> None:
+        """Warns if the model took padding for image: targets of the photographs' sizes tell how much there is."""
+        if target_sizes is None or not torch.equal(image_sizes, padded_sizes):
+            return
+        settings = self._settings_with({})
+        try:
+            targets = [(int(height), int(width)) for height, width in target_sizes]
+            sizes = [settings.resized_size(target) for target in targets]
+            padded_size = settings.padded_size(sizes)
+        except (TypeError, ValueError, ArithmeticError):
+            return  # they are no sizes, which is told later, or not those of photographs
+        is_padded = any(padded_size not in (target, size) for target, size in zip(targets, sizes, strict=True))
+        if is_padded and padded_size == tuple(padded_sizes[0].tolist()):
+            logger.warning_once(
+                "The model was called without pixel_mask, so it took padding for image, and results are shifted. Give "
+                "it all that the image processor makes: model(**inputs)."
+            )
 
     def _settings_with(self, overrides: Mapping[str, Any]) -> ImageProcessorSettings:
         own = {name: getattr(self, name) for name in SETTINGS}
@@ -397,23 +420,3 @@ def _batch_feature(data: dict[str, Any], return_tensors: Any) -> BatchFeature:
 def _warn_of_double_rescaling(images: Sequence[Tensor], settings: ImageProcessorSettings) -> None:
     if settings.do_rescale and any(image.is_floating_point() and image.max() <= 1 for image in images):
         logger.warning_once("Images lie between 0 and 1 already and are rescaled again; set do_rescale=False.")
-
-
-def _logits_and_sizes(outputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not isinstance(outputs, ModelOutput) and not hasattr(outputs, "class_queries_logits"):
-        raise ValueError(
-            f"outputs is a {type(outputs).__name__}; give what the model returned, with its class_queries_logits and "
-            "masks_queries_logits (not with return_dict=False)."
-        )
-    if not hasattr(outputs, "class_queries_logits"):
-        raise ValueError(
-            f"{type(outputs).__name__} holds no queries, so there are no segments in it. A per-pixel baseline does "
-            'semantic segmentation only; in a pipeline, set subtask="semantic".'
-        )
-    class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
-    image_sizes = getattr(outputs, "image_sizes", None)
-    if image_sizes is None:
-        height, width = mask_logits.shape[-2:]
-        input_sizes = torch.tensor([[4 * height, 4 * width]] * len(mask_logits), device="cpu")
-        return class_logits, mask_logits, input_sizes, input_sizes
-    return class_logits, mask_logits, image_sizes, outputs.padded_sizes

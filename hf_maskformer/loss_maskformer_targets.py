@@ -146,7 +146,10 @@ def _prepared_masks(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     elif masks.is_floating_point():
         prepared = masks == 1
         if masks.numel() > 0:
-            is_other = (masks != 0).logical_xor_(prepared).logical_and_(masks != FLOAT_PADDING)
+            is_padding = masks == FLOAT_PADDING
+            # Padding is that of all masks of an image, and never at its top left.
+            is_padding &= is_padding.all(0) & ~is_padding[:, :1, :1]
+            is_other = (masks != 0).logical_xor_(prepared).logical_and_(~is_padding)
             value = masks.flatten().take(is_other.view(torch.uint8).argmax()).float()
     else:
         prepared = masks != 0
@@ -232,10 +235,10 @@ def checked_labels(
                 f"Image {image} has the class labels {sorted(set(image_labels))}, but the model has {num_labels} "
                 f"classes (0 to {num_labels - 1}). Check id2label of the configuration against the data."
             )
-        if value not in (0, 1, FLOAT_PADDING):
+        if value not in (0, 1):
             raise ValueError(
                 f"mask_labels of image {image} contain {value:g}, but masks of floating type are 1 inside, 0 outside "
-                f"and {FLOAT_PADDING} in padding. Make them bool, for example by a threshold."
+                f"and {FLOAT_PADDING} where there is padding in all masks. Make them bool, for example by a threshold."
             )
     return labels_of_images
 

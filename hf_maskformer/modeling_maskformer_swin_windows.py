@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modeling_maskformer_winograd import is_traced, is_transformed
+from .modeling_maskformer_winograd import is_exported, is_traced, is_transformed
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 SEPARATION = -100.0
@@ -67,14 +67,14 @@ class WindowGrid:
     def to_windows(self, states: Tensor) -> Tensor:
         """(B, h, w, C) to (B W, N, C)."""
         states = pad_to_multiple(states, self.window_size, dims=(1, 2))
-        windows = Rearrange.apply(states.flatten(1, 2), self.order, self.inverse)
+        windows = rearrange(states.flatten(1, 2), self.order, self.inverse)
         return windows.view(states.shape[0] * self.num_windows, self.num_positions, states.shape[-1])
 
     def to_map(self, windows: Tensor) -> Tensor:
         """(B W, N, C) to (B, h, w, C)."""
         num_images = windows.shape[0] // self.num_windows
         positions = windows.reshape(num_images, self.num_windows * self.num_positions, windows.shape[-1])
-        states = Rearrange.apply(positions, self.inverse, self.order).unflatten(1, self.padded_size)
+        states = rearrange(positions, self.inverse, self.order).unflatten(1, self.padded_size)
         states = states[:, : self.height, : self.width]
         # Strides show whether something is cut off, so that a graph would be for such sizes only, or for others.
         return states.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else states
@@ -97,6 +97,11 @@ def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch
     if not is_kept or device.type != "cpu" or math.prod(size) * window_size**2 > MAX_KEPT_PAIRS:
         return WindowGrid(size, window_size, shift, device, in_graph)
     return _kept_grid(tuple(size), window_size, shift, device)
+
+
+def rearrange(states: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`Rearrange`, but in exported graphs the operator inside, which others can read."""
+    return states.index_select(1, order) if is_exported() else Rearrange.apply(states, order, inverse)
 
 
 class Rearrange(torch.autograd.Function):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 Size = tuple[int, int]
 MAX_EDGE = 2**16
@@ -25,6 +26,31 @@ class ImageLogits(NamedTuple):
     class_logits: Tensor  # (Q, K + 1)
     mask_logits: Tensor  # (Q, h, w)
     sizes: ImageSizes
+
+
+def logits_and_sizes(outputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `split_batch` takes, of the outputs of a model; of transformers' model, whose input is 4 times the logits.
+
+    Raises:
+        ValueError: there are no queries in the outputs, or they are none.
+    """
+    if not isinstance(outputs, ModelOutput) and not hasattr(outputs, "class_queries_logits"):
+        raise ValueError(
+            f"outputs is a {type(outputs).__name__}; give what the model returned, with its class_queries_logits and "
+            "masks_queries_logits (not with return_dict=False)."
+        )
+    if not hasattr(outputs, "class_queries_logits"):
+        raise ValueError(
+            f"{type(outputs).__name__} holds no queries, so there are no segments in it. A per-pixel baseline does "
+            'semantic segmentation only; in a pipeline, set subtask="semantic".'
+        )
+    class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
+    image_sizes = getattr(outputs, "image_sizes", None)
+    if image_sizes is None:
+        height, width = mask_logits.shape[-2:]
+        input_sizes = torch.tensor([[4 * height, 4 * width]] * len(mask_logits), device="cpu")
+        return class_logits, mask_logits, input_sizes, input_sizes
+    return class_logits, mask_logits, image_sizes, outputs.padded_sizes
 
 
 def split_batch(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHITECTURES, resnet_config, tiny_model
+from models import ARCHITECTURES, resnet_config, swin_config, tiny_model
 from PIL import Image
 from transformers import Dinov2Config
 
@@ -267,6 +267,16 @@ def test_thresholds_that_mean_nothing_are_refused(image_processor, tmp_path, tas
     with pytest.raises(ValueError, match=message):
         export_model(tiny_model(), image_processor, tmp_path / "exported", "torch_export", task, (64, 64), **thresholds)
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("backbone", [resnet_config, swin_config])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_model_is_traced_by_the_older_torchscript_too(backbone, tmp_path):
+    logits, pixel_values = Logits(tiny_model(backbone()).eval()), torch.randn(1, 3, 64, 96)
+    torch.jit.trace(logits, pixel_values).save(tmp_path / "model.pt")
+    found = torch.jit.load(tmp_path / "model.pt")(pixel_values)
+    torch.testing.assert_close(found, logits(pixel_values), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_of_half_precision_is_refused(image_processor, tmp_path):

@@ -208,14 +208,14 @@ def test_resized_sizes(size, image_size, resized_size):
     assert ImageProcessorSettings(size=size).resized_size(image_size) == resized_size
 
 
-@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+@pytest.mark.parametrize(("resample", "levels"), [(Image.Resampling.BILINEAR, 1), (Image.Resampling.BICUBIC, 2)])
 @pytest.mark.parametrize("size", [(512, 683), (240, 320), (37, 51), (800, 1067)])
-def test_resizing_is_within_one_level_of_pil(size, resample):
+def test_resizing_is_within_a_level_or_two_of_pil(size, resample, levels):
     image = random_image(480, 640)
     ours = resize_image(torch.from_numpy(np.array(image)).permute(2, 0, 1), size, resample)
     pil = np.array(image.resize(size[::-1], resample))
     assert ours.dtype == torch.uint8
-    assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - pil).max() <= 1
+    assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - pil).max() <= levels
 
 
 @pytest.mark.parametrize("size", [(512, 683), (15, 27), (106, 106), (800, 1067), (1, 1)])
@@ -541,6 +541,31 @@ def test_semantic_maps_come_from_the_sizes_in_the_outputs():
     assert all(map(torch.equal, maps, expected))
     maps = MaskFormerImageProcessor().post_process_semantic_segmentation(outputs)
     assert [tuple(label_map.shape) for label_map in maps] == [(20, 30), (32, 24)]
+
+
+POST_PROCESSING = [f"post_process_{task}_segmentation" for task in ("semantic", "instance", "panoptic")]
+
+
+@pytest.mark.parametrize("name", POST_PROCESSING)
+@pytest.mark.parametrize(
+    ("settings", "photographs"),
+    [({"do_resize": False}, [(20, 30), (20, 24)]), ({"size": {"shortest_edge": 20}}, [(200, 300), (400, 480)])],
+)
+def test_a_model_that_was_not_told_of_its_padding_is_warned_of(name, settings, photographs, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_maskformer.image_processing_maskformer.logger.warning_once", warnings.append)
+    processor, outputs = MaskFormerImageProcessor(**settings), model_outputs()
+    padded = SimpleNamespace(**vars(outputs) | {"image_sizes": outputs.padded_sizes})
+    post_process = getattr(processor, name)
+    post_process(outputs, target_sizes=photographs)
+    for targets in (None, [(32, 32)] * 2, torch.tensor([[70, 150]] * 2)):  # none, or not those of the photographs
+        post_process(padded, target_sizes=targets)
+    with pytest.raises(ValueError, match="target_sizes is"):
+        post_process(padded, target_sizes=[(None, 3)] * 2)
+    assert not warnings
+    post_process(padded, target_sizes=photographs)
+    assert len(warnings) == 1
+    assert "called without pixel_mask" in warnings[0]
 
 
 def test_outputs_without_sizes_are_taken_to_fill_four_times_the_mask_logits():

@@ -281,8 +281,18 @@ def test_an_image_that_is_all_void_has_a_finite_loss_if_void_is_ignored(form, po
 def test_a_wrong_value_is_seen_behind_padding():
     batch = as_mask_list(tiny_batch(size=(16, 24)))
     batch["mask_labels"] = [masks.float() for masks in batch["mask_labels"]]
-    batch["mask_labels"][0][0, 0, 0], batch["mask_labels"][0][1, 15, 3] = 255, 0.5
+    batch["mask_labels"][0][:, 8:, 20:] = 255
+    batch["mask_labels"][0][1, 15, 3] = 0.5
     with pytest.raises(ValueError, match=r"mask_labels of image 0 contain 0\.5"):
+        MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch))
+
+
+@pytest.mark.parametrize("num_masks", [1, 2])
+def test_float_masks_that_are_255_inside_are_refused(num_masks):
+    batch = as_mask_list(tiny_batch(size=(16, 24)))
+    batch["mask_labels"] = [255 * masks.float()[:num_masks] for masks in batch["mask_labels"]]
+    batch["class_labels"] = [labels[:num_masks] for labels in batch["class_labels"]]
+    with pytest.raises(ValueError, match="contain 255, but masks of floating type are 1 inside"):
         MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch))
 
 
