@@ -15,7 +15,7 @@ from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid, build_for
 from .modeling_maskformer_pixel_decoder import PixelDecoder, PixelDecoderOutput
 from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
-from .modeling_maskformer_winograd import is_transformed
+from .modeling_maskformer_winograd import is_traced, is_transformed
 
 STRIDES = (4, 8, 16, 32)  # of the backbone's feature maps
 OWN_BACKBONES: dict[str, type[nn.Module]] = {
@@ -139,6 +139,8 @@ def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Seq
 
 def check_images(pixel_values: Tensor, num_channels: int | None) -> None:
     """Raises a ValueError for what is no batch of images with so many channels, of which oneDNN would not say more."""
+    if is_traced():  # where sizes are symbols
+        return
     shape = tuple(pixel_values.shape)
     if len(shape) != 4 or 0 in shape or num_channels not in (None, shape[1]):
         raise ValueError(
