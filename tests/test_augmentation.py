@@ -360,3 +360,72 @@ def test_masks_that_do_not_say_whether_they_are_crowds_are_none(augment):
     augmented = augment(sample)
     assert augmented["labels"].tolist() == [4]
     assert augmented["iscrowd"].tolist() == [False]
+
+
+@pytest.mark.parametrize("short_edge", [20, 80])
+def test_images_are_scaled_bilinearly(short_edge):
+    sample = RandomScaleCropFlip([short_edge], 1000, flip_probability=0)(coordinates())
+    size = (short_edge * 3 // 2, short_edge)
+    expected = coordinates()["image"].resize(size, Image.Resampling.BILINEAR)
+    assert np.array_equal(sample["image"], expected)
+
+
+def test_colours_come_from_the_generator_too():
+    augment = RandomScaleCropFlip([40], 60, change_colors=True)
+    images = []
+    for seed in range(5):
+        torch.manual_seed(seed)  # the global one does not matter
+        images.append(augment(blocks(), torch.Generator().manual_seed(3))["image"].tobytes())
+    assert len(set(images)) == 1
+
+
+def test_contrast_may_come_last():
+    # Cutting off the red of an orange turns its hue beyond the 36 degrees to which that of red turns, which are 26.
+    red = Image.new("RGB", (1, 1), (255, 0, 0))
+    hues = [color_jitter(red, torch.Generator().manual_seed(n)).convert("HSV").getpixel((0, 0))[0] for n in range(400)]
+    assert max((hue + 128) % 256 - 128 for hue in hues) > 28
+
+
+def test_the_panoptic_augmentation_draws_every_short_edge_and_both_directions():
+    torch.manual_seed(0)
+    augment = RandomFlipCropScale([20, 40], 100, crop_probability=0)
+    samples = [augment(blocks()) for _ in range(30)]
+    assert {sample["image"].size for sample in samples} == {(30, 20), (60, 40)}
+    assert {sample["segmentation_map"][0, 0].item() for sample in samples} == {0, 5}
+    augment = RandomFlipCropScale([20], 100, early_short_edges=(20, 40), crop_range=(20, 20), crop_probability=1)
+    # A crop of the small image shows all four rows of blocks, one of the large image two or three.
+    rows = {len(np.unique(augment(blocks())["segmentation_map"][:, 0])) for _ in range(30)}
+    assert max(rows) == 4
+    assert min(rows) < 4
+
+
+def test_no_side_is_too_long_before_the_panoptic_crop():
+    augment = RandomFlipCropScale([40], 60, early_short_edges=[40], crop_range=(40, 40), crop_probability=1)
+    assert augment(blocks(40, 100))["image"].size == (40, 40)
+
+
+def test_the_share_of_a_class_is_one_of_the_labelled_pixels():
+    # The upper half is labelled: four places of a crop show 0 to 3 columns of class 1, of which 3 are enough.
+    labels = np.full((20, 23), 255, dtype=np.uint8)
+    labels[:10] = np.arange(23) >= 20
+    sample = {"image": Image.new("RGB", (23, 20)), "segmentation_map": labels, "name": "half"}
+    augment = RandomScaleCropFlip([20], 23, (20, 20), single_category_max_area=0.9)
+    samples = [augment(sample, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    columns = [(cropped["segmentation_map"] == 1).any(axis=0).sum() for cropped in samples]
+    assert np.mean(np.array(columns) == 3) > 0.8
+
+
+def test_an_image_without_a_labelled_pixel_is_cropped_all_the_same():
+    sample = {"image": Image.new("RGB", (8, 8)), "segmentation_map": np.full((8, 8), 255), "name": "void"}
+    assert RandomScaleCropFlip([8], 8, (4, 4), single_category_max_area=0.75)(sample)["image"].size == (4, 4)
+
+
+def test_neither_an_ignored_id_nor_an_ignored_label_counts_as_a_class():
+    table = {255: 0, 256: 255, 257: 3}
+    sample = {"segmentation_map": np.array([[255, 256, 257]]), "instance_id_to_semantic_id": table}
+    assert class_areas(sample, (255,)).tolist() == [1]
+
+
+def test_a_share_above_one_is_refused():
+    with pytest.raises(ValueError, match=r"single_category_max_area is 1\.5"):
+        RandomScaleCropFlip([4], 10, single_category_max_area=1.5)

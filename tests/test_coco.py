@@ -486,3 +486,53 @@ def test_a_file_without_annotations_says_so(tmp_path):
     with pytest.raises(ValueError, match="1 of 1 images have not one panoptic annotation; image 7 has 0"):
         open_panoptic(json_path)
     assert CocoFile(json_path, tmp_path / "images/train").annotations(0) == []
+
+
+def test_zero_is_a_segment_where_it_is_listed(tmp_path):
+    segments = [{"id": 0, "category_id": 1}, {"id": 4, "category_id": 90}]
+    sample = open_panoptic(write_panoptic(tmp_path, {"a": ([[0, 4]], segments)}))[0]
+    assert sample["segmentation_map"].tolist() == [[256, 257]]
+    assert sample["instance_id_to_semantic_id"] == {256: 0, 257: 1}
+
+
+def test_an_area_may_be_zero(tmp_path):
+    annotation = {"category_id": 1, "segmentation": SQUARE, "area": 0}
+    assert open_instances(write_instances(tmp_path, {"a": ((3, 4), [annotation])}))[0]["area"].tolist() == [0.0]
+
+
+def test_annotations_of_an_image_keep_the_order_of_the_file(tmp_path):
+    objects = [{"category_id": 1, "segmentation": SQUARE, "area": number} for number in range(50)]
+    json_path = write_instances(tmp_path, {"a": ((3, 4), objects), "b": ((3, 4), objects)})
+    edit(json_path, lambda content: content["annotations"].sort(key=lambda annotation: annotation["area"]))
+    assert [sample["area"].tolist() for sample in open_instances(json_path)] == [list(range(50))] * 2
+
+
+def test_given_classes_say_what_is_ignored(tmp_path):
+    json_path = write_panoptic(tmp_path, {"a": ([[0, 4]], [{"id": 4, "category_id": 1}])})
+    labels = LabelSet({0: "tree", 1: "person", 2: "toothbrush"}, ignore_index=99)
+    dataset = CocoPanoptic(json_path, tmp_path / "images/train", labels=labels)
+    assert dataset.labels.ignore_index == 99
+    assert dataset[0]["segmentation_map"].tolist() == [[99, 256]]
+
+
+def test_the_maps_may_lie_elsewhere(tmp_path):
+    json_path = write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
+    json_path.with_suffix("").rename(tmp_path / "maps")
+    dataset = CocoPanoptic(json_path, tmp_path / "images/train", tmp_path / "maps")
+    assert dataset[0]["segmentation_map"].tolist() == [[256]]
+
+
+@pytest.mark.parametrize(("count", "ignore_index"), [(255, 255), (256, 65535)])
+def test_the_ignored_value_is_none_of_the_categories(tmp_path, count, ignore_index):
+    categories = [{"id": number, "name": f"class {number}"} for number in range(count)]
+    json_path = write_instances(tmp_path, {"a": ((2, 2), [])}, categories)
+    assert open_instances(json_path).labels.ignore_index == ignore_index
+
+
+def test_objects_of_which_some_do_not_say_whether_they_are_crowds_are_found(tmp_path, monkeypatch):
+    entry = {"category_id": 1, "segmentation": SQUARE}
+    dataset = open_instances(write_instances(tmp_path, {"a": ((3, 4), [entry, entry])}))
+    sample = {**dataset[0], "iscrowd": np.array([True])}
+    monkeypatch.setattr(CocoInstances, "__getitem__", lambda self, index: sample)
+    with pytest.raises(ValueError, match="has 2 masks, 2 labels and 1 values of iscrowd"):
+        check_samples(dataset)

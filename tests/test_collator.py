@@ -180,3 +180,11 @@ def test_a_mask_whose_label_is_outside_the_classes_is_named():
     processor = MaskFormerImageProcessor(do_resize=False, num_labels=2)
     with pytest.raises(ValueError, match=r"street has the labels \[2\], but num_labels is 2"):
         MaskFormerDataCollator(processor)([make_masks("street", [[[1, 0]]], [2])])
+
+
+@pytest.mark.parametrize("sample", [make_sample("map"), make_masks("masks", [[[1, 0]]], [0])], ids=["map", "masks"])
+def test_samples_that_were_brought_to_size_keep_it(sample):
+    processor = MaskFormerImageProcessor(size={"height": 4, "width": 8}, size_divisor=0, ignore_index=255)
+    assert MaskFormerDataCollator(processor)([sample])["pixel_values"].shape[2:] == (4, 8)
+    batch = MaskFormerDataCollator(processor, do_resize=False)([sample])
+    assert batch["pixel_values"].shape[2:] == batch["mask_labels"][0].shape[-2:] == (1, 2)

@@ -431,3 +431,81 @@ def test_a_stream_that_breaks_off_says_after_how_many_rows():
 def test_a_stream_without_the_column_names_those_there_are():
     with pytest.raises(ValueError, match=r"no column 'mask'\. Its columns are: image, label, name"):
         StreamedColumns(make_stream(), label_column="mask", labels=LabelSet(ID2LABEL))
+
+
+def test_a_photograph_without_objects_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    content = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(content, "JPEG", exif=exif)
+    integer, text = datasets.Value("int64"), datasets.Value("string")
+    objects = [{"label": integer, "size": [integer], "counts": text}]
+    row = {"image": {"bytes": content.getvalue(), "path": None}, "objects": []}
+    dataset = datasets.Dataset.from_list([row], features=datasets.Features(image=datasets.Image(), objects=objects))
+    sample = SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
+    assert (sample["image"].size, sample["masks"].shape) == ((2, 3), (0, 3, 2))
+
+
+def test_a_mode_of_a_column_is_kept():
+    dataset = make_dataset(labels=np.stack([LABELS] * 3, axis=-1)).cast_column("label", datasets.Image(mode="L"))
+    assert SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]["segmentation_map"].tolist() == LABELS.tolist()
+
+
+def test_maps_of_class_and_instance_need_no_list_of_segments():
+    dataset = make_instance_maps(class_and_instance(np.array([[0, 1]]), np.array([[0, 1]])))
+    dataset = dataset.add_column("segments_info", [[{"id": 7, "category_id": 1}]])
+    sample = SegmentationColumns(dataset, labels=LabelSet(ID2LABEL), instance_maps=True)[0]
+    assert sample["instance_id_to_semantic_id"] == {256: 0, 257: 1}
+
+
+def test_a_list_of_segments_may_be_stored_column_by_column():
+    integer = datasets.Value("int64")
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.Image(),
+        segments_info={"id": datasets.List(integer), "category_id": datasets.List(integer)},
+    )
+    segments_info = {"id": [70000, 4], "category_id": [1, 0]}
+    row = {"image": Image.new("RGB", (3, 1)), "label": encode_ids([[4, 70000, 0]]), "segments_info": segments_info}
+    sample = SegmentationColumns(datasets.Dataset.from_list([row], features=features), labels=LabelSet(ID2LABEL))[0]
+    assert sample["segmentation_map"].tolist() == [[257, 256, 255]]
+    assert sample["instance_id_to_semantic_id"] == {256: 1, 257: 0}
+
+
+def test_a_format_does_not_matter_to_lists_of_segments():
+    integer = datasets.Value("int64")
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.Image(), segments_info=[{"id": integer, "category_id": integer}]
+    )
+    row = {
+        "image": Image.new("RGB", (2, 1)),
+        "label": encode_ids([[4, 0]]),
+        "segments_info": [{"id": 4, "category_id": 1}],
+    }
+    dataset = datasets.Dataset.from_list([row], features=features).with_format("torch")
+    sample = SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
+    assert sample["segmentation_map"].tolist() == [[256, 255]]
+
+
+def test_a_stream_is_shuffled_within_its_buffer():
+    stream = StreamedColumns(make_stream(20, num_shards=1), labels=LabelSet(ID2LABEL))
+    assert [sample["name"] for sample in stream.shuffle(buffer_size=1)] == [sample["name"] for sample in stream]
+
+
+def test_files_of_a_private_stream_are_read_by_its_token(tmp_path, monkeypatch):
+    import datasets.utils.file_utils as file_utils
+
+    tokens = []
+
+    def observe(path, mode, download_config):
+        tokens.append(download_config.token)
+        return open(path, mode)
+
+    monkeypatch.setattr(file_utils, "xopen", observe)
+    Image.fromarray(LABELS).save(tmp_path / "label.png")
+    cells = {name: [str(tmp_path / "label.png")] for name in ("image", "label")}
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image())
+    stream = datasets.Dataset.from_dict(cells, features=features).to_iterable_dataset()
+    stream._token_per_repo_id = {"me/data": "hf_secret"}
+    list(StreamedColumns(stream, labels=LabelSet(ID2LABEL)))
+    assert tokens == ["hf_secret"] * 2

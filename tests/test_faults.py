@@ -21,6 +21,7 @@ from hf_maskformer import MaskFormerForInstanceSegmentation
 from hf_maskformer.data.folder import SegmentationFolder
 from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.evaluation.evaluation import evaluate
+from hf_maskformer.training.checkpoints import is_whole, removed_if_cut_off
 from hf_maskformer.training.starting_point import image_processor_for
 
 
@@ -233,3 +234,24 @@ def test_a_label_that_nobody_looked_for_is_named_in_evaluation(tmp_path):
     trainer = our_trainer(tmp_path / "run", dataset, per_device_eval_batch_size=1)
     with pytest.raises(ValueError, match=r"^Of the sample scene_00001: A reference contains label 77"):
         trainer.evaluate(dataset)
+
+
+def test_what_fails_after_the_writing_of_a_checkpoint_leaves_it(tmp_path):
+    our_trainer(tmp_path, max_steps=1, save_steps=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    with pytest.raises(OSError, match="the upload failed"), removed_if_cut_off(checkpoint, str(tmp_path)):
+        raise OSError("the upload failed")
+    assert is_whole(checkpoint)
+
+
+def test_a_checkpoint_that_is_written_anew_is_not_whole_before_its_end(tmp_path, monkeypatch):
+    our_trainer(tmp_path, max_steps=1, save_steps=1).train()
+    trainer = our_trainer(tmp_path, max_steps=1, save_steps=1)
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not is_whole(tmp_path / "checkpoint-1")

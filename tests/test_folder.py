@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from hf_maskformer.data import check
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.folder import SegmentationFolder
+from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
 
 CLASSES = {"id2label": {"0": "sky", "1": "road"}}
@@ -400,3 +402,32 @@ def test_with_reduced_labels_the_instance_id_zero_needs_no_label():
     check_samples(InstanceSamples({5: 2}, do_reduce_labels=True))
     with pytest.raises(ValueError, match="scene contains label 3"):
         check_samples(InstanceSamples({5: 3}, do_reduce_labels=True))
+
+
+root = root
+
+
+def test_a_square_image_with_an_orientation_is_turned_upright(root):
+    write_turned_image(root, "a", size=(2, 2))
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(root / "annotations/train/a.png")
+    assert SegmentationFolder(root, "train")[0]["image"].getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_categories_of_reduced_labels_reach_the_number_of_classes():
+    labels = LabelSet({0: "sky", 1: "road"}, do_reduce_labels=True)
+    assert [labels.label_of(category_id, "file") for category_id in (1, 2)] == [1, 2]
+
+
+def test_the_check_reads_every_sample_of_a_long_data_set(monkeypatch):
+    monkeypatch.setattr(check, "BLOCK", 2)
+    assert check.inspect_samples(GeneratedScenes(5, image_size=(64, 64))).num_samples == 5
+
+
+def test_the_most_frequent_class_comes_first_in_the_table():
+    report = check.DataReport(pixels=np.array([1, 0, 3]), occurrences=np.array([1, 0, 2]))
+    table = check.report_as_table(report, LabelSet({0: "sky", 1: "road", 2: "sea"}))
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["2", "75.000%", "2", "sea"],
+        ["0", "25.000%", "1", "sky"],
+        ["1", "0.000%", "0", "road"],
+    ]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import scipy.io
@@ -142,15 +143,6 @@ def test_maps_of_ade20k_full_are_in_colour(tmp_path, mode):
     Image.open(path).convert(mode).save(path)
     with pytest.raises(ValueError, match=rf"ADE_train_1_seg\.png has mode {mode}, but"):
         layouts.Ade20kFull(tmp_path, "train")[0]
-
-
-def test_classes_of_ones_own_take_the_place_of_the_data_sets(tmp_path):
-    root = tmp_path / "ADEChallengeData2016"
-    write_image(root / "images/validation/a.jpg", (2, 3))
-    write_map(root / "annotations/validation/a.png")
-    classes = tmp_path / "mine.json"
-    LabelSet({0: "sky"}, do_reduce_labels=True).to_json(classes)
-    assert open_dataset(str(root), "val", classes=str(classes)).labels == LabelSet.from_json(classes)
 
 
 def test_a_folder_of_ones_own_may_call_its_splits_as_ade20k_does(tmp_path):
@@ -382,3 +374,71 @@ def test_real_ade20k_maps_hold_its_labels():
         images = {path.stem: path for path in (folder / "images" / split).iterdir()}
         maps = {path.stem: path for path in (folder / "annotations" / split).iterdir()}
         check_samples(layouts.SegmentationFiles(images, maps, labels, "classes"))
+
+
+def write_ade20k(root):
+    write_image(root / "images/training/a.jpg", (2, 3))
+    write_map(root / "annotations/training/a.png")
+
+
+def write_mapillary(root):
+    write_image(root / "training/images/a.jpg", (2, 3))
+    write_map(root / "training/labels/a.png")
+    (root / "config.json").write_text('{"labels": [{"readable": "Bird"}]}')
+
+
+@pytest.mark.parametrize(
+    ("format", "write"),
+    [
+        ("ade20k", write_ade20k),
+        ("ade20k-full", lambda root: write_ade20k_full(root, [[2978]])),
+        ("cityscapes", write_cityscapes),
+        ("coco-stuff-10k", lambda root: write_coco_stuff(root, [[1]])),
+        ("mapillary-vistas", write_mapillary),
+    ],
+)
+def test_classes_of_ones_own_take_the_place_of_any_data_sets(tmp_path, label_names, format, write):
+    write(tmp_path / "data")
+    own = LabelSet({0: "sky", 1: "ship"}, category_ids=(2978, 312) if format == "ade20k-full" else ())
+    classes = tmp_path / "mine.json"
+    own.to_json(classes)
+    assert open_dataset(str(tmp_path / "data"), "train", classes=str(classes), format=format).labels == own
+
+
+def test_classes_given_to_panoptic_cityscapes_order_its_categories(tmp_path):
+    write_panoptic_cityscapes(tmp_path)
+    classes = tmp_path / "mine.json"
+    LabelSet({label: entry["name"] for label, entry in enumerate(CATEGORIES)}).to_json(classes)
+    dataset = open_dataset(str(tmp_path), "train", classes=str(classes), format="cityscapes-panoptic")
+    assert dataset.labels.category_ids == (184, 1, 90)
+
+
+def test_classes_of_ones_own_take_the_place_of_a_folders(tmp_path):
+    write_image(tmp_path / "images/train/a.jpg", (2, 3))
+    write_map(tmp_path / "annotations/train/a.png")
+    LabelSet({0: "sky", 1: "road"}).to_json(tmp_path / "classes.json")
+    LabelSet({0: "road", 1: "sky"}).to_json(tmp_path / "mine.json")
+    dataset = open_dataset(str(tmp_path), "train", classes=str(tmp_path / "mine.json"))
+    assert dataset.labels.id2label == {0: "road", 1: "sky"}
+    assert dataset.label_source == str(tmp_path / "mine.json")
+
+
+def test_samples_of_a_list_come_in_the_order_of_their_names(tmp_path, label_names):
+    write_coco_stuff(tmp_path, [[1]])
+    names = [f"{number:02}" for number in range(20)]
+    for name in names:
+        (tmp_path / f"images/{name}.jpg").write_bytes((tmp_path / "images/a.jpg").read_bytes())
+        (tmp_path / f"annotations/{name}.mat").write_bytes((tmp_path / "annotations/a.mat").read_bytes())
+    (tmp_path / "imageLists/train.txt").write_text("\n".join(reversed(names)))
+    assert open_dataset(str(tmp_path), "train").names == names
+
+
+def test_columns_of_class_and_instance_are_read_by_the_name_of_their_format(tmp_path):
+    label = Image.fromarray(np.stack([LABELS, LABELS, LABELS], axis=-1))
+    row = {"image": Image.new("RGB", (3, 2)), "label": label}
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image())
+    split = datasets.Dataset.from_list([row], features=features)
+    datasets.DatasetDict(train=split).save_to_disk(tmp_path / "data")
+    LabelSet({0: "sky", 1: "road"}).to_json(tmp_path / "data/classes.json")
+    sample = open_dataset(str(tmp_path / "data"), "train", format="instance-columns")[0]
+    assert sample["instance_id_to_semantic_id"] == {256: 0, 257: 1}

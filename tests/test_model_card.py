@@ -26,6 +26,7 @@ from hf_maskformer.hub.model_card import (
     starting_point,
 )
 from hf_maskformer.hub.publishing import publish
+from hf_maskformer.training import trainer as trainer_module
 from hf_maskformer.training.presets import PRESETS
 from hf_maskformer.training.run_card import LOSS_CURVE, eval_results, figures_of_weights, write_loss
 from hf_maskformer.training.starting_point import load_backbone_weights
@@ -351,3 +352,19 @@ def test_a_training_is_published_at_its_end_alone_unless_told_otherwise(hub, tmp
     assert [commit.title for commit in commits[before:]] == ["End of training"]
     (commit,) = (commit for commit in commits if "model.safetensors" in commit.files)
     assert "training_args.bin" not in commit.files
+
+
+def test_the_card_counts_images_that_are_accumulated(tmp_path):
+    trainer = our_trainer(tmp_path, gradient_accumulation_steps=3, num_pictures=0)
+    trainer.create_model_card()
+    assert "0 steps of 6 images" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("given", [{}, {"token": "hf_b", "revision": "branch", "private": False}])
+def test_arguments_of_the_hub_are_those_of_the_training_unless_given(tmp_path, monkeypatch, given):
+    asked = []
+    monkeypatch.setattr(trainer_module, "publish", lambda folder, repo_id, **options: asked.append(options))
+    options = {"hub_token": "hf_a", "hub_revision": "trial", "hub_private_repo": True}
+    our_trainer(tmp_path, num_pictures=0, **options).push_to_hub(**given)
+    expected = {"token": "hf_a", "revision": "trial", "private": True, "commit_message": "End of training"}
+    assert asked == [expected | given]

@@ -233,3 +233,33 @@ def test_of_the_splits_of_parquet_files_only_the_one_asked_for_is_prepared(tmp_p
     assert "val" in prepared[0]
     with pytest.raises(ValueError, match="Split 'test' of "):
         open_dataset(str(root), "test")
+
+
+own_cache = own_cache
+
+
+@pytest.mark.parametrize("highest", [255, 256, 65535])
+def test_a_map_keeps_its_highest_value(tmp_path, highest):
+    class Maps:
+        labels = LabelSet({label: f"class {label}" for label in range(300)}, ignore_index=65535)
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            segmentation_map = np.array([[0, highest]], dtype=np.int32)
+            return {"image": Image.new("RGB", (2, 1)), "segmentation_map": segmentation_map, "name": "high"}
+
+    write_parquet(Maps(), tmp_path, "train")
+    assert open_dataset(str(tmp_path), "train")[0]["segmentation_map"].tolist() == [[0, highest]]
+
+
+def test_photographs_are_stored_as_their_files(tmp_path):
+    write_generated_scenes(tmp_path / "source", num_train=1, num_val=1, image_size=(64, 64))
+    [path] = (tmp_path / "source/images/train").iterdir()
+    Image.open(path).save(path.with_suffix(".jpg"))
+    path.unlink()
+    dataset = open_dataset(str(tmp_path / "source"), "train")
+    [file] = write_parquet(dataset, tmp_path / "parquet", "train")
+    [cell] = datasets.Dataset.from_parquet(str(file)).cast_column("image", datasets.Image(decode=False))["image"]
+    assert cell["bytes"] == path.with_suffix(".jpg").read_bytes()

@@ -401,3 +401,23 @@ def test_the_script_ends_a_dry_run_without_training(tmp_path):
 def test_every_preset_has_its_command_in_the_documentation():
     commands = re.findall(r"--preset ([a-z0-9-]+)", (DOCS / "reproducing.md").read_text())
     assert set(commands) == set(PRESETS)
+
+
+def test_whole_images_take_the_place_of_the_recipe_s_crops():
+    _, data, _, _ = parse("--preset=ade20k-r50", "--crop=false")
+    assert data.build_augmentation().crop_size is None
+
+
+def test_weights_gradients_and_averages_are_all_of_the_memory(capsys):
+    dry_run("--preset=ade20k-swin-tiny")
+    found = rows(capsys.readouterr().out)
+    parts = ("weights, float32", "gradients, float32", "AdamW's two averages, float32")
+    together = int(found["together, on each device"][-1].replace(",", ""))
+    assert abs(together - sum(int(found[part][-1].replace(",", "")) for part in parts)) <= 2  # all are rounded
+
+
+def test_a_checkpoint_keeps_its_normalisation_without_a_recipe_too(tmp_path):
+    MaskFormerImageProcessor(image_mean=[0.1, 0.2, 0.3], size_divisor=14).save_pretrained(tmp_path)
+    labels = GeneratedScenes(1, image_size=(64, 64)).labels
+    processor = ModelArguments(checkpoint=str(tmp_path)).image_processor(labels, 64)
+    assert (processor.image_mean, processor.size_divisor) == ([0.1, 0.2, 0.3], 14)

@@ -369,3 +369,26 @@ def test_a_stream_that_is_too_short_for_a_step_is_an_error(tmp_path):
     trainer = trainer_with_chance(tmp_path, True, max_steps=5, gradient_accumulation_steps=8)
     with pytest.raises(ValueError, match="Nothing was trained"):
         trainer.train(resume_from_checkpoint="auto")
+
+
+def test_a_trainer_that_was_ended_can_go_on_itself(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=3)
+    trainer.add_callback(Signal(signal.SIGTERM, 1))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 3
+
+
+def test_the_last_checkpoint_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        our_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_with_the_classes_in_another_order_is_named(tmp_path):
+    trainer_with_chance(tmp_path, False, max_steps=3).train()
+    trainer = trainer_with_chance(tmp_path, False, max_steps=5)
+    names = list(trainer.model.config.id2label.values())
+    trainer.model.config.id2label = dict(enumerate(reversed(names)))
+    with pytest.raises(ValueError, match="checkpoint-3 was left by another run"):
+        trainer.train(resume_from_checkpoint="auto")

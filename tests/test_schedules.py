@@ -89,3 +89,22 @@ def test_a_schedule_can_be_stored_and_resumed(tmp_path):
 def test_settings_of_no_schedule_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         MaskFormerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_a_milestone_is_the_nearest_step():
+    factor = learning_rate_schedule("steps", 100, 0, 1.0, [0.29, 2 / 3])  # 0.29 * 100 is a little less than 29
+    assert [factor(step) for step in (28, 29, 66, 67)] == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_milestones_in_another_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="ascending between 0 and 1"):
+        MaskFormerTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, paper_schedule="steps", lr_milestones=[0.9, 0.5]
+        )
+
+
+def test_the_warm_up_may_be_a_share_of_the_run(tmp_path):
+    trainer = our_trainer(tmp_path, paper_schedule="poly", warmup_steps=0.5, warmup_factor=0.0)
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    factors = [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(3)]
+    assert factors == pytest.approx([0, 0.5 * 0.75**0.9, 0.5**0.9])

@@ -16,6 +16,7 @@ from transformers import (
     ConvNextForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
     ResNetForImageClassification,
     SwinForImageClassification,
     Trainer,
@@ -40,6 +41,7 @@ from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegme
 from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
 from hf_maskformer.training.checks import check_eval_classes
 from hf_maskformer.training.parameter_groups import parameter_groups
+from hf_maskformer.training.pictures import write_pictures
 from hf_maskformer.training.starting_point import (
     image_processor_for,
     model_on_backbone,
@@ -605,3 +607,76 @@ def test_images_for_a_plain_vision_transformer_are_padded_to_whole_patches():
 def test_a_missing_configuration_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
         new_model("nowhere.json", OTHER_LABELS)
+
+
+def test_every_line_of_the_log_has_the_terms_of_its_own_steps(tmp_path):
+    faster = {"learning_rate": 3e-3, "backbone_learning_rate_factor": 1.0, "max_grad_norm": 1.0}
+    trainer = our_trainer(tmp_path, max_steps=4, **faster)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 4
+    for line in lines:
+        terms = sum(value for name, value in line.items() if name.startswith("loss_"))
+        assert terms == pytest.approx(line["loss"], rel=1e-3)
+
+
+def test_the_terms_of_a_baseline_add_up_where_batches_are_accumulated(tmp_path):
+    trainer = MaskFormerTrainer(
+        model=tiny_baseline(id2label=SCENES.labels.id2label),
+        args=MaskFormerTrainingArguments(**arguments(tmp_path, gradient_accumulation_steps=2)),
+        train_dataset=SCENES,
+        processing_class=image_processor_for(SCENES.labels, image_size=64),
+    )
+    trainer.train()
+    line = next(line for line in trainer.state.log_history if "loss" in line)
+    terms = sum(value for name, value in line.items() if name.startswith("loss_"))
+    assert terms == pytest.approx(line["loss"], rel=1e-3)
+
+
+def test_pictures_of_a_card_leave_the_model_in_its_mode(tmp_path):
+    for mode in (True, False):
+        model = scenes_model().train(mode)
+        write_pictures(model, image_processor_for(SCENES.labels, image_size=64), SCENES, 1, tmp_path)
+        assert model.training == mode
+
+
+def test_evaluation_has_the_precision_of_the_training(tmp_path):
+    trainer = our_trainer(tmp_path, bf16=True)
+    dtypes = []
+    trainer.model.class_predictor.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    trainer.evaluate()
+    assert set(dtypes) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "name"),
+    [
+        (
+            Dinov2WithRegistersConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=16),
+            "register_tokens",
+        ),
+        (convnext_config(), "layer_scale_parameter"),
+    ],
+    ids=["registers", "convnext"],
+)
+def test_tokens_and_scales_of_other_backbones_do_not_decay(backbone, name):
+    model = tiny_model(backbone)
+    groups = parameter_groups(model, 1e-4, 1e-4, backbone_learning_rate_factor=0.1)
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    found = [decays[id(p)] for full_name, p in model.named_parameters() if full_name.endswith(name)]
+    assert found
+    assert set(found) == {0.0}
+
+
+def test_parameters_that_are_frozen_are_in_no_group():
+    model = scenes_model()
+    model.model.pixel_level_module.encoder.requires_grad_(False)
+    groups = parameter_groups(model, 1e-4, 1e-4, backbone_learning_rate_factor=0.1)
+    assert [group["lr"] for group in groups] == [1e-4, 1e-4]
+    assert all(parameter.requires_grad for group in groups for parameter in group["params"])
+
+
+def test_a_new_baseline_ignores_what_the_data_ignore(tmp_path):
+    tiny_baseline().save_pretrained(tmp_path)
+    labels = LabelSet({0: "sky", 1: "road"}, ignore_index=7)
+    assert new_model(str(tmp_path), labels).config.semantic_loss_ignore_index == 7
