@@ -10,6 +10,8 @@ become the input). docs/export.md shows how to run it.
 
 from dataclasses import dataclass, field
 
+import torch
+
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.evaluation.pipeline import THRESHOLDS
@@ -50,10 +52,10 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     sizes = {name: as_size(name, getattr(arguments, name)) for name in ("size", "output_size")}
-    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint)
+    model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, dtype=torch.float32)
     thresholds = {name: getattr(arguments, name) for name in THRESHOLDS if getattr(arguments, name) is not None}
     path = export_model(
-        model.float(),
+        model,
         MaskFormerImageProcessor.from_pretrained(arguments.checkpoint),
         arguments.output,
         arguments.format,

@@ -8,6 +8,7 @@ from models import ARCHITECTURES
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.evaluation.precision import PRECISIONS, loading_options
+from hf_maskformer.export.exporting import export_model
 
 # Of the largest logit; bfloat16 has 8 bits, and errors of 50 layers add up.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 0.1, "float16": 0.02, "int8_weights": 0.1, "int8": 0.2}
@@ -51,6 +52,14 @@ def test_integers_are_saved_and_loaded(saved, precision, tmp_path):
     pixel_values = torch.randn(1, 3, 64, 96)
     expected, found = (model(pixel_values).masks_queries_logits for model in (rounded, loaded))
     assert torch.equal(found, expected)
+
+
+def test_integers_are_not_exported(saved, tmp_path):
+    pytest.importorskip("torchao")
+    rounded = MaskFormerForInstanceSegmentation.from_pretrained(saved[1], **loading_options("int8_weights"))
+    with pytest.raises(ValueError, match="Weights of 8 bits cannot be exported"):
+        export_model(rounded, MaskFormerImageProcessor(), tmp_path / "exported", "torch_export", size=(64, 96))
+    assert not (tmp_path / "exported").exists()
 
 
 def test_integers_without_torchao_end_in_a_clear_error(monkeypatch):

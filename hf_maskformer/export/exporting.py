@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
 from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
+from ..modeling_maskformer_winograd import PLAIN_TYPES
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size, check_thresholds
 from .heads import Logits, Panoptic, PerPixelLogits, Semantic
@@ -55,7 +56,8 @@ def export_model(
 
     Raises:
         ValueError: Format or task is unknown, the model does not do the task, a threshold is not one of the task or no
-            number from 0 to 1, a size is too small, or there is none for a plain vision transformer.
+            number from 0 to 1, weights are of 8 bits, a size is too small, or there is none for a plain vision
+            transformer.
         ImportError: What ONNX needs is not installed.
     """
     if format not in get_args(Format):
@@ -68,6 +70,8 @@ def export_model(
         raise ValueError("The backbone cuts images into whole patches, so that it does not take any size. Give size.")
     if output_size is not None and min(output_size) < 1:
         raise ValueError(f"output_size is {tuple(output_size)}, but height and width must be positive.")
+    if any(type(parameter) not in PLAIN_TYPES for parameter in model.parameters()):
+        raise ValueError("Weights of 8 bits cannot be exported. Export the model that they were made of.")
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
         raise ValueError(f"The model is in {model.dtype} on {model.device}. Export model.float().cpu() instead.")
     head = build_head(model, image_processor, task, output_size, **thresholds)
