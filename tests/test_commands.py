@@ -1,16 +1,20 @@
 """The command `hf-maskformer`: the scripts by name."""
 
+import errno
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from test_scripts import call, checkpoint, config, data  # noqa: F401  (fixtures)
 
+from hf_maskformer import __version__, command_line
 from hf_maskformer.__main__ import main
-from hf_maskformer.command_line import COMMANDS, as_commands, errors_as_messages
+from hf_maskformer.command_line import COMMANDS, SYNONYMS, as_commands, errors_as_messages
 
 
 @pytest.fixture
@@ -190,3 +194,48 @@ def test_words_that_belong_to_no_option_are_no_command_line(run):
     code, _, errors = run("evaluate", "--checkpoint=x", "--data=y", "--split", "train", "val")
     assert code == 2
     assert "there is no use for val." in errors
+
+
+@pytest.mark.parametrize(("option", "meant"), SYNONYMS.items())
+def test_every_name_of_an_option_elsewhere_is_answered_by_one_that_means_the_same(run, option, meant):
+    same = {"--lr": "--learning_rate", "--epochs": "--num_train_epochs", "--num_steps": "--max_steps"}
+    same |= {"--batch_size": "--per_device_train_batch_size", "--num_epochs": "--num_train_epochs"}
+    assert same == SYNONYMS
+    code, _, errors = run("train", "--data=nowhere", option, "1")
+    assert (code, f"Did you mean {meant}?" in errors) == (2, True)
+
+
+def test_the_version_and_the_help_have_short_answers(run):
+    assert run("--version") == (0, f"{__version__}\n", "")
+    assert run("-h") == run("--help")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("no"), 1, "\nerror: no\n"),
+        (ImportError("pip install it"), 1, "\nerror: pip install it\n"),
+        (subprocess.CalledProcessError(75, "train"), 75, ""),
+        (FileExistsError("out is not empty."), 1, "\nerror: out is not empty.\n"),
+        (FileExistsError(errno.EEXIST, "File exists", "/"), 1, "\nerror: [Errno 17] File exists: '/'\n"),
+    ],
+)
+def test_the_exit_code_and_the_message_are_those_of_the_error(error, code, message, capsys):
+    with pytest.raises(SystemExit) as end, errors_as_messages():
+        raise error
+    assert end.value.code == code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_in_dev_mode_errors_keep_their_traceback(monkeypatch):
+    flags = SimpleNamespace(dev_mode=True)
+    monkeypatch.setattr(command_line, "sys", SimpleNamespace(flags=flags, argv=["x"], stderr=None, exit=None))
+    with pytest.raises(ValueError, match="no"), errors_as_messages():
+        raise ValueError("no")
+
+
+def test_a_message_of_a_command_names_commands(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["hf-maskformer train"])
+    with pytest.raises(SystemExit), errors_as_messages():
+        raise ValueError("Convert it by scripts/convert_checkpoint.py.")
+    assert capsys.readouterr().err == "\nerror: Convert it by hf-maskformer convert.\n"

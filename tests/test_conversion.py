@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import pickle
 import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,9 @@ from transformers import AutoConfig, ResNetConfig, SwinConfig
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig
 from hf_maskformer.configuration_per_pixel_baseline import PerPixelBaselineConfig
-from hf_maskformer.hub.conversion import convert_checkpoint, original_shapes, whole_folder
+from hf_maskformer.hub.conversion import convert_checkpoint, load_original, original_shapes, whole_folder
 from hf_maskformer.hub.key_table import from_original, to_original
+from hf_maskformer.hub.original_checkpoint import read_checkpoint
 from hf_maskformer.hub.original_config import OriginalConfig
 from hf_maskformer.modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from hf_maskformer.training.presets import PRESETS
@@ -380,3 +383,76 @@ def test_names_and_shapes_of_every_full_size_model_go_both_ways(name):
         expected = model_class(config).state_dict()
     assert {name: tensor.shape for name, tensor in ours.items()} == {n: tensor.shape for n, tensor in expected.items()}
     assert to_original(ours).keys() == theirs.keys()
+
+
+def test_the_classes_file_says_how_the_processor_reads_label_maps(tmp_path, tensors):
+    names = {str(label): f"class {label}" for label in range(13)}
+    content = {"id2label": names, "ignore_index": 200, "do_reduce_labels": True, "thing_ids": [1]}
+    (tmp_path / "classes.json").write_text(json.dumps(content))
+    source, config = write_pkl(tmp_path / "source.pkl", tensors), FIXTURES / "resnet_semantic" / "config.yaml"
+    run_script(source, tmp_path / "model", "--config", config, "--classes", tmp_path / "classes.json")
+    processor = MaskFormerImageProcessor.from_pretrained(tmp_path / "model")
+    assert (processor.ignore_index, processor.do_reduce_labels) == (200, True)
+    assert processor.label_ids_to_fuse == [label for label in range(13) if label != 1]
+
+
+def test_the_card_of_a_panoptic_model_is_for_panoptic_segmentation(convert):
+    name = "resnet_panoptic_enc"
+    folder = convert(load_file(FIXTURES / name / "original_model.safetensors"), name)
+    assert MaskFormerImageProcessor.from_pretrained(folder).segmentation_task == "panoptic"
+    card = (folder / "README.md").read_text()
+    assert "for panoptic segmentation" in card
+    assert "for semantic segmentation" not in card
+
+
+def test_a_converted_model_predicts_and_its_folder_is_as_open_as_others(tmp_path, tensors):
+    source = write_pth(tmp_path / "source.pt", tensors)
+    config = OriginalConfig(FIXTURES / "resnet_semantic" / "config.yaml").config()
+    assert not load_original(read_checkpoint(source.rename(tmp_path / "source.pth")), config).training
+    (tmp_path / "other").mkdir()
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "file").touch()
+    modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("model", "other")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+def test_files_of_torch_have_two_endings(tmp_path, tensors, suffix):
+    checkpoint = read_checkpoint(write_pth(tmp_path / f"source{suffix}", tensors))
+    assert checkpoint.tensors.keys() == tensors.keys()
+
+
+def test_one_of_query_key_and_value_without_the_others_has_no_name_there():
+    name = "model.transformer_module.decoder.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(ValueError, match="is made of query, key and value, but only 1 of them are given"):
+        to_original({name: torch.zeros(2, 2)})
+
+
+class Writes:
+    """Where it is run, a file says so."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_nothing_that_a_checkpoint_asks_for_is_run(tmp_path, suffix):
+    content = {"model": Writes(tmp_path / "it ran")}
+    if suffix == ".pth":
+        torch.save(content, tmp_path / "evil.pth")
+    else:
+        (tmp_path / "evil.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"asks for more than torch\.load allows|is refused and was not run"):
+        read_checkpoint(tmp_path / f"evil{suffix}")
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_numbers_of_another_byte_order_are_read(tmp_path, tensors):
+    arrays = {name: tensor.numpy().astype(tensor.numpy().dtype.newbyteorder(">")) for name, tensor in tensors.items()}
+    (tmp_path / "big.pkl").write_bytes(pickle.dumps({"model": arrays}))
+    config = OriginalConfig(FIXTURES / "resnet_semantic" / "config.yaml").config()
+    weights = load_original(read_checkpoint(tmp_path / "big.pkl"), config).state_dict()
+    assert torch.equal(weights["class_predictor.bias"], tensors["sem_seg_head.predictor.class_embed.bias"])

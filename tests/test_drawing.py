@@ -252,3 +252,17 @@ def test_ids_are_numbered_as_by_sorting(numbers):
     found, expected = label_placement.number_ids(ids), np.unique(ids, return_inverse=True)
     assert found[0].tolist() == expected[0].tolist()
     assert found[1].tolist() == expected[1].reshape(ids.shape).tolist()
+
+
+def test_names_lie_in_their_segments_of_a_picture_that_a_legend_enlarges(monkeypatch, image, label_map):
+    middles = []
+    pen = label_placement.ImageDraw.ImageDraw
+    monkeypatch.setattr(pen, "rounded_rectangle", lambda self, box, **style: middles.append((box[0] + box[2]) / 2))
+    draw_segmentation(image, label_map, ID2LABEL, labels=True, legend=True)  # 40 pixels become 320
+    assert sorted(middles) == pytest.approx([80, 240], abs=4)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_segment_whose_label_has_no_name_is_refused(image, label_map, label):
+    with pytest.raises(ValueError, match=f"Segment 1 has label {label}"):
+        draw_segmentation(image, label_map + 1, ID2LABEL, segments=[{"id": 1, "label_id": label}])

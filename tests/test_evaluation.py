@@ -1,6 +1,7 @@
 """What the three tasks need of samples and models, what is counted, and what is written."""
 
 import json
+import re
 from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from hf_maskformer import (
 from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
+from hf_maskformer.data.rle import decode_mask
 from hf_maskformer.evaluation import evaluation, export
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.export import PredictionWriter
@@ -30,6 +32,7 @@ from hf_maskformer.evaluation.processes import merge_over_processes
 from hf_maskformer.evaluation.report import as_json, as_table, scalars
 from hf_maskformer.evaluation.scale_averaging import augmented_semantic_scores
 from hf_maskformer.evaluation.tasks import (
+    FIGURES,
     TASKS,
     metric_for,
     predict_batch,
@@ -344,3 +347,138 @@ def test_the_processor_knows_the_task_and_fuses_stuff_only_where_it_is_known():
     assert (processor.segmentation_task, processor.label_ids_to_fuse) == ("panoptic", [2])
     assert image_processor_for(LabelSet(LABELS.id2label), 64, task="panoptic").label_ids_to_fuse == []
     assert isinstance(processor, MaskFormerImageProcessor)
+
+
+@pytest.mark.parametrize(
+    ("task", "per_class", "columns", "rows"),
+    [
+        (
+            "semantic",
+            {"per_category_iou": [0.5, np.nan, 0.25], "per_category_accuracy": [0.75, np.nan, 1.0]},
+            ("IoU", "accuracy"),
+            {"person": (50, 75), "sky": (25, 100), "mean": ("mean_iou", "mean_accuracy")},
+        ),
+        (
+            "panoptic",
+            {"per_category": {0: {"pq": 0.5, "sq": 0.75, "rq": 0.25}}},
+            ("PQ", "SQ", "RQ"),
+            {
+                "person": (50, 75, 25),
+                "things": ("pq_things", "sq_things", "rq_things"),
+                "stuff": ("pq_stuff", "sq_stuff", "rq_stuff"),
+                "mean": ("pq", "sq", "rq"),
+            },
+        ),
+        (
+            "instance",
+            {"per_category": {0: {"ap": 0.5, "ap50": 0.75, "ap75": 0.25}}},
+            ("AP", "AP50", "AP75"),
+            {"person": (50, 75, 25), "mean": ("ap", "ap50", "ap75")},
+        ),
+    ],
+)
+def test_every_figure_stands_under_its_name_in_the_table(task, per_class, columns, rows):
+    figures = {name: (place + 1) / 100 for place, name in enumerate(FIGURES[task])}
+    *lines, last = as_table({**figures, **per_class}, LABELS.id2label).splitlines()
+    assert lines[0].split() == ["class", *columns]
+    percent = {name: 100 * value for name, value in figures.items()}
+    expected = [[name, *(f"{percent.get(value, value):.2f}" for value in values)] for name, values in rows.items()]
+    assert [line.split() for line in lines[1:]] == expected
+    titles = {"pixel accuracy": "overall_accuracy", "frequency-weighted IoU": "frequency_weighted_iou"}
+    titles |= {"AP small": "ap_small", "AP medium": "ap_medium", "AP large": "ap_large"}
+    titles |= {f"AR of {most}": f"ar{most}" for most in (1, 10, 100)}
+    noted = {title: float(value) for title, value in re.findall(r"; ([\w -]+) (\d+\.\d\d)", last)}
+    assert noted == pytest.approx({title: percent[name] for title, name in titles.items() if name in figures})
+    assert as_json(figures, LABELS.id2label) == figures
+
+
+def test_means_without_a_value_have_no_row():
+    figures = dict.fromkeys(FIGURES["panoptic"], 0.5) | dict.fromkeys(("pq_things", "sq_things", "rq_things"), np.nan)
+    table = as_table({**figures, "per_category": {}}, LABELS.id2label).splitlines()
+    assert [line.split()[0] for line in table] == ["class", "stuff", "mean", "All"]
+
+
+def test_counts_stay_whole_numbers_in_json():
+    content = as_json({"per_category": {0: {"pq": 0.5, "tp": 3}}}, LABELS.id2label)
+    assert repr(content["per_category"]["person"]["tp"]) == "3"
+
+
+def test_crowds_of_masks_reach_average_precision():
+    reference = reference_of(OF_MASKS, LABELS, "instance")
+    assert reference["iscrowd"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("scale_averaging", [False, True])
+def test_images_are_predicted_in_evaluation_mode_under_autocast_and_the_mode_comes_back(scale_averaging):
+    model, processor, states = model_for(SCENES.labels), image_processor_for(SCENES.labels, 128), []
+    model.register_forward_pre_hook(
+        lambda module, inputs: states.append((module.training, torch.is_autocast_enabled("cpu")))
+    )
+    options = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16), "scale_averaging": scale_averaging}
+    evaluate(model.train(), processor, SCENES, "semantic", **options)
+    assert set(states) == {(False, True)}
+    assert model.training
+
+
+def decided_model():
+    """Several of its classes occur, and the images differ in them."""
+    model = model_for(SCENES.labels)
+    with torch.no_grad():
+        model.class_predictor.weight.mul_(4)
+        [*model.mask_embedder.parameters()][-2].mul_(100)
+    return model
+
+
+def described(result, task):
+    """The label at each pixel of a result, or of instances, of the surest; -1 for none."""
+    if task == "semantic":
+        return result.numpy()
+    label_of = {info["id"]: info["label_id"] for info in result["segments_info"]}
+    ids = result["segmentation"]
+    if task == "instance":
+        masks = np.array([decode_mask(mask, (64, 64)) for mask in ids])
+        ids = np.where(masks.any(0), masks.argmax(0) + 1, 0)
+    return np.vectorize(lambda number: label_of.get(number, -1))(np.asarray(ids))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_result_is_told_with_its_sample(task):
+    model, processor, told = decided_model(), image_processor_for(SCENES.labels, 64, task=task), [[], []]
+    processor.panoptic_thresholds = {"threshold": 0.1, "overlap_mask_area_threshold": 0.0}
+    for results, batch_size in zip(told, (1, 3), strict=True):
+        evaluate(model, processor, SCENES, task, batch_size=batch_size, on_result=lambda *args: results.append(args))  # noqa: B023
+    assert [entry[:2] for entry in told[0]] == [(index, SCENES[index]["name"]) for index in range(3)]
+    maps = [[described(result, task) for *_, result in results] for results in told]
+    assert (np.array(maps[0]) == np.array(maps[1])).mean() > 0.99  # near ties may fall either way
+    assert all((maps[0][index] != maps[0][index - 1]).mean() > 0.02 for index in range(3))
+
+
+def test_averaged_scales_are_counted_as_the_surest_class_of_each_pixel():
+    model, processor = decided_model(), image_processor_for(SCENES.labels, 128)
+    metric, scales = metric_for("semantic", SCENES.labels), [round(128 * scale) for scale in evaluation.SCALES]
+    for index in range(len(SCENES)):
+        scores = augmented_semantic_scores(
+            model, processor, SCENES[index]["image"], shortest_edges=scales, longest_edge=896
+        )
+        metric.add(prediction=scores.argmax(0), reference=reference_of(SCENES[index], SCENES.labels, "semantic"))
+    expected = metric.compute()["per_category_iou"]
+    found = evaluate(model, processor, SCENES, "semantic", scale_averaging=True)["per_category_iou"]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_a_model_of_half_precision_is_evaluated():
+    model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 64)
+    batch, sizes = processor([SCENES[0]["image"]], return_tensors="pt"), [(64, 64)]
+    (expected,) = predict_batch(model, processor, batch, sizes, "semantic")
+    (found,) = predict_batch(model.bfloat16(), processor, batch, sizes, "semantic")
+    assert (found == expected).float().mean() > 0.8
+
+
+def test_scales_of_a_size_without_a_longest_edge_go_up_to_four_times_the_shortest(monkeypatch):
+    calls = []
+    scores = torch.zeros(SCENES.labels.num_labels, 64, 64)
+    monkeypatch.setattr(evaluation, "augmented_semantic_scores", lambda *_, **kw: calls.append(kw) or scores)
+    processor = MaskFormerImageProcessor(size={"height": 128, "width": 256})
+    evaluate(model_for(SCENES.labels), processor, SCENES, "semantic", scale_averaging=True)
+    assert {call["longest_edge"] for call in calls} == {round(1.75 * 4 * 128)}
+    assert calls[0]["shortest_edges"] == [64, 96, 128, 160, 192, 224]

@@ -17,7 +17,7 @@ from hf_maskformer import (
     PerPixelBaselineConfig,
     PerPixelBaselineForSemanticSegmentation,
 )
-from hf_maskformer.export.exporting import build_head, export_model
+from hf_maskformer.export.exporting import build_head, export_model, trace
 from hf_maskformer.export.heads import Logits, Panoptic, PerPixelLogits, Semantic
 from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_segmentation
 from hf_maskformer.post_processing_per_pixel_baseline import per_pixel_segmentation
@@ -294,3 +294,73 @@ def test_a_model_in_training_stays_in_training(image_processor, tmp_path):
     pixel_values = torch.randn(2, 3, 64, 64)
     expected = model.eval()(pixel_values)
     torch.testing.assert_close(program(pixel_values)[1], expected.masks_queries_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_the_head_has_the_output_size_and_fuses_what_the_image_processor_says(task, image_processor):
+    head = build_head(tiny_model().eval(), image_processor, task, (50, 120))
+    labels_or_segmentation, *_ = head(torch.randn(1, 3, 64, 96))
+    assert labels_or_segmentation.shape == (1, 50, 120)
+    if task == "panoptic":
+        assert head.is_fused.nonzero().flatten().tolist() == list(FUSED)
+
+
+class Double(torch.nn.Module):
+    def forward(self, pixel_values):
+        return 2 * pixel_values
+
+
+def test_a_given_size_is_height_and_width():
+    program = trace(Double(), (40, 50))
+    (pixel_values,) = (node.meta["val"] for node in program.graph.nodes if node.op == "placeholder")
+    assert pixel_values.shape[1:] == (3, 40, 50)
+    assert isinstance(pixel_values.shape[0], torch.SymInt)  # any batch
+
+
+def test_what_the_user_of_the_file_must_know_lies_beside_it(image_processor, tmp_path):
+    path = export_model(tiny_model().eval(), image_processor, tmp_path, "torch_export", size=(64, 96))
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, "config.json", "preprocessor_config.json"}
+
+
+@pytest.mark.parametrize("output_size", [None, (75, 120)])
+def test_the_semantic_head_keeps_the_order_of_the_paper_where_masks_are_sharp(output_size):
+    logits, pixel_values, sizes = FakeLogits(tiny_model()), torch.zeros(2, 3, 50, 66), torch.tensor([[50, 66]] * 2)
+    (found,) = Semantic(logits, output_size)(pixel_values)
+    expected = semantic_segmentation(*logits(pixel_values), sizes, sizes, output_size and [output_size] * 2)
+    assert (found == torch.stack(expected)).float().mean() > 0.9995
+
+
+class Halves(Logits):
+    """Three queries, as sure as no object: one of the left half, one of the right one, one that no pixel belongs to."""
+
+    def forward(self, pixel_values):
+        masks = torch.full((1, 3, 16, 16), -8.0)
+        masks[:, 0, :, :8], masks[:, 1, :, 8:], masks[:, 2, :2] = 0.4, 8.0, -0.4
+        return torch.tensor([[[1.0, 0, 0, 0, 1]]]).expand(1, 3, 5), masks
+
+
+class Whole(Halves):
+    """The first query has every pixel."""
+
+    def forward(self, pixel_values):
+        class_logits, masks = super().forward(pixel_values)
+        return class_logits, torch.tensor([20.0, -20.0, -20.0])[None, :, None, None].expand_as(masks)
+
+
+@pytest.mark.parametrize("kind", [Halves, Whole])
+@pytest.mark.parametrize(
+    "thresholds",
+    [
+        {"threshold": float(torch.tensor([1.0, 0, 0, 0, 1]).softmax(0)[0])},
+        {"threshold": 0.1, "overlap_mask_area_threshold": 1.0},
+        {"threshold": 0.1, "overlap_mask_area_threshold": 0.0},
+        {"threshold": 0.1, "mask_threshold": 0.7},
+        {"threshold": 0.1, "mask_threshold": 0.3},
+    ],
+)
+def test_thresholds_are_met_as_in_post_processing(kind, thresholds):
+    logits, pixel_values, sizes = kind(tiny_model()), torch.zeros(1, 3, 64, 64), torch.tensor([[64, 64]])
+    segmentation, segment_ids, *_ = Panoptic(logits, **thresholds)(pixel_values)
+    (expected,) = panoptic_segmentation(*logits(pixel_values), sizes, sizes, **thresholds)
+    assert segment_ids.count_nonzero() == len(expected["segments_info"])
+    assert torch.equal(segmentation[0], expected["segmentation"])

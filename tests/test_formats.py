@@ -12,7 +12,13 @@ from test_post_processing_rle import encode_masks
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.evaluation.drawing import draw_segmentation
-from hf_maskformer.evaluation.formats import coco_results, panoptic_image, semantic_image, write_panoptic
+from hf_maskformer.evaluation.formats import (
+    coco_results,
+    panoptic_annotation,
+    panoptic_image,
+    semantic_image,
+    write_panoptic,
+)
 from hf_maskformer.evaluation.segmentation_maps import to_numpy
 
 RESULT = {
@@ -122,3 +128,17 @@ def test_a_batch_prepared_on_a_gpu_can_be_arrays():
     )
     assert batch["pixel_values"].shape == (1, 3, 32, 32)
     assert batch["class_labels"][0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("num_colors", [256, 300])
+def test_the_last_label_of_eight_bits_has_a_colour_too(num_colors):
+    palette = np.full((num_colors, 3), 9)
+    palette[255] = 200, 0, 0
+    image = semantic_image([[0, 255]], palette)
+    assert (image.mode, image.convert("RGB").getpixel((1, 0))) == ("P", (200, 0, 0))
+
+
+def test_a_segment_without_a_pixel_has_an_empty_box():
+    result = {"segmentation": torch.zeros(2, 3, dtype=torch.int32), "segments_info": [{"id": 1, "label_id": 0}]}
+    (entry,) = panoptic_annotation(result, 1, "a.png")["segments_info"]
+    assert (entry["area"], entry["bbox"]) == (0, [0, 0, 0, 0])

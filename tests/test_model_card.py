@@ -368,3 +368,10 @@ def test_arguments_of_the_hub_are_those_of_the_training_unless_given(tmp_path, m
     our_trainer(tmp_path, num_pictures=0, **options).push_to_hub(**given)
     expected = {"token": "hf_a", "revision": "trial", "private": True, "commit_message": "End of training"}
     assert asked == [expected | given]
+
+
+def test_the_licence_of_the_authors_may_be_chosen_for_what_began_with_their_weights():
+    start = StartingPoint("start", None, (("license", AUTHORS_LICENCE),))
+    assert inherited_licence(start, AUTHORS_LICENCE)[0] == {"license": AUTHORS_LICENCE}
+    with pytest.raises(ValueError, match="license is 'mit'"):
+        inherited_licence(start, "mit")

@@ -1,5 +1,8 @@
 """Configuration files of the paper's code: what they say is read, and what nobody here can build is refused."""
 
+import os
+import re
+
 import pytest
 import yaml
 from golden import CONFIGS, FIXTURES
@@ -243,3 +246,118 @@ def test_yaml_that_is_no_plain_data_is_refused(tmp_path, text):
 def test_tuples_of_detectron2_are_lists_too(read, tmp_path):
     (tmp_path / "a.yaml").write_text("A: !!python/tuple [1, [2, 3]]")
     assert read_yaml(tmp_path / "a.yaml") == {"A": (1, [2, 3])}
+
+
+SWIN = {
+    "image_size": ("PRETRAIN_IMG_SIZE", 384),
+    "embed_dim": ("EMBED_DIM", 128),
+    "depths": ("DEPTHS", [2, 2, 18, 2]),
+    "num_heads": ("NUM_HEADS", [4, 8, 16, 32]),
+    "window_size": ("WINDOW_SIZE", 12),
+    "mlp_ratio": ("MLP_RATIO", 3.0),
+    "qkv_bias": ("QKV_BIAS", False),
+    "hidden_dropout_prob": ("DROP_RATE", 0.01),
+    "attention_probs_dropout_prob": ("ATTN_DROP_RATE", 0.02),
+    "drop_path_rate": ("DROP_PATH_RATE", 0.4),
+}
+
+
+TRANSFORMER = {
+    "d_model": ("HIDDEN_DIM", 128),
+    "num_queries": ("NUM_OBJECT_QUERIES", 20),
+    "decoder_layers": ("DEC_LAYERS", 3),
+    "encoder_layers": ("ENC_LAYERS", 2),
+    "decoder_attention_heads": ("NHEADS", 4),
+    "encoder_attention_heads": ("NHEADS", 4),
+    "decoder_ffn_dim": ("DIM_FEEDFORWARD", 512),
+    "encoder_ffn_dim": ("DIM_FEEDFORWARD", 512),
+    "dropout": ("DROPOUT", 0.2),
+    "attention_dropout": ("DROPOUT", 0.2),
+    "activation_dropout": ("DROPOUT", 0.2),
+}
+
+
+def test_every_field_of_swin_and_transformer_has_its_place(read):
+    swin, transformer = dict(SWIN.values()), dict(TRANSFORMER.values())
+    original = read(
+        MODEL__BACKBONE={"NAME": "D2SwinTransformer"}, MODEL__SWIN=swin, MODEL__MASK_FORMER=transformer
+    ).config()
+    for config, fields in ((original.backbone_config, SWIN), (original.decoder_config, TRANSFORMER)):
+        found = {name: getattr(config, name) for name in fields}
+        assert found == {name: value for name, (_, value) in fields.items()}
+
+
+def test_what_a_file_does_not_say_is_as_in_the_original(tmp_path):
+    content = changed(MODEL__BACKBONE={"NAME": "D2SwinTransformer"})
+    del content["INPUT"]["MAX_SIZE_TEST"], content["MODEL"]["PIXEL_STD"], content["MODEL"]["RESNETS"]["STRIDE_IN_1X1"]
+    (tmp_path / "swin.yaml").write_text(yaml.safe_dump(content))
+    original = OriginalConfig(tmp_path / "swin.yaml")
+    config, processor = original.config(), original.image_processor()
+    swin, decoder = config.backbone_config, config.decoder_config
+    assert (swin.image_size, swin.embed_dim, swin.depths, swin.num_heads) == (224, 96, [2, 2, 6, 2], [3, 6, 12, 24])
+    assert (swin.window_size, swin.drop_path_rate, swin.mlp_ratio, swin.qkv_bias) == (7, 0.3, 4.0, True)
+    assert (config.mask_weight, config.dice_weight, config.no_object_weight) == (20, 1, 0.1)
+    assert (config.deep_supervision, config.freeze_batch_norm, config.mask_feature_size) == (True, True, 256)
+    assert (decoder.decoder_attention_heads, decoder.decoder_ffn_dim, decoder.dropout) == (8, 2048, 0.1)
+    assert (processor.size["longest_edge"], processor.size_divisor, processor.ignore_index) == (1333, 32, 255)
+    assert processor.image_std == pytest.approx([1 / 255] * 3)
+    content["MODEL"]["BACKBONE"]["NAME"] = "build_resnet_deeplab_backbone"
+    (tmp_path / "resnet.yaml").write_text(yaml.safe_dump(content))
+    resnet = OriginalConfig(tmp_path / "resnet.yaml").config().backbone_config
+    assert (resnet.downsample_in_bottleneck, resnet.deep_stem, resnet.last_stage_dilations) == (True, True, [1, 2, 4])
+    assert (resnet.depths, resnet.embedding_size) == ([3, 4, 6, 3], 64)
+    content["MODEL"]["MASK_FORMER"] = {"TEST": {"PANOPTIC_ON": True}}
+    (tmp_path / "panoptic.yaml").write_text(yaml.safe_dump(content))
+    thresholds = OriginalConfig(tmp_path / "panoptic.yaml").image_processor().panoptic_thresholds
+    assert thresholds == {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+
+
+@pytest.mark.parametrize(("norm", "is_frozen"), [("FrozenBN", True), ("BN", False), ("SyncBN", False)])
+def test_only_frozen_norms_are_frozen(read, norm, is_frozen):
+    assert read(MODEL__RESNETS__NORM=norm).config().freeze_batch_norm is is_frozen
+
+
+def test_the_value_of_unlabelled_pixels_is_that_of_the_file_or_of_the_given_classes(read):
+    head = {"NAME": "PerPixelBaselineHead", "IGNORE_VALUE": 7, "NUM_CLASSES": 2}
+    head = {**SMALLEST["MODEL"]["SEM_SEG_HEAD"], **head}
+    original = read(MODEL__META_ARCHITECTURE="SemanticSegmentor", MODEL__SEM_SEG_HEAD=head)
+    labels = LabelSet({0: "sky", 1: "bird"}, ignore_index=9)
+    for given, ignored in ((None, 7), (labels, 9)):
+        assert original.config(given).semantic_loss_ignore_index == ignored
+        assert original.image_processor(given).ignore_index == ignored
+
+
+def test_changes_of_a_base_go_down_to_the_last_level_and_a_home_may_be_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = changed(MODEL__MASK_FORMER={"TEST": {"PANOPTIC_ON": True, "OVERLAP_THRESHOLD": 0.8}})
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    test = {"MODEL": {"MASK_FORMER": {"TEST": {"OBJECT_MASK_THRESHOLD": 0.7}}}}
+    (tmp_path / "changes.yaml").write_text(yaml.safe_dump({"_BASE_": os.path.join("~", "base.yaml"), **test}))
+    thresholds = OriginalConfig(tmp_path / "changes.yaml").image_processor().panoptic_thresholds
+    assert thresholds == {"threshold": 0.7, "overlap_mask_area_threshold": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {
+                "MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME": "TransformerEncoderPixelDecoder",
+                "MODEL__MASK_FORMER__TRANSFORMER_IN_FEATURE": "transformer_encoder",
+            },
+            "TRANSFORMER_ENC_LAYERS 0, but a model here can only have 'at least 1' there",
+        ),
+        (
+            {
+                "MODEL__META_ARCHITECTURE": "SemanticSegmentor",
+                "MODEL__SEM_SEG_HEAD__NAME": "PerPixelBaselineHead",
+                "MODEL__SEM_SEG_HEAD__COMMON_STRIDE": 8,
+            },
+            "COMMON_STRIDE 8, but a model here can only have 4 there",
+        ),
+        ({"MODEL__RESNETS__NORM": "GN"}, "MODEL.RESNETS.NORM 'GN', but a model here can only have 'FrozenBN' or 'BN'"),
+    ],
+)
+def test_a_decoder_without_layers_another_stride_and_another_norm_are_refused(read, values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(**values)

@@ -1,5 +1,7 @@
 """transformers' own pipeline with our objects, and the adapted one."""
 
+import base64
+import io
 import itertools
 import logging
 import re
@@ -17,7 +19,8 @@ from test_per_pixel_baseline import tiny_baseline
 from transformers import pipeline
 
 from hf_maskformer import MaskFormerImageProcessor
-from hf_maskformer.evaluation.pipeline import MaskFormerPipeline
+from hf_maskformer.evaluation import pipeline as pipeline_module
+from hf_maskformer.evaluation.pipeline import OPTIONS, MaskFormerPipeline
 from hf_maskformer.evaluation.tasks import instance_options, outputs_for
 from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput
 from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
@@ -399,3 +402,92 @@ def test_the_image_processor_of_transformers_is_answered_by_how_to_get_ours(tmp_
     processor().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"Call register_auto_classes\(\) before pipeline"):
         pipeline("image-segmentation", model=str(tmp_path), pipeline_class=MaskFormerPipeline, device="cpu")
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+def test_every_segment_has_its_own_mask_and_box(task):
+    stripes = np.zeros((64, 96, 3), dtype=np.uint8)
+    for channel in range(3):
+        stripes[:, 32 * channel : 32 * channel + 32, channel] = 255
+    entries = segmenter(that_sees_bright_channels(), segmentation_task=task)(Image.fromarray(stripes))
+    assert sorted(entry["label"] for entry in entries) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    for entry in entries:
+        channel = int(entry["label"][-1])
+        expected = stripes[..., channel]
+        assert np.mean(np.asarray(entry["mask"]) != expected) < 0.03
+        assert entry["box"]["xmin"] == pytest.approx(32 * channel, abs=2)
+        assert entry["box"]["xmax"] == pytest.approx(32 * channel + 32, abs=2)
+
+
+def test_a_photograph_stored_sideways_is_segmented_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images()[0].save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as opened:
+        opened.load()
+        for source in (str(tmp_path / "turned.png"), opened):
+            assert {entry["mask"].size for entry in segmenter()(source)} == {(40, 60)}
+
+
+def test_padding_does_not_count_in_the_score_of_a_semantic_segment():
+    logits = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]]).log().T
+    logits = logits.repeat_interleave(torch.tensor([2, 2, 4]), dim=1)[None, :, :, None].expand(1, 4, 8, 8)
+    model, sizes = tiny_baseline(), {"image_sizes": torch.tensor([[16, 32]]), "padded_sizes": torch.tensor([[32, 32]])}
+    model.forward = lambda **inputs: PerPixelBaselineOutput(logits=logits, **sizes)
+    entries = segmenter(model)(images()[0])
+    assert [entry["label"] for entry in entries] == ["LABEL_0", "LABEL_1"]
+    assert [entry["score"] for entry in entries] == pytest.approx([0.7, 0.6], abs=0.04)
+
+
+def test_all_labels_of_the_only_sure_query_are_candidates_for_instances():
+    classes = torch.tensor([[[0.4, 0.35, 0.1, 0.05, 0.1]]]).log()
+    kind = MaskFormerForInstanceSegmentationOutput
+    model = with_output(
+        tiny_model(), kind, class_queries_logits=classes, masks_queries_logits=torch.full((1, 1, 8, 8), 20.0)
+    )
+    model.predict = lambda threshold, **inputs: model(**inputs)
+    entries = segmenter(model, segmentation_task="instance")(images()[0], threshold=0.3)
+    assert [(entry["label"], round(entry["score"], 2)) for entry in entries] == [("LABEL_0", 0.4), ("LABEL_1", 0.35)]
+
+
+@pytest.mark.parametrize("subtask", OPTIONS)
+def test_every_option_reaches_post_processing_with_its_value(subtask, monkeypatch):
+    values = {"mode": "fast", "top_k": 2, "min_area": 5, "label_ids_to_fuse": [1]}
+    options = {name: values.get(name, 0.1 * place) for place, name in enumerate(OPTIONS[subtask], start=1)}
+    segment, name, given = segmenter(), f"post_process_{subtask}_segmentation", {}
+    post_process = getattr(segment.image_processor, name)
+    observed = lambda outputs, **options: given.update(options) or post_process(outputs, **options)  # noqa: E731
+    monkeypatch.setattr(segment.image_processor, name, observed, raising=False)
+    segment(images()[0], subtask=subtask, **options)
+    expected = {"mode": "fast"} if subtask == "semantic" else options
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_a_model_of_half_precision_gives_nearly_the_same_scores():
+    model, image = tiny_model().eval(), images()[0]
+    expected = segmenter(model)(image)
+    half = MaskFormerPipeline(model=model.bfloat16(), image_processor=processor(), device="cpu")
+    found = {entry["label"]: entry["score"] for entry in half(image)}
+    assert found == pytest.approx({entry["label"]: entry["score"] for entry in expected}, abs=0.05)
+
+
+def test_an_image_may_be_base64_alone_broken_into_lines_or_a_data_url():
+    content = io.BytesIO()
+    images()[0].save(content, "png")
+    text = base64.encodebytes(content.getvalue()).decode()
+    assert "\n" in text.strip()
+    expected, *others = segmenter()([images()[0], text, "data:image/png;base64," + text.replace("\n", "")])
+    for entries in others:
+        assert [entry["score"] for entry in entries] == [entry["score"] for entry in expected]
+    with pytest.raises(ValueError, match="Image 0") as error:
+        segmenter()("A" * 10_000)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_a_timeout_holds_for_the_download_of_every_image(num_images, monkeypatch):
+    seconds = []
+    monkeypatch.setattr(pipeline_module, "download_image", lambda url, *limit: seconds.append(limit) or images()[0])
+    segmenter()(["http://a/b.png"] * num_images, timeout=0.5)
+    segmenter()("http://a/b.png", timeout=0.5)
+    assert seconds == [(0.5,)] * (num_images + 1)

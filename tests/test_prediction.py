@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from models import tiny_model
 from PIL import Image
 
 from hf_maskformer import MaskFormerImageProcessor
@@ -187,3 +188,67 @@ def test_a_damaged_image_is_named_and_does_not_stop_the_others_of_its_folder(tmp
     assert [name for name, _ in read_images(str(tmp_path), failed)] == ["whole"]
     assert failed == [tmp_path / "cut.png"]
     assert f"skipped: {tmp_path / 'cut.png'} cannot be read" in capsys.readouterr().err
+
+
+def test_the_size_of_the_image_is_written_with_its_segments(tmp_path, image, image_processor):
+    prediction = predict(TwoCars(), image_processor, image, "panoptic")
+    _, segments, _ = write_prediction(prediction, image, ID2LABEL, "panoptic", tmp_path, "photo")
+    content = json.loads(segments.read_text())
+    assert (content["task"], content["height"], content["width"]) == ("panoptic", 50, 70)
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_queries_that_only_the_given_threshold_keeps_are_found(image, image_processor, task):
+    model = tiny_model().eval()  # no query is sure enough for the defaults
+    options = {"threshold": 0.0} | ({"overlap_mask_area_threshold": 0.0} if task == "panoptic" else {})
+    found = predict(model, image_processor, image, task, **options).segments
+    model.predict = lambda threshold, **inputs: model(**inputs)
+    expected = predict(model, image_processor, image, task, **options).segments
+    assert [segment["label_id"] for segment in found] == [segment["label_id"] for segment in expected]
+    assert len(found) > 2
+
+
+class OneSureQuery(TwoCars):
+    """As a model of which only one query is computed; it may be a road or a car."""
+
+    config = SimpleNamespace(id2label=ID2LABEL, decoder_config=SimpleNamespace(num_queries=6))
+
+    def forward(self, pixel_values, pixel_mask):
+        outputs = super().forward(pixel_values, pixel_mask)
+        outputs["class_queries_logits"] = torch.tensor([[[0.01, 0.45, 0.5, 0.04]]]).log()
+        outputs["masks_queries_logits"] = torch.full((1, 1, 16, 16), 20.0)
+        return outputs
+
+
+def test_all_labels_of_the_only_sure_query_are_candidates_and_one_below_owns_no_pixel(
+    image,
+    image_processor,
+):
+    prediction = predict(OneSureQuery(), image_processor, image, "instance", threshold=0.4)
+    found = [(segment["label"], segment["area"]) for segment in prediction.segments]
+    assert found == [("car", 50 * 70), ("road", 0)]
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_a_model_of_half_precision_finds_nearly_the_same(image, image_processor, task):
+    model, options = tiny_model().eval(), {} if task == "semantic" else {"threshold": 0.0}
+    expected = predict(model, image_processor, image, task, **options)
+    found = predict(model.bfloat16(), image_processor, image, task, **options)
+    assert (found.segmentation == expected.segmentation).mean() > 0.8
+
+
+def test_the_overlay_shows_every_class_and_names_them(tmp_path):
+    picture, ids = Image.new("RGB", (300, 200), (100, 100, 100)), np.zeros((200, 300), np.int64)
+    segments = [{"id": 0, "label_id": 0, "label": "sky", "area": ids.size}]
+    *_, overlay = write_prediction(Prediction(ids, segments), picture, ID2LABEL, "semantic", tmp_path, "x")
+    colors = {color for _, color in Image.open(overlay).getcolors(1 << 16)}
+    assert (100, 100, 100) not in colors  # the class 0 is a class
+    assert (255, 255, 255) in colors  # under its name
+
+
+@pytest.mark.parametrize("name", ["../photo", "/photo", "a/../../photo"])
+def test_a_prediction_stays_in_its_folder(tmp_path, name):
+    prediction = Prediction(np.zeros((2, 2), np.int64), [])
+    with pytest.raises(ValueError, match="The prediction"):
+        write_prediction(prediction, Image.new("RGB", (2, 2)), ID2LABEL, "semantic", tmp_path / "out", name)
+    assert not [*tmp_path.rglob("*.png")]

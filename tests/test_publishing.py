@@ -16,7 +16,7 @@ from test_scripts import load
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.hub.model_card import make_card
-from hf_maskformer.hub.publishing import publish
+from hf_maskformer.hub.publishing import PUBLISHED, publish
 
 __all__ = ["hub"]  # a fixture
 README = Path(__file__).parents[1] / "README.md"
@@ -412,3 +412,51 @@ def test_the_script_publishes_without_code_what_belongs_to_the_model(hub, tmp_pa
     script.main(script.parse_arguments([str(tmp_path / "model"), "ada/name", *options]))
     branches = hub.repositories["ada/name"].branches
     assert [branch[-1].title for branch in (branches["main"], branches["second"])] == ["Upload model", "Another"]
+
+
+__all__ = ["hub"]  # a fixture
+
+
+def test_a_given_token_is_used_for_every_step(hub, tmp_path, monkeypatch):
+    save(tmp_path / "sharded", "50KB")
+    save(tmp_path / "whole")
+    monkeypatch.setenv("HF_TOKEN", "of nobody")
+    options = {"private": True, "revision": "second", "token": "ada's"}
+    publish(tmp_path / "sharded", "ada/name", **options)
+    publish(tmp_path / "whole", "ada/name", **options)
+    repository = hub.repositories["ada/name"]
+    assert repository.private
+    assert [path for path in repository.files("second") if "safetensors" in path] == ["model.safetensors"]
+
+
+def test_code_that_only_a_list_or_the_processor_names_goes_along(hub, tmp_path):
+    save(tmp_path)
+    for name, entry in (("config.json", [None, "one.P"]), ("preprocessor_config.json", "two.P")):
+        settings = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(settings | {"auto_map": {"AutoImageProcessor": entry}}))
+    for name in ("one.py", "two.py", "three.py"):
+        (tmp_path / name).write_text("")
+    publish(tmp_path, "ada/name")
+    assert {path for path in hub.repositories["ada/name"].files() if path.endswith(".py")} == {"one.py", "two.py"}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": {"a": "../a.safetensors"}}'])
+def test_an_index_that_from_pretrained_would_refuse_is_refused_before_anything_is_sent(hub, tmp_path, content):
+    save(tmp_path, "50KB")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json"):
+        publish(tmp_path, "ada/name")
+    assert hub.requests == []
+
+
+def test_every_file_that_is_named_is_published_and_nothing_else(hub, tmp_path):
+    save(tmp_path)
+    files = [pattern.replace("*", "x") for pattern in PUBLISHED if "safetensors" not in pattern]
+    for name in (*files, "pictures/deep/x.jpg", "pictures/x.txt", "training_args.bin", "optimizer.pt", "x.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        if not (tmp_path / name).exists():
+            (tmp_path / name).write_text("{}")
+    (tmp_path / "metrics").mkdir()
+    publish(tmp_path, "ada/name")
+    assert hub.repositories["ada/name"].files().keys() == {*files, ".gitattributes", "model.safetensors"}
+    assert {"pictures/x.png", "pictures/x.jpg", "loss_curve.png", "metrics.json"} <= {*files}

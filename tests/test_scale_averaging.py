@@ -8,6 +8,7 @@ from test_per_pixel_baseline import tiny_baseline
 from transformers import MaskFormerForInstanceSegmentation
 
 from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.evaluation import scale_averaging
 from hf_maskformer.evaluation.scale_averaging import augmented_semantic_scores
 
 
@@ -147,3 +148,31 @@ def test_an_image_may_have_any_form_that_the_image_processor_takes(tmp_path, kin
     given = kind(image) if kind is np.asarray else kind(tmp_path / "image.png")
     expected = augmented_semantic_scores(model, processor, image, shortest_edges=[32])
     assert augmented_semantic_scores(model, processor, given, shortest_edges=[32]).equal(expected)
+
+
+def test_scales_and_mirroring_are_those_of_the_paper_for_ade20k_unless_told_otherwise(image, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        scale_averaging,
+        "_scores",
+        lambda model, pixel_values, pixel_mask, *_: (
+            sizes.append(size_of_image(pixel_mask[0])) or torch.zeros(4, 40, 60)
+        ),
+    )
+    for wide in (image, image.resize((600, 60))):
+        augmented_semantic_scores(tiny_model(), MaskFormerImageProcessor(), wide)
+    scales = [edge for edge in range(256, 897, 128) for _ in range(2)]
+    assert [height for height, _ in sizes[:12]] == scales
+    assert max(width for _, width in sizes) == 3584
+
+
+def size_of_image(pixel_mask):
+    return int(pixel_mask.any(dim=1).sum()), int(pixel_mask.any(dim=0).sum())
+
+
+def test_scales_are_averaged_with_a_model_of_half_precision(image):
+    model, processor = tiny_model().eval(), MaskFormerImageProcessor(size=40)
+    expected = augmented_semantic_scores(model, processor, image, shortest_edges=[48])
+    found = augmented_semantic_scores(model.bfloat16(), processor, image, shortest_edges=[48])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)

@@ -215,3 +215,14 @@ def test_one_text_decoded_over_and_over_is_refused(tmp_path):
     decode = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R0"
     with pytest.raises(RefusedPickleError, match=r"decodes more bytes than it holds"):
         load_pickle(write(tmp_path, b"\x80\x02" + text + decode * 1000 + b"."))
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_files_of_numpy_before_and_after_it_moved_its_core_are_read(tmp_path, protocol):
+    content = pickle.dumps({**ARRAYS, "scalar": np.float32(2.5)}, protocol=protocol)
+    for core in (b"core", b"_core"):
+        moved = content.replace(b"numpy._core.", b"numpy.core.").replace(b"numpy.core.", b"numpy." + core + b".")
+        assert b"numpy." + core + b".multiarray" in moved
+        loaded = load_pickle(write(tmp_path, moved))
+        assert all(np.array_equal(loaded[name], array) for name, array in ARRAYS.items())
+        assert loaded["scalar"] == 2.5

@@ -168,5 +168,6 @@ def _check(checkpoint: OriginalCheckpoint, expected: Mapping[str, Tensor]) -> No
 
 def _describe(tensor: Any) -> str:
     """Shape, and whether the numbers are whole: weights of any precision are taken."""
-    dtype = str(tensor.dtype)
-    return f"{list(tensor.shape)}{'' if 'float' in dtype else ' whole numbers'}"
+    # The name of a type of numpy in another byte order is a code.
+    is_float = tensor.is_floating_point() if isinstance(tensor, Tensor) else tensor.dtype.kind == "f"
+    return f"{list(tensor.shape)}{'' if is_float else ' whole numbers'}"
