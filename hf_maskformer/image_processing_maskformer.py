@@ -397,8 +397,8 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         is_padded = any(padded_size not in (target, size) for target, size in zip(targets, sizes, strict=True))
         if is_padded and padded_size == tuple(padded_sizes[0].tolist()):
             logger.warning_once(
-                "The model was called without pixel_mask, so it took padding for image, and results are shifted. Give "
-                "it all that the image processor makes: model(**inputs)."
+                "The model was called without pixel_mask, or ignores it, so it took padding for image, and results are "
+                "shifted. Give it all that the image processor makes: model(**inputs)."
             )
 
     def _settings_with(self, overrides: Mapping[str, Any]) -> ImageProcessorSettings:

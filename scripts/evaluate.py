@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from hf_maskformer import MaskFormerImageProcessor
@@ -52,7 +53,8 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    state = PartialState()
+    # Accelerate takes a process without a GPU for one of several only if it is told so.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     if arguments.output is not None and Path(arguments.output).is_dir():
         raise ValueError(f"--output {arguments.output} is a folder. Name a JSON file in it.")
     dataset = open_dataset(

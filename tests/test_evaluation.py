@@ -482,3 +482,13 @@ def test_scales_of_a_size_without_a_longest_edge_go_up_to_four_times_the_shortes
     evaluate(model_for(SCENES.labels), processor, SCENES, "semantic", scale_averaging=True)
     assert {call["longest_edge"] for call in calls} == {round(1.75 * 4 * 128)}
     assert calls[0]["shortest_edges"] == [64, 96, 128, 160, 192, 224]
+
+
+def test_a_panoptic_prediction_in_a_folder_is_named_with_it(tmp_path):
+    dataset = Samples()
+    dataset.labels = LABELS
+    writer = PredictionWriter(tmp_path, "panoptic", dataset)
+    writer(0, "city/a", {"segmentation": torch.zeros(1, 2, dtype=torch.int32), "segments_info": []})
+    writer.finish()
+    (entry,) = json.loads((tmp_path / "panoptic.json").read_text())["annotations"]
+    assert (tmp_path / "panoptic" / entry["file_name"]).is_file()

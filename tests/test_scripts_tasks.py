@@ -76,7 +76,7 @@ def test_the_labels_say_what_is_trained_and_evaluated(trained, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(trained, tmp_path):
-    task, _, data, checkpoint = trained
+    task, figure, data, checkpoint = trained
     content = []
     for processes in (1, 2):
         output, found = tmp_path / f"{processes}.json", tmp_path / f"found_{processes}"
@@ -85,9 +85,12 @@ def test_two_processes_find_what_one_finds(trained, tmp_path):
             call("evaluate", **options)
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            command += [SCRIPTS / "evaluate.py", *(f"--{name}={value}" for name, value in options.items())]
-            environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "ACCELERATE_USE_CPU": "true"}
-            subprocess.run(command, check=True, timeout=300, env={**environment, "OMP_NUM_THREADS": "1"})
+            command += [SCRIPTS / "evaluate.py", *(f"--{name}={value}" for name, value in options.items()), "--json"]
+            environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "CUDA_VISIBLE_DEVICES": ""}
+            environment["OMP_NUM_THREADS"] = "1"
+            done = subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True, text=True)
+            assert figure in json.loads(done.stdout)  # of one process alone
+            assert "Evaluating: 100%|██████████| 3/3" not in done.stderr  # which has seen two of the three images
         written = json.loads((found / {"panoptic": "panoptic.json", "instance": "instances.json"}[task]).read_text())
         entries = written["annotations"] if task == "panoptic" else written
         content.append((json.loads(output.read_text()), sorted({entry["image_id"] for entry in entries}), len(entries)))
