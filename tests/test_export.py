@@ -238,6 +238,7 @@ def test_the_documented_code_runs_a_file_without_this_package(tmp_path, monkeypa
     torch.testing.assert_close(pixel_values, image_processor(image, return_tensors="pt").pixel_values)
 
 
+@pytest.mark.slow
 def test_a_model_of_other_channels_is_exported_with_them(image_processor, tmp_path):
     backbone = resnet_config()
     backbone.num_channels = 1

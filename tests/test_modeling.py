@@ -469,7 +469,7 @@ def test_importing_the_package_loads_none_of_the_heavy_libraries():
     assert loaded.strip() == "[]"
 
 
-@pytest.mark.parametrize("transformers_first", [False, True])
+@pytest.mark.parametrize("transformers_first", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_torchvision_that_does_not_import_counts_as_absent(tmp_path, transformers_first):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")

@@ -337,7 +337,9 @@ def test_train_takes_whole_images(config, tmp_path, monkeypatch):
     assert sizes == [(64, 160)]
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize(
+    "script", ["train", *(pytest.param(each, marks=pytest.mark.slow) for each in ("evaluate", "predict"))]
+)
 def test_a_wrong_name_ends_a_script_with_a_message_alone(script, data, tmp_path):
     options = {
         "train": {"data": data, "output_dir": tmp_path},

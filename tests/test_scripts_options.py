@@ -193,6 +193,7 @@ def test_a_training_that_publishes_tells_what_its_card_says_of_the_data(config, 
     assert told == [{"dataset": data.name, "split": "val"}] * 2
 
 
+@pytest.mark.slow
 def test_a_stream_is_shuffled_by_the_seed_of_the_training(data, config, tmp_path, monkeypatch):
     prepare("parquet", data, tmp_path / "parquet")
     seeds, shuffle = [], StreamedColumns.shuffle
