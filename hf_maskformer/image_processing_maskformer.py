@@ -301,8 +301,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
                 return per_pixel_segmentation(*logits)
             all_scores = per_pixel_scores(*logits)
         else:
-            batch = logits_and_sizes(outputs)
-            self._warn_of_padding(*batch[2:], target_sizes)
+            batch = self._batch(outputs, target_sizes)
             if not return_segmentation_scores:
                 return semantic_segmentation(*batch, target_sizes, mode)
             images = split_batch(*batch, target_sizes)
@@ -342,8 +341,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             raise ValueError("return_coco_annotation and return_binary_maps exclude each other; set one of them.")
         form: Form = "rle" if return_coco_annotation else "masks" if return_binary_maps else "id_map"
         thresholds = threshold, mask_threshold, overlap_mask_area_threshold
-        batch = logits_and_sizes(outputs)
-        self._warn_of_padding(*batch[2:], target_sizes)
+        batch = self._batch(outputs, target_sizes)
         return instance_segmentation(*batch, *thresholds, target_sizes, form, top_k, min_area)
 
     def post_process_panoptic_segmentation(
@@ -377,11 +375,15 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             "overlap_mask_area_threshold": overlap_mask_area_threshold,
         }
         thresholds = defaults | {name: value for name, value in given.items() if value is not None}
-        batch = logits_and_sizes(outputs)
-        self._warn_of_padding(*batch[2:], target_sizes)
+        batch = self._batch(outputs, target_sizes)
         return panoptic_segmentation(
             *batch, **thresholds, label_ids_to_fuse=label_ids_to_fuse, target_sizes=target_sizes
         )
+
+    def _batch(self, outputs: Any, target_sizes: Sequence[Size] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch = logits_and_sizes(outputs)
+        self._warn_of_padding(*batch[2:], target_sizes)
+        return batch
 
     def _warn_of_padding(self, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None) -> None:
         """Warns if the model took padding for image: targets of the photographs' sizes tell how much there is."""
