@@ -14,9 +14,9 @@ def hide_broken_torchvision() -> None:
     """
     try:
         import torchvision  # noqa: F401
-    except ImportError:
-        pass
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
+            return  # it is not installed
         # Python's own mark for a module that must not be imported; finders see it as not installed.
         sys.modules["torchvision"] = None  # type: ignore[assignment]
         logger.warning(

@@ -178,8 +178,13 @@ class MaskFormerConfig(ConfigWithCode):
             "dice_cost": self.dice_weight if self.dice_cost is None else self.dice_cost,
         }
 
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """The arguments of `MaskFormerLoss`, by name."""
+        return {name: getattr(self, name) for name in LOSS_FIELDS} | self.matching_costs
+
     def _check(self) -> None:
-        check_loss({name: getattr(self, name) for name in LOSS_FIELDS} | self.matching_costs)
+        check_loss(self.loss_settings)
         check_labels(self.id2label)
         check_sizes(self)
         if self.matching == "fixed" and self.decoder_config.num_queries != self.num_labels:

@@ -91,3 +91,8 @@ class PerPixelBaselineConfig(ConfigWithCode):
         if fields["decoder_config"] is None:
             fields["decoder_config"] = dict(NO_DECODER)
         return fields
+
+
+def is_per_pixel_baseline(model: Any) -> bool:
+    """Whether a model is one of the baselines, by its configuration, which adapters and compilers around it pass on."""
+    return getattr(getattr(model, "config", None), "model_type", None) == PerPixelBaselineConfig.model_type

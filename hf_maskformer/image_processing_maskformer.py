@@ -7,7 +7,7 @@ image. Sizes are (height, width). Images stay uint8 until they lie in the batch.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,6 +104,23 @@ class MaskFormerImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 (as the base class declares it)
+
+    do_resize: bool
+    size: dict[str, int]
+    size_divisor: int
+    resample: int
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: list[float]
+    image_std: list[float]
+    ignore_index: int | None
+    do_reduce_labels: bool
+    num_labels: int | None
+    pad_size: dict[str, int] | None
+    label_ids_to_fuse: list[int] | None
+    segmentation_task: str | None
+    panoptic_thresholds: dict[str, float] | None
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{name: settings.pop(name) for name in _BASE_CLASS_SETTINGS & settings.keys()})
@@ -290,8 +307,6 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             ValueError: the mode is unknown or not one of the model, logits are not finite, or target_sizes does not fit
                 the batch.
         """
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
         if hasattr(outputs, "logits"):
             if mode != "paper":
                 raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')

@@ -212,19 +212,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         self.model = MaskFormerModel(config)
         self.class_predictor = nn.Linear(hidden_size, num_labels + 1)  # the last class is "no object"
         self.mask_embedder = MaskEmbedder(hidden_size, config.mask_feature_size)
-        self.criterion = MaskFormerLoss(
-            num_labels,
-            cross_entropy_weight=config.cross_entropy_weight,
-            mask_weight=config.mask_weight,
-            dice_weight=config.dice_weight,
-            no_object_weight=config.no_object_weight,
-            **config.matching_costs,
-            void_in_loss=config.void_in_loss,
-            matching=config.matching,
-            train_num_points=config.train_num_points,
-            oversample_ratio=config.oversample_ratio,
-            importance_sample_ratio=config.importance_sample_ratio,
-        )
+        self.criterion = MaskFormerLoss(num_labels, **config.loss_settings)
         self.post_init()
 
     def forward(

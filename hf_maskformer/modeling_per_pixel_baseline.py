@@ -46,11 +46,10 @@ class PerPixelBaselineOutput(ModelOutput):
 class PixelClassifier(nn.Conv2d):
     """A linear classifier of pixel embeddings, with the initialisation of the paper's code (arXiv 1502.01852)."""
 
-    bias: Tensor
-
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:  # adapters build a layer of the same class without one
+            nn.init.zeros_(self.bias)
 
 
 class PerPixelBaselinePreTrainedModel(MaskFormerPreTrainedModel):

@@ -33,7 +33,7 @@ def encode_tiles(
     firsts = np.arange(num_masks) * (height * width + 1)
     lasts = firsts + height * width
     spans = zip(firsts, lasts, *np.searchsorted(changes, [firsts, lasts]), strict=True)
-    return _compress([np.diff(changes[start:stop], prepend=first, append=last) for first, last, start, stop in spans])
+    return compress([np.diff(changes[start:stop], prepend=first, append=last) for first, last, start, stop in spans])
 
 
 def _changes(
@@ -71,7 +71,7 @@ def _changes(
     return changes[is_change]
 
 
-def _compress(masks: list[np.ndarray]) -> list[str]:
+def compress(masks: list[np.ndarray]) -> list[str]:
     """Writes the run lengths of each mask with as many characters as each needs: 5 bits, the lowest first, and 1 for
     "more follow".
 

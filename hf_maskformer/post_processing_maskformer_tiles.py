@@ -10,7 +10,7 @@ by row and column. A tile depends on S x S' grid points and takes the sigmoid at
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ class TiledMasks:
     """
 
     def __init__(self, mask_logits: Tensor, sizes: ImageSizes, mode: Mode) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
         self.target_size = sizes.target
         axes = zip(sizes.target, sizes.image, sizes.padded, mask_logits.shape[1:], strict=True)
         self.rows, self.columns = (_axis(*lengths, mode).to(mask_logits.device) for lengths in axes)

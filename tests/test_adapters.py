@@ -1,9 +1,12 @@
 """Low-rank adapters (PEFT) in the decoder and the backbone."""
 
+import numpy as np
 import pytest
 import torch
 from models import ARCHITECTURES, masks, tiny_batch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from test_per_pixel_baseline import tiny_baseline
 from transformers import default_data_collator
 
 from hf_maskformer import (
@@ -12,6 +15,8 @@ from hf_maskformer import (
     MaskFormerTrainer,
     MaskFormerTrainingArguments,
 )
+from hf_maskformer.evaluation.scale_averaging import augmented_semantic_scores
+from hf_maskformer.export.exporting import build_head
 
 LORA_TARGETS = {
     "resnet": r".*(q_proj|v_proj|convolution)",
@@ -65,3 +70,17 @@ def test_the_trainer_takes_a_model_with_adapters(tmp_path):
     assert all("lora_" in name for name in changed)
     for part in ("pixel_level_module.encoder", "transformer_module.decoder"):
         assert any(part in name for name in changed)
+
+
+def test_a_baseline_with_an_adapter_on_its_classifier_is_still_a_baseline():
+    base = tiny_baseline().eval()
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["classifier"], init_lora_weights=False)).eval()
+    processor = MaskFormerImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    scores = augmented_semantic_scores(adapted, processor, image, shortest_edges=[32], flip=False)
+    exported = build_head(adapted, processor, "logits")(torch.randn(1, 3, 32, 64))
+    merged = adapted.merge_and_unload().eval()
+    torch.testing.assert_close(
+        scores, augmented_semantic_scores(merged, processor, image, shortest_edges=[32], flip=False)
+    )
+    assert [tuple(logits.shape) for logits in exported] == [(1, 4, 8, 16)]

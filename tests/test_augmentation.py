@@ -299,9 +299,21 @@ def test_sizes_are_those_of_the_paper_for_each_data_set():
     assert all(PAPER_AUGMENTATIONS[name].change_colors for name in crops)
 
 
-def test_a_crop_range_that_descends_is_refused():
-    with pytest.raises(ValueError, match=r"crop_range \(600, 384\) must be ascending"):
-        RandomFlipCropScale(crop_range=(600, 384))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop_range": (600, 384)}, r"crop_range \(600, 384\) must be at least one pixel each, .* must ascend"),
+        ({"crop_range": (0, 384)}, r"crop_range \(0, 384\) must be at least one pixel"),
+        ({"early_short_edges": ()}, "must hold at least one length"),
+        ({"short_edges": (-3,)}, r"short_edges \[-3\], .* must be at least one pixel"),
+        ({"max_size": 0}, "max_size 0, .* must be at least one pixel"),
+        ({"crop_probability": -0.5}, "crop_probability is -0.5; it must lie between 0 and 1"),
+        ({"flip_probability": 2.0}, "flip_probability is 2.0; it must lie between 0 and 1"),
+    ],
+)
+def test_impossible_settings_of_the_panoptic_augmentation_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RandomFlipCropScale(**arguments)
 
 
 def test_colours_change_and_labels_stay():

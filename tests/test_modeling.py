@@ -469,10 +469,11 @@ def test_importing_the_package_loads_none_of_the_heavy_libraries():
     assert loaded.strip() == "[]"
 
 
+@pytest.mark.parametrize("error", ["RuntimeError('operator nms does not exist')", "ImportError('no libc10.so')"])
 @pytest.mark.parametrize("transformers_first", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_torchvision_that_does_not_import_counts_as_absent(tmp_path, transformers_first):
+def test_a_torchvision_that_does_not_import_counts_as_absent(tmp_path, transformers_first, error):
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise {error}")
     code = "import transformers; transformers.utils.is_torchvision_available();" if transformers_first else ""
     code += "import hf_maskformer, transformers; print(transformers.utils.is_torchvision_available())"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}

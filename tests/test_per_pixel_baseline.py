@@ -21,6 +21,7 @@ from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.hub.key_table import from_original, to_original
 from hf_maskformer.post_processing_per_pixel_baseline import per_pixel_segmentation
+from hf_maskformer.training.model_arguments import ModelArguments
 from hf_maskformer.training.starting_point import image_processor_for, new_model, pretrained_model
 
 NUM_LABELS = 4
@@ -279,6 +280,15 @@ def test_scores_are_the_softmax_of_the_logits_at_the_target() -> None:
         torch.testing.assert_close(result.segmentation_scores, expected.softmax(0))
     with pytest.raises(ValueError, match="its mode is \"paper\", not 'fast'"):
         processor.post_process_semantic_segmentation(outputs, mode="fast")
+
+
+def test_more_than_255_classes_are_planned_as_they_are_built(tmp_path) -> None:
+    tiny_baseline(num_labels=300, semantic_loss_ignore_index=65535).config.save_pretrained(tmp_path)
+    labels = LabelSet({label: f"class {label}" for label in range(300)}, ignore_index=65535)
+    arguments = ModelArguments(config=str(tmp_path))
+    planned = arguments.planned_config(labels)
+    assert planned.num_labels == 300
+    assert planned.to_dict() == arguments.model(labels).config.to_dict()
 
 
 @pytest.mark.parametrize("trainer_class", [transformers.Trainer, MaskFormerTrainer])

@@ -335,6 +335,14 @@ def test_modes_differ_in_what_is_resized():
     assert paper.tolist() == pytest.approx([at[8.0], (at[7.0] + at[5.0]) / 2, (at[3.0] + at[1.0]) / 2, at[0.0]])
 
 
+def test_an_unknown_mode_is_refused():
+    classes, masks = torch.randn(1, 10, 6), torch.randn(1, 10, 8, 12)
+    with pytest.raises(ValueError, match="mode is 'dierct'; give one of paper, direct, fast"):
+        semantic_segmentation(classes, masks, sizes((32, 48)), sizes((32, 48)), mode="dierct")
+    with pytest.raises(ValueError, match="mode is 'dierct'; give one of paper, direct, fast"):
+        semantic_scores(classes[0], masks[0], (32, 48), (32, 48), mode="dierct")
+
+
 def test_fast_mode_equals_transformers_where_nothing_is_padded():
     classes, masks = torch.randn(1, 10, 6) * 3, torch.randn(1, 10, 8, 12) * 5
     outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)

@@ -106,6 +106,11 @@ def test_no_candidates_are_refused(top_k):
         instances(*overlapping_instances(), top_k=top_k)
 
 
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="form is 'rel'; give one of id_map, masks, rle"):
+        instances(*overlapping_instances(), form="rel")
+
+
 def test_small_instances_are_left_out():
     classes, masks = class_logits(PERSON, PERSON), mask_logits([[1, 1, 0]], [[0, 0, 1]])
     assert len(instances(classes, masks)["segments_info"]) == 2

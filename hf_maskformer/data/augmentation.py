@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -57,9 +57,7 @@ class RandomScaleCropFlip:
                 f"short_edges {list(self.short_edges)}, max_size {self.max_size} and crop_size {self.crop_size} must "
                 "be at least one pixel each, and short_edges must hold at least one length."
             )
-        for name in ("flip_probability", "single_category_max_area"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+        _check_shares(flip_probability=self.flip_probability, single_category_max_area=self.single_category_max_area)
 
     @classmethod
     def from_scales(
@@ -107,6 +105,9 @@ class RandomFlipCropScale:
         crop_range: least and greatest height and width of a crop, each drawn on its own; a shorter side stays whole.
         crop_probability: chance of cropping.
         flip_probability: chance of mirroring left and right.
+
+    Raises:
+        ValueError: no or non-positive sizes, a range that descends, or a chance outside 0 to 1.
     """
 
     short_edges: Sequence[int] = tuple(range(480, 801, 32))
@@ -117,11 +118,15 @@ class RandomFlipCropScale:
     flip_probability: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.short_edges or not self.early_short_edges or not 1 <= self.crop_range[0] <= self.crop_range[1]:
+        sizes = (*self.short_edges, self.max_size, *self.early_short_edges, *self.crop_range)
+        is_missing = not self.short_edges or not self.early_short_edges
+        if is_missing or min(sizes) < 1 or self.crop_range[0] > self.crop_range[1]:
             raise ValueError(
-                f"short_edges {list(self.short_edges)} and early_short_edges {list(self.early_short_edges)} must hold "
-                f"a length each, and crop_range {self.crop_range} must be ascending and positive."
+                f"short_edges {list(self.short_edges)}, max_size {self.max_size}, early_short_edges "
+                f"{list(self.early_short_edges)} and crop_range {self.crop_range} must be at least one pixel each, "
+                "short_edges and early_short_edges must hold at least one length, and crop_range must ascend."
             )
+        _check_shares(crop_probability=self.crop_probability, flip_probability=self.flip_probability)
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         if torch.rand((), generator=generator).item() < self.flip_probability:
@@ -169,9 +174,15 @@ def scales(size: int, min_scale: float, max_scale: float) -> list[int]:
     return [int(tenth * 0.1 * size) for tenth in tenths]
 
 
+def _check_shares(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}; it must lie between 0 and 1.")
+
+
 # What the paper trains with on each data set; "ade20k-640" is for its larger Swin models and panoptic ADE20K,
 # "coco-panoptic-1000" for Swin-L.
-PAPER_AUGMENTATIONS: dict[str, Any] = {
+PAPER_AUGMENTATIONS: dict[str, Augmentation] = {
     "ade20k": RandomScaleCropFlip.from_scales(512, 0.5, 2.0),
     "ade20k-640": RandomScaleCropFlip.from_scales(640, 0.5, 2.0),
     "cityscapes": RandomScaleCropFlip(scales(1024, 0.5, 2.0), 4096, (512, 1024), change_colors=True),

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..post_processing_maskformer_rle import compress
+
 # COCO draws a polygon on a grid five times as fine, whose cells 2, 7, 12, ... are the centres of pixels.
 FINENESS = 5
 CENTRE = FINENESS // 2
@@ -55,10 +57,7 @@ def encode_rle(mask: np.ndarray) -> str:
     pixels = np.concatenate([[False], mask.T.ravel()])
     changes = np.flatnonzero(pixels[1:] != pixels[:-1])
     runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
-    # From the fourth on, a run is stored as its difference to the run of the same colour before it.
-    numbers = runs.copy()
-    numbers[3:] -= runs[1:-2]
-    return "".join(_pack(number) for number in numbers.tolist())
+    return compress([runs])[0]
 
 
 def draw_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
@@ -149,11 +148,3 @@ def _unpack(text: str | bytes) -> np.ndarray:
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
     return numbers
-
-
-def _pack(number: int) -> str:
-    digits = []
-    while not -16 <= number < 16:
-        digits.append(chr((number & 31) + 32 + 48))
-        number >>= 5
-    return "".join(digits) + chr((number & 31) + 48)

@@ -8,12 +8,12 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..data.generated_scenes import GeneratedScenes
 from ..evaluation.drawing import label_colors, segment_shades
 from ..evaluation.prediction import Prediction, predict, read_images, write_prediction
 from ..evaluation.tasks import TASKS, Task, panoptic_threshold
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..training.starting_point import model_class_of
 
 NUM_EXAMPLES = 5
@@ -58,7 +58,7 @@ def build_page(checkpoint: str) -> gr.Blocks:
     model = model_class_of(checkpoint).from_pretrained(checkpoint).eval()
     image_processor: Any = MaskFormerImageProcessor.from_pretrained(checkpoint)
     names: dict[int, str] = model.config.id2label
-    tasks = TASKS[:1] if isinstance(model, PerPixelBaselineForSemanticSegmentation) else TASKS
+    tasks = TASKS[:1] if is_per_pixel_baseline(model) else TASKS
     folder = Path(mkdtemp(prefix="hf-maskformer-"))
 
     def segment(path: str | None, task: Task, threshold: float, mask_threshold: float) -> tuple[Any, ...]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ImageSegmentationPipeline
 
+from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..image_processing_maskformer_images import download_image, is_url, open_image, to_rgb
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
-from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
 from .tasks import Task, instance_options, outputs_for
 
@@ -92,7 +92,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
                 "package, or give it both as objects."
             )
         # transformers' tables of models do not list the baselines, and it would log an error.
-        if not isinstance(self.model, PerPixelBaselineForSemanticSegmentation):
+        if not is_per_pixel_baseline(self.model):
             super().check_model_type(supported_models)
 
     def __call__(self, inputs: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]

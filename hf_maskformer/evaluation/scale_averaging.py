@@ -10,9 +10,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_images import read_image, size_of
-from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer import semantic_scores
 from ..post_processing_maskformer_inputs import Size
 from ..post_processing_maskformer_tiles import Mode
@@ -59,11 +59,10 @@ def augmented_semantic_scores(
     if not shortest_edges:
         raise ValueError("shortest_edges is empty; give the shortest edge of at least one scale.")
     if mode is None:
-        task = image_processor.segmentation_task  # type: ignore[attr-defined]  # a setting
-        mode = "direct" if task == "panoptic" else "paper"
+        mode = "direct" if image_processor.segmentation_task == "panoptic" else "paper"
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
-    is_baseline = isinstance(model, PerPixelBaselineForSemanticSegmentation)
+    is_baseline = is_per_pixel_baseline(model)
     if is_baseline and mode != "paper":
         raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')
     photograph = read_image(image, 0)
@@ -73,7 +72,7 @@ def augmented_semantic_scores(
     height, width = _size_of_image(inputs["pixel_mask"][0])
     pixels = inputs["pixel_values"][0, :, :height, :width].to(photograph.dtype)
     image_processor = copy(image_processor)
-    image_processor.pad_size = None  # type: ignore[attr-defined]  # a setting; scales are of sizes of their own
+    image_processor.pad_size = None  # scales are of sizes of their own
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
@@ -105,7 +104,7 @@ def _scores(model: torch.nn.Module, pixel_values: Tensor, pixel_mask: Tensor, ta
             "MaskFormerForInstanceSegmentation or a PerPixelBaselineForSemanticSegmentation of this package."
         )
     (image_size,), (padded_size,) = outputs.image_sizes.tolist(), outputs.padded_sizes.tolist()
-    if isinstance(model, PerPixelBaselineForSemanticSegmentation):
+    if is_per_pixel_baseline(model):
         return per_pixel_logits(outputs.logits[0], tuple(image_size), target_size)
     logits = outputs.class_queries_logits[0], outputs.masks_queries_logits[0]
     return semantic_scores(*logits, tuple(image_size), tuple(padded_size), target_size, mode)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.utils import ModelOutput
 
-from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
+from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..data.labels import LabelSet
 from ..data.sample import Sample, crowds_of
 from ..image_processing_maskformer import MaskFormerImageProcessor
@@ -60,9 +60,7 @@ def check_model(task: Task, model: torch.nn.Module) -> None:
     """Raises a ValueError if there is no such task, or the model does not do it."""
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}.")
-    # By its configuration, which adapters around a model pass on.
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if task != "semantic" and model_type == PerPixelBaselineConfig.model_type:
+    if task != "semantic" and is_per_pixel_baseline(model):
         raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {task}.")
 
 

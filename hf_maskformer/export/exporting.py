@@ -9,11 +9,11 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
+from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
 from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
 from ..modeling_maskformer_winograd import PLAIN_TYPES
-from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size, check_thresholds
 from .heads import Logits, Panoptic, PerPixelLogits, Semantic
 
@@ -120,7 +120,7 @@ def build_head(
     if unknown:
         raise ValueError(f"There is no {', '.join(unknown)}; thresholds are {', '.join(DEFAULT_PANOPTIC_THRESHOLDS)}.")
     check_thresholds(**thresholds)
-    is_per_pixel = isinstance(model, PerPixelBaselineForSemanticSegmentation)
+    is_per_pixel = is_per_pixel_baseline(model)
     logits: Any = PerPixelLogits(model) if is_per_pixel else Logits(model)  # type: ignore[arg-type]
     if task == "logits":
         if output_size is not None:

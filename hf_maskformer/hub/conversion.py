@@ -55,7 +55,7 @@ def convert_checkpoint(
         model = load_original(checkpoint, config)
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
-        task = image_processor.segmentation_task or "semantic"  # type: ignore[attr-defined]  # a setting
+        task = image_processor.segmentation_task or "semantic"
         conversion_card(checkpoint, config, task, Path(output).name).save(folder / CARD_FILE)
     return model
 

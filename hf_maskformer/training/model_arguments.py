@@ -14,6 +14,7 @@ from .starting_point import (
     Model,
     check_backbone,
     check_classes_of_checkpoint,
+    class_fields,
     image_processor_for,
     load_backbone_weights,
     model_class_of,
@@ -124,14 +125,16 @@ class ModelArguments:
         if self.checkpoint is not None and labels is not None:
             config = model_class_of(self.checkpoint).config_class.from_pretrained(self.checkpoint)
             check_classes_of_checkpoint(config, labels, self.checkpoint, self.reinitialize_head)
-        names = {} if labels is None else config_label_fields(labels, labels.num_labels)
         source = self.checkpoint or self.config
         if source is not None:
-            return model_class_of(source).config_class.from_pretrained(source, **names)
+            model_class = model_class_of(source)
+            fields = {} if labels is None else class_fields(model_class, labels)
+            return model_class.config_class.from_pretrained(source, **fields)
         if self.preset is not None:
             return find_preset(self.preset).config(labels)
         assert self.backbone is not None
-        return MaskFormerConfig.from_backbone(self.backbone, **names)
+        fields = {} if labels is None else config_label_fields(labels, labels.num_labels)
+        return MaskFormerConfig.from_backbone(self.backbone, **fields)
 
     def image_processor(
         self, labels: LabelSet | None, image_size: int, model: Model | None = None, task: Task = "semantic"

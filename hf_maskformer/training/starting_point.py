@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_maskformer_parts import SimpleFeaturePyramidConfig
-from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
+from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..data.labels import LabelSet, shorten
 from ..evaluation.tasks import Task, check_model
 from ..hub.conversion import load_original_backbone
@@ -46,7 +46,7 @@ logger = logging.get_logger(__name__)
 def new_model(config: str, labels: LabelSet) -> Model:
     """A model with random weights for these classes, from a configuration file or folder, or a name on the Hub."""
     model_class = model_class_of(config)
-    model_config = model_class.config_class.from_pretrained(config, **_fields(model_class, labels))
+    model_config = model_class.config_class.from_pretrained(config, **class_fields(model_class, labels))
     # A file may describe a model that no memory holds: without memory, it is refused by its number of parameters.
     with torch.device("meta"):
         model_class(model_config)
@@ -65,7 +65,7 @@ def model_on_backbone(backbone: str, labels: LabelSet) -> MaskFormerForInstanceS
     Raises:
         ValueError: it is no such model, or lacks weights of the backbone.
     """
-    config = MaskFormerConfig.from_backbone(backbone, **_fields(MaskFormerForInstanceSegmentation, labels))
+    config = MaskFormerConfig.from_backbone(backbone, **class_fields(MaskFormerForInstanceSegmentation, labels))
     model = MaskFormerForInstanceSegmentation(config)
     load_backbone(model, backbone)
     return model
@@ -163,7 +163,7 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
         )
     model, loading_info = model_class.from_pretrained(
         checkpoint,
-        **_fields(model_class, labels),
+        **class_fields(model_class, labels),
         ignore_mismatched_sizes=reinitialize_head,
         output_loading_info=True,
     )
@@ -242,8 +242,7 @@ def model_class_of(checkpoint: str) -> Any:
 
 def target_format(model: Model) -> Literal["segment_map", "label_map"]:
     """The form of targets that a model trains with, for the data collator."""
-    # By its configuration, which adapters around a model pass on.
-    return "label_map" if model.config.model_type == PerPixelBaselineConfig.model_type else "segment_map"
+    return "label_map" if is_per_pixel_baseline(model) else "segment_map"
 
 
 def image_processor_for(
@@ -283,7 +282,7 @@ def image_processor_for(
     return MaskFormerImageProcessor.from_pretrained(checkpoint, **settings)
 
 
-def _fields(model_class: Any, labels: LabelSet) -> dict[str, Any]:
+def class_fields(model_class: Any, labels: LabelSet) -> dict[str, Any]:
     """What the data say about a model's configuration."""
     fields: dict[str, Any] = {
         "id2label": labels.id2label,
