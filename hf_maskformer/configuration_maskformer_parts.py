@@ -38,7 +38,7 @@ PASSED_ON = ("num_labels", "torch_dtype", "attn_implementation", "experts_implem
 
 @strict
 class MaskFormerTransformerConfig(PreTrainedConfig):
-    r"""Configuration of the transformers of a MaskFormer that has more of them than transformers' type `detr` tells.
+    r"""Configuration of the transformers of a MaskFormer, with fields that transformers' type `detr` lacks.
 
     Args:
         d_model: Width of the queries.
@@ -322,9 +322,10 @@ def check_labels(id2label: Any) -> None:
     if not id2label:
         raise ValueError("id2label is empty, but a model needs at least one class. Give id2label or num_labels.")
     if sorted(id2label) != list(range(len(id2label))):
+        more = "..." if len(id2label) > 10 else ""
         raise ValueError(
-            f"id2label has the ids {sorted(id2label)[:10]}..., but the ids must be 0 to {len(id2label) - 1} without "
-            "gaps ('no object' is added by the model and needs no id)."
+            f"id2label has the ids {sorted(id2label)[:10]}{more}, but the ids must be 0 to "
+            f"{len(id2label) - 1} without gaps ('no object' is added by the model and needs no id)."
         )
 
 
@@ -364,7 +365,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
-    """Raises a ValueError if no pixel decoder and transformers can have the sizes of this model's configuration."""
+    """Raises a ValueError for widths and numbers of heads with which the model cannot be built."""
     for field in ("fpn_feature_size", "mask_feature_size"):
         if not 1 <= getattr(config, field) <= MAX_SIZE:
             raise ValueError(f"{field} is {getattr(config, field)}, but must be 1 to {MAX_SIZE}.")

@@ -336,7 +336,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         top_k: int | None = None,
         min_area: int = 1,
     ) -> list[dict[str, Any]]:
-        """Finds instances, which may overlap, the surest first (see `instance_segmentation`).
+        """Finds instances, which may overlap, in descending order of score (see `instance_segmentation`).
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
@@ -345,12 +345,12 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             return_binary_maps: return masks instead of a map of ids.
 
         Returns:
-            One dictionary per image: `segmentation`, (height, width) int32 with ids of instances, the surest on top,
-            and 0 for void, or (N, height, width) bool masks, or N run-length encodings; and `segments_info`, for each
-            instance its `id`, `label_id`, `was_fused` and `score`, in descending order of score.
+            One dictionary per image: `segmentation`, (height, width) int32 with ids of instances, the highest-scoring
+            on top, and 0 for void, or (N, height, width) bool masks, or N run-length encodings; and `segments_info`,
+            for each instance its `id`, `label_id`, `was_fused` and `score`, in descending order of score.
 
         Raises:
-            ValueError: both other forms are asked for, logits are not finite, or target_sizes does not fit the batch.
+            ValueError: both other forms are asked for; see also `instance_segmentation`.
         """
         if return_coco_annotation and return_binary_maps:
             raise ValueError("return_coco_annotation and return_binary_maps exclude each other; set one of them.")
@@ -379,6 +379,9 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         Returns:
             One dictionary per image: `segmentation`, (height, width) int32 with ids of segments and 0 for void, and
             `segments_info`, for each segment its `id`, `label_id`, `was_fused` and `score`.
+
+        Raises:
+            ValueError: see `panoptic_segmentation`.
         """
         settings = self._settings_with({})
         if label_ids_to_fuse is None:

@@ -187,25 +187,9 @@ class MaskFormerLoss(nn.Module):
             is_by_segment,
             image_sizes,
         )
-        # Gradients are averaged over processes, so the normalisers are averages too.
-        num_averaged = num_processes()
-        if num_items_in_batch is None:
-            num_items_in_batch = count_items(targets.labels, num_queries, self.no_object_weight)
-            if torch.is_grad_enabled():
-                num_items_in_batch = sum_over_processes(num_items_in_batch)
-            else:  # a validation loss may be computed by one process alone, which must not wait for the others
-                num_averaged = 1
-        num_masks = num_items_in_batch[0].clamp(min=1) / num_averaged
-        class_weight = num_items_in_batch[1] / num_averaged
-
+        num_masks, class_weight = self._normalisers(targets.labels, num_queries, num_items_in_batch)
         matches, starts = self.match(class_queries_logits, masks_queries_logits, targets, embeddings)
-        # Rows of one segment stand together: they share its pixels.
-        pairs = sorted(
-            (image, segment, layer, query)
-            for layer, layer_matches in enumerate(matches)
-            for image, image_matches in enumerate(layer_matches)
-            for query, segment in zip(*image_matches, strict=True)
-        )
+        pairs = matched_pairs(matches)
         images, segments, layers, queries = (
             torch.tensor(pairs, dtype=torch.long).view(-1, 4).T.to(class_queries_logits.device)
         )
@@ -238,13 +222,19 @@ class MaskFormerLoss(nn.Module):
             mask_terms = torch.stack((self.mask_weight * focal, self.dice_weight * dice)) / num_masks
             mask_terms = mask_terms.new_zeros(2, num_layers).index_add_(1, layers, mask_terms)
             terms = torch.cat((cross_entropy.detach()[None], mask_terms))
-        names = ("loss_cross_entropy", "loss_mask", "loss_dice")
-        suffixes = [*(f"_{layer}" for layer in range(num_layers - 1)), ""]
-        return loss, {
-            f"{name}{suffix}": terms[row, layer]
-            for layer, suffix in enumerate(suffixes)
-            for row, name in enumerate(names)
-        }
+        return loss, named_terms(terms)
+
+    def _normalisers(self, labels: Tensor, num_queries: int, num_items: Tensor | None) -> tuple[Tensor, Tensor]:
+        """By what this process divides its mask terms, and its class term; `num_items` as in `forward`."""
+        # Gradients are averaged over processes, so the normalisers are averages too.
+        num_averaged = num_processes()
+        if num_items is None:
+            num_items = count_items(labels, num_queries, self.no_object_weight)
+            if torch.is_grad_enabled():
+                num_items = sum_over_processes(num_items)
+            else:  # a validation loss may be computed by one process alone, which must not wait for the others
+                num_averaged = 1
+        return num_items[0].clamp(min=1) / num_averaged, num_items[1] / num_averaged
 
     @torch.no_grad()
     def match(
@@ -374,6 +364,26 @@ def count_items(class_labels: Tensor | Sequence[Tensor], num_queries: int, no_ob
     matched = num_segments.clamp(max=num_queries)
     class_weight = matched + no_object_weight * (num_queries - matched)
     return torch.stack((num_segments.sum().float(), class_weight.sum().float()))
+
+
+def matched_pairs(matches: list[list[Match]]) -> list[tuple[int, int, int, int]]:
+    """(image, segment, layer, query) of each matched pair, those of one segment side by side: they share its pixels."""
+    return sorted(
+        (image, segment, layer, query)
+        for layer, layer_matches in enumerate(matches)
+        for image, image_matches in enumerate(layer_matches)
+        for query, segment in zip(*image_matches, strict=True)
+    )
+
+
+def named_terms(terms: Tensor) -> dict[str, Tensor]:
+    """The loss terms (3, L) by name: the last layer's plain, those of the layers before it with their number."""
+    suffixes = [*(f"_{layer}" for layer in range(terms.shape[1] - 1)), ""]
+    return {
+        f"{name}{suffix}": terms[row, layer]
+        for layer, suffix in enumerate(suffixes)
+        for row, name in enumerate(("loss_cross_entropy", "loss_mask", "loss_dice"))
+    }
 
 
 def _check_num_items(num_items: Any) -> None:

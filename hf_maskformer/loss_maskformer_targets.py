@@ -27,7 +27,7 @@ class Targets:
         size: (H, W).
         mask_sizes: (height, width) of each image's masks as they were given.
         image_sizes: (B, 2) int64, (height, width) of each image without its padding, for the check of `mask_sizes`.
-        values: (B,) float32, a value of each image's masks that is none of a mask, if there is one.
+        values: (B,) float32, a value of each image's masks that no mask may have, or a valid one if there is none.
         pixels: For each image the positions of its pixels in the flattened image, sorted by the segment that owns
             them, those of no segment first, (H * W,); None if it has masks, or if nobody asked for them.
         starts: (B, N + 1) int64, where in `pixels` those of each segment start, and where those of the last end. Masks

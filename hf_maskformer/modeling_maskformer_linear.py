@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modeling_maskformer_packing import computes_in_bfloat16, keeps, linear_in_bfloat16
-from .modeling_maskformer_winograd import (
+from .modeling_maskformer_dispatch import (
     HAS_MKL_AND_ONEDNN,
     PLAIN_TYPES,
     is_exported,
     is_transformed,
     register_operator,
 )
+from .modeling_maskformer_packing import can_cache, computes_in_bfloat16, linear_in_bfloat16
 
 
 def is_intel_processor() -> bool:
-    """Whether Linux, or else Python, says so."""
+    """Whether the CPU is Intel's, by /proc/cpuinfo or, where there is none, by `platform.processor()`."""
     try:
         with open("/proc/cpuinfo") as file:
             description = file.read(1000)
@@ -28,7 +28,7 @@ def is_intel_processor() -> bool:
 
 
 IS_MKL_SLOW = HAS_MKL_AND_ONEDNN and not is_intel_processor()
-# Of fewer positions, to arrange the weights takes as long as the product.
+# With fewer positions, arranging the weights takes as long as the product.
 MIN_POSITIONS = 64
 
 
@@ -41,7 +41,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes (..., C) and gives (..., O)."""
-        if keeps(self) and computes_in_bfloat16(input, self.weight, self.bias):
+        if can_cache(self) and computes_in_bfloat16(input, self.weight, self.bias):
             return linear_in_bfloat16(input, (self.weight,), () if self.bias is None else (self.bias,))
         if not convolution_pays(input, self.weight):
             return super().forward(input)
@@ -57,7 +57,7 @@ def project(layers: Sequence[nn.Module], states: Tensor) -> Sequence[Tensor]:
     """
     # Something else may stand in the place of a layer.
     plain = [layer for layer in layers if isinstance(layer, Linear) and type(layer).forward is Linear.forward]
-    if len(plain) == len(layers) and all(map(keeps, plain)):
+    if len(plain) == len(layers) and all(map(can_cache, plain)):
         weights = [layer.weight for layer in plain]
         biases = [layer.bias for layer in plain if layer.bias is not None]
         if len(biases) in (0, len(layers)) and computes_in_bfloat16(states, *weights, *biases):
@@ -74,6 +74,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def convolution_pays(states: Tensor, weight: Tensor) -> bool:
+    """Whether a product of states (..., C) and a matrix (O, C) is faster as a 1 x 1 convolution."""
     # Exported graphs are read by others: they get the plain operator.
     if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False

@@ -1,7 +1,7 @@
 """Weights in the order in which oneDNN multiplies them, kept from pass to pass at inference on a CPU.
 
 To fold, round and arrange the weights of a ResNet-50 takes an eighth of a pass in float32, and where a processor has
-units for bfloat16 (AMX) half as long as all products. Each pass looks whether weights have changed, see `Kept`, and
+units for bfloat16 (AMX) half as long as all products. Each pass looks whether weights have changed (`CacheEntry`) and
 then makes them anew. Parameters and checkpoints stay as they are.
 """
 
@@ -16,18 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .modeling_maskformer_winograd import (
+from .modeling_maskformer_dispatch import (
     HAS_ONEDNN_OPERATORS,
     PLAIN_TYPES,
+    has_plain_dispatch,
+    is_hooked,
+    is_inference,
+    register_operator,
+)
+from .modeling_maskformer_winograd import (
     WINOGRAD_GEOMETRY,
     add_convolution,
     arranged_kernel,
+    cached_winograd_pays,
     convolve,
-    is_exported,
-    is_hooked,
-    is_transformed,
-    kept_winograd_pays,
-    register_operator,
     winograd,
 )
 
@@ -83,16 +85,18 @@ class FixedConvolution(NamedTuple):
         return self.packed(states, dtype)(states, activation)
 
     def packed(self, states: Tensor, dtype: torch.dtype) -> "PackedConvolution | PackedWinograd":
-        """Packed in an earlier pass if may be."""
+        """Reused from an earlier pass where possible."""
         geometry = (tuple(self.stride), tuple(self.padding), tuple(self.dilation))
         weights = (self.bias, *self.norm)
         is_plain = dtype == torch.float32 and geometry == WINOGRAD_GEOMETRY
-        if is_plain and kept_winograd_pays(states, self.weight):
+        if is_plain and cached_winograd_pays(states, self.weight):
             by_winograd = partial(PackedWinograd, self)
-            return keep(by_winograd, PackedWinograd, self.eps, self.weight, *weights)
+            return cached(by_winograd, PackedWinograd, self.eps, self.weight, *weights)
         # The order of the weights of some 1 x 1 convolutions depends on the size of the map. In that of another size
         # they take ten times as long, as they arrange the weights again in each pass.
-        by_size: dict[Sequence[int], PackedConvolution] = keep(dict, dtype, (geometry, self.eps), self.weight, *weights)
+        by_size: dict[Sequence[int], PackedConvolution] = cached(
+            dict, dtype, (geometry, self.eps), self.weight, *weights
+        )
         packed = by_size.get(states.shape)
         if packed is None:
             packed = PackedConvolution(self, dtype, states.shape)
@@ -186,12 +190,12 @@ def linear_in_bfloat16(states: Tensor, weights: Sequence[Tensor], biases: Sequen
 
 
 def packed_linear(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> PackedLinear:
-    """Of an earlier pass if may be."""
-    return keep(partial(PackedLinear, weights, biases), (PackedLinear, len(weights)), None, *weights, *biases)
+    """Reused from an earlier pass where possible."""
+    return cached(partial(PackedLinear, weights, biases), (PackedLinear, len(weights)), None, *weights, *biases)
 
 
-def keeps(module: nn.Module) -> bool:
-    """Whether something is kept of a module's weights.
+def can_cache(module: nn.Module) -> bool:
+    """Whether something may be kept of a module's weights.
 
     Not where its call has hooks, which may bring the weights and take them away again, and not with processes beside
     it, which may hold a part of the weights each. Nor in training: gradient checkpointing runs without gradient too.
@@ -199,19 +203,6 @@ def keeps(module: nn.Module) -> bool:
     if module.training or not is_inference() or is_hooked(module):
         return False
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
-def is_inference() -> bool:
-    """Whether nobody wants gradients, or a graph or count of plain operators."""
-    if torch.is_grad_enabled() or is_exported() or is_transformed():
-        return False
-    # A compiled graph asks when it runs.
-    return torch.compiler.is_compiling() or has_plain_dispatch()
-
-
-def has_plain_dispatch() -> bool:
-    """Whether no tool looks at the operators and oneDNN is not turned off."""
-    return not torch._C._len_torch_dispatch_stack() and torch._C._get_mkldnn_enabled()
 
 
 def computes_in_bfloat16(states: Tensor, *weights: Tensor | None) -> bool:
@@ -244,15 +235,15 @@ def packing_dtype(states: Tensor, *weights: Tensor | None) -> torch.dtype | None
 Made = TypeVar("Made")
 
 
-class Kept:
+class CacheEntry:
     """What was made of settings and weights, and how to see that these are still the same.
 
-    torch counts most changes of a tensor. It does not count those through `.data` and of optimisers with `fused=True`,
+    torch counts most changes of a tensor. It does not count those through `.data` or by optimisers with `fused=True`,
     so a few values are compared too: of a vector all, of a matrix or kernel the first row (output) and at least one
     value of each other, in another column than that of the row before.
     """
 
-    made: Any
+    value: Any
 
     def __init__(self, settings: Any, weights: Sequence[Tensor | None]) -> None:
         self.settings = settings
@@ -305,29 +296,29 @@ def memory_of(packed: Tensor) -> np.ndarray:
 
 
 # By the first weight, which it goes with, and by kind.
-_KEPT: MutableMapping[Tensor, dict[Any, Kept]] = WeakIdKeyDictionary()
+_CACHE: MutableMapping[Tensor, dict[Any, CacheEntry]] = WeakIdKeyDictionary()
 
 
-def keep(make: Callable[[], Made], kind: Any, settings: Any, weight: Tensor, *weights: Tensor | None) -> Made:
+def cached(make: Callable[[], Made], kind: Any, settings: Any, weight: Tensor, *weights: Tensor | None) -> Made:
     """What `make` makes of settings and weights, from an earlier pass if they are still the same.
 
     Of each kind only the last one is kept.
     """
     all_weights = (weight, *weights)
-    of_weight = _KEPT.get(weight, {})
-    kept = of_weight.get(kind)
-    if kept is not None:
-        if not kept.is_current(all_weights):
+    of_weight = _CACHE.get(weight, {})
+    entry = of_weight.get(kind)
+    if entry is not None:
+        if not entry.is_current(all_weights):
             of_weight.clear()  # of other kinds too, which may never be asked for again
-        elif kept.settings == settings:
-            return kept.made
+        elif entry.settings == settings:
+            return entry.value
     if not all(is_watched(weight) for weight in all_weights if weight is not None):
         return make()
     # Looked at before, so that the next pass sees what somebody changes meanwhile.
-    kept = Kept(settings, all_weights)
-    kept.made = make()
-    _KEPT.setdefault(weight, {})[kind] = kept
-    return kept.made
+    entry = CacheEntry(settings, all_weights)
+    entry.value = make()
+    _CACHE.setdefault(weight, {})[kind] = entry
+    return entry.value
 
 
 def is_watched(weight: Tensor) -> bool:
@@ -336,10 +327,10 @@ def is_watched(weight: Tensor) -> bool:
     return is_dense and not weight.is_inference()
 
 
-def forget(module: nn.Module) -> None:
+def clear_cache(module: nn.Module) -> None:
     """Frees what is kept of the weights of a module and those inside."""
-    for weight in module.parameters() if _KEPT else ():
-        _KEPT.pop(weight, None)
+    for weight in module.parameters() if _CACHE else ():
+        _CACHE.pop(weight, None)
 
 
 def linear_in_graph(states: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

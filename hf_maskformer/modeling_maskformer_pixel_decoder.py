@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
 from .loss_maskformer_logits import remember_projection
-from .modeling_maskformer_packing import FixedConvolution, keeps
+from .modeling_maskformer_dispatch import can_overwrite, is_hooked, is_traced
+from .modeling_maskformer_packing import FixedConvolution, can_cache
 from .modeling_maskformer_transformer_layers import TransformerEncoder
-from .modeling_maskformer_winograd import can_overwrite, convolve, is_hooked, is_traced
+from .modeling_maskformer_winograd import convolve
 
 
 class XavierConv2d(nn.Conv2d):
@@ -27,7 +28,7 @@ class XavierConv2d(nn.Conv2d):
 
     def forward(self, states: Tensor) -> Tensor:
         convolution = FixedConvolution(self.weight, self.bias, self.stride, self.padding, self.dilation)
-        dtype = convolution.packing_dtype(states) if keeps(self) else None
+        dtype = convolution.packing_dtype(states) if can_cache(self) else None
         if dtype is not None:
             return convolution(states, dtype)
         return convolve(states, *convolution[:5])
@@ -192,7 +193,7 @@ class PixelDecoder(nn.Module):
 
 
 def steps_of(container: nn.Module) -> Iterable[nn.Module]:
-    """The modules that one calls in turn, or itself where something else happens in its call."""
+    """The modules of a plain `nn.Sequential`; the container itself if its call does more."""
     return container if type(container) is nn.Sequential and is_only_called(container) else (container,)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, errors_as_value_errors, is_of_type
+from .modeling_maskformer_dispatch import is_exported, is_transformed
 from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid, build_foreign_backbone
 from .modeling_maskformer_pixel_decoder import PixelDecoder, PixelDecoderOutput
 from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
-from .modeling_maskformer_winograd import is_traced, is_transformed
 
 STRIDES = (4, 8, 16, 32)  # of the backbone's feature maps
 OWN_BACKBONES: dict[str, type[nn.Module]] = {
@@ -138,11 +138,15 @@ def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Seq
 
 
 def check_images(pixel_values: Tensor, num_channels: int | None) -> None:
-    """Raises a ValueError for what is no batch of images with so many channels, of which oneDNN would not say more."""
-    if is_traced():  # where sizes are symbols
+    """Raises a ValueError unless this is a batch of images with so many channels.
+
+    oneDNN's own error does not say what is wrong.
+    """
+    if is_exported():
         return
     shape = tuple(pixel_values.shape)
-    if len(shape) != 4 or 0 in shape or num_channels not in (None, shape[1]):
+    # One by one and not by `in`, which fails for sizes that are symbols, as where torch compiles.
+    if len(shape) != 4 or any(side == 0 for side in shape) or (num_channels or shape[1]) != shape[1]:
         raise ValueError(
             f"pixel_values have the shape {shape}, but the model takes (images, {num_channels or 'channels'}, height, "
             "width), none of them 0. The image processor makes such a batch of three channels."

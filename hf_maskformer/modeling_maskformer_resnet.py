@@ -16,15 +16,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
-from .modeling_maskformer_packing import FixedConvolution, keeps
-from .modeling_maskformer_winograd import (
-    add_convolution,
-    addition_pays,
-    can_overwrite,
-    convolve,
-    is_hooked,
-    is_traced,
-)
+from .modeling_maskformer_dispatch import can_overwrite, is_hooked, is_traced
+from .modeling_maskformer_packing import FixedConvolution, can_cache
+from .modeling_maskformer_winograd import add_convolution, addition_pays, convolve
 
 BOTTLENECK_REDUCTION = 4
 
@@ -36,7 +30,7 @@ class Convolution(nn.Conv2d):
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, input: Tensor) -> Tensor:
-        is_strided = self.kernel_size == (1, 1) != self.stride
+        is_strided = self.kernel_size == (1, 1) and self.stride != (1, 1)
         if is_strided and input.device.type == "cpu" and torch.is_grad_enabled():
             # On a CPU, torch 2.13 corrupts memory in the backward pass of such convolutions, if their input has fewer
             # than 16 channels, side by side. Without padding, only the pixels taken here count.
@@ -93,7 +87,7 @@ class ConvNorm(nn.Module):
             geometry = (convolution.stride, convolution.padding, convolution.dilation)
             of_norm = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
             fixed = FixedConvolution(convolution.weight, None, *geometry, of_norm, norm.eps)
-            dtype = fixed.packing_dtype(states) if keeps(self) else None
+            dtype = fixed.packing_dtype(states) if can_cache(self) else None
             if dtype is not None:
                 if residual is not None and not is_traced():
                     return fixed.packed(states, dtype)(states, residual=residual)
@@ -157,7 +151,7 @@ class ResNetLayer(GradientCheckpointingLayer):
         self.activation = activation_in_place(config.hidden_act)
 
     def forward(self, states: Tensor, owns_residual: bool = False) -> Tensor:
-        """Takes (B, C, h, w), gives (B, O, h', w'); of a residual that it owns perhaps in the memory."""
+        """Takes (B, C, h, w), gives (B, O, h', w'), perhaps in the memory of the residual if it owns that."""
         residual = states if self.shortcut is None else self.shortcut(states)
         *others, last = self.layer
         if owns_residual and type(self.activation) is nn.ReLU and type(last) is ConvNorm:

@@ -15,16 +15,10 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .modeling_maskformer_dispatch import can_overwrite, is_hooked, is_inference, is_traced, register_operator
 from .modeling_maskformer_linear import Linear, project
-from .modeling_maskformer_packing import (
-    computes_in_bfloat16,
-    is_inference,
-    keep,
-    keeps,
-    packing_dtype,
-)
+from .modeling_maskformer_packing import cached, can_cache, computes_in_bfloat16, packing_dtype
 from .modeling_maskformer_swin_windows import WindowGrid, count_parts, pad_to_multiple, window_grid
-from .modeling_maskformer_winograd import can_overwrite, is_hooked, is_traced, register_operator
 
 # What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
 # feed-forward network see so many positions at a time that most of this stays in the cache, and not so few that the
@@ -90,8 +84,8 @@ class WindowSelfAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         init.copy_(self.relative_position_index, relative_position_index(self.window_size))
 
-    def forward(self, windows: Tensor, separation: Tensor | None) -> Tensor:
-        """Takes windows (B W, N, C) and the separation (W, N, N) of shifted windows; returns (B W, N, C)."""
+    def forward(self, windows: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Takes windows (B W, N, C) and the attention_mask (W, N, N) of shifted windows; returns (B W, N, C)."""
         query, key, value = (
             states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for states in project((self.query, self.key, self.value), windows)
@@ -99,11 +93,11 @@ class WindowSelfAttention(nn.Module):
         if not self.training and is_inference() and packing_dtype(query):
             is_compiled = torch.compiler.is_compiling()
             attend = torch.ops.hf_maskformer.attend_in_windows if is_compiled else attend_in_windows
-            return attend(query, key, value, self._position_bias(torch.float32), separation)
+            return attend(query, key, value, self._position_bias(torch.float32), attention_mask)
         bias = self._position_bias(query.dtype)
-        if separation is not None:
-            num_images = windows.shape[0] // separation.shape[0]
-            bias = (bias + separation[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
+        if attention_mask is not None:
+            num_images = windows.shape[0] // attention_mask.shape[0]
+            bias = (bias + attention_mask[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
         bias = bias.to(query.dtype)
         # How torch's own lays out its result differs between the steps of an export to ONNX. On a CPU it spells out
         # attention too if what is added to the scores wants a gradient, and looks at all scores for rows of -inf.
@@ -127,12 +121,12 @@ class WindowSelfAttention(nn.Module):
             return bias.view(num_positions, num_positions, -1).permute(2, 0, 1)[None].to(dtype).contiguous()
 
         table = self.relative_position_bias_table
-        if torch.compiler.is_compiling() or not (keeps(self) and packing_dtype(table)):
+        if torch.compiler.is_compiling() or not (can_cache(self) and packing_dtype(table)):
             return arranged()
-        return keep(arranged, dtype, None, table, self.relative_position_index)
+        return cached(arranged, dtype, None, table, self.relative_position_index)
 
 
-def attend_in_windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, separation: Tensor | None) -> Tensor:
+def attend_in_windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Attention inside windows at inference on a CPU, a few of them at a time.
 
     Their products are taken at once. torch's own takes those of each window and head by themselves, in twice the time.
@@ -144,26 +138,28 @@ def attend_in_windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, s
     num_windows, num_heads, num_positions, width = query.shape
     output = query.new_empty(num_windows, num_positions, num_heads, width)
     at_once = max(SCORES_AT_ONCE // (num_heads * num_positions**2), 1)
-    in_image = num_windows if separation is None else len(separation)
+    in_image = num_windows if attention_mask is None else len(attention_mask)
     for image in range(0, num_windows, in_image):
         for first in range(image, image + in_image, at_once):
             part = slice(first, min(first + at_once, image + in_image))
             scores = (query[part] @ key[part].transpose(-1, -2)).float()
             torch.add(bias, scores, alpha=width**-0.5, out=scores)
-            if separation is not None:
-                scores += separation[part.start - image : part.stop - image, None]
+            if attention_mask is not None:
+                scores += attention_mask[part.start - image : part.stop - image, None]
             output[part] = (scores.softmax(-1).to(query.dtype) @ value[part]).transpose(1, 2)
     return output.flatten(2)
 
 
-def _output_of_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, separation: Tensor | None) -> Tensor:
+def _output_of_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, attention_mask: Tensor | None
+) -> Tensor:
     num_windows, num_heads, num_positions, width = query.shape
     return query.new_empty(num_windows, num_positions, num_heads * width)
 
 
 # The compiler neither unrolls the loop over parts nor asks for their number.
 register_operator(
-    "attend_in_windows(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor? separation) -> Tensor",
+    "attend_in_windows(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor? attention_mask) -> Tensor",
     attend_in_windows,
     _output_of_attention,
 )
@@ -187,8 +183,8 @@ class WindowAttention(nn.Module):
         self.self = WindowSelfAttention(config, dim, num_heads)
         self.output = Projection(dim, dim, config.attention_probs_dropout_prob)
 
-    def forward(self, windows: Tensor, separation: Tensor | None) -> Tensor:
-        return self.output(self.self(windows, separation))
+    def forward(self, windows: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.output(self.self(windows, attention_mask))
 
 
 class SwinBlock(GradientCheckpointingLayer):
@@ -214,7 +210,7 @@ class SwinBlock(GradientCheckpointingLayer):
         grid = grids[1 if self.shift else 0]
         if not in_place or self.training or states.device.type != "cpu" or is_traced():
             windows = grid.to_windows(self.layernorm_before(states))
-            states = states + self._drop_path(grid.to_map(self.attention(windows, grid.separation)))
+            states = states + self._drop_path(grid.to_map(self.attention(windows, grid.attention_mask)))
             return states + self._drop_path(self._feed_forward(states))
         is_half = is_inference() and computes_in_bfloat16(states)
         normalized = self.layernorm_before(states)
@@ -237,10 +233,10 @@ class SwinBlock(GradientCheckpointingLayer):
             if len(whole):
                 for part in whole.split(at_once):
                     part.copy_(self.attention(part, None))
-            if grid.separation is not None:
-                separations = grid.separation[len(whole) :].split(at_once)
-                for part, separation in zip(cut.split(at_once), separations, strict=True):
-                    part.copy_(self.attention(part, separation))
+            if grid.attention_mask is not None:
+                attention_masks = grid.attention_mask[len(whole) :].split(at_once)
+                for part, attention_mask in zip(cut.split(at_once), attention_masks, strict=True):
+                    part.copy_(self.attention(part, attention_mask))
 
     def _feed_forward(self, states: Tensor) -> Tensor:
         return self.output(self.activation(self.intermediate(self.layernorm_after(states))))
@@ -249,8 +245,8 @@ class SwinBlock(GradientCheckpointingLayer):
         """Stochastic depth: leaves the block out for some images and scales up the rest."""
         if not self.training or self.drop_path == 0.0:
             return update
-        keep = 1.0 - self.drop_path
-        return update * update.new_empty(update.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        keep_probability = 1.0 - self.drop_path
+        return update * update.new_empty(update.shape[0], 1, 1, 1).bernoulli_(keep_probability).div_(keep_probability)
 
 
 class PatchMerging(nn.Module):

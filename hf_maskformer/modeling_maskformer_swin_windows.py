@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modeling_maskformer_winograd import is_exported, is_traced, is_transformed
+from .modeling_maskformer_dispatch import is_exported, is_traced, is_transformed
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
-SEPARATION = -100.0
+MASK_VALUE = -100.0
 
 # Pairs of positions in the windows of a map, up to which they are kept: 64 MB.
-MAX_KEPT_PAIRS = 2**24
+MAX_CACHED_PAIRS = 2**24
 
 
 class WindowGrid:
@@ -36,8 +36,8 @@ class WindowGrid:
             take the last ones apart would fix in it that there are others.
 
     Attributes:
-        separation: (W, N, N), what is added to the scores of positions that a shift brought together, and 0 of others;
-            None without a shift.
+        attention_mask: (W, N, N), what is added to the scores of positions that a shift brought together, and 0 of
+            others; None without a shift.
         num_whole_windows: How many windows, the first ones, are known not to be cut by the shift.
     """
 
@@ -57,12 +57,12 @@ class WindowGrid:
         cut_into_windows = windows_by_rows if in_graph else windows_cut_last
         self.order = cut_into_windows(shifted, window_size).flatten()
         self.inverse = torch.empty_like(self.order).scatter_(0, self.order, positions)
-        self.num_whole_windows, self.separation = self.num_windows, None
+        self.num_whole_windows, self.attention_mask = self.num_windows, None
         if shift:
             self.num_whole_windows = 0 if in_graph else (num_rows - 1) * (num_columns - 1)
             regions = cut_into_windows(shift_regions(self.padded_size, window_size, shift, device), window_size)
             # 0 between positions that were neighbours before the cyclic shift.
-            self.separation = (regions[:, :, None] != regions[:, None, :]) * SEPARATION
+            self.attention_mask = (regions[:, :, None] != regions[:, None, :]) * MASK_VALUE
 
     def to_windows(self, states: Tensor) -> Tensor:
         """(B, h, w, C) to (B W, N, C)."""
@@ -82,21 +82,21 @@ class WindowGrid:
 
 # Of the stages of a Swin, at two sizes of images.
 @lru_cache(maxsize=16)
-def _kept_grid(size: tuple[int, int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
+def _cached_grid(size: tuple[int, int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
     # Other passes may want gradients.
     with torch.inference_mode(False):
         return WindowGrid(size, window_size, shift, device)
 
 
 def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
-    """A `WindowGrid`, of an earlier pass if may be: those of a Swin-T at 512 x 512 take some milliseconds."""
+    """A `WindowGrid`, reused from an earlier pass where possible: a Swin-T's at 512 x 512 take some milliseconds."""
     # Asked once: it is true in all threads while one compiles.
     in_graph = is_traced()
-    is_kept = not (in_graph or is_transformed() or torch._C._len_torch_dispatch_stack())
+    is_cached = not (in_graph or is_transformed() or torch._C._len_torch_dispatch_stack())
     # On accelerators others might use it before it is filled, or after it is freed.
-    if not is_kept or device.type != "cpu" or math.prod(size) * window_size**2 > MAX_KEPT_PAIRS:
+    if not is_cached or device.type != "cpu" or math.prod(size) * window_size**2 > MAX_CACHED_PAIRS:
         return WindowGrid(size, window_size, shift, device, in_graph)
-    return _kept_grid(tuple(size), window_size, shift, device)
+    return _cached_grid(tuple(size), window_size, shift, device)
 
 
 def rearrange(states: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

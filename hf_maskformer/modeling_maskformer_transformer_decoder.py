@@ -1,6 +1,7 @@
 """Transformer decoder: queries attend to the stride-32 features of the image (paper, section 3.2).
 
-Letters: B images, L decoder layers, Q queries, D query width, P = h x w positions of the stride-32 feature map.
+Letters: B images, L decoder layers, Q queries, D query width, P = h x w positions of the stride-32 feature map, the
+memory.
 """
 
 from dataclasses import dataclass
@@ -53,12 +54,13 @@ class TransformerDecoderLayer(TransformerLayer):
         self,
         queries: Tensor,
         query_positions: Tensor,
-        image: Tensor,
-        image_positions: Tensor,
+        memory: Tensor,
+        memory_positions: Tensor,
         output_attentions: bool,
-        is_image: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes (B, Q, D), (Q, D), (B, P, D), (P, D) or (B, P, D), and which positions are no padding, (B, P).
+        """Takes (B, Q, D), (Q, D), (B, P, D), (P, D) or (B, P, D), and which positions are no padding,
+        (B, P) bool.
 
         Returns (B, Q, D) and the cross-attention if asked for.
         """
@@ -68,7 +70,7 @@ class TransformerDecoderLayer(TransformerLayer):
         queries = self.after(self.self_attn_layer_norm, queries, update)
 
         query = self.before(self.encoder_attn_layer_norm, queries) + query_positions
-        update, weights = self.encoder_attn(query, image + image_positions, image, output_attentions, is_image)
+        update, weights = self.encoder_attn(query, memory + memory_positions, memory, output_attentions, memory_mask)
         queries = self.after(self.encoder_attn_layer_norm, queries, update)
         return self.feed_forward(queries), weights
 
@@ -85,15 +87,15 @@ class TransformerDecoder(nn.Module):
         self,
         queries: Tensor,
         query_positions: Tensor,
-        image: Tensor,
-        image_positions: Tensor,
+        memory: Tensor,
+        memory_positions: Tensor,
         output_attentions: bool,
-        is_image: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Returns the output of every layer before the norm, and its cross-attention."""
         states, attentions = [], []
         for layer in self.layers:
-            queries, weights = layer(queries, query_positions, image, image_positions, output_attentions, is_image)
+            queries, weights = layer(queries, query_positions, memory, memory_positions, output_attentions, memory_mask)
             states.append(queries)
             attentions.append(weights)
         return states, attentions
@@ -123,28 +125,31 @@ class TransformerModule(nn.Module):
 
     def forward(
         self,
-        features: Tensor,
+        memory: Tensor,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-        image_sizes: Tensor | None = None,
+        memory_sizes: Tensor | None = None,
     ) -> TransformerModuleOutput:
         """Takes the stride-32 feature map (B, C, h, w).
 
-        With `image_sizes` (B, 2), how many of its rows and columns hold an image, the others are left out.
+        With `memory_sizes` (B, 2), how many of its rows and columns hold an image, the others are left out.
         """
         if self.input_projection is not None:
-            features = self.input_projection(features)
+            memory = self.input_projection(memory)
         if self.encoder is not None:
-            features = self.encoder(features, image_sizes)
-        image = features.flatten(2).transpose(1, 2)  # (B, P, D)
-        positions = sine_positions(features.shape[-2:], features.shape[1], features.device, image_sizes)
-        positions = positions.to(features.dtype)
-        is_image = None if image_sizes is None else positions_inside(features.shape[-2:], image_sizes)
+            memory = self.encoder(memory, memory_sizes)
+        size = memory.shape[-2:]
+        memory = memory.flatten(2).transpose(1, 2)  # (B, P, D)
+        memory_positions = sine_positions(size, memory.shape[-1], memory.device, memory_sizes).to(memory.dtype)
+        memory_mask = None if memory_sizes is None else positions_inside(size, memory_sizes)
         # Through the module, since weights that are offloaded or sharded come back when their module is called.
-        query_positions = self.queries_embedder(torch.arange(self.queries_embedder.num_embeddings, device=image.device))
-        queries = query_positions.new_zeros(features.shape[0], *query_positions.shape)
+        numbers = torch.arange(self.queries_embedder.num_embeddings, device=memory.device)
+        query_positions = self.queries_embedder(numbers)
+        queries = query_positions.new_zeros(memory.shape[0], *query_positions.shape)
 
-        states, attentions = self.decoder(queries, query_positions, image, positions, output_attentions, is_image)
+        states, attentions = self.decoder(
+            queries, query_positions, memory, memory_positions, output_attentions, memory_mask
+        )
         intermediate_states = self.decoder.layernorm(torch.stack(states))
         return TransformerModuleOutput(
             last_hidden_state=intermediate_states[-1],

@@ -1,6 +1,6 @@
 """What the transformers in MaskFormer are made of: attention, feed-forward, encoder layers, sine positions.
 
-Letters: B images, Q queries, D width, P = h x w positions of a feature map.
+Letters: B images, Q queries, D width, P = h x w positions of a feature map, the memory that is attended to.
 """
 
 import math
@@ -68,9 +68,9 @@ class Attention(nn.Module):
         key: Tensor,
         value: Tensor,
         output_attentions: bool = False,
-        is_image: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes (B, Q, D), (B, P, D), (B, P, D) and which positions may be attended to, (B, P), by default all.
+        """Takes (B, Q, D), (B, P, D), (B, P, D) and which positions may be attended to, (B, P) bool, by default all.
 
         Returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P).
         """
@@ -83,34 +83,34 @@ class Attention(nn.Module):
         mask = None
         if output_attentions:
             implementation = "eager"  # the others do not give the weights
-        if is_image is not None:
+        if memory_mask is not None:
             # Flash attention has masks for text only, whose queries and keys are padded alike.
             if is_flash_attention_requested(requested_attention_implementation=implementation):
                 implementation = "sdpa"
-            mask = mask_for(implementation, is_image, query)
+            mask = mask_for(implementation, memory_mask, query)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=query.shape[-1] ** -0.5)
         return self.out_proj(attended.flatten(2)), weights if output_attentions else None
 
 
-def mask_for(implementation: str, is_image: Tensor, query: Tensor) -> Tensor | BlockMask:
-    """How an attention function is told which positions (B, P) the queries (B, heads, Q, D/heads) may attend to.
+def mask_for(implementation: str, memory_mask: Tensor, query: Tensor) -> Tensor | BlockMask:
+    """How an attention function is told which positions, (B, P) bool, the queries (B, heads, Q, D/heads) may attend to.
 
     Returns what is added to the scores, (B, 1, Q, P). On a CPU, torch 2.13 corrupts memory when flex attention adds it;
     that has a mask of its own.
     """
-    (num_images, num_positions), num_queries = is_image.shape, query.shape[2]
+    (num_images, num_positions), num_queries = memory_mask.shape, query.shape[2]
     if implementation == "flex_attention":
         return create_block_mask(
-            lambda image, head, index, position: is_image[image, position],
+            lambda image, head, index, position: memory_mask[image, position],
             num_images,
             None,
             num_queries,
             num_positions,
             device=str(query.device),
         )
-    mask = query.new_zeros(is_image.shape).masked_fill(~is_image, -torch.inf)
+    mask = query.new_zeros(memory_mask.shape).masked_fill(~memory_mask, -torch.inf)
     return mask[:, None, None, :].expand(-1, 1, num_queries, -1)
 
 
@@ -177,12 +177,12 @@ class TransformerEncoderLayer(TransformerLayer):
         super().__init__(config, dim, config.encoder_ffn_dim)
         self.self_attn = Attention(config, dim, config.encoder_attention_heads)
 
-    def forward(self, image: Tensor, positions: Tensor, is_image: Tensor | None = None) -> Tensor:
-        """Takes (B, P, D), (P, D) or (B, P, D), and which positions are no padding, (B, P); returns (B, P, D)."""
-        value = self.before(self.self_attn_layer_norm, image)
-        placed = value + positions
-        update, _ = self.self_attn(placed, placed, value, is_image=is_image)
-        return self.feed_forward(self.after(self.self_attn_layer_norm, image, update))
+    def forward(self, memory: Tensor, memory_positions: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+        """Takes (B, P, D), (P, D) or (B, P, D), and which positions are no padding, (B, P) bool; returns (B, P, D)."""
+        value = self.before(self.self_attn_layer_norm, memory)
+        placed = value + memory_positions
+        update, _ = self.self_attn(placed, placed, value, memory_mask=memory_mask)
+        return self.feed_forward(self.after(self.self_attn_layer_norm, memory, update))
 
 
 class TransformerEncoder(nn.Module):
@@ -199,17 +199,17 @@ class TransformerEncoder(nn.Module):
         # Post-norm layers end with a norm of their own.
         self.layernorm = nn.LayerNorm(dim) if has_pre_norm(config) else None
 
-    def forward(self, features: Tensor, image_sizes: Tensor | None = None) -> Tensor:
-        """With `image_sizes` (B, 2), how many rows and columns hold an image, nothing attends to the others."""
+    def forward(self, features: Tensor, memory_sizes: Tensor | None = None) -> Tensor:
+        """With `memory_sizes` (B, 2), how many rows and columns hold an image, nothing attends to the others."""
         size = features.shape[-2:]
-        image = features.flatten(2).transpose(1, 2)
-        positions = sine_positions(size, image.shape[-1], image.device, image_sizes).to(image.dtype)
-        is_image = None if image_sizes is None else positions_inside(size, image_sizes)
+        memory = features.flatten(2).transpose(1, 2)
+        positions = sine_positions(size, memory.shape[-1], memory.device, memory_sizes).to(memory.dtype)
+        memory_mask = None if memory_sizes is None else positions_inside(size, memory_sizes)
         for layer in self.layers:
-            image = layer(image, positions, is_image)
+            memory = layer(memory, positions, memory_mask)
         if self.layernorm is not None:
-            image = self.layernorm(image)
-        return image.transpose(1, 2).unflatten(2, features.shape[-2:])
+            memory = self.layernorm(memory)
+        return memory.transpose(1, 2).unflatten(2, size)
 
 
 def has_pre_norm(config: PreTrainedConfig) -> bool:
@@ -217,11 +217,11 @@ def has_pre_norm(config: PreTrainedConfig) -> bool:
     return is_of_type(config, MaskFormerTransformerConfig) and config.pre_norm
 
 
-def sine_positions(size: Sequence[int], width: int, device: torch.device, image_sizes: Tensor | None = None) -> Tensor:
+def sine_positions(size: Sequence[int], width: int, device: torch.device, memory_sizes: Tensor | None = None) -> Tensor:
     """Sine and cosine of the normalised row and column of each position, (P, width), float32.
 
     The first half of the width encodes the row, the second the column; sines and cosines alternate. Rows run from
-    2 pi / h to 2 pi, so the code depends on the size of the map; or with `image_sizes` (B, 2) on that of each image in
+    2 pi / h to 2 pi, so the code depends on the size of the map; or with `memory_sizes` (B, 2) on that of each image in
     it, (B, P, width). Always float32: half precision is off by 0.02.
     """
     per_axis = width // 2
@@ -229,7 +229,7 @@ def sine_positions(size: Sequence[int], width: int, device: torch.device, image_
     wavelengths = 10000**exponents
     codes = []
     for axis, length in enumerate(size):
-        extent = length if image_sizes is None else image_sizes[:, axis, None]
+        extent = length if memory_sizes is None else memory_sizes[:, axis, None]
         coordinates = torch.arange(1, length + 1, device=device, dtype=torch.float32) / (extent + 1e-6) * 2 * math.pi
         angles = coordinates[..., None] / wavelengths
         codes.append(torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2))
@@ -240,9 +240,10 @@ def sine_positions(size: Sequence[int], width: int, device: torch.device, image_
     return torch.cat((rows, columns), dim=-1).flatten(-3, -2)
 
 
-def positions_inside(size: Sequence[int], image_sizes: Tensor) -> Tensor:
+def positions_inside(size: Sequence[int], memory_sizes: Tensor) -> Tensor:
     """Which positions of a map of this size lie in the top left part (B, 2) that each image takes, (B, P) bool."""
     rows, columns = (
-        torch.arange(length, device=image_sizes.device) < image_sizes[:, axis, None] for axis, length in enumerate(size)
+        torch.arange(length, device=lengths.device) < lengths[:, None]
+        for length, lengths in zip(size, memory_sizes.unbind(1), strict=True)
     )
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)

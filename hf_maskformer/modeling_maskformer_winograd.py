@@ -10,14 +10,16 @@ Other convolutions are left to torch; one that is added to a residual, at infere
 Letters: B images, C input and O output channels, T tiles, h x w feature map.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.grad import conv2d_weight
+
+from .modeling_maskformer_dispatch import is_plain, is_transformed, register_operator
 
 TILE, KERNEL = 4, 3
 PATCH = TILE + KERNEL - 1
@@ -26,9 +28,9 @@ POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
 # At 1 in both directions, where each output counts once: what is added to that product is added to all outputs.
 POINT_OF_BIAS = PATCH * POINTS.index(1.0) + POINTS.index(1.0)
 # Of narrower or smaller maps the transforms, of the kernel too unless that is kept, cost what the products save.
-MIN_CHANNELS, MIN_TILES, MIN_TILES_OF_KEPT = 192, 128, 64
+MIN_CHANNELS, MIN_TILES, MIN_TILES_OF_CACHED = 192, 128, 64
 # A kernel at the points is four times as large: of more channels, 9 MB for these, that is not worth the memory.
-MAX_CHANNELS_OF_KEPT = 256
+MAX_CHANNELS_OF_CACHED = 256
 # Tiles at a time: enough for the matrix products, few enough for the cache. The gradient of the kernel sums over tiles
 # and writes its sum once for each of these times.
 TILES_AT_ONCE, TILES_AT_ONCE_FOR_KERNEL = 160, 256
@@ -36,22 +38,6 @@ TILES_AT_ONCE, TILES_AT_ONCE_FOR_KERNEL = 160, 256
 WINOGRAD_GEOMETRY = ((1, 1), (1, 1), (1, 1))
 # Padding, stride, dilation and groups of the convolution that multiplies at the points.
 GROUPED = ([0, 0], [1, 1], [1, 1], PATCH**2)
-# On x86-64 torch leaves matrix products in float32 to MKL and convolutions to oneDNN.
-HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-# Others are quantised, sharded or without values.
-PLAIN_TYPES = (Tensor, nn.Parameter)
-# What torch's compiler calls: to arrange the weights of a convolution before, here for many strips of an image, to add
-# to a residual, and to see what was arranged.
-HAS_ONEDNN_OPERATORS = HAS_MKL_AND_ONEDNN and all(
-    hasattr(torch.ops.mkldnn, name)
-    for name in (
-        "_reorder_convolution_weight",
-        "_convolution_pointwise",
-        "_convolution_pointwise_",
-        "data_ptr",
-        "_nbytes",
-    )
-)
 
 
 def convolve(
@@ -91,69 +77,25 @@ def addition_pays(residual: Tensor, states: Tensor, weight: Tensor) -> bool:
 
 
 def winograd_pays(states: Tensor, weight: Tensor) -> bool:
+    """Whether Winograd's way is faster, for a convolution of the geometry that it needs."""
     if not is_plain(states, weight) or not is_wide(weight) or is_transformed():
         return False
     # One compiled graph serves all sizes: there the operator looks at them.
     return torch.compiler.is_compiling() or has_tiles(states, MIN_TILES)
 
 
-def kept_winograd_pays(states: Tensor, weight: Tensor) -> bool:
-    """Whether it does at inference with a kernel that is kept at the points."""
-    is_small = weight.shape[:2].numel() <= MAX_CHANNELS_OF_KEPT**2
-    return is_small and is_wide(weight) and has_tiles(states, MIN_TILES_OF_KEPT)
+def cached_winograd_pays(states: Tensor, weight: Tensor) -> bool:
+    """Whether it is faster at inference with a kernel that is kept at the points."""
+    is_small = weight.shape[:2].numel() <= MAX_CHANNELS_OF_CACHED**2
+    return is_small and is_wide(weight) and has_tiles(states, MIN_TILES_OF_CACHED)
 
 
 def is_wide(weight: Tensor) -> bool:
     return tuple(weight.shape[2:]) == (KERNEL, KERNEL) and min(weight.shape[:2]) >= MIN_CHANNELS
 
 
-def is_plain(states: Tensor, weight: Tensor) -> bool:
-    """Whether these are plain numbers in float32 on a CPU, for which torch has oneDNN and its operators."""
-    # GPU libraries have it inside, and exported graphs are read by others: they get the plain operator.
-    if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    if type(states) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
-        return False
-    return HAS_ONEDNN_OPERATORS and states.dtype == weight.dtype == torch.float32
-
-
 def has_tiles(states: Tensor, count: int) -> bool:
     return len(states) > 0 and -(-states.shape[2] // TILE) * -(-states.shape[3] // TILE) >= count
-
-
-def is_transformed() -> bool:
-    """Whether `torch.vmap`, `torch.func.grad` and the like are at work, or forward-mode derivatives.
-
-    They have to see plain operators; the operators of this package have no rules for them.
-    """
-    functorch = torch._C._functorch
-    # By its type, since torch's compiler takes a stack without interpreters for something else than None.
-    is_in_function = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
-    return is_in_function or torch.autograd.forward_ad._current_level >= 0
-
-
-def can_overwrite(module: nn.Module) -> bool:
-    """Whether nobody but its own modules reads what a module computes inside, as backward passes and hooks do."""
-    if torch.is_grad_enabled() or is_traced() or is_transformed():
-        return False
-    return not any(map(is_hooked, module.modules()))
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether others take part in a module's call, as offloading does, and tools that look inside a model."""
-    # Not by attributes: to miss one takes a module longer than all the rest, and hundreds of modules are asked.
-    own = vars(module)
-    has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or nn.modules.module._has_any_global_hook()
-    return bool(has_hooks or "forward" in own or "_hf_hook" in own)
-
-
-def is_traced() -> bool:
-    """Whether a graph is being recorded, in which loops over parts of a map would be unrolled for one size."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_exported() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class WinogradConvolution(torch.autograd.Function):
@@ -310,21 +252,6 @@ def convolve_3x3_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
     return conv2d_weight(states, shape, gradient, padding=1).contiguous()
 
 
-def register_operator(schema: str, function: Callable[..., Tensor], output: Callable[..., Tensor]) -> None:
-    """Makes a function an operator of compiled graphs, on CPUs; `output` says what its result is like.
-
-    Plain `torch.library.custom_op` would do, but takes longer per call than a small convolution.
-    """
-    name = schema.partition("(")[0]
-    if hasattr(torch.ops.hf_maskformer, name):  # by a copy of this file that a checkpoint brought along
-        return
-    library = torch.library.Library("hf_maskformer", "FRAGMENT")
-    _LIBRARIES.append(library)  # it takes its operator along when it goes
-    library.define(schema)
-    library.impl(name, function, "CPU")
-    torch.library.register_fake(f"hf_maskformer::{name}", output, lib=library)
-
-
 def _output_of_convolution(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch_size, _, height, width = states.shape
     return states.new_empty(batch_size, height, width, weight.shape[0]).permute(0, 3, 1, 2)
@@ -334,7 +261,6 @@ def _output_of_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
     return states.new_empty(gradient.shape[1], states.shape[1], KERNEL, KERNEL)
 
 
-_LIBRARIES: list[torch.library.Library] = []
 register_operator(
     "convolve_3x3(Tensor states, Tensor weight, Tensor? bias) -> Tensor", convolve_3x3, _output_of_convolution
 )

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .configuration_per_pixel_baseline import PerPixelBaselineConfig
-from .modeling_maskformer import MaskEmbedder, MaskFormerPreTrainedModel, first_set
+from .modeling_maskformer import MaskEmbedder
 from .modeling_maskformer_linear import products_with_pixels
 from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
+from .modeling_maskformer_pretrained import MaskFormerPreTrainedModel, first_set
 from .modeling_maskformer_transformer_decoder import TransformerModule
 from .post_processing_per_pixel_baseline import enlarge_per_pixel_logits
 
@@ -110,9 +111,11 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
             pixel_mask: (B, H, W), 1 = image, 0 = padding. The network does not read it; it tells post-processing where
                 each image ends.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
+            kwargs: Not read; they let callers pass what other models take.
 
         Raises:
-            ValueError: A label is no class, or the labels or pixel_mask have another size than the images.
+            ValueError: The images do not have the backbone's number of channels, a label is no class, or the labels or
+                pixel_mask have another size than the images.
         """
         output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = first_set(output_attentions, self.config.output_attentions)

@@ -1,6 +1,6 @@
 """What post-processing takes: the logits of a batch and the sizes that turn them into pixels, image by image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -66,7 +66,27 @@ def split_batch(
         ValueError: logits that are not finite or do not belong together, or target_sizes that does not hold one
             positive (height, width) for each image.
     """
-    _check_logits(class_queries_logits, masks_queries_logits)
+    if (
+        class_queries_logits.ndim != 3
+        or masks_queries_logits.ndim != 4
+        or class_queries_logits.shape[:2] != masks_queries_logits.shape[:2]
+    ):
+        raise ValueError(
+            f"The class logits have shape {tuple(class_queries_logits.shape)} and the mask logits "
+            f"{tuple(masks_queries_logits.shape)}; give (batch, queries, labels + 1) and (batch, queries, height, "
+            "width)."
+        )
+    check_finite({"class logits": class_queries_logits, "mask logits": masks_queries_logits})
+    sizes = sizes_of_images(image_sizes, padded_sizes, target_sizes)
+    rows = zip(class_queries_logits, masks_queries_logits, sizes, strict=True)
+    return [ImageLogits(*row) for row in rows]
+
+
+def sizes_of_images(image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None) -> list[ImageSizes]:
+    """The sizes of each image of a batch; by default the target is the image's own.
+
+    Raises a ValueError if target_sizes does not hold one positive (height, width) for each image.
+    """
     image_size_list, padded_size_list = _as_sizes(image_sizes), _as_sizes(padded_sizes)
     try:
         targets = image_size_list if target_sizes is None else _as_sizes(target_sizes)
@@ -82,9 +102,7 @@ def split_batch(
     for index, (height, width) in enumerate(targets):
         if not (1 <= height <= MAX_EDGE and 1 <= width <= MAX_EDGE):
             raise ValueError(f"target_sizes[{index}] is ({height}, {width}); height and width must be 1 to {MAX_EDGE}.")
-    sizes = map(ImageSizes, image_size_list, padded_size_list, targets)
-    rows = zip(class_queries_logits, masks_queries_logits, sizes, strict=True)
-    return [ImageLogits(*row) for row in rows]
+    return list(map(ImageSizes, image_size_list, padded_size_list, targets))
 
 
 def check_thresholds(**thresholds: Any) -> None:
@@ -94,20 +112,15 @@ def check_thresholds(**thresholds: Any) -> None:
             raise ValueError(f"{name} is {value!r}; give a number from 0 to 1.")
 
 
-def _check_logits(class_logits: Tensor, mask_logits: Tensor) -> None:
-    if class_logits.ndim != 3 or mask_logits.ndim != 4 or class_logits.shape[:2] != mask_logits.shape[:2]:
-        raise ValueError(
-            f"The class logits have shape {tuple(class_logits.shape)} and the mask logits "
-            f"{tuple(mask_logits.shape)}; give (batch, queries, labels + 1) and (batch, queries, height, width)."
-        )
+def check_finite(logits: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError for logits, by what they are called, that contain NaN or infinity."""
     # A sum is finite only if all it adds up is. It may overflow all the same, so only then each number is looked at.
-    sums = torch.stack([class_logits.sum(dtype=torch.float32), mask_logits.sum(dtype=torch.float32)])
-    rows = zip(("class", "mask"), (class_logits, mask_logits), sums.isfinite().tolist(), strict=True)
-    for name, logits, has_finite_sum in rows:
-        if not has_finite_sum and not logits.isfinite().all():
+    sums = torch.stack([values.sum(dtype=torch.float32) for values in logits.values()])
+    for (name, values), has_finite_sum in zip(logits.items(), sums.isfinite().tolist(), strict=True):
+        if not has_finite_sum and not values.isfinite().all():
             raise ValueError(
-                f"The {name} logits contain NaN or infinity, so they mean no segmentation. Check the weights and the "
-                "inputs of the model; in float16, try bfloat16."
+                f"The {name} contain NaN or infinity, so they mean no segmentation. Check the weights and the inputs "
+                "of the model; in float16, try bfloat16."
             )
 
 

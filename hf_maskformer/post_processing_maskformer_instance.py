@@ -30,11 +30,11 @@ def instance_segmentation(
     top_k: int | None = None,
     min_area: int = 1,
 ) -> list[dict[str, Any]]:
-    """Finds instances, which may overlap, the surest first.
+    """Finds instances, which may overlap, in descending order of score.
 
-    Every label of every query is a candidate; the `top_k` most probable are looked at. The mask of an instance are the
-    pixels where P(pixel in mask), of mask logits resized to the target, reaches `mask_threshold`. Its score is P(label)
-    x the mean of P(pixel in mask) over the mask.
+    Every label of every query is a candidate; the `top_k` most probable are looked at. The mask of an instance consists
+    of the pixels where P(pixel in mask), of mask logits resized to the target, reaches `mask_threshold`. Its score is
+    P(label) x the mean of P(pixel in mask) over the mask.
 
     Args:
         class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes: as in
@@ -50,8 +50,8 @@ def instance_segmentation(
     Returns:
         One dictionary per image:
 
-        - `segmentation`: as `"id_map"`, (H, W) int32 with the id of the surest instance at each pixel and 0 for void;
-          as `"masks"`, (N, H, W) bool; as `"rle"`, N dictionaries in the run-length encoding of COCO, as
+        - `segmentation`: as `"id_map"`, (H, W) int32 with the id of the highest-scoring instance at each pixel and 0
+          for void; as `"masks"`, (N, H, W) bool; as `"rle"`, N dictionaries in the run-length encoding of COCO, as
           pycocotools takes them: `size`, [H, W], and `counts`, a string.
         - `segments_info`: a list with one entry per instance, in descending order of score: `id` (1, 2, ...),
           `label_id`, `was_fused` (False) and `score`.
@@ -88,10 +88,10 @@ def instance_segmentation(
 
 
 class _Instances(NamedTuple):
-    """The instances of one image, the surest first, and the tiles that their masks touch.
+    """The instances of one image, in descending order of score, and the tiles that their masks touch.
 
     Several labels of one query are several instances of one mask, whose tiles are kept once. There are M masks, in the
-    order of the surest instance of each.
+    order of the highest-scoring instance of each.
     """
 
     tiling: TiledMasks
@@ -99,7 +99,7 @@ class _Instances(NamedTuple):
     labels: Tensor  # (N,) int64
     areas: Tensor  # (N,) int64, in pixels
     masks_of_instances: Tensor  # (N,) int64: which mask an instance has
-    surest: Tensor  # (M,) int64: the surest instance of a mask
+    surest: Tensor  # (M,) int64: the highest-scoring instance of a mask
     masks_of_tiles: Tensor  # (n,) int64: to which mask a tile belongs
     tiles: Tensor  # (n, 2) int64: its row and column
     pixels: Tensor  # (n, T, T) bool: which of its pixels belong to the mask
@@ -116,10 +116,10 @@ class _Instances(NamedTuple):
         return [{"size": list(size), "counts": counts[mask]} for mask in self.masks_of_instances.tolist()]
 
     def owners(self) -> Tensor:
-        """The number of the surest instance at each pixel, N where there is none, (H, W) int32."""
+        """The number of the highest-scoring instance at each pixel, N where there is none, (H, W) int32."""
         num_rows, num_columns = self.tiling.areas().shape
         nobody = len(self.scores)
-        # The other instances of a mask lie below its surest.
+        # The other instances of a mask lie below its highest-scoring one.
         claims = torch.where(self.pixels, self.surest.int()[self.masks_of_tiles, None, None], nobody).flatten(1)
         canvas = claims.new_full((num_rows * num_columns, TILE**2), nobody)
         places = self.tiles[:, 0] * num_columns + self.tiles[:, 1]

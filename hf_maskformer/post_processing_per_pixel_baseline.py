@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .post_processing_maskformer_inputs import Size, split_batch
+from .post_processing_maskformer_inputs import Size, check_finite, sizes_of_images
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def per_pixel_segmentation(
         One (H, W) int64 map of labels per image.
 
     Raises:
-        ValueError: see `split_batch`.
+        ValueError: logits that are no batch or not finite, or target_sizes that does not fit the batch.
     """
     return [logits.argmax(dim=0) for logits in _at_targets(logits, image_sizes, padded_sizes, target_sizes)]
 
@@ -48,8 +48,11 @@ def per_pixel_scores(
 def _at_targets(
     logits: Tensor, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None
 ) -> Iterator[Tensor]:
-    images = split_batch(logits.flatten(2), logits, image_sizes, padded_sizes, target_sizes)
-    return (per_pixel_logits(image.mask_logits, image.sizes.image, image.sizes.target) for image in images)
+    if logits.ndim != 4:
+        raise ValueError(f"The logits have shape {tuple(logits.shape)}; give (batch, labels, height, width).")
+    check_finite({"logits": logits})
+    sizes = sizes_of_images(image_sizes, padded_sizes, target_sizes)
+    return (per_pixel_logits(of_image, size.image, size.target) for of_image, size in zip(logits, sizes, strict=True))
 
 
 def per_pixel_logits(logits: Tensor, image_size: Size, target_size: Size) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.evaluation.pipeline import THRESHOLDS
-from hf_maskformer.export.exporting import Format, Task, export_model
+from hf_maskformer.export.exporting import Format, Output, export_model
 from hf_maskformer.training.starting_point import model_class_of
 
 
@@ -24,7 +24,7 @@ class Arguments:
     checkpoint: str = field(metadata={"help": "A folder or a Hub name."})
     output: str = field(metadata={"help": "Folder for the result."})
     format: Format = field(default="onnx", metadata={"help": "What the file is for."})
-    task: Task = field(
+    task: Output = field(
         default="logits",
         metadata={"help": "What the file computes: the model's logits, or with post-processing inside, segmentations."},
     )

@@ -304,7 +304,7 @@ def test_masked_padding_has_no_part_in_the_encoders(layers: str) -> None:
     for features, image_sizes in ((maps, None), (padded, torch.tensor([[2, 3]]))):
         memory = model.pixel_level_module.decoder(features, image_sizes).memory
         if layers == "encoder_layers":
-            found.append(model.transformer_module(memory, image_sizes=image_sizes).last_hidden_state)
+            found.append(model.transformer_module(memory, memory_sizes=image_sizes).last_hidden_state)
         else:
             found.append(memory[:, :, :2, :3])
     torch.testing.assert_close(*found)

@@ -152,3 +152,12 @@ def test_predict_runs_around_compiled_parts():
 def test_inductor_gives_equal_logits(name):
     model = ARCHITECTURES[name]().eval()
     torch.testing.assert_close(logits(torch.compile(model), *SIZES[0]), logits(model, *SIZES[0]), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_wrong_images_are_refused_in_the_words_of_the_model_that_is_not_compiled():
+    compiled = torch.compile(tiny_model().eval(), backend="eager", dynamic=True)
+    compiled(torch.randn(2, 3, 64, 96))
+    for shape in ((2, 1, 64, 96), (2, 64, 96, 3), (3, 64, 96), (0, 3, 64, 96)):
+        with pytest.raises(ValueError, match=r"pixel_values have the shape .* takes \(images, 3, height, width\)"):
+            compiled(torch.randn(shape))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import ARCHITECTURES, resnet_config, swin_config, tiny_model
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import Dinov2Config
 
 from hf_maskformer import (
@@ -227,15 +227,32 @@ def test_the_documented_code_runs_a_file_without_this_package(tmp_path, monkeypa
     model = tiny_model().eval()
     image_processor = MaskFormerImageProcessor(size={"height": 512, "width": 512}, **settings)
     export_model(model, image_processor, tmp_path / "exported", "onnx", "semantic", size=(512, 512))
-    image = Image.effect_noise((200, 100), 90).convert("RGB")
-    image.save(tmp_path / "photo.png")
+    image, lies_on_its_side = Image.effect_noise((200, 100), 90).convert("RGB"), Image.Exif()
+    lies_on_its_side[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "photo.png", exif=lies_on_its_side)
     monkeypatch.chdir(tmp_path)
     found = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code.replace("photo.jpg", "photo.png"), found)
     assert "LABEL_" in printed.getvalue()
     pixel_values = torch.from_numpy(found["pixel_values"])
-    torch.testing.assert_close(pixel_values, image_processor(image, return_tensors="pt").pixel_values)
+    torch.testing.assert_close(pixel_values, image_processor("photo.png", return_tensors="pt").pixel_values)
+
+
+def test_the_image_processor_beside_a_file_of_one_size_makes_that_size(tmp_path):
+    image_processor = MaskFormerImageProcessor(do_resize=False, pad_size={"height": 96, "width": 96})
+    path = export_model(tiny_model().eval(), image_processor, tmp_path, "torch_export", "semantic", size=(40, 70))
+    beside = MaskFormerImageProcessor.from_pretrained(tmp_path)
+    inputs = beside(Image.new("RGB", (200, 100)), return_tensors="pt")
+    (labels,) = torch.export.load(path).module()(inputs.pixel_values)
+    assert labels.shape == (1, 40, 70)
+    assert (image_processor.do_resize, image_processor.pad_size) == (False, {"height": 96, "width": 96})
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_anything_is_traced(tmp_path):
+    (tmp_path / "model").touch()
+    with pytest.raises(FileExistsError, match="model is a file"):
+        export_model(tiny_model(), MaskFormerImageProcessor(), tmp_path / "model", "torch_export", size=(64, 64))
 
 
 @pytest.mark.slow

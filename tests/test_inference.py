@@ -26,6 +26,7 @@ from transformers import ResNetConfig
 
 from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
 from hf_maskformer.modeling_maskformer import likely_queries
+from hf_maskformer.modeling_maskformer_dispatch import HAS_ONEDNN_OPERATORS
 from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramid, FeaturePyramidLayer
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetBackbone, ResNetStage
 from hf_maskformer.modeling_maskformer_swin import (
@@ -35,8 +36,7 @@ from hf_maskformer.modeling_maskformer_swin import (
     WindowSelfAttention,
     attend_in_windows,
 )
-from hf_maskformer.modeling_maskformer_swin_windows import WindowGrid, _kept_grid
-from hf_maskformer.modeling_maskformer_winograd import HAS_ONEDNN_OPERATORS
+from hf_maskformer.modeling_maskformer_swin_windows import WindowGrid, _cached_grid
 
 BACKBONES = [resnet_config, swin_config, convnext_config]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -448,14 +448,14 @@ def test_attention_in_parts_is_that_in_each_window(monkeypatch, dtype, tolerance
     grid = WindowGrid((12, 16), 4, shift, torch.device("cpu"))
     query, key, value = torch.randn(3, 2 * grid.num_windows, 2, 16, 8).to(dtype)
     bias = torch.randn(1, 2, 16, 16)
-    separation = torch.zeros(grid.num_windows, 16, 16) if grid.separation is None else grid.separation
-    added = bias + separation[:, None].repeat(2, 1, 1, 1)
+    attention_mask = torch.zeros(grid.num_windows, 16, 16) if grid.attention_mask is None else grid.attention_mask
+    added = bias + attention_mask[:, None].repeat(2, 1, 1, 1)
     expected = scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=added)
-    found = attend_in_windows(query, key, value, bias, grid.separation)
+    found = attend_in_windows(query, key, value, bias, grid.attention_mask)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected.transpose(1, 2).flatten(2), **tolerance)
     operator = torch.ops.hf_maskformer.attend_in_windows.default
-    torch.library.opcheck(operator, (query, key, value, bias, grid.separation))
+    torch.library.opcheck(operator, (query, key, value, bias, grid.attention_mask))
 
 
 @torch.no_grad()
@@ -465,7 +465,9 @@ def test_compiled_attention_serves_any_number_of_windows():
     for size in ((9, 13), (17, 6)):
         grid = WindowGrid(size, 4, 2, torch.device("cpu"))
         windows = torch.randn(2 * grid.num_windows, 16, 8)
-        torch.testing.assert_close(compiled(windows, grid.separation), attention(windows, grid.separation), **CLOSE)
+        torch.testing.assert_close(
+            compiled(windows, grid.attention_mask), attention(windows, grid.attention_mask), **CLOSE
+        )
     assert counter.frame_count == 1
 
 
@@ -567,14 +569,14 @@ def test_windows_that_are_cut_while_another_thread_compiles_are_the_same(monkeyp
 
 
 def test_windows_are_cut_once_for_a_size_and_serve_every_kind_of_pass():
-    _kept_grid.cache_clear()
+    _cached_grid.cache_clear()
     model, pixel_values = tiny_model(swin_config()).eval(), torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         expected = model(pixel_values).masks_queries_logits
-    made = _kept_grid.cache_info().misses
+    made = _cached_grid.cache_info().misses
     found = model(pixel_values).masks_queries_logits
     found.sum().backward()
-    assert _kept_grid.cache_info().misses == made > 0
+    assert _cached_grid.cache_info().misses == made > 0
     torch.testing.assert_close(found, expected, **CLOSE)
 
 

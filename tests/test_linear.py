@@ -6,8 +6,8 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 
 from hf_maskformer import modeling_maskformer_linear
+from hf_maskformer.modeling_maskformer_dispatch import HAS_MKL_AND_ONEDNN
 from hf_maskformer.modeling_maskformer_linear import MIN_POSITIONS, Linear, convolution_pays, products_with_pixels
-from hf_maskformer.modeling_maskformer_winograd import HAS_MKL_AND_ONEDNN
 
 pytestmark = pytest.mark.skipif(not HAS_MKL_AND_ONEDNN, reason="here products are not left to MKL")
 

@@ -499,7 +499,7 @@ def test_masked_padding_has_no_part_in_the_decoder(attention):
     features = torch.randn(1, 64, 2, 3)
     padded = torch.full((1, 64, 4, 5), 9.0)
     padded[:, :, :2, :3] = features
-    alone, in_batch = decoder(features), decoder(padded, output_attentions=True, image_sizes=torch.tensor([[2, 3]]))
+    alone, in_batch = decoder(features), decoder(padded, output_attentions=True, memory_sizes=torch.tensor([[2, 3]]))
     torch.testing.assert_close(in_batch.last_hidden_state, alone.last_hidden_state)
     is_padding = torch.ones(4, 5, dtype=torch.bool)
     is_padding[:2, :3] = False

@@ -65,7 +65,7 @@ def run(module, *inputs, numbers="autocast"):
 
 def kept(module):
     """The weights of a module of which something is kept."""
-    return [weight for weight in module.parameters() if packing._KEPT.get(weight)]
+    return [weight for weight in module.parameters() if packing._CACHE.get(weight)]
 
 
 def run_plainly(module, *inputs, numbers="autocast"):
@@ -200,13 +200,13 @@ def test_a_change_of_a_norm_counts_at_once(name, numbers):
 @pytest.mark.parametrize("columns", [1, 2, 3, 7, 16])
 def test_a_change_of_any_row_or_column_is_seen(rows, columns):
     weight = torch.zeros(rows, columns)
-    kept = packing.Kept(None, [weight])
+    entry = packing.CacheEntry(None, [weight])
     for part in (*weight.data, *weight.data.T):
         part.fill_(1.0)
-        assert not kept.is_current([weight])
+        assert not entry.is_current([weight])
         weight.data.zero_()
         # torch does not count changes through `.data`.
-        assert kept.is_current([weight])
+        assert entry.is_current([weight])
 
 
 @pytest.mark.parametrize("name", ["convolution", "linear"])
@@ -228,8 +228,8 @@ def test_a_change_while_weights_are_made_is_seen_in_the_next_pass():
         weight.data[1] = 5.0  # as another thread might
         return made
 
-    packing.keep(make, None, None, weight)
-    assert torch.equal(packing.keep(weight.clone, None, None, weight), weight)
+    packing.cached(make, None, None, weight)
+    assert torch.equal(packing.cached(weight.clone, None, None, weight), weight)
 
 
 def test_a_change_of_the_settings_counts_at_once(numbers):
@@ -276,7 +276,7 @@ def test_a_norm_is_folded_into_half_precision_with_one_rounding():
 
 def orders(weight):
     """The arrangements of a convolution's weight that are kept, by the size of its inputs."""
-    return next(kept.made for kept in packing._KEPT[weight].values() if isinstance(kept.made, dict))
+    return next(entry.value for entry in packing._CACHE[weight].values() if isinstance(entry.value, dict))
 
 
 def test_weights_are_arranged_once_for_each_size_and_again_when_they_change(numbers, reorders):
@@ -323,10 +323,10 @@ def test_large_maps_have_a_kernel_of_their_own_for_all_sizes(reorders):
     for size in (32, 8, 40, 8, 32):
         layer(torch.randn(1, 192, size, size))
     assert [type(made).__name__ for made in reorders] == ["PackedWinograd", "PackedConvolution"]
-    assert len(packing._KEPT[layer.weight]) == 2
+    assert len(packing._CACHE[layer.weight]) == 2
     layer.weight[0] = 0.0
     layer(torch.randn(1, 192, 32, 32))
-    assert len(packing._KEPT[layer.weight]) == 1
+    assert len(packing._CACHE[layer.weight]) == 1
 
 
 def test_the_bias_of_positions_follows_its_table(numbers):
@@ -554,8 +554,8 @@ def test_nothing_holds_on_to_the_memory_of_weights(reorders):
 def test_what_is_kept_has_a_bias_of_its_own(channels, size):
     layer = XavierConv2d(channels, channels, 3, padding=1).eval()
     layer(torch.randn(1, channels, size, size))
-    for kept_of_kind in packing._KEPT[layer.weight].values():
-        made = kept_of_kind.made
+    for kept_of_kind in packing._CACHE[layer.weight].values():
+        made = kept_of_kind.value
         for packed in made.values() if isinstance(made, dict) else [made]:
             assert packed.bias.data_ptr() != layer.bias.data_ptr()
 
@@ -655,9 +655,9 @@ def test_what_is_kept_goes_with_its_module():
     layer = ConvNorm(8, 16, 1).eval()
     with torch.no_grad():
         layer(torch.randn(2, 8, 9, 10))
-    count = len(packing._KEPT)
+    count = len(packing._CACHE)
     del layer
-    assert len(packing._KEPT) == count - 1
+    assert len(packing._CACHE) == count - 1
 
 
 @BFLOAT16

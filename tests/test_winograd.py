@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_maskformer import modeling_maskformer_winograd
+from hf_maskformer import modeling_maskformer_dispatch, modeling_maskformer_winograd
 from hf_maskformer.modeling_maskformer_pixel_decoder import XavierConv2d
 from hf_maskformer.modeling_maskformer_winograd import (
     MIN_CHANNELS,
@@ -20,7 +20,7 @@ from hf_maskformer.modeling_maskformer_winograd import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not modeling_maskformer_winograd.HAS_ONEDNN_OPERATORS, reason="here torch lacks what arranges kernels for oneDNN"
+    not modeling_maskformer_dispatch.HAS_ONEDNN_OPERATORS, reason="here torch lacks what arranges kernels for oneDNN"
 )
 
 WIDE = torch.randn(MIN_CHANNELS, MIN_CHANNELS, 3, 3)
@@ -114,7 +114,7 @@ def test_it_is_taken_where_it_pays_only():
 
 
 def test_without_its_operators_it_is_left(monkeypatch):
-    monkeypatch.setattr(modeling_maskformer_winograd, "HAS_ONEDNN_OPERATORS", False)
+    monkeypatch.setattr(modeling_maskformer_dispatch, "HAS_ONEDNN_OPERATORS", False)
     assert not winograd_pays(LARGE, WIDE)
 
 
@@ -199,7 +199,7 @@ def test_the_operators_meet_torchs_rules():
 
 def test_a_copy_of_the_file_uses_the_operators_that_are_there():
     path = modeling_maskformer_winograd.__file__
-    spec = importlib.util.spec_from_file_location("copy_of_winograd", path)
+    spec = importlib.util.spec_from_file_location("hf_maskformer.copy_of_winograd", path)
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     compiled = torch.compile(copy.convolve, backend="aot_eager", fullgraph=True)

@@ -1,6 +1,7 @@
 """Writes a model as one file for ONNX Runtime or `torch.export.load`, and beside it what its user must know."""
 
 import importlib.util
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,13 +13,13 @@ from transformers import PreTrainedModel
 from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
+from ..modeling_maskformer_dispatch import PLAIN_TYPES
 from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
-from ..modeling_maskformer_winograd import PLAIN_TYPES
 from ..post_processing_maskformer_inputs import Size, check_thresholds
 from .heads import Logits, Panoptic, PerPixelLogits, Semantic
 
 Format = Literal["onnx", "torch_export"]
-Task = Literal["logits", "semantic", "panoptic"]
+Output = Literal["logits", "semantic", "panoptic"]
 OPSET = 18
 SMALLEST_SIDE = 33  # of an image, in pixels: smaller ones leave a single row or column at stride 32
 # Nothing of this size is computed. Sides that divide by nothing and several windows at every stage of any Swin keep
@@ -32,7 +33,7 @@ def export_model(
     image_processor: MaskFormerImageProcessor,
     folder: str | Path,
     format: Format = "onnx",
-    task: Task = "logits",
+    task: Output = "logits",
     size: Size | None = None,
     output_size: Size | None = None,
     **thresholds: float,
@@ -46,8 +47,9 @@ def export_model(
         folder: Where to; made if missing.
         format: "onnx" gives `model.onnx`, "torch_export" gives `model.pt2`.
         task: What the file computes from `pixel_values` (B, 3, H, W); see `heads`.
-        size: (H, W) of all images. By default any size of at least 33 pixels each way, with a ResNet or Swin; with
-            other backbones what their code allows. The batch may be of any size.
+        size: (H, W) of all images, to which the saved image processor then brings them. By default any size of at least
+            33 pixels each way, with a ResNet or Swin; with other backbones what their code allows. The batch may be of
+            any size.
         output_size: (height, width) of the segmentation; by default that of the images.
         thresholds: Of `Panoptic`, for that task only; by default the image processor's `panoptic_thresholds`.
 
@@ -58,6 +60,7 @@ def export_model(
         ValueError: Format or task is unknown, the model does not do the task, a threshold is not one of the task or no
             number from 0 to 1, weights are of 8 bits, a size is too small, or there is none for a plain vision
             transformer.
+        FileExistsError: The folder is a file.
         ImportError: What ONNX needs is not installed.
     """
     if format not in get_args(Format):
@@ -74,6 +77,9 @@ def export_model(
         raise ValueError("Weights of 8 bits cannot be exported. Export the model that they were made of.")
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
         raise ValueError(f"The model is in {model.dtype} on {model.device}. Export model.float().cpu() instead.")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file. Name a folder.")
     head = build_head(model, image_processor, task, output_size, **thresholds)
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -81,7 +87,6 @@ def export_model(
     finally:
         for module, is_training in modes:
             module.training = is_training
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / {"onnx": "model.onnx", "torch_export": "model.pt2"}[format]
     if format == "torch_export":
@@ -94,8 +99,18 @@ def export_model(
         )
         onnx_program.save(path)
     model.config.save_pretrained(folder)
+    if size is not None:
+        image_processor = at_size(image_processor, size)
     image_processor.save_pretrained(folder)
     return path
+
+
+def at_size(image_processor: MaskFormerImageProcessor, size: Size) -> MaskFormerImageProcessor:
+    """A copy that brings every image to exactly this size."""
+    fixed = copy(image_processor)
+    fixed.do_resize, fixed.size = True, {"height": size[0], "width": size[1]}
+    fixed.size_divisor, fixed.pad_size = 0, None
+    return fixed
 
 
 def check_installed(*packages: str) -> None:
@@ -107,13 +122,13 @@ def check_installed(*packages: str) -> None:
 def build_head(
     model: PreTrainedModel,
     image_processor: MaskFormerImageProcessor,
-    task: Task,
+    task: Output,
     output_size: Size | None = None,
     **thresholds: float,
 ) -> Any:
     """The module that is exported; see `export_model`."""
-    if task not in get_args(Task):
-        raise ValueError(f"task is {task!r}, but must be one of {get_args(Task)}.")
+    if task not in get_args(Output):
+        raise ValueError(f"task is {task!r}, but must be one of {get_args(Output)}.")
     if thresholds and task != "panoptic":
         raise ValueError(f"Only the task 'panoptic' has thresholds, but {task!r} was given {', '.join(thresholds)}.")
     unknown = sorted(thresholds.keys() - DEFAULT_PANOPTIC_THRESHOLDS.keys())

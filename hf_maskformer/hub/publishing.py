@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..data.labels import shorten
-from ..modeling_maskformer import check_weight_indices
+from ..modeling_maskformer_pretrained import check_weight_indices
 from .model_card import CARD_FILE, read_card, rename_card
 
 WEIGHTS = "*.safetensors"

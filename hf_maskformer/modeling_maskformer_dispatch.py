@@ -1,0 +1,107 @@
+"""When the network may compute in ways of its own, and its operators for compiled graphs.
+
+The fast ways need plain numbers on a CPU, and no transform and no exported graph. Those that keep weights or overwrite
+an input also need that nobody looks at the steps in between: no gradient, hook or tool that counts operators. They are
+taken where all of this is seen to hold; elsewhere torch's own are.
+
+One of them is to write where the input lies. A part may do so if nobody else reads what it is given
+(`can_overwrite`), and if its caller says that the input is its own: the output of a part known to give new memory, as
+something else may stand in the place of any part and keep what it gave.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+# On x86-64 torch leaves matrix products in float32 to MKL and convolutions to oneDNN.
+HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+# Others are quantised, sharded or without values.
+PLAIN_TYPES = (Tensor, nn.Parameter)
+# What torch's compiler calls: to arrange the weights of a convolution before, here for many strips of an image, to add
+# to a residual, and to see what was arranged.
+HAS_ONEDNN_OPERATORS = HAS_MKL_AND_ONEDNN and all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in (
+        "_reorder_convolution_weight",
+        "_convolution_pointwise",
+        "_convolution_pointwise_",
+        "data_ptr",
+        "_nbytes",
+    )
+)
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def is_plain(states: Tensor, weight: Tensor) -> bool:
+    """Whether these are plain numbers in float32 on a CPU, for which torch has oneDNN and its operators."""
+    # GPU libraries have it inside, and exported graphs are read by others: they get the plain operator.
+    if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if type(states) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
+        return False
+    return HAS_ONEDNN_OPERATORS and states.dtype == weight.dtype == torch.float32
+
+
+def is_inference() -> bool:
+    """Whether nobody wants gradients, or a graph or count of plain operators."""
+    if torch.is_grad_enabled() or is_exported() or is_transformed():
+        return False
+    # A compiled graph asks when it runs.
+    return torch.compiler.is_compiling() or has_plain_dispatch()
+
+
+def has_plain_dispatch() -> bool:
+    """Whether no tool looks at the operators and oneDNN is not turned off."""
+    return not torch._C._len_torch_dispatch_stack() and torch._C._get_mkldnn_enabled()
+
+
+def is_transformed() -> bool:
+    """Whether `torch.vmap`, `torch.func.grad` and the like are at work, or forward-mode derivatives.
+
+    They have to see plain operators; the operators of this package have no rules for them.
+    """
+    functorch = torch._C._functorch
+    # By its type, since torch's compiler takes a stack without interpreters for something else than None.
+    is_in_function = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
+    return is_in_function or torch.autograd.forward_ad._current_level >= 0
+
+
+def can_overwrite(module: nn.Module) -> bool:
+    """Whether nobody but its own modules reads what a module computes inside, as backward passes and hooks do."""
+    if torch.is_grad_enabled() or is_traced() or is_transformed():
+        return False
+    return not any(map(is_hooked, module.modules()))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether others take part in a module's call, as offloading does, and tools that look inside a model."""
+    # Not by attributes: to miss one takes a module longer than all the rest, and hundreds of modules are asked.
+    own = vars(module)
+    has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or nn.modules.module._has_any_global_hook()
+    return bool(has_hooks or "forward" in own or "_hf_hook" in own)
+
+
+def is_traced() -> bool:
+    """Whether a graph is being recorded, in which loops over parts of a map would be unrolled for one size."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exported() -> bool:
+    """Whether a graph is being recorded that others will read, which holds torch's own operators only."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def register_operator(schema: str, function: Callable[..., Tensor], output: Callable[..., Tensor]) -> None:
+    """Makes a function an operator of compiled graphs, on CPUs; `output` says what its result is like.
+
+    Plain `torch.library.custom_op` would do, but takes longer per call than a small convolution.
+    """
+    name = schema.partition("(")[0]
+    if hasattr(torch.ops.hf_maskformer, name):  # by copies of these files that a checkpoint brought along
+        return
+    library = torch.library.Library("hf_maskformer", "FRAGMENT")
+    _LIBRARIES.append(library)  # it takes its operator along when it goes
+    library.define(schema)
+    library.impl(name, function, "CPU")
+    torch.library.register_fake(f"hf_maskformer::{name}", output, lib=library)
