@@ -20,7 +20,7 @@ from pathlib import Path
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.data.folder import SegmentationFolder
-from hf_maskformer.data.generated_scenes import colour_classifier_mean_iou, write_generated_scenes
+from hf_maskformer.data.generated_scenes import color_classifier_mean_iou, write_generated_scenes
 from hf_maskformer.evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
 from hf_maskformer.evaluation.prediction import predict
 
@@ -69,7 +69,7 @@ def main(arguments: Arguments) -> None:
     pictures = draw_pictures(checkpoint, data, output / "pictures")
 
     train, val = SegmentationFolder(data, "train"), SegmentationFolder(data, "val")
-    colour_score = colour_classifier_mean_iou(train, val, val.labels.num_labels)
+    colour_score = color_classifier_mean_iou(train, val, val.labels.num_labels)
     mean_iou = json.loads(metrics_file.read_text())["mean_iou"]
     print(f"\nMean IoU on {arguments.num_val} held-out scenes: {mean_iou:.3f} ({metrics_file})")
     print(f"For comparison, the best classifier that sees one pixel's colour only: {colour_score:.3f}")

@@ -22,8 +22,8 @@ from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.labels import shorten
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.evaluation.evaluation import evaluate
-from hf_maskformer.evaluation.export import PredictionWriter
 from hf_maskformer.evaluation.precision import Precision, loading_options
+from hf_maskformer.evaluation.prediction_writer import PredictionWriter
 from hf_maskformer.evaluation.report import as_json, as_table
 from hf_maskformer.evaluation.tasks import TASKS, check_sample, task_of_data
 from hf_maskformer.training.starting_point import model_class_of, renamed_classes

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from hf_maskformer.command_line import OptionParser
-from hf_maskformer.hub.conversion_card import AUTHORS_TABLE, data_set_name, reported_results, reported_text
+from hf_maskformer.hub.conversion_card import AUTHORS_TABLE, reported_results, reported_text
 from hf_maskformer.hub.model_card import AUTHORS_LICENCE, AUTHORS_LICENCE_TEXT, describe, make_card
 from hf_maskformer.training.presets import PRESETS, Preset
 from hf_maskformer.training.recipes import RECIPES
@@ -33,7 +33,7 @@ def card(preset: Preset) -> ModelCard:
         results_text=f"{reported_text(preset)} Their table: [{AUTHORS_TABLE[0]}]({AUTHORS_TABLE[1]}).",
         training_text=training_text(preset),
         limits=["Neither these weights nor these figures were checked here."],
-        datasets=[data_set_name(preset)],
+        datasets=[preset.data_set_name],
     )
 
 
@@ -51,11 +51,12 @@ def training_text(preset: Preset) -> str:
     """The recipe, and the command that repeats it."""
     recipe = RECIPES[preset.name]
     options = {"images in a step": recipe.data.batch_size} | recipe.options()
+    layout = " --format coco-panoptic" if preset.data_set.panoptic_thresholds else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in options.items() if value is not False)
     return (
         f"As the paper trained it:\n\n| setting | value |\n| --- | --- |\n{rows}\n\n"
         "To train it anew (docs/reproducing.md):\n\n"
-        f"    accelerate launch scripts/train.py --preset {preset.name} --data DATA \\\n"
+        f"    accelerate launch scripts/train.py --preset {preset.name} --data DATA{layout} \\\n"
         "        --backbone_weights BACKBONE --output_dir OUTPUT"
     )
 

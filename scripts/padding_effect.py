@@ -20,6 +20,7 @@ from transformers.models.maskformer.image_processing_pil_maskformer import MaskF
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.evaluation.prediction import read_images
+from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
 
 STRIDE = 4  # pixels between two mask logits
 
@@ -79,8 +80,8 @@ def predict_first(model: Any, image_processor: Any, images: list[Image.Image]) -
     outputs = model(**inputs)
     sizes = [(image.height, image.width) for image in images]
     labels = image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0]
-    is_image = inputs["pixel_mask"][0].bool()
-    height, width = int(is_image.any(dim=1).sum()) // STRIDE, int(is_image.any(dim=0).sum()) // STRIDE
+    image_size = sizes_in_batch(inputs["pixel_values"], inputs["pixel_mask"])[0][0]
+    height, width = (image_size // STRIDE).tolist()
     mask_logits = outputs.masks_queries_logits[0, :, :height, :width]
     return Prediction(labels, outputs.class_queries_logits[0].softmax(dim=-1), mask_logits)
 

@@ -20,7 +20,7 @@ from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.evaluation.pipeline import THRESHOLDS
 from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.prediction import predict, read_images, write_prediction
-from hf_maskformer.evaluation.tasks import TASKS
+from hf_maskformer.evaluation.tasks import TASKS, task_for
 from hf_maskformer.training.starting_point import model_class_of
 
 
@@ -59,7 +59,7 @@ def main(arguments: Arguments) -> None:
     options = loading_options(arguments.precision)
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, **options).to(device).eval()
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
-    task = arguments.task or image_processor.segmentation_task or "semantic"
+    task = arguments.task or task_for(image_processor)
     images: list[dict[str, Any]] = []
     failed: list[Path] = []
     for name, image in tqdm(read_images(arguments.input, failed), desc="Segmenting", unit="image"):

@@ -165,6 +165,13 @@ def test_masks_and_maps_do_not_mix(masks_come_first):
         collate(samples[::-1] if masks_come_first else samples)
 
 
+def test_masks_without_labels_are_not_said_to_lie_beside_maps():
+    sample = make_masks("a", [[[1, 0]]], [0])
+    del sample["labels"]
+    with pytest.raises(ValueError, match=r"^The samples have no labels, but image, masks, iscrowd, name\."):
+        collate([sample])
+
+
 def test_masks_make_no_label_map():
     with pytest.raises(ValueError, match=r"masks may overlap, so they make no label_map"):
         collate([make_masks("a", [[[1, 0]]], [0])], target_format="label_map")
@@ -176,10 +183,11 @@ def test_masks_of_another_size_than_their_image_are_named():
         collate([sample])
 
 
-def test_a_mask_whose_label_is_outside_the_classes_is_named():
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_mask_whose_label_is_outside_the_classes_is_named(label):
     processor = MaskFormerImageProcessor(do_resize=False, num_labels=2)
-    with pytest.raises(ValueError, match=r"street has the labels \[2\], but num_labels is 2"):
-        MaskFormerDataCollator(processor)([make_masks("street", [[[1, 0]]], [2])])
+    with pytest.raises(ValueError, match=rf"street has the labels \[{label}\], but num_labels is 2"):
+        MaskFormerDataCollator(processor)([make_masks("street", [[[1, 0]]], [label])])
 
 
 @pytest.mark.parametrize("sample", [make_sample("map"), make_masks("masks", [[[1, 0]]], [0])], ids=["map", "masks"])

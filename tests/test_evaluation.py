@@ -25,9 +25,9 @@ from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.rle import decode_mask
-from hf_maskformer.evaluation import evaluation, export
+from hf_maskformer.evaluation import evaluation, prediction_writer
 from hf_maskformer.evaluation.evaluation import evaluate
-from hf_maskformer.evaluation.export import PredictionWriter
+from hf_maskformer.evaluation.prediction_writer import PredictionWriter
 from hf_maskformer.evaluation.processes import merge_over_processes
 from hf_maskformer.evaluation.report import as_json, as_table, scalars
 from hf_maskformer.evaluation.scale_averaging import augmented_semantic_scores
@@ -86,6 +86,30 @@ def test_each_of_several_processes_evaluates_a_share_of_a_stream(monkeypatch):
         monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)
         evaluate(model, processor, Stream(SCENES), on_result=lambda index, name, result: names.append(name))
     assert names == [SCENES.name(index) for index in (0, 2, 1)]
+
+
+@pytest.mark.parametrize("dataset", [SCENES, Stream(SCENES)], ids=["list", "stream"])
+def test_samples_of_a_share_keep_their_places_in_the_data_set(monkeypatch, dataset):
+    model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 64, task="panoptic")
+    places = {}
+    for process in range(2):
+        state = SimpleNamespace(process_index=process, num_processes=2, is_local_main_process=True)
+        monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)
+        evaluate(model, processor, dataset, on_result=lambda index, name, result: places.update({name: index}))
+    assert places == {SCENES.name(index): index for index in range(len(SCENES))}
+
+
+def test_predictions_of_one_score_rank_in_the_order_of_their_processes(monkeypatch):
+    mask, other = np.eye(4, dtype=bool)[None], ~np.eye(4, dtype=bool)[None]
+    reference = {"masks": mask, "labels": [0]}
+    parts = [AveragePrecision(1) for _ in range(2)]
+    for part, predicted in zip(parts, (mask, other), strict=True):
+        part.add(prediction={"masks": predicted, "labels": [0], "scores": [0.5]}, reference=reference)
+    monkeypatch.setattr("hf_maskformer.evaluation.processes.gather_object", lambda mine: deepcopy(parts))
+    metric = AveragePrecision(1)
+    merge_over_processes(metric)
+    # The hit comes first: full precision up to one half of the recall.
+    assert metric.compute()["ap50"] == pytest.approx(51 / 101)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -277,12 +301,38 @@ def test_parts_of_a_data_set_keep_the_ids_of_their_images(tmp_path):
 def test_predictions_of_one_name_by_several_processes_are_an_error_in_each(tmp_path, monkeypatch):
     dataset = Samples()
     dataset.labels = LABELS
-    monkeypatch.setattr(export, "gather_object", lambda mine: [*mine, "name b", "name c"])  # the other's
+    monkeypatch.setattr(prediction_writer, "gather_object", lambda mine: [*mine, "name b", "name c"])  # the other's
     for name in "ab":
         writer = PredictionWriter(tmp_path, "semantic", dataset)
         writer(0, name, torch.tensor([[0, 1]]))
         with pytest.raises(ValueError, match="name b") if name == "b" else nullcontext():
             writer.finish()
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_the_first_of_several_processes_writes_the_entries_of_all(tmp_path, monkeypatch, task):
+    dataset = Samples()
+    dataset.labels = LABELS
+    # The other process has the like of each name, identity and entry.
+    as_other = {str: lambda each: f"other {each}", dict: lambda each: {**each, "image_id": 7}}
+
+    def of_both(mine: list) -> list:
+        return [*mine, *(as_other[type(each)](each) for each in mine)]
+
+    monkeypatch.setattr(prediction_writer, "gather_object", of_both)
+    mask = torch.ones(1, 2, dtype=torch.int32)
+    file = tmp_path / {"panoptic": "panoptic.json", "instance": "instances.json"}[task]
+    for is_main in (False, True):
+        state = SimpleNamespace(is_main_process=is_main)
+        monkeypatch.setattr(prediction_writer, "PartialState", lambda state=state: state)
+        writer = PredictionWriter(tmp_path, task, dataset)
+        segmentation = mask if task == "panoptic" else [{"size": [1, 2], "counts": "02"}]
+        writer(0, "a", {"segmentation": segmentation, "segments_info": [{"id": 1, "label_id": 0, "score": 0.5}]})
+        writer.finish()
+        assert file.exists() == is_main
+    content = json.loads(file.read_text())
+    entries = content["annotations"] if task == "panoptic" else content
+    assert [entry["image_id"] for entry in entries] == [0, 7]
 
 
 def test_semantic_predictions_number_classes_as_the_files_do(tmp_path):
@@ -430,7 +480,7 @@ def decided_model():
 
 
 def described(result, task):
-    """The label at each pixel of a result, or of instances, of the surest; -1 for none."""
+    """The label at each pixel of a result, or of instances, of the highest-scoring; -1 for none."""
     if task == "semantic":
         return result.numpy()
     label_of = {info["id"]: info["label_id"] for info in result["segments_info"]}

@@ -192,6 +192,15 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_with_a_weight_that_is_not_finite_is_not_written(tmp_path, value):
+    trainer = our_trainer(tmp_path)
+    trainer.model.class_predictor.bias.data[0] = value
+    with pytest.raises(ValueError, match=r"class_predictor\.bias is not finite in step 0, so the model is not saved"):
+        trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
 def damage(root, fault):
     """Spoils the second sample of four."""
     image, label_map = root / "images/train/scene_00001.png", root / "annotations/train/scene_00001.png"

@@ -30,9 +30,9 @@ from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.rle import decode_mask
 from hf_maskformer.data.sample import load_image, make_sample
-from hf_maskformer.evaluation.export import PredictionWriter
 from hf_maskformer.evaluation.formats import write_panoptic as write_panoptic_predictions
 from hf_maskformer.evaluation.prediction import Prediction, write_prediction
+from hf_maskformer.evaluation.prediction_writer import PredictionWriter
 from hf_maskformer.hub.original_config import DEFAULTS, OriginalConfig
 from hf_maskformer.hub.unpickling import load_pickle
 from hf_maskformer.image_processing_maskformer_images import read_image

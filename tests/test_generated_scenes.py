@@ -9,7 +9,7 @@ from hf_maskformer.data.generated_scenes import (
     CLASS_NAMES,
     THING_IDS,
     GeneratedScenes,
-    colour_classifier_mean_iou,
+    color_classifier_mean_iou,
     write_generated_scenes,
 )
 from hf_maskformer.data.scene_drawing import SHAPES
@@ -127,7 +127,7 @@ def test_a_shape_covers_its_area(shape, area):
 
 
 def test_colour_alone_does_not_tell_the_classes_apart():
-    score = colour_classifier_mean_iou(GeneratedScenes(40, seed=0), GeneratedScenes(20, seed=1), len(CLASS_NAMES))
+    score = color_classifier_mean_iou(GeneratedScenes(40, seed=0), GeneratedScenes(20, seed=1), len(CLASS_NAMES))
     assert score < 0.2
 
 
@@ -138,12 +138,12 @@ def flat_sample(colors, labels):
 
 def test_the_colour_classifier_is_perfect_where_colour_decides():
     sample = flat_sample([10, 100, 200], [0, 1, 2])
-    assert colour_classifier_mean_iou([sample], [sample], num_labels=3) == 1
+    assert color_classifier_mean_iou([sample], [sample], num_labels=3) == 1
 
 
 def test_the_colour_classifier_leaves_out_ignored_pixels_and_absent_classes():
     train, val = flat_sample([10, 100, 200], [0, 1, 255]), flat_sample([10, 10, 10], [0, 0, 255])
-    assert colour_classifier_mean_iou([train], [val], num_labels=5) == 1
+    assert color_classifier_mean_iou([train], [val], num_labels=5) == 1
 
 
 def test_the_colour_classifier_takes_the_better_weighting():
@@ -151,17 +151,17 @@ def test_the_colour_classifier_takes_the_better_weighting():
     # With classes all alike it is class 1: IoU 0 and 3/4.
     train = [flat_sample([10, 10, 10, 10, 10, 200], [0, 0, 0, 1, 1, 0])]
     val = [flat_sample([10, 10, 10, 10], [0, 1, 1, 1])]
-    assert colour_classifier_mean_iou(train, val, num_labels=2) == pytest.approx(0.375)
+    assert color_classifier_mean_iou(train, val, num_labels=2) == pytest.approx(0.375)
 
 
 def test_the_colour_classifier_refuses_labels_out_of_range():
     with pytest.raises(ValueError, match="flat contains label 7, but labels are 0 to 2"):
-        colour_classifier_mean_iou([flat_sample([0], [7])], [], num_labels=3)
+        color_classifier_mean_iou([flat_sample([0], [7])], [], num_labels=3)
 
 
 def test_the_colour_classifier_refuses_samples_without_labels():
     with pytest.raises(ValueError, match="no labelled pixel"):
-        colour_classifier_mean_iou([flat_sample([0], [0])], [flat_sample([0], [255])], num_labels=3)
+        color_classifier_mean_iou([flat_sample([0], [0])], [flat_sample([0], [255])], num_labels=3)
 
 
 def test_written_scenes_read_back_as_drawn(root):

@@ -15,7 +15,11 @@ from test_scripts import load
 from test_training import SCENES, our_trainer, scenes_model
 from transformers import ResNetForImageClassification
 
-from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer import (
+    MaskFormerForInstanceSegmentation,
+    MaskFormerImageProcessor,
+    MaskFormerTrainingArguments,
+)
 from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.hub.model_card import (
     AUTHORS_LICENCE,
@@ -360,6 +364,15 @@ def test_the_card_counts_images_that_are_accumulated(tmp_path):
     assert "0 steps of 6 images" in (tmp_path / "README.md").read_text()
 
 
+def test_the_card_counts_the_images_of_all_processes(tmp_path, monkeypatch):
+    trainer = our_trainer(tmp_path, num_pictures=0)
+    monkeypatch.setattr(MaskFormerTrainingArguments, "world_size", property(lambda self: 4))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "0 steps of 8 images" in card
+    assert "Hardware: 4 processes, each on cpu" in card
+
+
 @pytest.mark.parametrize("given", [{}, {"token": "hf_b", "revision": "branch", "private": False}])
 def test_arguments_of_the_hub_are_those_of_the_training_unless_given(tmp_path, monkeypatch, given):
     asked = []
@@ -368,6 +381,19 @@ def test_arguments_of_the_hub_are_those_of_the_training_unless_given(tmp_path, m
     our_trainer(tmp_path, num_pictures=0, **options).push_to_hub(**given)
     expected = {"token": "hf_a", "revision": "trial", "private": True, "commit_message": "End of training"}
     assert asked == [expected | given]
+
+
+def test_processes_but_the_first_write_nothing_and_publish_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(MaskFormerTrainingArguments, "should_save", property(lambda self: False))
+    monkeypatch.setattr(trainer_module, "publish", lambda *_, **__: pytest.fail("published"))
+    (tmp_path / "run").write_text("in the way")  # what is not written may be a folder of another machine
+    trainer = our_trainer(tmp_path / "run", save_strategy="no")
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    trainer.create_model_card()
+    assert trainer.push_to_hub() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_licence_of_the_authors_may_be_chosen_for_what_began_with_their_weights():

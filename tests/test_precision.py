@@ -1,13 +1,14 @@
 """Half precision and integers predict nearly what float32 predicts, and are saved and loaded as they are."""
 
 import sys
+from typing import get_args
 
 import pytest
 import torch
 from models import ARCHITECTURES
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
-from hf_maskformer.evaluation.precision import PRECISIONS, loading_options
+from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.export.exporting import export_model
 
 # Of the largest logit; bfloat16 has 8 bits, and errors of 50 layers add up.
@@ -23,7 +24,7 @@ def saved(request, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_it_predicts_nearly_what_float32_predicts(saved, precision):
     if precision.startswith("int8"):
         pytest.importorskip("torchao")

@@ -37,7 +37,9 @@ from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.training.starting_point import image_processor_for
 
 STEPS = 20
-BATCH = 8  # images of a step, over all processes; the second and the last but one have no segment
+BATCH = 8  # images of a step, over all processes
+# Two of each kind in a row, so that the halves of a batch differ in their segments; the second kind has none.
+IMAGES = [image for image in images() for _ in range(2)]
 FIVE = GeneratedScenes(5, image_size=(64, 64))  # evaluated: a number that no number of processes divides
 
 
@@ -64,7 +66,7 @@ def trainer_of(folder, num_processes=1, accumulation=1, train_dataset=None, **op
     return MaskFormerTrainer(
         model=tiny_model(id2label=FIVE.labels.id2label),  # no dropout, frozen batch norm
         args=arguments,
-        train_dataset=train_dataset or images() + images()[::-1],
+        train_dataset=train_dataset or IMAGES,
         eval_dataset=FIVE,
         data_collator=collate,
         processing_class=image_processor_for(FIVE.labels, image_size=64),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_config
@@ -24,6 +25,7 @@ from hf_maskformer import (
 from hf_maskformer.data.augmentation import RandomScaleCropFlip
 from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.generated_scenes import GeneratedScenes
+from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.training.starting_point import image_processor_for
 
 MAX_STEPS = 24
@@ -216,7 +218,8 @@ def test_sigterm_within_an_evaluation_gives_it_up(tmp_path):
     assert not any("eval_mean_iou" in line for line in trainer.state.log_history)
 
 
-def test_sigterm_leaves_out_the_evaluation_that_is_due(tmp_path):
+@pytest.mark.parametrize("due", [{"eval_strategy": "steps", "eval_steps": 2}, {"eval_strategy": "epoch"}])
+def test_sigterm_leaves_out_the_evaluation_that_is_due(tmp_path, due):
     read = []
 
     class Counted:
@@ -229,8 +232,7 @@ def test_sigterm_leaves_out_the_evaluation_that_is_due(tmp_path):
             read.append(index)
             return SCENES[index]
 
-    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
-    trainer = our_trainer(tmp_path, eval_dataset=Counted(), **options)
+    trainer = our_trainer(tmp_path, eval_dataset=Counted(), max_steps=3, save_strategy="no", **due)
     trainer.add_callback(Signal(signal.SIGTERM, 2))
     read.clear()
     with pytest.raises(SystemExit):
@@ -331,6 +333,53 @@ def test_a_run_that_was_complete_stays_as_it_is(tmp_path, is_stream):
         assert torch.equal(weight, again.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_run_that_is_made_longer_gives_the_model_of_the_longer_run(tmp_path, is_stream):
+    options = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    whole = trainer_with_chance(tmp_path / "whole", is_stream, max_steps=7, **options)
+    whole.train()
+    trainer_with_chance(tmp_path, is_stream, max_steps=3, **options).train()  # to the middle of the second pass
+    trainer = trainer_with_chance(tmp_path, is_stream, max_steps=7, **options)
+    trainer.train(resume_from_checkpoint="auto")
+    for name, weight in whole.model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("in_evaluation", [False, True])
+def test_a_trainer_that_was_ended_evaluates_all_samples(tmp_path, in_evaluation):
+    class Interrupting:
+        labels, signals = SCENES.labels, [signal.SIGTERM]
+
+        def __len__(self):
+            return len(SCENES)
+
+        def __getitem__(self, index):
+            while self.signals:
+                os.kill(os.getpid(), self.signals.pop())
+            return SCENES[index]
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Interrupting()} if in_evaluation else {}
+    trainer = our_trainer(tmp_path, max_steps=3, per_device_eval_batch_size=1, **options)
+    if not in_evaluation:
+        trainer.add_callback(Signal(signal.SIGTERM, 1))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    expected = evaluate(trainer.model, trainer.processing_class, SCENES)["mean_iou"]
+    assert trainer.evaluate()["eval_mean_iou"] == pytest.approx(expected)
+
+
+def test_a_checkpoint_is_whole_once_all_processes_have_written_their_parts(tmp_path, monkeypatch):
+    trainer = our_trainer(tmp_path, max_steps=1, save_steps=1)
+    written = []
+    monkeypatch.setattr(
+        trainer.accelerator,
+        "wait_for_everyone",
+        lambda: written.append({path.name for path in tmp_path.glob("checkpoint-1/*")}),
+    )
+    trainer.train()
+    assert any("rng_state.pth" in names and "trainer_state.json" not in names for names in written)
+
+
 def test_the_card_of_a_resumed_run_says_of_which_part_its_time_is(tmp_path):
     trainer_with_chance(tmp_path, False, max_steps=3).train()
     trainer = trainer_with_chance(tmp_path, False, max_steps=5)
@@ -378,6 +427,26 @@ def test_a_trainer_that_was_ended_can_go_on_itself(tmp_path):
         trainer.train()
     trainer.train(resume_from_checkpoint="auto")
     assert trainer.state.global_step == 3
+
+
+def test_sigterm_within_an_evaluation_that_has_seen_no_object_yet_gives_it_up(tmp_path):
+    class Interrupting:
+        labels = SCENES.labels
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            os.kill(os.getpid(), signal.SIGTERM)
+            nothing = {"masks": np.zeros((0, 64, 64), dtype=bool), "labels": [], "iscrowd": []}
+            return {"image": SCENES[index]["image"], "name": "sky", **nothing}
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1, "save_strategy": "no"}
+    trainer = our_trainer(tmp_path, task="instance", eval_dataset=Interrupting(), **options)
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 75
+    assert steps_saved(tmp_path) == [1]
 
 
 def test_the_last_checkpoint_that_is_not_there_is_an_error(tmp_path):

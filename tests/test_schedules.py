@@ -83,6 +83,7 @@ def test_a_schedule_can_be_stored_and_resumed(tmp_path):
     [
         ({"paper_schedule": "linear"}, "paper_schedule is 'linear'; known are poly, steps"),
         ({"paper_schedule": "poly", "warmup_factor": 2.0}, "warmup_factor is 2.0, but it is a share"),
+        ({"paper_schedule": "poly", "warmup_factor": -0.1}, "warmup_factor is -0.1, but it is a share"),
         ({"paper_schedule": "steps", "lr_milestones": [300.0]}, r"lr_milestones is \[300.0\], but they are shares"),
     ],
 )

@@ -11,7 +11,12 @@ from test_training import SCENES, arguments, our_trainer, scenes_model
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
+from hf_maskformer import (
+    MaskFormerDataCollator,
+    MaskFormerForInstanceSegmentation,
+    MaskFormerTrainer,
+    MaskFormerTrainingArguments,
+)
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
 from hf_maskformer.evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, metric_for, reference_of
@@ -56,6 +61,22 @@ def test_evaluation_by_the_task_decides_for_the_best_checkpoint(tmp_path, task):
     assert len(scores) == 2
     assert trainer.state.best_metric == max(scores)
     assert trainer.state.best_model_checkpoint is not None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_weights_of_the_highest_figure_are_those_at_the_end(tmp_path, monkeypatch, task):
+    figures = iter([0.1, 0.3, 0.2])
+    monkeypatch.setattr("hf_maskformer.training.trainer.evaluate", lambda *_, **__: {MAIN_FIGURES[task]: next(figures)})
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = our_trainer(tmp_path, task=task, load_best_model_at_end=True, learning_rate=1e-2, **options)
+    trainer.train()
+    assert trainer.state.best_metric == 0.3
+    best, last = (
+        MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / f"checkpoint-{step}").class_predictor.weight
+        for step in (2, 3)
+    )
+    assert torch.equal(trainer.model.class_predictor.weight, best)
+    assert not torch.equal(best, last)
 
 
 def test_a_metric_of_another_task_is_refused_at_once(tmp_path):
@@ -103,8 +124,9 @@ def test_losses_that_stay_nonfinite_end_training_with_step_and_terms(tmp_path):
 def test_weights_that_became_nan_end_training_too(tmp_path):
     trainer = our_trainer(tmp_path, max_steps=9)
     trainer.model.class_predictor.weight.data.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"the last in step 3: .*loss_cross_entropy nan"):
-        trainer.train()
+    for _ in range(2):  # the second training of a trainer too
+        with pytest.raises(ValueError, match=r"the last in step 3: .*loss_cross_entropy nan"):
+            trainer.train()
 
 
 class Writer:
@@ -226,7 +248,7 @@ def test_void_counts_for_nothing_in_ready_made_metrics(is_baseline):
         class_logits = torch.zeros(1, 1, num_labels + 1)
         class_logits[..., 0] = 9.0
         logits = class_logits, torch.full((1, 1, 8, 8), 5.0)
-        given = EvalPrediction(predictions=logits, label_ids=(index_map, torch.tensor([[0, -100]])))
+        given = EvalPrediction(predictions=logits, label_ids=(index_map, torch.tensor([[0, 1, -100]])))
     figures = metrics(given, compute_result=True)
     assert figures["mean_iou"] == figures["overall_accuracy"] == 1
 

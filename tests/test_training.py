@@ -35,11 +35,11 @@ from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet, labels_of
 from hf_maskformer.evaluation import evaluation
 from hf_maskformer.evaluation.evaluation import evaluate
-from hf_maskformer.evaluation.tasks import check_model
+from hf_maskformer.evaluation.tasks import FIGURES, check_model
 from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput
 from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
-from hf_maskformer.training.checks import check_eval_classes
+from hf_maskformer.training.checks import check_eval_classes, check_length
 from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.pictures import write_pictures
 from hf_maskformer.training.starting_point import (
@@ -266,10 +266,11 @@ def test_panoptic_samples_are_evaluated_by_the_labels_of_their_segments():
     assert figures[0] == figures[1] > 0
 
 
-def test_evaluation_restores_the_mode_of_the_model():
-    model = scenes_model().train()
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluation_restores_the_mode_of_the_model(mode):
+    model = scenes_model().train(mode)
     evaluate(model, image_processor_for(SCENES.labels, image_size=64), SCENES)
-    assert model.training
+    assert model.training == mode
 
 
 def test_a_dictionary_of_data_sets_is_evaluated_one_by_one(tmp_path):
@@ -300,6 +301,20 @@ def test_the_trainer_uses_the_groups_of_the_paper(tmp_path):
     )
 
 
+def test_rates_and_weight_decay_are_those_of_the_arguments(tmp_path):
+    options = {"learning_rate": 1e-2, "weight_decay": 0.05, "backbone_learning_rate_factor": 0.5}
+    groups = our_trainer(tmp_path, **options).create_optimizer().param_groups
+    rates_and_decays = [(group["lr"], group["weight_decay"]) for group in groups]
+    assert rates_and_decays == [(1e-2, 0.0), (1e-2, 0.05), (5e-3, 0.0), (5e-3, 0.05)]
+
+
+def test_evaluation_has_the_batches_and_workers_of_the_arguments(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("hf_maskformer.training.trainer.evaluate", lambda *_, **options: asked.append(options) or {})
+    our_trainer(tmp_path, per_device_eval_batch_size=3, dataloader_num_workers=2).evaluate()
+    assert (asked[0]["batch_size"], asked[0]["num_workers"]) == (3, 2)
+
+
 def test_what_is_new_on_top_of_a_vision_transformer_learns_at_the_full_rate():
     backbone = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=16)
     model = tiny_model(backbone)
@@ -321,6 +336,7 @@ def test_what_is_new_on_top_of_a_vision_transformer_learns_at_the_full_rate():
 def test_the_defaults_are_the_recipe_of_the_paper(tmp_path):
     args = MaskFormerTrainingArguments(**arguments(tmp_path))
     assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (1e-4, 1e-4, 0.01)
+    assert (args.warmup_factor, args.lr_milestones) == (1e-6, [2 / 3])
     trainer = our_trainer(tmp_path)
     scheduler = trainer.create_scheduler(num_training_steps=100, optimizer=trainer.create_optimizer())
     for _ in range(50):
@@ -335,6 +351,24 @@ def test_one_argument_of_the_schedule_leaves_the_others_as_they_are(tmp_path):
         assert args.lr_scheduler_kwargs == {"power": 0.9, "lr_end": 0.0}
     args = MaskFormerTrainingArguments(**arguments(tmp_path, lr_scheduler_kwargs={"power": 2}))
     assert args.lr_scheduler_kwargs == {"power": 2, "lr_end": 0.0}
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_follow_the_figure_take_a_higher_one_for_better(tmp_path, monkeypatch, name):
+    figures = iter([0.1, 0.2, 0.3, 0.4])
+    monkeypatch.setattr("hf_maskformer.training.trainer.evaluate", lambda *_, **__: {"mean_iou": next(figures)})
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
+    # The lowest rate that GreedyLR has by default lies above this one.
+    trainer = our_trainer(
+        tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs={"patience": 0, "min_lr": 0.0}, **options
+    )
+    trainer.train()
+    assert trainer.state.best_metric == 0.4
+    assert trainer.lr_scheduler.get_last_lr()[0] >= 1e-4
+    args = MaskFormerTrainingArguments(
+        **arguments(tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs={"mode": "min"}, eval_strategy="epoch")
+    )
+    assert args.lr_scheduler_kwargs == {"mode": "min"}
 
 
 @pytest.mark.parametrize(
@@ -372,6 +406,26 @@ def test_fewer_images_than_a_batch_are_an_error_where_the_rest_is_left_out(tmp_p
     our_trainer(tmp_path, **options).train()
     with pytest.raises(ValueError, match="train_dataset has 0 samples"):
         our_trainer(tmp_path, dataset=Subset(SCENES, []), **options).train()
+
+
+def test_every_process_reads_a_stream_itself_unless_told_otherwise(tmp_path):
+    for given, expected in ((None, False), ({"dispatch_batches": True}, True), ({"split_batches": True}, False)):
+        args = MaskFormerTrainingArguments(**arguments(tmp_path, accelerator_config=given))
+        assert args.accelerator_config.dispatch_batches is expected
+
+
+def test_a_batch_is_that_of_all_processes(tmp_path, monkeypatch):
+    args = MaskFormerTrainingArguments(**arguments(tmp_path, dataloader_drop_last=True))
+    check_length(SCENES, args)
+    monkeypatch.setattr(MaskFormerTrainingArguments, "world_size", property(lambda self: 3))
+    with pytest.raises(ValueError, match="train_dataset has 4 samples, but a batch 6"):
+        check_length(SCENES, args)
+
+
+def test_evaluation_gives_its_figures_alone(tmp_path):
+    trainer = our_trainer(tmp_path)
+    trainer.train()
+    assert trainer.evaluate(metric_key_prefix="test").keys() == {f"test_{figure}" for figure in FIGURES["semantic"]}
 
 
 def test_the_trainer_says_at_once_what_does_not_fit_together(tmp_path):
@@ -424,6 +478,14 @@ def test_two_classes_of_nearly_one_name_are_no_other_order_of_classes(tmp_path):
             check_eval_classes(postboxes, moved)
 
 
+def test_classes_in_another_order_are_found_in_another_spelling_too():
+    names = list(SCENES.labels.id2label.values())
+    other = GeneratedScenes(2, image_size=(64, 64))
+    other.labels = replace(other.labels, id2label=dict(enumerate(name.upper() for name in reversed(names))))
+    with pytest.raises(ValueError, match=f"'{names[-1].upper()}' is class 0 in .* class {len(names) - 1} in"):
+        check_eval_classes(SCENES, other)
+
+
 def test_a_part_of_a_data_set_has_its_classes_and_what_has_none_says_what_to_do(tmp_path):
     trainer = our_trainer(tmp_path)
     part = Subset(SCENES, [0, 1])
@@ -450,6 +512,20 @@ def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
         MaskFormerTrainer(
             scenes_model(), args, processing_class=MaskFormerImageProcessor(), compute_loss_func=lambda *_: 0
         )
+
+
+def test_the_best_checkpoint_may_be_that_of_any_figure_of_any_data_set(tmp_path):
+    several = {"a": SCENES, "b": SCENES}
+    figures = (
+        (SCENES, "mean_accuracy"),
+        (SCENES, "eval_mean_iou"),
+        (several, "b_mean_iou"),
+        (several, "eval_a_mean_iou"),
+    )
+    for eval_dataset, figure in figures:
+        our_trainer(tmp_path, eval_dataset=eval_dataset, metric_for_best_model=figure)
+    with pytest.raises(ValueError, match="metric_for_best_model is mean_iou, but evaluation gives a_mean_iou"):
+        our_trainer(tmp_path, eval_dataset=several, metric_for_best_model="mean_iou")
 
 
 def test_an_optimiser_that_is_given_is_the_one_that_trains(tmp_path):
@@ -620,6 +696,15 @@ def test_every_line_of_the_log_has_the_terms_of_its_own_steps(tmp_path):
         assert terms == pytest.approx(line["loss"], rel=1e-3)
 
 
+def test_a_second_training_of_a_trainer_logs_its_own_terms_only(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=3, logging_steps=2, save_strategy="no")
+    for _ in range(2):  # the terms of the third step come into no line
+        trainer.train()
+        line = next(line for line in trainer.state.log_history if "loss" in line)
+        terms = sum(value for name, value in line.items() if name.startswith("loss_"))
+        assert terms == pytest.approx(line["loss"], rel=1e-3)
+
+
 def test_the_terms_of_a_baseline_add_up_where_batches_are_accumulated(tmp_path):
     trainer = MaskFormerTrainer(
         model=tiny_baseline(id2label=SCENES.labels.id2label),
@@ -631,6 +716,18 @@ def test_the_terms_of_a_baseline_add_up_where_batches_are_accumulated(tmp_path):
     line = next(line for line in trainer.state.log_history if "loss" in line)
     terms = sum(value for name, value in line.items() if name.startswith("loss_"))
     assert terms == pytest.approx(line["loss"], rel=1e-3)
+
+
+def test_an_evaluation_between_two_lines_of_the_log_takes_none_of_their_terms(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    terms_of = [
+        (line.get("loss", 0.0), sum(value for name, value in line.items() if name.startswith("loss_")))
+        for line in trainer.state.log_history
+    ]
+    assert len(terms_of) == 4  # the loss, two evaluations and the end
+    for loss, terms in terms_of:
+        assert terms == pytest.approx(loss, rel=1e-3)
 
 
 def test_pictures_of_a_card_leave_the_model_in_its_mode(tmp_path):

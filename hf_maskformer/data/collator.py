@@ -101,7 +101,7 @@ def _common_form(samples: Sequence[Sample]) -> str:
     form = "masks" if "masks" in samples[0] else "segmentation_map"
     required = ("image", "masks", "labels", "name") if form == "masks" else ("image", "segmentation_map", "name")
     missing = [field for field in required if not all(field in sample for sample in samples)]
-    if missing and any("masks" in sample for sample in samples):
+    if missing and len({"masks" in sample for sample in samples}) > 1:
         raise ValueError(
             f"Samples with masks and samples with a segmentation map cannot share a batch: {', '.join(missing)} is "
             f"missing in {', '.join(sample['name'] for sample in samples if missing[0] not in sample)}."

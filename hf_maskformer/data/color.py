@@ -14,22 +14,22 @@ def color_jitter(image: Image.Image, generator: torch.Generator | None = None) -
     Brightness comes first; contrast follows it or comes last, with equal chance. Values are cut off to 0 to 255 after
     each step.
     """
-    image = _brighten(image, generator)
+    image = _change_brightness(image, generator)
     contrast_is_early = _coin(generator)
     if contrast_is_early:
-        image = _raise_contrast(image, generator)
+        image = _change_contrast(image, generator)
     image = _shift_hue_and_saturation(image, generator)
-    return image if contrast_is_early else _raise_contrast(image, generator)
+    return image if contrast_is_early else _change_contrast(image, generator)
 
 
-def _brighten(image: Image.Image, generator: torch.Generator | None) -> Image.Image:
+def _change_brightness(image: Image.Image, generator: torch.Generator | None) -> Image.Image:
     if not _coin(generator):
         return image
     shift = _uniform(-BRIGHTNESS, BRIGHTNESS, generator)
     return image.point([_to_byte(value + shift) for value in range(256)] * 3)
 
 
-def _raise_contrast(image: Image.Image, generator: torch.Generator | None) -> Image.Image:
+def _change_contrast(image: Image.Image, generator: torch.Generator | None) -> Image.Image:
     if not _coin(generator):
         return image
     factor = _uniform(*CONTRAST, generator)

@@ -1,6 +1,6 @@
 """A drawn data set that needs no download: textured backgrounds with overlapping objects, exactly labelled.
 
-Background classes differ by texture and object classes by shape, never by colour; `colour_classifier_mean_iou`
+Background classes differ by texture and object classes by shape, never by colour; `color_classifier_mean_iou`
 measures how little a colour gives away.
 """
 
@@ -134,7 +134,7 @@ def _segments_info(scene: Scene) -> list[dict[str, Any]]:
     return infos
 
 
-def colour_classifier_mean_iou(train: Iterable[Sample], val: Iterable[Sample], num_labels: int) -> float:
+def color_classifier_mean_iou(train: Iterable[Sample], val: Iterable[Sample], num_labels: int) -> float:
     """Gives the mean IoU (0 to 1) on `val` of a classifier that sees one pixel's colour and nothing else.
 
     It counts on `train` how often each colour (16 levels per channel) has each class and predicts the most likely one,

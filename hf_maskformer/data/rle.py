@@ -34,13 +34,10 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 def decode_rle(counts: str | bytes | Sequence[int], size: tuple[int, int]) -> np.ndarray:
     """Gives the mask (H, W), bool, of run lengths. Raises a ValueError unless they fill `size` exactly."""
-    runs = (
-        _unpack(counts)
-        if isinstance(counts, str | bytes)
-        else np.array(counts, ndmin=1)
-        if counts
-        else np.zeros(0, np.int64)
-    )
+    if isinstance(counts, str | bytes):
+        runs = _unpack(counts)
+    else:
+        runs = np.array(counts, ndmin=1) if counts else np.zeros(0, np.int64)
     if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
         raise ValueError("has counts that are no list of integers")
     num_pixels = size[0] * size[1]

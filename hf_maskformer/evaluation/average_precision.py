@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .recall_and_precision import AREAS, RECALLS, THRESHOLDS, curve, is_outside, match
-from .segmentation_maps import check_fields, in_pairs
+from .segmentation_maps import check_fields, in_pairs, shared_tensor
 
 # A run-length encoding of COCO: "size", (height, width), and "counts", compressed to text or bytes, or a list.
 RunLengths: TypeAlias = Mapping[str, Any]
@@ -249,11 +249,7 @@ def _to_run_lengths(masks: Masks, role: str) -> list[RunLengths]:
 
 
 def _to_tensor(values: Any) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
-    # torch refuses reversed axes and other byte orders, and warns of arrays that may not be written.
-    array = np.asarray(values)
-    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    return values if isinstance(values, Tensor) else shared_tensor(np.asarray(values))
 
 
 def _to_list(values: Any, field: str, length: int, role: str) -> list[Any]:

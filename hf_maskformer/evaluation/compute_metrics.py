@@ -11,7 +11,7 @@ from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentationOutput
 from ..modeling_per_pixel_baseline import PerPixelBaselineOutput
 from .report import scalars
-from .tasks import TASKS, Task, as_prediction, metric_for, segments_of
+from .tasks import TASKS, Task, as_prediction, metric_for, segments_of, task_for
 
 IGNORED = -1
 
@@ -34,7 +34,7 @@ class ComputeMetrics:
     Args:
         image_processor: post-processes the outputs.
         labels: the classes of the data.
-        task: by default the image processor's `segmentation_task`, and "semantic" where it does not say.
+        task: by default that of the image processor (`task_for`).
 
     Raises:
         ValueError: there is no such task.
@@ -42,7 +42,7 @@ class ComputeMetrics:
 
     def __init__(self, image_processor: Any, labels: LabelSet, task: Task | None = None) -> None:
         self._image_processor: MaskFormerImageProcessor = image_processor
-        self._task: Task = task or image_processor.segmentation_task or "semantic"
+        self._task: Task = task or task_for(image_processor)
         if self._task not in TASKS:
             raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}.")
         # Targets are classes from 0 already, so that the value of void in the files has no meaning any more.

@@ -82,7 +82,7 @@ def draw_segmentation(
         image: the picture, (H, W); or an array of bytes, (H, W, 3) or (H, W).
         result: (H, W) integers. Label ids, where `ignore_index` leaves the image as it is; or, with `segments`,
             segment ids, where 0 and below do. Or what post-processing gives for an image, in any of its forms; of masks
-            that overlap, the surest lies on top.
+            that overlap, the one with the highest score lies on top.
         id2label: names of the labels by id, which may be strings, as in a JSON file.
         palette: one colour per label id, (num_labels, 3) 0 to 255; by default `label_colors`.
         alpha: opacity of the colours, 0 to 1.
@@ -155,7 +155,7 @@ def _id_map(segmentation: Any, segments: Sequence[Mapping[str, Any]], size: tupl
             return array
         masks, size = list(array), array.shape[1:]
     ids = np.zeros(size, dtype=np.int32)
-    # The surest come first.
+    # The highest scores come first.
     for segment, mask in reversed(list(zip(segments, masks, strict=True))):
         ids[mask.astype(bool)] = segment["id"]
     return ids

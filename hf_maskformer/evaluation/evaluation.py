@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -17,7 +18,7 @@ from ..data.workers import dead_workers_named
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from .processes import merge_over_processes
 from .scale_averaging import augmented_semantic_scores
-from .tasks import Context, Task, as_prediction, check_model, metric_for, predict_batch, reference_of
+from .tasks import Context, Task, as_prediction, check_model, metric_for, predict_batch, reference_of, task_for
 
 Numbered = tuple[int, Sample]
 # The paper's scales for ADE20K, relative to the size of its images at evaluation.
@@ -59,13 +60,14 @@ def evaluate(
         should_stop: asked after each batch; the rest of this process's share is left out once it says so.
 
     Returns:
-        The figures of `MeanIoU.compute`, `PanopticQuality.compute` or `AveragePrecision.compute`.
+        The figures of `MeanIoU.compute`, `PanopticQuality.compute` or `AveragePrecision.compute`; none if any process
+        was stopped.
 
     Raises:
         ValueError: there are no `labels`, or they or the model do not allow the task.
         ChildProcessError: a worker process died.
     """
-    task, labels = task or image_processor.segmentation_task or "semantic", labels_of(dataset)
+    task, labels = task or task_for(image_processor), labels_of(dataset)
     check_model(task, model)
     if scale_averaging and task != "semantic":
         raise ValueError(f"Scales are averaged for semantic segmentation, not for {task}.")
@@ -78,7 +80,7 @@ def evaluate(
         share, batch_size, num_workers=num_workers, collate_fn=collate, generator=generator
     )
     metric: Any = metric_for(task, labels)
-    was_training = model.training
+    was_training, is_stopped = model.training, False
     model.eval()
     # Word of a worker's death may come anywhere, so the model's mode is restored inside too.
     with dead_workers_named(num_workers):
@@ -102,9 +104,13 @@ def evaluate(
                     for (index, name, _), result in zip(samples, results, strict=True):
                         on_result(index, name, result)
                 if should_stop is not None and should_stop():
+                    is_stopped = True
                     break
         finally:
             model.train(was_training)
+    # Of a part of the samples there may be no figure, as where no object was seen yet.
+    if should_stop is not None and any(gather_object([is_stopped])):
+        return {}
     merge_over_processes(metric)
     return metric.compute()
 

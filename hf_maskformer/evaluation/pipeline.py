@@ -22,7 +22,7 @@ from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..image_processing_maskformer_images import download_image, is_url, open_image, to_rgb
 from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
 from ..post_processing_maskformer_inputs import Size
-from .tasks import Task, instance_options, outputs_for
+from .tasks import Task, instance_options, outputs_for, task_for
 
 # What transformers' pipeline takes; of these, semantic segmentation has no thresholds.
 THRESHOLDS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
@@ -185,7 +185,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         return [self._scored_segments(result) for result in results]
 
     def _task(self, subtask: Task | None) -> Task:
-        return subtask or self.image_processor.segmentation_task or "semantic"
+        return subtask or task_for(self.image_processor)
 
     def _scored_segments(self, result: dict[str, Any]) -> list[dict[str, Any]]:
         segmentation = result["segmentation"]

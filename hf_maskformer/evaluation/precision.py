@@ -1,12 +1,11 @@
 """With how many bits a model predicts."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from transformers import TorchAoConfig
 
 Precision = Literal["float32", "bfloat16", "float16", "int8_weights", "int8"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def loading_options(precision: Precision | None) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Prediction:
 
     Attributes:
         segmentation: (H, W) integers of the image's size: the id of the segment of each pixel. For the semantic task
-            ids are class ids; for the others they count from 1, and 0 is void. Where instances overlap, the surest
-            owns the pixel.
+            ids are class ids; for the others they count from 1, and 0 is void. Where instances overlap, the
+            highest-scoring owns the pixel.
         segments: `id`, `label_id`, `label` and `area` (pixels of the map) of each segment, and `score` and `was_fused`
             but for the semantic task.
     """

@@ -3,7 +3,7 @@
 K labels; H x W the size of the image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, get_args
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..image_processing_maskformer_images import read_image, size_of
+from ..modeling_maskformer_pixel_level import sizes_in_batch
 from ..post_processing_maskformer import semantic_scores
 from ..post_processing_maskformer_inputs import Size
 from ..post_processing_maskformer_tiles import Mode
@@ -69,7 +70,7 @@ def augmented_semantic_scores(
     target_size = size_of(photograph)
     # As in the original, scales are made of the image at the size at which it is evaluated otherwise.
     inputs = image_processor(images=photograph, do_rescale=False, do_normalize=False)
-    height, width = _size_of_image(inputs["pixel_mask"][0])
+    height, width = _size_of_image(inputs)
     pixels = inputs["pixel_values"][0, :, :height, :width].to(photograph.dtype)
     image_processor = copy(image_processor)
     image_processor.pad_size = None  # scales are of sizes of their own
@@ -80,16 +81,17 @@ def augmented_semantic_scores(
         total = total + _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode)
         if flip:
             # Padding stays on the right.
-            _, width = _size_of_image(inputs["pixel_mask"][0])
+            _, width = _size_of_image(inputs)
             inputs["pixel_values"][..., :width] = inputs["pixel_values"][..., :width].flip(-1)
             total += _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode).flip(-1)
     mean = total / (len(shortest_edges) * (2 if flip else 1))
     return mean.softmax(dim=0) if is_baseline else mean
 
 
-def _size_of_image(pixel_mask: Tensor) -> Size:
-    """(height, width) of the part of a mask (H, W) that is not padding."""
-    return int(pixel_mask.any(dim=1).sum()), int(pixel_mask.any(dim=0).sum())
+def _size_of_image(inputs: Mapping[str, Any]) -> Size:
+    """(height, width) of the only image of a batch, without its padding."""
+    ((height, width),) = sizes_in_batch(inputs["pixel_values"], inputs["pixel_mask"])[0].tolist()
+    return height, width
 
 
 def _scores(model: torch.nn.Module, pixel_values: Tensor, pixel_mask: Tensor, target_size: Size, mode: Mode) -> Tensor:

@@ -131,12 +131,18 @@ def _to_tensor(segmentation_map: SegmentationMap, role: str) -> Tensor:
         array = np.asarray(segmentation_map)
         if array.dtype.kind not in "biu":
             raise ValueError(f"The {role} holds {array.dtype}, but ids are integers.")
-        # Only what torch can share is left uncopied: it warns of read-only arrays, such as those of PIL images, and
-        # refuses other byte orders and reversed axes.
-        segmentation_map = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+        segmentation_map = shared_tensor(array)
     if segmentation_map.is_floating_point() or segmentation_map.is_complex():
         raise ValueError(f"The {role} holds {segmentation_map.dtype}, but ids are integers. Take the argmax first.")
     return segmentation_map.to(_SIGNED.get(segmentation_map.dtype, segmentation_map.dtype)).contiguous()
+
+
+def shared_tensor(array: np.ndarray) -> Tensor:
+    """A tensor of any array, copied only where torch cannot share it.
+
+    torch refuses other byte orders and reversed axes, and warns of read-only arrays, such as those of PIL images.
+    """
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _join(maps: list[Tensor]) -> Tensor:

@@ -40,6 +40,11 @@ Metric = MeanIoU | PanopticQuality | AveragePrecision
 Context = Callable[[], AbstractContextManager[Any]]
 
 
+def task_for(image_processor: Any) -> Task:
+    """The task that a model was trained for, by its image processor; "semantic" where this does not say."""
+    return image_processor.segmentation_task or "semantic"
+
+
 def task_of(sample: Sample) -> Task:
     """The task that labels of this form are made for: masks, a map of ids of segments, or a map of classes."""
     if "masks" in sample:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import shorten
+from ..evaluation.tasks import task_for
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
@@ -55,8 +56,7 @@ def convert_checkpoint(
         model = load_original(checkpoint, config)
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
-        task = image_processor.segmentation_task or "semantic"
-        conversion_card(checkpoint, config, task, Path(output).name).save(folder / CARD_FILE)
+        conversion_card(checkpoint, config, task_for(image_processor), Path(output).name).save(folder / CARD_FILE)
     return model
 
 

@@ -4,7 +4,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
-from ..training.presets import DATA_SETS, PRESETS, Preset
+from ..training.presets import PRESETS, Preset
 from .model_card import AUTHORS_LICENCE, AUTHORS_LICENCE_TEXT, describe, make_card
 from .original_checkpoint import OriginalCheckpoint
 
@@ -48,7 +48,7 @@ def reported_results(preset: Preset, task: str) -> list[EvalResult]:
         EvalResult(
             task_type="image-segmentation",
             task_name=f"{task.capitalize()} segmentation",
-            dataset_type=data_set_name(preset),
+            dataset_type=preset.data_set_name,
             dataset_name=data_set.title,
             dataset_split="validation",
             metric_type={"mIoU": "mean_iou", "PQ": "pq"}[metric],
@@ -60,11 +60,6 @@ def reported_results(preset: Preset, task: str) -> list[EvalResult]:
         for title, value in figures.items()
         if value is not None
     ]
-
-
-def data_set_name(preset: Preset) -> str:
-    """The short name of the data that a preset is for."""
-    return next(name for name, data_set in DATA_SETS.items() if data_set is preset.data_set)
 
 
 def _origin(checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig, task: str) -> str:

@@ -85,7 +85,9 @@ class MaskFormerTrainingArguments(TrainingArguments):
             check_schedule(self.paper_schedule, self.warmup_factor, self.lr_milestones)
         # Trainer takes the loss by default, which evaluation does not compute. The task is known to the trainer only.
         self.takes_main_figure = self.metric_for_best_model is None
-        if self.takes_main_figure and (self.load_best_model_at_end or self.save_strategy == "best"):
+        # These schedules look at the figure too.
+        follows_figure = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if self.takes_main_figure and (self.load_best_model_at_end or self.save_strategy == "best" or follows_figure):
             self.metric_for_best_model = MAIN_FIGURES["semantic"]
         super().__post_init__()
         # Where one process reads a stream for all, it joins batches, which must be alike in their numbers of segments.
@@ -95,6 +97,10 @@ class MaskFormerTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "polynomial":
             given: Any = self.lr_scheduler_kwargs or {}  # a string no longer
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0} | given
+        if follows_figure:
+            given = self.lr_scheduler_kwargs or {}
+            # torch expects a loss, which falls.
+            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min"} | given
         # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False

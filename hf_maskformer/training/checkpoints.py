@@ -16,6 +16,7 @@ from ..data.workers import DEAD_WORKER
 
 
 def is_whole(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint of Trainer was written to its end."""
     # Trainer writes the state last. A power failure may still lose what was written before it: a file of safetensors
     # says how long it is, and a file of torch is a zip archive, whose directory comes at its end.
     folder = Path(checkpoint)
@@ -30,6 +31,7 @@ def is_whole(checkpoint: str | Path) -> bool:
 
 
 def check_writable(folder: Path) -> None:
+    """Raises an OSError if no file can be written into a folder, which is made if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -56,6 +58,7 @@ def check_output_dir(folder: Path, is_new: bool) -> None:
 
 
 def last_whole_checkpoint(folder: str | None) -> str | None:
+    """The path of the latest checkpoint in an output folder that was written to its end, or None."""
     checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
     return next(filter(is_whole, reversed(checkpoints)), None)
 
@@ -72,6 +75,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | None) -> st
 
 
 def way_on(folder: str | None) -> str:
+    """How to continue a training that broke off, for the end of an error message."""
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
         return "There is no earlier checkpoint: start anew"

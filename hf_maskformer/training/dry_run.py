@@ -11,6 +11,7 @@ from ..hub.conversion import Config, model_class
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from .arguments import MaskFormerTrainingArguments
 from .parameter_groups import BACKBONE, PYRAMID, parameter_groups
+from .recipe_options import training_arguments
 
 FLOAT32 = 4  # bytes
 
@@ -33,7 +34,7 @@ def describe_run(
         num_images: images of the training data, if known.
         image_processor: that of the model, if known.
     """
-    training = next(arguments for arguments in parsed if isinstance(arguments, MaskFormerTrainingArguments))
+    training = training_arguments(parsed)
     # Nothing is computed, and no memory taken, on the meta device.
     with torch.device("meta"):
         model = model_class(config)(config)

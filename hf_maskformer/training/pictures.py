@@ -13,7 +13,7 @@ from ..data.labels import LabelSet, labels_of
 from ..data.sample import Sample
 from ..evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
 from ..evaluation.prediction import predict
-from ..evaluation.tasks import Task, reference_of
+from ..evaluation.tasks import reference_of, task_for
 from ..hub.model_card import Picture
 
 FOLDER = "pictures"
@@ -82,7 +82,7 @@ def write_pictures(model: Any, image_processor: Any, dataset: Any, num_pictures:
 @torch.no_grad()
 def picture_of(model: Any, image_processor: Any, sample: Sample, labels: LabelSet) -> Image.Image:
     """Draws the image of a sample, its truth and the prediction of a model side by side, with a legend."""
-    task: Task = image_processor.segmentation_task or "semantic"
+    task = task_for(image_processor)
     truth = reference_of(sample, labels, task)
     if task == "instance":
         truth = _as_id_map(truth, (sample["image"].height, sample["image"].width))

@@ -172,6 +172,11 @@ class Preset:
     weights_url: str
 
     @property
+    def data_set_name(self) -> str:
+        """The short name of its data, in `DATA_SETS`."""
+        return next(name for name, data_set in DATA_SETS.items() if data_set is self.data_set)
+
+    @property
     def weights_file(self) -> str:
         """Name of the file with the authors' weights."""
         return self.weights_url.rpartition("/")[2]

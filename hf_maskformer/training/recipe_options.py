@@ -58,7 +58,7 @@ def parse_with_recipe(
             }
             parser.set_defaults(**options)
             sources |= dict.fromkeys(options, source)
-        training = _training_arguments(parser.parse_args_into_dataclasses(command_line))
+        training = training_arguments(parser.parse_args_into_dataclasses(command_line))
         batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
         # Without a launcher, Trainer spreads a batch over all GPUs of the machine.
         devices = training.world_size * max(training.n_gpu, 1)
@@ -67,7 +67,7 @@ def parse_with_recipe(
         sources |= dict.fromkeys(batch, COMPUTED)
     parsed = parser.parse_args_into_dataclasses(command_line)
     if "preset" in given:
-        _warn_of_departures(_training_arguments(parsed), recipe.data.batch_size, devices)
+        _warn_of_departures(training_arguments(parsed), recipe.data.batch_size, devices)
         beside = [f"--{name}" for name in YIELDS_TO["augmentation"] if name in given]
         if beside and "augmentation" not in given:
             logger.warning(
@@ -86,7 +86,8 @@ def given_options(dataclasses: Sequence[Any], command_line: Sequence[str] | None
     return vars(parser.parse_known_args(command_line)[0])
 
 
-def _training_arguments(parsed: Sequence[Any]) -> MaskFormerTrainingArguments:
+def training_arguments(parsed: Sequence[Any]) -> MaskFormerTrainingArguments:
+    """Those among the dataclasses of options."""
     return next(arguments for arguments in parsed if isinstance(arguments, MaskFormerTrainingArguments))
 
 

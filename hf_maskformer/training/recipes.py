@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..data.labels import LabelSet, shorten
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from .presets import DATA_SETS, PRESETS, Preset
+from .presets import PRESETS, Preset
 from .schedules import ScheduleName
 
 logger = logging.get_logger(__name__)
@@ -118,7 +118,7 @@ class Recipe:
 
 def recipe_of(preset: Preset) -> Recipe:
     """The recipe of a preset."""
-    name = next(name for name, data_set in DATA_SETS.items() if data_set is preset.data_set)
+    name = preset.data_set_name
     resnet = RESNET_COCO_PANOPTIC if name == "coco-panoptic" else RESNET
     return Recipe(preset, DATA_RECIPES[name], SWIN if preset.backbone.startswith("swin") else resnet)
 

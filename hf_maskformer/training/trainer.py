@@ -20,7 +20,7 @@ from ..data.collator import MaskFormerDataCollator
 from ..data.workers import dead_workers_named
 from ..evaluation.evaluation import evaluate
 from ..evaluation.report import scalars
-from ..evaluation.tasks import MAIN_FIGURES, Task, check_model
+from ..evaluation.tasks import MAIN_FIGURES, Task, check_model, task_for
 from ..hub.publishing import publish
 from ..loss_maskformer import count_items
 from .arguments import MaskFormerTrainingArguments
@@ -95,15 +95,15 @@ class MaskFormerTrainer(Trainer):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         # The model is given `num_items_in_batch` that mean something to it, see below.
         self.model_accepts_loss_kwargs = True
-        self._loss_terms = LossTerms()
-        self._num_nonfinite = 0
+        # Set anew by each training.
+        self._loss_terms, self._num_nonfinite = LossTerms(), 0
         # The step from which the last training went on; 0 if it began anew.
         self.first_step = 0
 
     @property
     def task(self) -> Task:
-        """What is evaluated: the `segmentation_task` of the image processor, "semantic" where it does not say."""
-        return self.processing_class.segmentation_task or "semantic"
+        """What is evaluated."""
+        return task_for(self.processing_class)
 
     @property
     def _has_stream(self) -> bool:
@@ -180,6 +180,8 @@ class MaskFormerTrainer(Trainer):
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             check_checkpoint(resume_from_checkpoint, self.accelerator.unwrap_model(self.model), self.args)
+        # An earlier training may have ended between two lines of the log, or by losses that were not finite.
+        self._loss_terms, self._num_nonfinite = LossTerms(), 0
         with dead_workers_named(self.args.dataloader_num_workers), self._interruption:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._interruption.is_ending:
@@ -195,6 +197,7 @@ class MaskFormerTrainer(Trainer):
         logger.warning(
             f"SIGTERM ended the training after step {self.state.global_step}. {way_on(self.args.output_dir)}."
         )
+        self.is_in_train = False  # which Trainer leaves as it is on exceptions
         raise SystemExit(EXIT_INTERRUPTED)
 
     def _init_training_state(
