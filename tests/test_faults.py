@@ -226,7 +226,7 @@ def damage(root, fault):
         ("label", r"The batch of scene_00001 cannot be built: .*contains the value 77"),
     ],
 )
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_fault_that_nobody_looked_for_is_named_in_training(tmp_path, fault, message, num_workers):
     write_generated_scenes(tmp_path / "data", num_train=4, num_val=1, image_size=(64, 64))
     dataset = SegmentationFolder(tmp_path / "data", "train")

@@ -242,6 +242,7 @@ def test_the_check_names_a_data_set_that_is_not_there(tmp_path, capsys):
     assert "nowhere is no folder" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_read_the_parquet_version_streamed_too(data, config, tmp_path, monkeypatch):
     import datasets
 
