@@ -280,6 +280,8 @@ def test_scores_are_the_softmax_of_the_logits_at_the_target() -> None:
         torch.testing.assert_close(result.segmentation_scores, expected.softmax(0))
     with pytest.raises(ValueError, match="its mode is \"paper\", not 'fast'"):
         processor.post_process_semantic_segmentation(outputs, mode="fast")
+    with pytest.raises(ValueError, match=r"logits have shape \(4, 16, 12\); give \(batch, labels, height, width\)"):
+        per_pixel_segmentation(logits[0], **sizes)
 
 
 def test_more_than_255_classes_are_planned_as_they_are_built(tmp_path) -> None:
