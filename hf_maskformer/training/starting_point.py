@@ -21,6 +21,7 @@ from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
 from ..modeling_maskformer_swin import SwinBackbone
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
+from .presets import config_label_fields
 
 Model = MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation
 # The tensors of each model that belong to the classes.
@@ -284,10 +285,7 @@ def image_processor_for(
 
 def class_fields(model_class: Any, labels: LabelSet) -> dict[str, Any]:
     """What the data say about a model's configuration."""
-    fields: dict[str, Any] = {
-        "id2label": labels.id2label,
-        "label2id": {name: label for label, name in labels.id2label.items()},
-    }
+    fields = config_label_fields(labels, labels.num_labels)
     if model_class is PerPixelBaselineForSemanticSegmentation:
         fields["semantic_loss_ignore_index"] = labels.ignore_index
     return fields
