@@ -34,6 +34,8 @@ check: $(INSTALLED) ## Lint, check formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	# The scripts by themselves: scripts/evaluate.py would be taken for the package evaluate.
+	$(BIN)/mypy scripts
 
 format: $(INSTALLED) ## Format the code and sort imports
 	$(BIN)/ruff check --fix .

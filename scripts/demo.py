@@ -69,7 +69,7 @@ def main(arguments: Arguments) -> None:
     pictures = draw_pictures(checkpoint, data, output / "pictures")
 
     train, val = SegmentationFolder(data, "train"), SegmentationFolder(data, "val")
-    colour_score = color_classifier_mean_iou(train, val, val.labels.num_labels)
+    colour_score = color_classifier_mean_iou(iter(train), iter(val), val.labels.num_labels)
     mean_iou = json.loads(metrics_file.read_text())["mean_iou"]
     print(f"\nMean IoU on {arguments.num_val} held-out scenes: {mean_iou:.3f} ({metrics_file})")
     print(f"For comparison, the best classifier that sees one pixel's colour only: {colour_score:.3f}")

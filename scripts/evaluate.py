@@ -25,7 +25,7 @@ from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.prediction_writer import PredictionWriter
 from hf_maskformer.evaluation.report import as_json, as_table
-from hf_maskformer.evaluation.tasks import TASKS, check_sample, task_of_data
+from hf_maskformer.evaluation.tasks import Task, check_sample, task_of_data
 from hf_maskformer.training.starting_point import model_class_of, renamed_classes
 
 
@@ -38,7 +38,7 @@ class Arguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
     classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
-    task: str | None = field(default=None, metadata={"help": "What to evaluate; the labels tell.", "choices": TASKS})
+    task: Task | None = field(default=None, metadata={"help": "What to evaluate; the labels tell."})
     tta: bool = field(default=False, metadata={"help": "Average over scales of 0.5 to 1.75 and mirror images."})
     precision: Precision | None = field(
         default=None,

@@ -51,7 +51,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    sizes = {name: as_size(name, getattr(arguments, name)) for name in ("size", "output_size")}
+    size, output_size = as_size("size", arguments.size), as_size("output_size", arguments.output_size)
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, dtype=torch.float32)
     thresholds = {name: getattr(arguments, name) for name in THRESHOLDS if getattr(arguments, name) is not None}
     path = export_model(
@@ -60,7 +60,8 @@ def main(arguments: Arguments) -> None:
         arguments.output,
         arguments.format,
         arguments.task,
-        **sizes,
+        size=size,
+        output_size=output_size,
         **thresholds,
     )
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB.")

@@ -20,7 +20,7 @@ from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.evaluation.pipeline import THRESHOLDS
 from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.prediction import predict, read_images, write_prediction
-from hf_maskformer.evaluation.tasks import TASKS, task_for
+from hf_maskformer.evaluation.tasks import Task, task_for
 from hf_maskformer.training.starting_point import model_class_of
 
 
@@ -29,8 +29,8 @@ class Arguments:
     checkpoint: str = field(metadata={"help": "A folder or a Hub name."})
     input: str = field(metadata={"help": "An image, a folder of images, or an http(s) URL."})
     output: str = field(metadata={"help": "Folder for the results."})
-    task: str | None = field(
-        default=None, metadata={"help": "What to predict; by default what the model was trained for.", "choices": TASKS}
+    task: Task | None = field(
+        default=None, metadata={"help": "What to predict; by default what the model was trained for."}
     )
     json: bool = field(default=False, metadata={"help": "Print the results as JSON."})
     precision: Precision | None = field(

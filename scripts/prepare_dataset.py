@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
     return int(any(result["problems"] for result in results.values()))
 
 
-def open_split(arguments: argparse.Namespace, split: str):
+def open_split(arguments: argparse.Namespace, split: str) -> Any:
     return open_dataset(
         arguments.data,
         split,

@@ -27,6 +27,7 @@ import gc
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import set_seed
@@ -37,7 +38,7 @@ from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS, Augmentation, R
 from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
-from hf_maskformer.evaluation.tasks import TASKS, check_sample, task_of_data
+from hf_maskformer.evaluation.tasks import Task, check_sample, task_of_data
 from hf_maskformer.training.checkpoints import check_output_dir
 from hf_maskformer.training.checks import check_reports
 from hf_maskformer.training.dry_run import describe_run
@@ -58,9 +59,8 @@ class DataArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
     classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
-    task: str | None = field(
-        default=None,
-        metadata={"help": "What to evaluate and save as the checkpoint's task; the labels tell.", "choices": TASKS},
+    task: Task | None = field(
+        default=None, metadata={"help": "What to evaluate and save as the checkpoint's task; the labels tell."}
     )
     streaming: bool = field(default=False, metadata={"help": "Train on columns as they come; needs --max_steps."})
     check_data: bool = field(default=True, metadata={"help": "Read every sample once before training."})
@@ -83,7 +83,8 @@ class DataArguments:
         if self.data is None and not self.dry_run:
             raise ValueError("Give --data, a folder or name in one of the layouts of docs/data.md.")
 
-    def open(self, split: str, streaming: bool = False):
+    def open(self, split: str, streaming: bool = False) -> Any:
+        assert self.data is not None  # only a dry run goes without
         return open_dataset(
             self.data,
             split,
@@ -94,9 +95,9 @@ class DataArguments:
             streaming=streaming,
         )
 
-    def card(self) -> dict[str, str]:
+    def card(self) -> dict[str, Any]:
         """What the model card says about the data; of a folder on this machine only its own name."""
-        assert self.data is not None  # only a dry run goes without
+        assert self.data is not None  # as above
         path = Path(self.data)
         source = {"dataset": path.absolute().name} if path.exists() else {"dataset_tags": self.data}
         return {**source, "split": self.eval_split}
@@ -119,6 +120,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     model_arguments.check()
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream does not say how long it is. Give --max_steps.")
+    assert training.output_dir is not None  # as transformers fills it in
     output = Path(training.output_dir)
     check_output_dir(output, is_new=not training.resume_from_checkpoint)
     check_reports(training.report_to)
@@ -144,6 +146,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     set_seed(training.seed)
     model = model_arguments.model(labels)
     image_processor = model_arguments.image_processor(labels, data.image_size, model, task)
+    assert image_processor is not None  # it takes labels
 
     augmented = AugmentedStream if data.streaming else AugmentedDataset
     trainer = MaskFormerTrainer(
@@ -201,7 +204,10 @@ def dry_run(
         print(describe_run(model_arguments.title, config, arguments, sources, num_images, image_processor))
 
 
-def parse_arguments(command_line: list[str] | None = None):
+Arguments = tuple[ModelArguments, DataArguments, MaskFormerTrainingArguments]
+
+
+def parse_arguments(command_line: list[str] | None = None) -> tuple[Arguments, dict[str, str]]:
     return parse_with_recipe((ModelArguments, DataArguments, MaskFormerTrainingArguments), command_line, __doc__)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from .check import LabelledDataset
 from .coco import CocoInstances, CocoPanoptic
@@ -23,6 +23,32 @@ INSTANCE_FILES = (
 )
 IMAGE_FOLDERS = ("{}2017", "images/{}2017", "images/{}", "{}")
 OTHER_NAMES = {"train": ("training",), "val": ("validation", "valid")}
+
+
+@overload
+def open_dataset(
+    path: str,
+    split: str,
+    image_column: str | None = None,
+    label_column: str = "label",
+    classes: str | None = None,
+    *,
+    format: str | None = None,
+    streaming: Literal[False] = False,
+) -> LabelledDataset: ...
+
+
+@overload
+def open_dataset(
+    path: str,
+    split: str,
+    image_column: str | None = None,
+    label_column: str = "label",
+    classes: str | None = None,
+    *,
+    format: str | None = None,
+    streaming: bool,
+) -> LabelledDataset | StreamedColumns: ...
 
 
 def open_dataset(

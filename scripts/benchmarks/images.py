@@ -53,7 +53,7 @@ def preprocess(arguments: argparse.Namespace) -> Iterator[Comparison]:
             | {"ours": partial(ours, images)},
         )
         with_maps = {name: partial(processor, images, maps, return_tensors="pt") for name, processor in stock.items()}
-        with_maps["ours"] = partial(ours, images, maps, target_format="segment_map")
+        with_maps["ours"] = partial(ours.preprocess, images, maps, target_format="segment_map")
         with_maps["ours, masks"] = partial(ours, images, maps)
         for name, run in with_maps.items():
             print(f"targets at {edge}, {name}: {sum(each.nbytes for each in run()['mask_labels']) / 2**20:.1f} MiB")

@@ -69,9 +69,9 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        at_rest = torch.cuda.memory_allocated()
+        at_rest = torch.cuda.memory_allocated() / 2**20
         run()
-        return (torch.cuda.max_memory_allocated() - at_rest) / 2**20
+        return torch.cuda.max_memory_allocated() / 2**20 - at_rest
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None

@@ -32,7 +32,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "window_size": 12,
         **STAGES,
     },
-    "swin-base": {"drop_path_rate": 0.0, **transformers.MaskFormerConfig().backbone_config.to_dict()},
+    "swin-base": {"drop_path_rate": 0.0, **transformers.MaskFormerConfig().to_dict()["backbone_config"]},
 }
 
 
@@ -67,8 +67,11 @@ def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
     if arguments.compile:
         # Frozen weights are constants of the compiled code, which folds and rearranges them beforehand.
         for name, options in (("compiled", {}), ("compiled, frozen", {"freezing": True})):
-            compiled = [torch.compile(model, dynamic=False, options=options) for model in (stock, ours)]
-            yield name, {**passes(*compiled, batches, arguments), "ours, not compiled": peers["ours"]}
+            stock_compiled, ours_compiled = (
+                torch.compile(model, dynamic=False, options={**options}) for model in (stock, ours)
+            )
+            compiled = passes(stock_compiled, ours_compiled, batches, arguments)
+            yield name, {**compiled, "ours, not compiled": peers["ours"]}
 
 
 def passes(
@@ -183,16 +186,16 @@ def step(arguments: argparse.Namespace) -> Iterator[Comparison]:
 
 def build_models(
     arguments: argparse.Namespace, deep_supervision: bool, freeze_batch_norm: bool
-) -> tuple[transformers.PreTrainedModel, MaskFormerForInstanceSegmentation]:
+) -> tuple[transformers.MaskFormerForInstanceSegmentation, MaskFormerForInstanceSegmentation]:
     """transformers' model and ours with the same random weights."""
-    config = MaskFormerConfig(
-        backbone_config=BACKBONES[arguments.backbone],
-        num_labels=NUM_LABELS,
-        deep_supervision=deep_supervision,
-        freeze_batch_norm=freeze_batch_norm,
-    )
+    config = new_config(arguments, deep_supervision=deep_supervision, freeze_batch_norm=freeze_batch_norm)
     ours = MaskFormerForInstanceSegmentation(config)
     return stock_of(ours).to(arguments.device), ours.to(arguments.device)
+
+
+def new_config(arguments: argparse.Namespace, **settings: Any) -> MaskFormerConfig:
+    settings = {"num_labels": NUM_LABELS, **settings}
+    return MaskFormerConfig(backbone_config=BACKBONES[arguments.backbone], **settings)
 
 
 def stock_of(ours: MaskFormerForInstanceSegmentation) -> transformers.MaskFormerForInstanceSegmentation:
@@ -209,7 +212,7 @@ def stock_of(ours: MaskFormerForInstanceSegmentation) -> transformers.MaskFormer
     return stock
 
 
-def freeze_batch_norm_of_stock(stock: torch.nn.Module) -> None:
+def freeze_batch_norm_of_stock(stock: transformers.MaskFormerForInstanceSegmentation) -> None:
     """For transformers' model in training what `freeze_batch_norm` is for ours: it has no setting for it."""
     for module in stock.model.pixel_level_module.encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -12,17 +12,17 @@ import transformers
 from PIL import Image
 from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
-from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
+from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProcessor
 
 from .images import confident_scene
-from .inputs import NUM_LABELS, autocast
+from .inputs import autocast
 from .measuring import Comparison
-from .models import BACKBONES, build_models
+from .models import build_models, new_config
 
 
 def load(arguments: argparse.Namespace) -> Iterator[Comparison]:
     """`from_pretrained` of one checkpoint by each class, from files that the operating system has read before."""
-    config = MaskFormerConfig(backbone_config=BACKBONES[arguments.backbone], num_labels=NUM_LABELS)
+    config = new_config(arguments)
     classes: dict[str, Any] = {
         "stock": transformers.MaskFormerForInstanceSegmentation,
         "ours": MaskFormerForInstanceSegmentation,
