@@ -221,7 +221,7 @@ def resize_image(image: Tensor, size: Size, resample: int) -> Tensor:
     if size_of(image) == size:
         return image
     if RESAMPLING[resample] == "nearest":
-        return resize_nearest(image, size)
+        return torch.from_numpy(resize_nearest(image.numpy(force=True), size)).to(image.device)
     batch = image if image.ndim == 4 else image[None]
     if image.dtype == torch.uint8 and image.device.type != "cpu":  # torch filters bytes on the CPU only
         batch = batch.float()
@@ -231,25 +231,21 @@ def resize_image(image: Tensor, size: Size, resample: int) -> Tensor:
     return resized if image.ndim == 4 else resized[0]
 
 
-def resize_nearest(pixels: Tensor, size: Size) -> Tensor:
+def resize_nearest(pixels: np.ndarray, size: Size) -> np.ndarray:
     """Resizes (..., h, w) of any type to (..., H, W): each pixel takes the value at its centre, as in PIL."""
-    columns = _nearest(pixels.shape[-1], size[1])
-    if columns is not None:
-        # Copying whole rows is several times faster than picking pixels out of each.
-        pixels = pixels.transpose(-1, -2).contiguous().index_select(-2, columns.to(pixels.device))
-        pixels = pixels.transpose(-1, -2).contiguous()
-    rows = _nearest(pixels.shape[-2], size[0])
-    return pixels if rows is None else pixels.index_select(-2, rows.to(pixels.device))
+    for axis, length in ((-1, size[1]), (-2, size[0])):
+        if pixels.shape[axis] != length:
+            positions = nearest_positions(pixels.shape[axis], length)
+            pixels = pixels.take(positions, axis, mode="clip")  # faster than to look whether one is out of range
+    return pixels
 
 
-def _nearest(length: int, new_length: int) -> Tensor | None:
-    """Which pixel of a line each pixel of a longer or shorter one takes; None if they are the same."""
-    if length == new_length:
-        return None
+def nearest_positions(length: int, new_length: int) -> np.ndarray:
+    """Which pixel of a line each pixel of a longer or shorter one takes, (new_length,) int64."""
     step = length / new_length
     # Summed up step by step as PIL does, so that a centre between two pixels falls on the same side.
     centres = np.cumsum([step / 2] + [step] * (new_length - 1))
-    return torch.from_numpy(centres.astype(np.int64))
+    return centres.astype(np.int64)
 
 
 def make_batch(
@@ -300,7 +296,8 @@ def empty_batch(sizes: Sequence[Size], padded_size: Size, device: str | torch.de
     pixel_values = zeros((len(sizes), 3, *padded_size), torch.float32, device)
     pixel_mask = zeros((len(sizes), *padded_size), torch.int64, device)
     for mask, (height, width) in zip(pixel_mask, sizes, strict=True):
-        mask[:height, :width] = 1
+        within = mask[:height, :width]
+        (within.numpy() if within.device.type == "cpu" else within)[:] = 1  # on one thread, as in `_write_normalized`
     return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
 
 

@@ -1,7 +1,9 @@
 """From segmentation maps to training targets: which segments an image has, where they lie and what their labels are.
 
 N_i segments in image i, H x W the padded size of the batch. A segmentation map is (height, width) integers: labels, or
-ids of segments whose labels a dictionary tells ("instance labels" below). It stays a map until the very end.
+ids of segments whose labels a dictionary tells ("instance labels" below). It stays a map until the very end, and an
+array: numpy does this work on one thread. Those of torch would meet after each short operation, and wait for each other
+many times as long as it takes where other programs are at work.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,15 +25,13 @@ MAX_MASK_BYTES = 8 * 10**9
 NO_LABEL = -100
 # What stands for "ignore" when the settings do not say; 8-bit maps use it.
 COMMON_IGNORE_VALUE = 255
-# Below, a table over all values is several times faster than sorting the pixels; the ids of COCO go up to 2**24.
-_MANY_VALUES = 2**16
 
 InstanceLabels = Mapping[int, int] | None
 Device = str | torch.device | None
 
 
-def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> Tensor:
-    """Reads the map of image `index`, in any form that `preprocess` takes: (height, width) int32 or, if wide, int64.
+def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> np.ndarray:
+    """Reads the map of image `index`, in any form that `preprocess` takes: integers (height, width).
 
     Three channels of 8 bits are taken for the ids of COCO panoptic. `has_ids` says that there are labels of ids.
 
@@ -71,7 +71,7 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> T
         )
     if values.size == 0:
         raise ValueError(f"Segmentation map {index} has shape {values.shape}, so it holds no pixel.")
-    return torch.from_numpy(values.astype(np.int32 if np.can_cast(values.dtype, np.int32) else np.int64))
+    return values.astype(np.uint8) if values.dtype.kind == "b" else values
 
 
 def is_single_map(segmentation_map: Any, num_images: int) -> bool:
@@ -101,7 +101,7 @@ def check_ignore_value(settings: ImageProcessorSettings, target_format: str) -> 
         )
 
 
-def check_map_sizes(maps: Sequence[Tensor], image_sizes: Sequence[Size]) -> None:
+def check_map_sizes(maps: Sequence[np.ndarray], image_sizes: Sequence[Size]) -> None:
     """Raises ValueError unless there is one map (height, width) for each image, and of its size."""
     if len(maps) != len(image_sizes):
         raise ValueError(
@@ -129,8 +129,12 @@ def instance_labels_of_images(instance_labels: Any, num_images: int) -> list[Ins
 
 
 def resized_segments(
-    segmentation_map: Tensor, size: Size, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int
-) -> tuple[Tensor, Tensor]:
+    segmentation_map: np.ndarray,
+    size: Size,
+    settings: ImageProcessorSettings,
+    instance_labels: InstanceLabels,
+    index: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """The segments of a map at another size, as `split_segmentation_map` gives them."""
     if size[0] < segmentation_map.shape[0] or size[1] < segmentation_map.shape[1]:
         return split_segmentation_map(resize_nearest(segmentation_map, size), settings, instance_labels, index)
@@ -140,34 +144,27 @@ def resized_segments(
 
 
 def split_segmentation_map(
-    segmentation_map: Tensor, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int
-) -> tuple[Tensor, Tensor]:
+    segmentation_map: np.ndarray, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Numbers the segments in the map (height, width) of image `index`, in ascending order of their value.
 
     Returns the index of the segment that owns each pixel, (height, width) int16, -1 for none, and the labels (N_i,)
     int64; the indices are int32 where there are too many for int16. Raises ValueError for a value without a label, or
     whose label is out of range.
     """
-    values, positions = _distinct_values(segmentation_map)
+    pixels = segmentation_map.ravel()
+    # Neighbours nearly always belong together: runs of equal pixels are some hundredth of all, and soon sorted.
+    starts = np.append(0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1)
+    values, value_of_run = np.unique(pixels[starts], return_inverse=True)
     if instance_labels is not None:
         _check_ids(values.tolist(), settings, instance_labels, index)
     labels = [_label_of(value, settings, instance_labels, index) for value in values.tolist()]
-    has_label = torch.tensor([label is not None for label in labels], device="cpu")
-    index_type = torch.int16 if len(values) < 2**15 else torch.int32
-    segment_of_value = torch.where(has_label, has_label.cumsum(0) - 1, -1).to(index_type)
-    segment_map = segment_of_value.index_select(0, positions.flatten()).view_as(segmentation_map)
-    return segment_map, torch.tensor([label for label in labels if label is not None], dtype=torch.int64, device="cpu")
-
-
-def _distinct_values(segmentation_map: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of a map in ascending order, and for each pixel the position of its value among them."""
-    lowest, highest = torch.aminmax(segmentation_map)
-    if lowest < 0 or highest >= _MANY_VALUES:
-        return torch.unique(segmentation_map, return_inverse=True)
-    pixels = segmentation_map.flatten()
-    is_present = torch.bincount(pixels) > 0
-    position_of_value = (is_present.cumsum(0) - 1).to(torch.int32)
-    return is_present.nonzero().flatten(), position_of_value.index_select(0, pixels).view_as(segmentation_map)
+    has_label = np.array([label is not None for label in labels])
+    index_type = np.int16 if len(values) < 2**15 else np.int32
+    segment_of_value = np.where(has_label, has_label.cumsum() - 1, -1).astype(index_type)
+    segment_map = np.repeat(segment_of_value[value_of_run], np.diff(starts, append=pixels.size))
+    segment_labels = np.array([label for label in labels if label is not None], dtype=np.int64)
+    return segment_map.reshape(segmentation_map.shape), segment_labels
 
 
 def _check_ids(
@@ -230,7 +227,7 @@ def _check_label(label: int, num_labels: int | None, value: int, index: int) -> 
 
 
 def pad_as_masks(
-    segments: Sequence[tuple[Tensor, Tensor]], size: Size, device: Device = None
+    segments: Sequence[tuple[np.ndarray, np.ndarray]], size: Size, device: Device = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Makes lists of (N_i, H, W) bool masks and of (N_i,) labels from what `split_segmentation_map` gives."""
     all_masks = []
@@ -242,35 +239,38 @@ def pad_as_masks(
                 f'more than {MAX_MASK_BYTES / 1e9:.0f} GB. Take target_format="segment_map", or a smaller size.'
             )
         masks = zeros((len(labels), *size), torch.bool, device)
-        segment_map = segment_map.to(device)
-        indices = torch.arange(len(labels), device=segment_map.device)
-        masks[:, :height, :width] = segment_map == indices[:, None, None]
+        within = masks[:, :height, :width]
+        indices = np.arange(len(labels), dtype=segment_map.dtype)[:, None, None]
+        if within.device.type == "cpu":
+            np.equal(segment_map, indices, out=within.numpy())
+        else:  # a map is less to move than its masks
+            within.copy_(torch.from_numpy(segment_map).to(device) == torch.from_numpy(indices).to(device))
         all_masks.append(masks)
-    return all_masks, [labels.to(device) for _, labels in segments]
+    return all_masks, [torch.from_numpy(labels).to(device) for _, labels in segments]
 
 
 def pad_as_segment_map(
-    segments: Sequence[tuple[Tensor, Tensor]], size: Size, device: Device = None
+    segments: Sequence[tuple[np.ndarray, np.ndarray]], size: Size, device: Device = None
 ) -> tuple[Tensor, Tensor]:
     """Makes one (B, H, W) int32 map of segment indices, -1 for none, and (B, max N_i) labels filled up with -100.
 
     Not int16, which processes cannot gather.
     """
     most_segments = max(len(labels) for _, labels in segments)
-    segment_maps = torch.full((len(segments), *size), -1, dtype=torch.int32, device="cpu")
-    class_labels = torch.full((len(segments), most_segments), NO_LABEL, device="cpu")
+    segment_maps = np.full((len(segments), *size), -1, dtype=np.int32)
+    class_labels = np.full((len(segments), most_segments), NO_LABEL, dtype=np.int64)
     for index, (segment_map, labels) in enumerate(segments):
         height, width = segment_map.shape
         segment_maps[index, :height, :width] = segment_map
         class_labels[index, : len(labels)] = labels
-    return segment_maps.to(device), class_labels.to(device)
+    return torch.from_numpy(segment_maps).to(device), torch.from_numpy(class_labels).to(device)
 
 
 def pad_as_label_map(
-    segments: Sequence[tuple[Tensor, Tensor]], size: Size, ignore_index: int, device: Device
+    segments: Sequence[tuple[np.ndarray, np.ndarray]], size: Size, ignore_index: int, device: Device
 ) -> Tensor:
     """Makes one (B, H, W) int64 map of labels, `ignore_index`, which must be no label, where no segment is."""
-    label_maps = torch.full((len(segments), *size), ignore_index, device="cpu")
+    label_maps = np.full((len(segments), *size), ignore_index, dtype=np.int64)
     for index, (segment_map, labels) in enumerate(segments):
         if (labels == ignore_index).any():
             raise ValueError(
@@ -280,6 +280,5 @@ def pad_as_label_map(
             )
         height, width = segment_map.shape
         # -1, no segment, is the place of the last label here.
-        label_of_segment = torch.cat([labels, labels.new_tensor([ignore_index])])
-        label_maps[index, :height, :width] = label_of_segment[segment_map.long()]
-    return label_maps.to(device)
+        label_maps[index, :height, :width] = np.append(labels, ignore_index)[segment_map]
+    return torch.from_numpy(label_maps).to(device)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from ..image_processing_maskformer_images import resize_nearest
+from ..image_processing_maskformer_images import resize_nearest, zeros
 from .sample import Sample, crowds_of
 
 TargetFormat = Literal["masks", "segment_map", "label_map"]
@@ -128,13 +128,13 @@ def _visible_objects(
     labels = torch.as_tensor(sample["labels"], dtype=torch.int64)
     if num_labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < num_labels:
         raise ValueError(f"{sample['name']} has the labels {labels.tolist()}, but num_labels is {num_labels}.")
-    is_trained = ~torch.as_tensor(crowds_of(sample))
+    is_trained = ~crowds_of(sample)
     height, width = int(pixel_mask[:, 0].sum()), int(pixel_mask[0].sum())
-    fitted = resize_nearest(torch.as_tensor(sample["masks"])[is_trained], (height, width))
-    is_visible = fitted.flatten(1).any(dim=1)
-    masks = torch.zeros(int(is_visible.sum()), *pixel_mask.shape, dtype=torch.bool)
-    masks[:, :height, :width] = fitted[is_visible]
-    return masks, labels[is_trained][is_visible]
+    fitted = resize_nearest(np.asarray(sample["masks"])[is_trained], (height, width))
+    is_visible = fitted.any(axis=(1, 2))
+    masks = zeros((int(is_visible.sum()), *pixel_mask.shape), torch.bool)
+    masks.numpy()[:, :height, :width] = fitted[is_visible]
+    return masks, labels[torch.from_numpy(is_trained)][torch.from_numpy(is_visible)]
 
 
 def _id_tables(samples: Sequence[Sample]) -> list[dict[int, int]] | None:

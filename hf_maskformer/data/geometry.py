@@ -3,10 +3,9 @@
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from ..image_processing_maskformer_images import resize_nearest
+from ..image_processing_maskformer_images import nearest_positions
 from ..image_processing_maskformer_settings import ImageProcessorSettings
 from .sample import Sample, crowds_of
 
@@ -27,8 +26,8 @@ def resize(sample: Sample, size: Size, window: Window | None = None) -> Sample:
     x_step, y_step = image.width / size[1], image.height / size[0]
     box = (left * x_step, top * y_step, (left + width) * x_step, (top + height) * y_step)
     scaled = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-    rows = _sources(image.height, size[0])[top : top + height, None]
-    columns = _sources(image.width, size[1])[left : left + width]
+    rows = nearest_positions(image.height, size[0])[top : top + height, None]
+    columns = nearest_positions(image.width, size[1])[left : left + width]
     return _changed(sample, scaled, lambda labels: labels[..., rows, columns])
 
 
@@ -65,11 +64,6 @@ def tidy(sample: Sample) -> Sample:
     }
     tidied.pop("area", None)
     return tidied
-
-
-def _sources(length: int, new_length: int) -> np.ndarray:
-    """For each place of a resized axis the place that it comes from."""
-    return resize_nearest(torch.arange(length)[None], (1, new_length))[0].numpy()
 
 
 def _changed(sample: Sample, image: Image.Image, change: Any) -> Sample:
