@@ -53,7 +53,8 @@ class ConfigWithCode(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is.
 
-        A dictionary for a nested configuration changes the fields that it names.
+        A dictionary for a nested configuration changes the fields that it names, or is the whole of one where it names
+        another `model_type`. As many labels as the file has keep their names.
 
         Raises:
             ValueError: A field has a value or a type that no model can have; the message names it.
@@ -65,8 +66,15 @@ class ConfigWithCode(PreTrainedConfig):
                 f"The configuration is of a model of type {model_type!r}, but {cls.__name__} is for "
                 f"{cls.model_type!r}. Use the class of that type."
             )
-        is_own = {name: name in cls.__dataclass_fields__ and not isinstance(kwargs[name], dict) for name in kwargs}
-        overrides = {name: kwargs.pop(name) for name in is_own if is_own[name] or name in LABELS}
+        overrides = {name: kwargs.pop(name) for name in kwargs.keys() & {*cls.__dataclass_fields__, *LABELS}}
+        for name in overrides.keys() & cls.sub_configs.keys():
+            overrides[name] = _changed(config_dict.get(name), overrides[name])
+        names, labels = config_dict.get("id2label"), overrides.get("label2id")
+        if isinstance(labels, dict):
+            with errors_as_value_errors("label2id"):
+                overrides.setdefault("id2label", {label: name for name, label in labels.items()})
+        elif isinstance(names, dict) and overrides.get("num_labels") == len(names):
+            del overrides["num_labels"]  # as many as there are, which keep their names
         left_out = set(LABELS) if overrides.keys() & set(LABELS) else set()
         if cls._auto_class is None:
             # It names files beside the one that was read, which a checkpoint saved from here will not have.
@@ -92,3 +100,11 @@ class ConfigWithCode(PreTrainedConfig):
         if self._auto_class is not None:
             self.auto_map = dict(self.files_of_auto_classes)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+
+def _changed(content: Any, changes: Any) -> Any:
+    """A nested configuration in a file with the fields changed that a dictionary names; any other takes its place."""
+    if not isinstance(content, dict) or not isinstance(changes, dict):
+        return changes
+    is_of_other_type = changes.get("model_type", content.get("model_type")) != content.get("model_type")
+    return changes if is_of_other_type else {**content, **changes}

@@ -153,10 +153,11 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             return_dict=True,
         )
         pixel_embeddings = outputs.pixel_decoder_last_hidden_state
-        queries = outputs.transformer_decoder_intermediate_states
+        # The last state itself, so that its gradient can be asked for.
+        queries = outputs.transformer_decoder_last_hidden_state[None]
         output_auxiliary_logits = first_set(output_auxiliary_logits, self.config.output_auxiliary_logits)
-        if not (output_auxiliary_logits or (has_labels and self.config.deep_supervision)):
-            queries = queries[-1:]
+        if output_auxiliary_logits or (has_labels and self.config.deep_supervision):
+            queries = torch.cat((outputs.transformer_decoder_intermediate_states[:-1], queries))
         class_logits = self.class_predictor(queries)  # (L, B, Q, K + 1)
         mask_embeddings = self.mask_embedder(queries)
         # The loss computes the masks that it needs by itself: with gradient only those that matched.

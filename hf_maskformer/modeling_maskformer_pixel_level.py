@@ -147,9 +147,10 @@ def check_images(pixel_values: Tensor, num_channels: int | None) -> None:
     shape = tuple(pixel_values.shape)
     # One by one and not by `in`, which fails for sizes that are symbols, as where torch compiles.
     if len(shape) != 4 or any(side == 0 for side in shape) or (num_channels or shape[1]) != shape[1]:
+        hint = " The image processor makes such a batch." if num_channels in (3, None) else ""
         raise ValueError(
             f"pixel_values have the shape {shape}, but the model takes (images, {num_channels or 'channels'}, height, "
-            "width), none of them 0. The image processor makes such a batch of three channels."
+            f"width), none of them 0.{hint}"
         )
 
 

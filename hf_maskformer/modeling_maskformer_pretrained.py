@@ -65,9 +65,14 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         return next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
 
     def post_init(self) -> None:
-        # Each model has some of them only, and wrapping policies refuse names that they do not find.
+        # Each model has some of them only, and wrapping policies refuse names that they do not find. transformers asks
+        # the children of a model for theirs, but a backbone lies deeper.
         present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = [name for name in type(self)._no_split_modules if name in present]
+        names = list(type(self)._no_split_modules)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                names += module._no_split_modules or ()
+        self._no_split_modules = [name for name in dict.fromkeys(names) if name in present]
         # From a checkpoint, nothing is allocated yet: transformers builds models on the meta device first.
         num_parameters = sum(tensor.numel() for tensor in itertools.chain(self.parameters(), self.buffers()))
         if num_parameters > MAX_PARAMETERS:
@@ -98,7 +103,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise OSError(
                 f"{pretrained_model_name_or_path} cannot be loaded ({reason}). Are its weights damaged or cut "
-                "off? Then download them again."
+                "off? Then download them again. Or is an argument of another type than it should be?"
             ) from error
 
     def train(self, mode: bool = True) -> Any:

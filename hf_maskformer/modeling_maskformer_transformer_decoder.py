@@ -151,9 +151,10 @@ class TransformerModule(nn.Module):
             queries, query_positions, memory, memory_positions, output_attentions, memory_mask
         )
         intermediate_states = self.decoder.layernorm(torch.stack(states))
+        last_hidden_state = intermediate_states[-1]
         return TransformerModuleOutput(
-            last_hidden_state=intermediate_states[-1],
+            last_hidden_state=last_hidden_state,
             intermediate_states=intermediate_states,
-            hidden_states=(queries, *states[:-1], intermediate_states[-1]) if output_hidden_states else None,
+            hidden_states=(queries, *states[:-1], last_hidden_state) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )

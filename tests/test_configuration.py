@@ -69,6 +69,28 @@ def test_fields_given_to_from_pretrained_are_checked_and_mapped_too(tmp_path):
         MaskFormerConfig.from_pretrained(tmp_path, fpn_feature_size=48)
 
 
+def test_a_dictionary_changes_fields_of_a_nested_configuration_and_is_checked_too(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    config = MaskFormerConfig.from_pretrained(tmp_path, decoder_config={"num_queries": 3, "auxiliary_loss": True})
+    assert (config.decoder_config.num_queries, config.decoder_config.d_model) == (3, 16)
+    assert config.decoder_config.auxiliary_loss is False
+    for field, value in (("d_model", 33), ("num_queries", 0), ("decoder_layers", 0), ("decoder_attention_heads", 3)):
+        with pytest.raises(ValueError, match=f"decoder_config.{'d_model' if 'heads' in field else field} is "):
+            MaskFormerConfig.from_pretrained(tmp_path, decoder_config={field: value})
+
+
+def test_a_dictionary_of_another_type_takes_the_place_of_a_nested_configuration(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    swin = swin_config().to_dict()
+    given = {"backbone_config": swin, "decoder_config": {"model_type": "maskformer-transformer", "d_model": 32}}
+    config = MaskFormerConfig.from_pretrained(tmp_path, **given)
+    config.save_pretrained(tmp_path)
+    for each in (config, MaskFormerConfig.from_pretrained(tmp_path)):
+        assert each.backbone_config.model_type.endswith("swin")
+        assert each.backbone_config.depths == swin["depths"]
+        assert (each.decoder_config.model_type, each.decoder_config.d_model) == ("maskformer-transformer", 32)
+
+
 def test_matching_costs_follow_the_loss_weights_unless_set():
     assert tiny_config(mask_weight=7.0).matching_costs == {"class_cost": 1.0, "mask_cost": 7.0, "dice_cost": 1.0}
     assert tiny_config(mask_weight=7.0, mask_cost=0).matching_costs["mask_cost"] == 0
@@ -169,3 +191,18 @@ def test_labels_are_found_by_their_names(source, tmp_path):
     elif source == "saved":
         config = MaskFormerConfig.from_pretrained(tmp_path)
     assert config.label2id == {"sky": 0, "road": 1}
+
+
+def test_classes_keep_their_names_unless_their_number_changes(tmp_path):
+    tiny_config(id2label={0: "sky", 1: "road", 2: "car"}).save_pretrained(tmp_path)
+    names = MaskFormerConfig.from_pretrained(tmp_path, num_labels=3).id2label
+    assert names == {0: "sky", 1: "road", 2: "car"}
+    assert MaskFormerConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+def test_names_with_their_labels_are_enough(tmp_path):
+    tiny_config(id2label={0: "sky", 1: "road"}).save_pretrained(tmp_path)
+    config = MaskFormerConfig.from_pretrained(tmp_path, label2id={"tree": 0, "dog": 1, "cat": 2})
+    assert (config.id2label, config.num_labels) == ({0: "tree", 1: "dog", 2: "cat"}, 3)
+    with pytest.raises(ValueError, match=r"id2label has the ids \[0, 2\]"):
+        MaskFormerConfig.from_pretrained(tmp_path, label2id={"tree": 0, "dog": 2})

@@ -104,6 +104,22 @@ def test_the_same_tensor_names_as_a_checkpoint_of_transformers(tmp_path):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_the_last_queries_have_a_gradient_by_whatever_name(is_trained):
+    model = tiny_model(resnet_config()).train(is_trained)
+    batch = tiny_batch()
+    output = model(**batch if is_trained else {"pixel_values": batch["pixel_values"]}, output_hidden_states=True)
+    states = (
+        output.transformer_decoder_last_hidden_state,
+        output.transformer_decoder_hidden_states[-1],
+        output.hidden_states[-1],
+    )
+    target = output.loss if is_trained else output.class_queries_logits.sum()
+    first, *others = torch.autograd.grad(target, states)
+    assert first.any()
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_output_shapes_and_sizes_inside_the_batch():
     pixel_mask = torch.zeros(2, 64, 96, dtype=torch.int64)
     pixel_mask[0, :50, :96] = 1

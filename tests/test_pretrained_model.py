@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from models import (
     ARCHITECTURES,
     convnext_config,
@@ -290,6 +291,17 @@ def test_initialisation_of_the_backbones_is_that_of_the_paper():
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert not linear.bias.any()
     assert block.attention.self.relative_position_bias_table.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_no_layer_of_a_backbone_of_transformers_is_cut_in_two():
+    model = tiny_model(convnext_config())
+    names = {"ConvNextLayer", "TransformerDecoderLayer"}
+    layers = [name for name, module in model.named_modules() if type(module).__name__ in names]
+    assert len(layers) > 4
+    for share in (0.2, 0.35, 0.5, 0.65, 0.8):
+        max_memory = {0: int(share * model.get_memory_footprint()), "cpu": "1GB"}
+        places = infer_auto_device_map(model, max_memory, no_split_module_classes=list(model._no_split_modules))
+        assert not [name for name in places if any(name.startswith(f"{layer}.") for layer in layers)]
 
 
 @pytest.mark.parametrize("name", ["resnet", "swin", "encoders"])
