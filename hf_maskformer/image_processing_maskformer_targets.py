@@ -117,15 +117,25 @@ def check_map_sizes(maps: Sequence[np.ndarray], image_sizes: Sequence[Size]) -> 
 
 
 def instance_labels_of_images(instance_labels: Any, num_images: int) -> list[InstanceLabels]:
-    """Gives each image its dictionary, from one for all or a list. Raises ValueError if the list has another length."""
-    if instance_labels is None or isinstance(instance_labels, Mapping):
-        return [instance_labels] * num_images
-    if len(instance_labels) != num_images:
+    """Gives each image its dictionary, from one for all or a list.
+
+    Raises ValueError if the list has another length, or ids or labels are text.
+    """
+    is_one = instance_labels is None or isinstance(instance_labels, Mapping)
+    tables = [instance_labels] * num_images if is_one else list(instance_labels)
+    if len(tables) != num_images:
         raise ValueError(
-            f"instance_id_to_semantic_id has {len(instance_labels)} dictionaries, but there are {num_images} images; "
+            f"instance_id_to_semantic_id has {len(tables)} dictionaries, but there are {num_images} images; "
             "give one for each, or a single one for all."
         )
-    return list(instance_labels)
+    for table in tables[:1] if is_one else tables:
+        for number, label in (table or {}).items():
+            if isinstance(number, str) or isinstance(label, str):
+                raise ValueError(
+                    f"instance_id_to_semantic_id has {number!r}: {label!r}, but ids and labels must be integers. JSON "
+                    "makes text of ids: {int(number): label for number, label in table.items()}."
+                )
+    return tables
 
 
 def resized_segments(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
 from hf_maskformer.data.collator import MaskFormerDataCollator
 from hf_maskformer.image_processing_maskformer import MaskFormerImageProcessor
@@ -175,6 +176,11 @@ def test_masks_without_labels_are_not_said_to_lie_beside_maps():
 def test_masks_make_no_label_map():
     with pytest.raises(ValueError, match=r"masks may overlap, so they make no label_map"):
         collate([make_masks("a", [[[1, 0]]], [0])], target_format="label_map")
+
+
+def test_the_image_processor_of_transformers_is_refused():
+    with pytest.raises(ValueError, match="is transformers' own MaskFormerImageProcessorPil"):
+        MaskFormerDataCollator(MaskFormerImageProcessorPil())
 
 
 def test_masks_of_another_size_than_their_image_are_named():

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -69,8 +70,11 @@ def names(world):
     metric = PanopticQuality(num_labels=18, thing_ids=range(18))
     segments = {"segmentation": ids, "segments_info": [{"id": 1, "label_id": 17}]}
     metric.add_batch(predictions=[segments], references=[segments])
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    rows = {"image": [image], "label": [Image.new("L", image.size)]}
     return {
         "checkpoint": str(world / "checkpoint"),
+        "dataset": datasets.Dataset.from_dict(rows, features=features),
         "model": MaskFormerForInstanceSegmentation.from_pretrained(world / "checkpoint"),
         "processor": image_processor_for(train.labels, 64, task="panoptic"),
         "train_dataset": train,

@@ -295,10 +295,13 @@ def test_a_truncated_image_is_named(root, suffix):
         check_samples(dataset)
 
 
-def test_masks_of_0_and_255_are_refused_instead_of_ignoring_what_they_show(root):
+@pytest.mark.parametrize("names", [("sky", "road"), ("background", "cat", "dog")])
+def test_masks_of_0_and_255_are_refused_instead_of_ignoring_what_they_show(root, names):
+    write_classes(root, id2label=dict(enumerate(names)))
     write_sample(root, "a", np.array([[0, 255, 0], [0, 0, 0]], dtype=np.uint8))
     write_sample(root, "b", np.zeros((2, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"No sample has a pixel of class 1 \('road'\), but 8.33% of all"):
+    message = rf"All pixels are of class 0 \('{names[0]}'\), but for 8.33% that are ignored"
+    with pytest.raises(ValueError, match=message):
         check_samples(SegmentationFolder(root, "train"))
     write_sample(root, "b", np.ones((2, 3), np.uint8))
     check_samples(SegmentationFolder(root, "train"))

@@ -327,6 +327,8 @@ def test_errors_name_the_image():
         (5, {}, "Segmentation map 0 is a int"),
         (np.zeros((2, 3), int), {"target_format": "boxes"}, "target_format is 'boxes'"),
         (np.zeros((2, 3), int), {"instance_id_to_semantic_id": [{}, {}]}, "has 2 dictionaries, but there are 1 images"),
+        (np.ones((2, 3), int), {"instance_id_to_semantic_id": {"1": 0}}, "has '1': 0, but .* must be integers"),
+        (np.ones((2, 3), int), {"instance_id_to_semantic_id": [{1: "sky"}]}, "has 1: 'sky', but .* must be integers"),
         (None, {"instance_id_to_semantic_id": {1: 0}}, "given without segmentation_maps"),
     ],
 )

@@ -50,6 +50,13 @@ def test_ade20k_counts_its_labels_from_one(tmp_path, label_names):
     check_samples(dataset)
 
 
+def test_annotations_of_cocos_form_under_another_name_are_answered_by_the_names(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "train.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has JSON files, but .* annotations/instances_SPLIT.json"):
+        open_dataset(str(tmp_path), "train")
+
+
 @pytest.mark.parametrize(
     ("name", "count"), [("ade20k", 150), ("ade20k_full", 847), ("cityscapes", 19), ("coco_stuff_10k", 171)]
 )

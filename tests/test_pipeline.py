@@ -397,9 +397,10 @@ def test_the_model_of_transformers_gives_equal_segments(tmp_path, subtask):
         assert areas[0] == areas[1]
 
 
-def test_the_image_processor_of_transformers_is_answered_by_how_to_get_ours(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"segmentation_task": "panoptic"}])
+def test_the_image_processor_of_transformers_is_answered_by_how_to_get_ours(tmp_path, settings):
     tiny_model().save_pretrained(tmp_path)
-    processor().save_pretrained(tmp_path)
+    processor(**settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"Call register_auto_classes\(\) before pipeline"):
         pipeline("image-segmentation", model=str(tmp_path), pipeline_class=MaskFormerPipeline, device="cpu")
 

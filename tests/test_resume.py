@@ -213,7 +213,7 @@ def test_sigterm_within_an_evaluation_gives_it_up(tmp_path):
     with pytest.raises(SystemExit) as ended:
         trainer.train()
     assert ended.value.code == 75
-    assert read == [0, 1]
+    assert read == [0, 0, 1]  # the first one when the trainer was made too
     assert steps_saved(tmp_path) == [1]
     assert not any("eval_mean_iou" in line for line in trainer.state.log_history)
 
@@ -348,7 +348,7 @@ def test_a_run_that_is_made_longer_gives_the_model_of_the_longer_run(tmp_path, i
 @pytest.mark.parametrize("in_evaluation", [False, True])
 def test_a_trainer_that_was_ended_evaluates_all_samples(tmp_path, in_evaluation):
     class Interrupting:
-        labels, signals = SCENES.labels, [signal.SIGTERM]
+        labels, signals = SCENES.labels, []
 
         def __len__(self):
             return len(SCENES)
@@ -360,7 +360,9 @@ def test_a_trainer_that_was_ended_evaluates_all_samples(tmp_path, in_evaluation)
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Interrupting()} if in_evaluation else {}
     trainer = our_trainer(tmp_path, max_steps=3, per_device_eval_batch_size=1, **options)
-    if not in_evaluation:
+    if in_evaluation:
+        Interrupting.signals.append(signal.SIGTERM)
+    else:
         trainer.add_callback(Signal(signal.SIGTERM, 1))
     with pytest.raises(SystemExit):
         trainer.train()
@@ -410,6 +412,15 @@ def test_a_checkpoint_of_another_optimiser_is_named(tmp_path):
         assert trainer.state.global_step == 5
 
 
+def test_a_checkpoint_of_transformers_trainer_is_named(tmp_path):
+    trainer = trainer_with_chance(tmp_path, False, max_steps=3)
+    trainer.train()
+    (tmp_path / "checkpoint-3" / "training_args.json").unlink()
+    torch.save({}, tmp_path / "checkpoint-3" / "training_args.bin")
+    with pytest.raises(ValueError, match=r"checkpoint-3 was left by transformers' Trainer.* Begin a new run"):
+        trainer.train(resume_from_checkpoint="auto")
+
+
 def test_a_stream_that_is_too_short_for_a_step_is_an_error(tmp_path):
     trainer = trainer_with_chance(tmp_path, True, gradient_accumulation_steps=8)
     with pytest.raises(ValueError, match="Nothing was trained: a pass of the stream has fewer than the 8 batches"):
@@ -431,18 +442,20 @@ def test_a_trainer_that_was_ended_can_go_on_itself(tmp_path):
 
 def test_sigterm_within_an_evaluation_that_has_seen_no_object_yet_gives_it_up(tmp_path):
     class Interrupting:
-        labels = SCENES.labels
+        labels, in_training = SCENES.labels, False
 
         def __len__(self):
             return 2
 
         def __getitem__(self, index):
-            os.kill(os.getpid(), signal.SIGTERM)
+            if self.in_training:
+                os.kill(os.getpid(), signal.SIGTERM)
             nothing = {"masks": np.zeros((0, 64, 64), dtype=bool), "labels": [], "iscrowd": []}
             return {"image": SCENES[index]["image"], "name": "sky", **nothing}
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1, "save_strategy": "no"}
     trainer = our_trainer(tmp_path, task="instance", eval_dataset=Interrupting(), **options)
+    Interrupting.in_training = True
     with pytest.raises(SystemExit) as ended:
         trainer.train()
     assert ended.value.code == 75

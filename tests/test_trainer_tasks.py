@@ -68,7 +68,8 @@ def test_the_weights_of_the_highest_figure_are_those_at_the_end(tmp_path, monkey
     figures = iter([0.1, 0.3, 0.2])
     monkeypatch.setattr("hf_maskformer.training.trainer.evaluate", lambda *_, **__: {MAIN_FIGURES[task]: next(figures)})
     options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = our_trainer(tmp_path, task=task, load_best_model_at_end=True, learning_rate=1e-2, **options)
+    options |= {"task": task, "eval_dataset": DATA[task], "load_best_model_at_end": True, "learning_rate": 1e-2}
+    trainer = our_trainer(tmp_path, **options)
     trainer.train()
     assert trainer.state.best_metric == 0.3
     best, last = (
@@ -81,13 +82,15 @@ def test_the_weights_of_the_highest_figure_are_those_at_the_end(tmp_path, monkey
 
 def test_a_metric_of_another_task_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"is mean_iou, a figure of semantic .* is panoptic\. Use pq"):
-        our_trainer(tmp_path, PANOPTIC, task="panoptic", metric_for_best_model="mean_iou")
+        our_trainer(tmp_path, PANOPTIC, task="panoptic", eval_dataset=PANOPTIC, metric_for_best_model="mean_iou")
 
 
 def test_labels_that_do_not_allow_the_task_are_named(tmp_path):
-    trainer = our_trainer(tmp_path, eval_dataset=DATA["instance"])
-    with pytest.raises(ValueError, match="has masks, which may overlap"):
-        trainer.evaluate()
+    for data in (DATA["instance"], {"semantic": SCENES, "instance": DATA["instance"]}):
+        with pytest.raises(ValueError, match="has masks, which may overlap"):
+            our_trainer(tmp_path, eval_dataset=data)
+        with pytest.raises(ValueError, match="has masks, which may overlap"):
+            our_trainer(tmp_path).evaluate(data)
 
 
 def test_without_a_collator_the_image_processor_makes_the_batches(tmp_path):

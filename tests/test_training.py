@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from golden import Golden
 from models import NUM_LABELS, convnext_config, resnet_config, swin_config, tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from test_per_pixel_baseline import tiny_baseline
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 from transformers import (
     ConvNextForImageClassification,
     Dinov2Config,
@@ -495,12 +496,21 @@ def test_a_part_of_a_data_set_has_its_classes_and_what_has_none_says_what_to_do(
     assert trainer.evaluate(part)["eval_mean_iou"] == trainer.evaluate(first_two)["eval_mean_iou"]
     with pytest.raises(ValueError, match=r"of type list, does not say which classes it has\. Open it by a reader"):
         trainer.evaluate([SCENES[0]])
+    with pytest.raises(ValueError, match=r"of type ConcatDataset, does not say which classes it has"):
+        our_trainer(tmp_path, eval_dataset=ConcatDataset([SCENES, SCENES]))
 
 
 def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
     args = MaskFormerTrainingArguments(**arguments(tmp_path))
-    with pytest.raises(ValueError, match="processing_class is None"):
-        MaskFormerTrainer(model=scenes_model(), args=args, train_dataset=SCENES)
+    for other in (None, transformers.ViTImageProcessor()):
+        name = f"{type(other).__module__}.{type(other).__name__}"
+        with pytest.raises(ValueError, match=f"processing_class is of type {name}, but"):
+            MaskFormerTrainer(model=scenes_model(), args=args, train_dataset=SCENES, processing_class=other)
+    scenes_model().save_pretrained(tmp_path / "model")
+    stock = transformers.MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "model")
+    for model in (stock, get_peft_model(stock, LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(ValueError, match=r"is transformers' MaskFormerForInstanceSegmentation\. Load that of"):
+            our_trainer(tmp_path, model=model)
     with pytest.raises(ValueError, match="metric_for_best_model is the loss"):
         our_trainer(tmp_path, metric_for_best_model="eval_loss")
     with pytest.raises(ValueError, match="metric_for_best_model is miou, but evaluation gives mean_iou, mean_acc"):

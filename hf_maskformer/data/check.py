@@ -113,12 +113,12 @@ def _problems_of_the_whole(report: DataReport, labels: LabelSet) -> Iterator[str
             f"None of {report.num_samples} samples has a pixel of any class, so there is nothing to learn or to score. "
             "Look for annotations that are missing, or for an ignore_index in the place of a class."
         )
-    elif labels.num_labels == 2 and not report.pixels[1] and report.num_ignored:
+    elif labels.num_labels > 1 and not report.pixels[1:].any() and report.num_ignored:
         share = report.num_ignored / (report.num_ignored + report.pixels.sum())
         yield (
-            f"No sample has a pixel of class 1 ({labels.id2label[1]!r}), but {share:.2%} of all pixels are ignored, by "
-            f"the value {labels.ignore_index}. In masks of 0 and {labels.ignore_index}, write 1 in place of "
-            f"{labels.ignore_index}."
+            f"All pixels are of class 0 ({labels.id2label[0]!r}), but for {share:.2%} that are ignored, by the value "
+            f"{labels.ignore_index}. In masks of 0 and {labels.ignore_index}, write the number of the class in place "
+            f"of {labels.ignore_index}."
         )
 
 

@@ -51,6 +51,12 @@ class MaskFormerDataCollator:
         if self.target_format not in get_args(TargetFormat):
             known = ", ".join(get_args(TargetFormat))
             raise ValueError(f"target_format is {self.target_format!r}; known are {known}.")
+        kind = type(self.image_processor)
+        if kind.__module__.startswith("transformers."):
+            raise ValueError(
+                f"The image processor is transformers' own {kind.__name__}. Give a MaskFormerImageProcessor of "
+                "hf_maskformer, which makes the targets in other forms too."
+            )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""

@@ -105,6 +105,9 @@ def _detect(root: Path) -> str:
         # Anything may have a classes.json beside it, but with it, splits called as ADE20K's are one's own. Where there
         # is nothing at all, the folder's reader says best what is missing.
         found = [name for name in found if name not in ("folder", "ade20k")] or ["folder"]
+    if found == ["folder"] and not (root / "classes.json").exists() and any(root.glob("annotations/*.json")):
+        names = ", ".join(pattern.format("SPLIT") for pattern in PANOPTIC_FILES + INSTANCE_FILES)
+        raise FileNotFoundError(f"{root}/annotations has JSON files, but those of COCO's form are found as {names}.")
     if len(found) == 1:
         return found[0]
     raise ValueError(f"{root} can be read as {' or '.join(found)}. Say which by format (--format).")

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import MaskFormerForInstanceSegmentation as StockModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import has_length
 
 from ..data.labels import labels_of, shorten
-from ..evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, Task
+from ..evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, Task, check_sample
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from .arguments import MaskFormerTrainingArguments
 from .checkpoints import way_on
@@ -30,8 +31,15 @@ def check_parts(trainer: Any) -> None:
     if trainer.compute_loss_func is not None:
         raise ValueError("The model computes its loss by itself, without compute_loss_func. Leave it out.")
     if not isinstance(trainer.processing_class, MaskFormerImageProcessor):
+        kind = type(trainer.processing_class)
         raise ValueError(
-            f"processing_class is {trainer.processing_class!r}, but evaluation needs a MaskFormerImageProcessor."
+            f"processing_class is of type {kind.__module__}.{kind.__qualname__}, but evaluation needs a "
+            "MaskFormerImageProcessor of hf_maskformer."
+        )
+    if any(isinstance(module, StockModel) for module in trainer.model.modules()):  # adapters may be around it
+        raise ValueError(
+            "The model is transformers' MaskFormerForInstanceSegmentation. Load that of hf_maskformer, or call "
+            "hf_maskformer.register_auto_classes() before an Auto class loads it."
         )
 
 
@@ -53,6 +61,16 @@ def check_classes(model: Any, dataset: Any, image_processor: Any) -> None:
             f"{labels.do_reduce_labels}, so that each class would be taken for its neighbour. Make the image "
             "processor by image_processor_for(train_dataset.labels, ...) of hf_maskformer.training.starting_point."
         )
+
+
+def check_eval_data(task: Task, train_dataset: Any, eval_dataset: Any) -> None:
+    """Raises a ValueError if a data set cannot be evaluated, or not with the classes of the one to train on."""
+    if eval_dataset is None:
+        return
+    labels_of(eval_dataset)
+    if hasattr(eval_dataset, "__len__") and len(eval_dataset) > 0:
+        check_sample(task, eval_dataset[0])
+    check_eval_classes(train_dataset, eval_dataset)
 
 
 def check_eval_classes(train_dataset: Any, eval_dataset: Any) -> None:
@@ -113,7 +131,12 @@ def check_checkpoint(checkpoint: str, model: Any, args: MaskFormerTrainingArgume
 def _check_optimizer(checkpoint: str, args: MaskFormerTrainingArguments) -> None:
     try:
         trained = json.loads(Path(checkpoint, "training_args.json").read_text(encoding="utf-8")).get("optim")
-    except (OSError, ValueError):  # of transformers' Trainer, which writes none
+    except (OSError, ValueError):
+        if Path(checkpoint, "training_args.bin").is_file() and Path(checkpoint, "optimizer.pt").is_file():
+            raise ValueError(
+                f"{checkpoint} was left by transformers' Trainer, whose optimiser has other parameter groups. Begin a "
+                "new run with its weights: MaskFormerForInstanceSegmentation.from_pretrained(checkpoint)."
+            ) from None
         return
     # Those of AdamW have the same states.
     if trained is not None and _kind(trained) != _kind(str(args.to_dict()["optim"])):

@@ -35,6 +35,7 @@ from .checks import (
     check_checkpoint,
     check_classes,
     check_eval_classes,
+    check_eval_data,
     check_length,
     check_metric_for_best_model,
     check_parts,
@@ -76,15 +77,15 @@ class MaskFormerTrainer(Trainer):
         check_model(self.task, model)
         check_classes(model, self.train_dataset, getattr(self.data_collator, "image_processor", self.processing_class))
         is_dict = isinstance(self.eval_dataset, dict)
-        for eval_dataset in self.eval_dataset.values() if is_dict else [self.eval_dataset]:
-            check_eval_classes(self.train_dataset, eval_dataset)
         # Trainer's own default stacks the fields of samples, which have images of all sizes.
         if self.data_collator is default_data_collator and kwargs.get("data_collator") is None:
             self.data_collator = MaskFormerDataCollator(self.processing_class, target_format=target_format(model))
         if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
             of_data = f"{next(iter(self.eval_dataset))}_" if is_dict and self.eval_dataset else ""
             self.args.metric_for_best_model = of_data + MAIN_FIGURES[self.task]
-        if type(self).evaluate is MaskFormerTrainer.evaluate:  # another may give other figures
+        if type(self).evaluate is MaskFormerTrainer.evaluate:  # another may take other data and give other figures
+            for eval_dataset in self.eval_dataset.values() if is_dict else [self.eval_dataset]:
+                check_eval_data(self.task, self.train_dataset, eval_dataset)
             check_metric_for_best_model(self.args.metric_for_best_model, self.task, self.eval_dataset)
         self.add_callback(EpochCallback())
         self._interruption = InterruptionCallback()
