@@ -26,6 +26,11 @@ class ConfigWithCode(PreTrainedConfig):
     files_of_auto_classes: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.id2label is None and self.label2id:  # transformers would count two classes
+            names: dict[Any, Any] = {label: name for name, label in self.label2id.items()}
+            if len(names) < len(self.label2id):
+                raise ValueError(f"label2id has {len(self.label2id)} names of {len(names)} labels; give each its own.")
+            self.id2label = names
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label:
             label2id: dict[Any, Any] = {name: label for label, name in self.id2label.items()}
@@ -53,8 +58,8 @@ class ConfigWithCode(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is.
 
-        A dictionary for a nested configuration changes the fields that it names, or is the whole of one where it names
-        another `model_type`. As many labels as the file has keep their names.
+        A dictionary for a nested configuration changes the fields that it names, not single ones of what they nest; or
+        it is the whole of one, where it names another `model_type`. As many labels as the file has keep their names.
 
         Raises:
             ValueError: A field has a value or a type that no model can have; the message names it.
@@ -68,14 +73,16 @@ class ConfigWithCode(PreTrainedConfig):
             )
         overrides = {name: kwargs.pop(name) for name in kwargs.keys() & {*cls.__dataclass_fields__, *LABELS}}
         for name in overrides.keys() & cls.sub_configs.keys():
-            overrides[name] = _changed(config_dict.get(name), overrides[name])
-        names, labels = config_dict.get("id2label"), overrides.get("label2id")
-        if isinstance(labels, dict):
-            with errors_as_value_errors("label2id"):
-                overrides.setdefault("id2label", {label: name for name, label in labels.items()})
-        elif isinstance(names, dict) and overrides.get("num_labels") == len(names):
-            del overrides["num_labels"]  # as many as there are, which keep their names
-        left_out = set(LABELS) if overrides.keys() & set(LABELS) else set()
+            if isinstance(overrides[name], dict):
+                content = config_dict.get(name)
+                overrides[name] = _changed(getattr(cls(), name) if content is None else content, overrides[name])
+        labels = {name: overrides.pop(name) for name in LABELS if name in overrides}
+        labels = {name: value for name, value in labels.items() if value is not None}
+        names, number = config_dict.get("id2label"), labels.get("num_labels")
+        if labels.keys() == {"num_labels"} and isinstance(number, int) and isinstance(names, dict):
+            labels = {} if number == len(names) else labels
+        overrides |= labels
+        left_out = set(LABELS) if labels else set()
         if cls._auto_class is None:
             # It names files beside the one that was read, which a checkpoint saved from here will not have.
             left_out.add("auto_map")
@@ -102,9 +109,13 @@ class ConfigWithCode(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
-def _changed(content: Any, changes: Any) -> Any:
-    """A nested configuration in a file with the fields changed that a dictionary names; any other takes its place."""
-    if not isinstance(content, dict) or not isinstance(changes, dict):
-        return changes
+def _changed(content: Any, changes: dict[str, Any]) -> Any:
+    """The content of a nested configuration with the fields changed that a dictionary names.
+
+    One of another type takes its place; and what is no configuration stays, to be refused like any of a file.
+    """
+    content = content.to_dict() if isinstance(content, PreTrainedConfig) else content
+    if not isinstance(content, dict):
+        return changes if content is None else content
     is_of_other_type = changes.get("model_type", content.get("model_type")) != content.get("model_type")
     return changes if is_of_other_type else {**content, **changes}

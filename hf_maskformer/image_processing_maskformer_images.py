@@ -221,7 +221,10 @@ def resize_image(image: Tensor, size: Size, resample: int) -> Tensor:
     if size_of(image) == size:
         return image
     if RESAMPLING[resample] == "nearest":
-        return torch.from_numpy(resize_nearest(image.numpy(force=True), size)).to(image.device)
+        for axis, length in ((-1, size[1]), (-2, size[0])):
+            positions = torch.from_numpy(nearest_positions(image.shape[axis], length))
+            image = image.index_select(axis, positions.to(image.device))
+        return image
     batch = image if image.ndim == 4 else image[None]
     if image.dtype == torch.uint8 and image.device.type != "cpu":  # torch filters bytes on the CPU only
         batch = batch.float()

@@ -25,6 +25,7 @@ MAX_MASK_BYTES = 8 * 10**9
 NO_LABEL = -100
 # What stands for "ignore" when the settings do not say; 8-bit maps use it.
 COMMON_IGNORE_VALUE = 255
+MAX_LABELS = 2**63  # labels are int64
 
 InstanceLabels = Mapping[int, int] | None
 Device = str | torch.device | None
@@ -129,6 +130,8 @@ def instance_labels_of_images(instance_labels: Any, num_images: int) -> list[Ins
             "give one for each, or a single one for all."
         )
     for table in tables[:1] if is_one else tables:
+        if not isinstance(table, Mapping | None):
+            raise ValueError(f"instance_id_to_semantic_id holds a {type(table).__name__} where a dictionary is needed.")
         for number, label in (table or {}).items():
             if isinstance(number, str) or isinstance(label, str):
                 raise ValueError(
@@ -165,7 +168,13 @@ def split_segmentation_map(
     pixels = segmentation_map.ravel()
     # Neighbours nearly always belong together: runs of equal pixels are some hundredth of all, and soon sorted.
     starts = np.append(0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1)
-    values, value_of_run = np.unique(pixels[starts], return_inverse=True)
+    runs = pixels[starts]
+    if runs.dtype in (np.uint8, np.uint16):
+        is_present = np.zeros(2**16, dtype=bool)
+        is_present[runs] = True
+        values, value_of_run = np.flatnonzero(is_present), (is_present.cumsum() - 1)[runs]
+    else:
+        values, value_of_run = np.unique(runs, return_inverse=True)
     if instance_labels is not None:
         _check_ids(values.tolist(), settings, instance_labels, index)
     labels = [_label_of(value, settings, instance_labels, index) for value in values.tolist()]
@@ -225,7 +234,7 @@ def _label_of(value: int, settings: ImageProcessorSettings, instance_labels: Ins
 
 
 def _check_label(label: int, num_labels: int | None, value: int, index: int) -> None:
-    if label >= 0 and (num_labels is None or label < num_labels):
+    if 0 <= label < (MAX_LABELS if num_labels is None else num_labels):
         return
     meaning = f"the value {value}" if label == value else f"the value {value}, which means label {label}"
     known = "labels start at 0" if num_labels is None else f"num_labels is {num_labels} (labels 0 to {num_labels - 1})"

@@ -179,7 +179,7 @@ def test_masks_make_no_label_map():
 
 
 def test_the_image_processor_of_transformers_is_refused():
-    with pytest.raises(ValueError, match="is transformers' own MaskFormerImageProcessorPil"):
+    with pytest.raises(ValueError, match="is a MaskFormerImageProcessorPil of transformers"):
         MaskFormerDataCollator(MaskFormerImageProcessorPil())
 
 

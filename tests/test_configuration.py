@@ -91,6 +91,26 @@ def test_a_dictionary_of_another_type_takes_the_place_of_a_nested_configuration(
         assert (each.decoder_config.model_type, each.decoder_config.d_model) == ("maskformer-transformer", 32)
 
 
+@pytest.mark.parametrize("nothing", ["missing", None])
+def test_a_dictionary_changes_the_default_where_a_file_has_no_nested_configuration(nothing, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    if nothing is None:
+        fields |= {"backbone_config": None, "decoder_config": None}
+    else:
+        del fields["backbone_config"], fields["decoder_config"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    given = {"backbone_config": {"embed_dim": 64}, "decoder_config": {"num_queries": 7}}
+    config = MaskFormerConfig.from_pretrained(tmp_path, **given)
+    default = MaskFormerConfig()
+    assert (config.backbone_config.embed_dim, config.decoder_config.num_queries) == (64, 7)
+    assert config.backbone_config.depths == default.backbone_config.depths
+    assert config.decoder_config.d_model == default.decoder_config.d_model
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"decoder_config": "x"}))
+    with pytest.raises(ValueError, match="decoder_config is a str"):
+        MaskFormerConfig.from_pretrained(tmp_path, **given)
+
+
 def test_matching_costs_follow_the_loss_weights_unless_set():
     assert tiny_config(mask_weight=7.0).matching_costs == {"class_cost": 1.0, "mask_cost": 7.0, "dice_cost": 1.0}
     assert tiny_config(mask_weight=7.0, mask_cost=0).matching_costs["mask_cost"] == 0
@@ -197,12 +217,19 @@ def test_classes_keep_their_names_unless_their_number_changes(tmp_path):
     tiny_config(id2label={0: "sky", 1: "road", 2: "car"}).save_pretrained(tmp_path)
     names = MaskFormerConfig.from_pretrained(tmp_path, num_labels=3).id2label
     assert names == {0: "sky", 1: "road", 2: "car"}
-    assert MaskFormerConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    nothing = {"id2label": None, "label2id": None}  # as scripts pass what they were not given
+    assert MaskFormerConfig.from_pretrained(tmp_path, num_labels=3, **nothing).id2label == names
+    assert MaskFormerConfig.from_pretrained(tmp_path, **nothing).id2label == names
+    for given in ({"num_labels": 2}, {"num_labels": 2, **nothing}):
+        assert MaskFormerConfig.from_pretrained(tmp_path, **given).id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 def test_names_with_their_labels_are_enough(tmp_path):
     tiny_config(id2label={0: "sky", 1: "road"}).save_pretrained(tmp_path)
     config = MaskFormerConfig.from_pretrained(tmp_path, label2id={"tree": 0, "dog": 1, "cat": 2})
-    assert (config.id2label, config.num_labels) == ({0: "tree", 1: "dog", 2: "cat"}, 3)
+    for each in (config, MaskFormerConfig(label2id={"tree": 0, "dog": 1, "cat": 2})):
+        assert (each.id2label, each.num_labels) == ({0: "tree", 1: "dog", 2: "cat"}, 3)
+    with pytest.raises(ValueError, match="label2id has 3 names of 2 labels"):
+        MaskFormerConfig(label2id={"tree": 0, "dog": 1, "cat": 1})
     with pytest.raises(ValueError, match=r"id2label has the ids \[0, 2\]"):
         MaskFormerConfig.from_pretrained(tmp_path, label2id={"tree": 0, "dog": 2})

@@ -295,16 +295,25 @@ def test_a_truncated_image_is_named(root, suffix):
         check_samples(dataset)
 
 
-@pytest.mark.parametrize("names", [("sky", "road"), ("background", "cat", "dog")])
-def test_masks_of_0_and_255_are_refused_instead_of_ignoring_what_they_show(root, names):
-    write_classes(root, id2label=dict(enumerate(names)))
-    write_sample(root, "a", np.array([[0, 255, 0], [0, 0, 0]], dtype=np.uint8))
-    write_sample(root, "b", np.zeros((2, 3), np.uint8))
-    message = rf"All pixels are of class 0 \('{names[0]}'\), but for 8.33% that are ignored"
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_masks_of_0_and_255_are_refused_instead_of_ignoring_what_they_show(root, lowest):
+    write_classes(root, do_reduce_labels=bool(lowest))
+    write_sample(root, "a", np.array([[0, 255, 0], [0, 0, 0]], dtype=np.uint8).clip(lowest))
+    write_sample(root, "b", np.full((2, 3), lowest, np.uint8))
+    message = rf"class 1 \('road'\)\. 8.33% of all .* In masks of {lowest} and 255, write .* {lowest + 1} or another"
     with pytest.raises(ValueError, match=message):
         check_samples(SegmentationFolder(root, "train"))
-    write_sample(root, "b", np.ones((2, 3), np.uint8))
+    write_sample(root, "b", np.full((2, 3), lowest + 1, np.uint8))
     check_samples(SegmentationFolder(root, "train"))
+
+
+def test_masks_of_0_and_255_of_more_classes_are_a_warning(root, transformers_log):
+    write_classes(root, id2label={0: "background", 1: "cat", 2: "dog"})
+    write_sample(root, "a", np.array([[0, 255, 0], [0, 0, 0]], dtype=np.uint8))
+    write_sample(root, "b", np.zeros((2, 3), np.uint8))
+    check_samples(SegmentationFolder(root, "train"))
+    assert "2 of 3 classes have no pixel" in transformers_log.text
+    assert "In masks of 0 and 255, write the number of the class, 1 or another, in place" in transformers_log.text
 
 
 def test_the_0_that_reduced_labels_ignore_hides_no_class(root):

@@ -399,8 +399,9 @@ def test_bytes_are_resized_alike_where_torch_filters_floats_only(size):
 def test_a_device_takes_the_whole_batch():
     images = [random_image(6, 5), random_image(6, 5, seed=1), random_image(3, 4)]
     maps = [np.zeros((image.height, image.width), int) for image in images]
-    batch = MaskFormerImageProcessor()(images, maps, device="meta", target_format="segment_map")
-    assert {name: value.device.type for name, value in batch.items()} == dict.fromkeys(batch, "meta")
+    for resample in (2, 0):
+        batch = MaskFormerImageProcessor()(images, maps, device="meta", target_format="segment_map", resample=resample)
+        assert {name: value.device.type for name, value in batch.items()} == dict.fromkeys(batch, "meta")
     on_cpu = MaskFormerImageProcessor()(images, maps, device="cpu", target_format="segment_map")
     assert {name: value.shape for name, value in batch.items()} == {name: each.shape for name, each in on_cpu.items()}
 

@@ -40,6 +40,15 @@ def test_each_label_of_a_map_is_a_segment():
     assert masks == [[[1, 0], [1, 0]], [[0, 0], [0, 1]]]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, ">u2", np.int16, np.int32, np.uint64])
+def test_noise_of_any_type_is_numbered_by_its_values(dtype):
+    noise = np.random.default_rng(0).integers(3, 120, (20, 30))
+    values = np.unique(noise)
+    masks, labels = targets(noise.astype(dtype))
+    assert labels == values.tolist()
+    assert np.array_equal(masks, noise == values[:, None, None])
+
+
 def test_the_ignore_value_may_be_negative():
     assert targets([[-1, 4], [0, 4]], ignore_index=-1)[1] == [0, 4]
 
@@ -329,6 +338,8 @@ def test_errors_name_the_image():
         (np.zeros((2, 3), int), {"instance_id_to_semantic_id": [{}, {}]}, "has 2 dictionaries, but there are 1 images"),
         (np.ones((2, 3), int), {"instance_id_to_semantic_id": {"1": 0}}, "has '1': 0, but .* must be integers"),
         (np.ones((2, 3), int), {"instance_id_to_semantic_id": [{1: "sky"}]}, "has 1: 'sky', but .* must be integers"),
+        (np.ones((2, 3), int), {"instance_id_to_semantic_id": [[(1, 0)]]}, "holds a list where a dictionary"),
+        (np.full((2, 3), 2**63, np.uint64), {}, "contains the value 9223372036854775808"),
         (None, {"instance_id_to_semantic_id": {1: 0}}, "given without segmentation_maps"),
     ],
 )

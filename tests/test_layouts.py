@@ -53,7 +53,10 @@ def test_ade20k_counts_its_labels_from_one(tmp_path, label_names):
 def test_annotations_of_cocos_form_under_another_name_are_answered_by_the_names(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "train.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"has JSON files, but .* annotations/instances_SPLIT.json"):
+    with pytest.raises(FileNotFoundError, match=r"has JSON files and no .* annotations/instances_SPLIT.json"):
+        open_dataset(str(tmp_path), "train")
+    (tmp_path / "annotations" / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"images does not exist"):
         open_dataset(str(tmp_path), "train")
 
 

@@ -17,6 +17,7 @@ from models import tiny_model
 from PIL import Image
 from test_per_pixel_baseline import tiny_baseline
 from transformers import pipeline
+from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.evaluation import pipeline as pipeline_module
@@ -403,6 +404,14 @@ def test_the_image_processor_of_transformers_is_answered_by_how_to_get_ours(tmp_
     processor(**settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"Call register_auto_classes\(\) before pipeline"):
         pipeline("image-segmentation", model=str(tmp_path), pipeline_class=MaskFormerPipeline, device="cpu")
+
+
+def test_a_processor_of_ones_own_that_knows_no_task_is_answered_too():
+    class Own(MaskFormerImageProcessorPil):
+        pass
+
+    with pytest.raises(ValueError, match=r"Own, not one of this package"):
+        MaskFormerPipeline(model=tiny_model().eval(), image_processor=Own(), device="cpu")
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])

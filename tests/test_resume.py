@@ -415,6 +415,8 @@ def test_a_checkpoint_of_another_optimiser_is_named(tmp_path):
 def test_a_checkpoint_of_transformers_trainer_is_named(tmp_path):
     trainer = trainer_with_chance(tmp_path, False, max_steps=3)
     trainer.train()
+    (tmp_path / "checkpoint-3" / "training_args.json").write_text("[")
+    trainer.train(resume_from_checkpoint="auto")  # which does not need it
     (tmp_path / "checkpoint-3" / "training_args.json").unlink()
     torch.save({}, tmp_path / "checkpoint-3" / "training_args.bin")
     with pytest.raises(ValueError, match=r"checkpoint-3 was left by transformers' Trainer.* Begin a new run"):

@@ -430,8 +430,12 @@ def test_evaluation_gives_its_figures_alone(tmp_path):
 
 
 def test_the_trainer_says_at_once_what_does_not_fit_together(tmp_path):
-    def trainer(**changes):
-        return MaskFormerTrainer(
+    class OwnEvaluation(MaskFormerTrainer):
+        def evaluate(self, *args, **kwargs):
+            return super().evaluate(*args, **kwargs)
+
+    def trainer(kind=MaskFormerTrainer, **changes):
+        return kind(
             **{
                 "model": scenes_model(),
                 "args": MaskFormerTrainingArguments(**arguments(tmp_path)),
@@ -460,6 +464,8 @@ def test_the_trainer_says_at_once_what_does_not_fit_together(tmp_path):
             trainer(eval_dataset=eval_dataset)
         with pytest.raises(ValueError, match=message):
             trainer().evaluate(eval_dataset)
+    with pytest.raises(ValueError, match=message):
+        trainer(OwnEvaluation, eval_dataset=other)
     for alike in ([name.upper() for name in names], names[:2], [f"LABEL_{label}" for label in range(len(names))]):
         other.labels = replace(other.labels, id2label=dict(enumerate(alike)), thing_ids=())
         trainer(eval_dataset=other)

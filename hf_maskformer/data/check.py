@@ -102,7 +102,7 @@ def missing_classes(report: DataReport, labels: LabelSet) -> str:
         return ""
     return (
         f"{len(missing)} of {labels.num_labels} classes have no pixel in any of {report.num_samples} samples: "
-        f"{shorten(missing)}."
+        f"{shorten(missing)}.{f' {_hint_at_masks(report, labels)}' if _is_background_alone(report) else ''}"
     )
 
 
@@ -113,13 +113,22 @@ def _problems_of_the_whole(report: DataReport, labels: LabelSet) -> Iterator[str
             f"None of {report.num_samples} samples has a pixel of any class, so there is nothing to learn or to score. "
             "Look for annotations that are missing, or for an ignore_index in the place of a class."
         )
-    elif labels.num_labels > 1 and not report.pixels[1:].any() and report.num_ignored:
-        share = report.num_ignored / (report.num_ignored + report.pixels.sum())
-        yield (
-            f"All pixels are of class 0 ({labels.id2label[0]!r}), but for {share:.2%} that are ignored, by the value "
-            f"{labels.ignore_index}. In masks of 0 and {labels.ignore_index}, write the number of the class in place "
-            f"of {labels.ignore_index}."
-        )
+    elif labels.num_labels == 2 and _is_background_alone(report):
+        yield f"No sample has a pixel of class 1 ({labels.id2label[1]!r}). {_hint_at_masks(report, labels)}"
+
+
+def _is_background_alone(report: DataReport) -> bool:
+    """Whether all pixels are of class 0 or ignored, and there are both."""
+    return report.num_ignored > 0 and report.pixels[0] > 0 and not report.pixels[1:].any()
+
+
+def _hint_at_masks(report: DataReport, labels: LabelSet) -> str:
+    share = report.num_ignored / (report.num_ignored + report.pixels.sum())
+    lowest, ignored = int(labels.do_reduce_labels), labels.ignore_index
+    return (
+        f"{share:.2%} of all pixels are ignored, by the value {ignored}. In masks of {lowest} and {ignored}, write "
+        f"the number of the class, {lowest + 1} or another, in place of {ignored}."
+    )
 
 
 def report_as_table(report: DataReport, labels: LabelSet) -> str:

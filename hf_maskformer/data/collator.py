@@ -51,11 +51,10 @@ class MaskFormerDataCollator:
         if self.target_format not in get_args(TargetFormat):
             known = ", ".join(get_args(TargetFormat))
             raise ValueError(f"target_format is {self.target_format!r}; known are {known}.")
-        kind = type(self.image_processor)
-        if kind.__module__.startswith("transformers."):
+        if any(kind.__module__.startswith("transformers.models.") for kind in type(self.image_processor).__mro__):
             raise ValueError(
-                f"The image processor is transformers' own {kind.__name__}. Give a MaskFormerImageProcessor of "
-                "hf_maskformer, which makes the targets in other forms too."
+                f"The image processor is a {type(self.image_processor).__name__} of transformers. Give a "
+                "MaskFormerImageProcessor of hf_maskformer, which makes the targets in other forms too."
             )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def _visible_objects(
             f"the masks of {sample['name']} have shape {sample['masks'].shape}, but its image is {image.height} x "
             f"{image.width} (height x width)."
         )
-    labels = torch.as_tensor(sample["labels"], dtype=torch.int64)
+    labels = torch.as_tensor(sample["labels"], dtype=torch.int64, device="cpu")
     if num_labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < num_labels:
         raise ValueError(f"{sample['name']} has the labels {labels.tolist()}, but num_labels is {num_labels}.")
     is_trained = ~crowds_of(sample)

@@ -75,7 +75,7 @@ def open_dataset(
         FileNotFoundError, ValueError: there is no such data set, or it is not well formed.
     """
     if format is None:
-        format = "columns" if image_column is not None else _detect(Path(path))
+        format = "columns" if image_column is not None else _detect(Path(path), classes)
     if format in COLUMN_FORMATS:
         classes = classes or _own_classes(path)
         return load_columns(
@@ -94,7 +94,7 @@ def open_dataset(
     return FORMATS[format](Path(path), split, classes)
 
 
-def _detect(root: Path) -> str:
+def _detect(root: Path, classes: str | None) -> str:
     if not root.is_dir():
         raise FileNotFoundError(
             f"{root} is no folder. Name a folder in one of the layouts of docs/data.md, such as images/, annotations/ "
@@ -105,9 +105,13 @@ def _detect(root: Path) -> str:
         # Anything may have a classes.json beside it, but with it, splits called as ADE20K's are one's own. Where there
         # is nothing at all, the folder's reader says best what is missing.
         found = [name for name in found if name not in ("folder", "ade20k")] or ["folder"]
-    if found == ["folder"] and not (root / "classes.json").exists() and any(root.glob("annotations/*.json")):
-        names = ", ".join(pattern.format("SPLIT") for pattern in PANOPTIC_FILES + INSTANCE_FILES)
-        raise FileNotFoundError(f"{root}/annotations has JSON files, but those of COCO's form are found as {names}.")
+    if found == ["folder"] and classes is None and not (root / "classes.json").exists():
+        beside = list(root.glob("annotations/*"))
+        if any(path.suffix == ".json" for path in beside) and all(path.is_file() for path in beside):
+            names = ", ".join(pattern.format("SPLIT") for pattern in PANOPTIC_FILES + INSTANCE_FILES)
+            raise FileNotFoundError(
+                f"{root}/annotations has JSON files and no folders of maps; those of COCO's form are found as {names}."
+            )
     if len(found) == 1:
         return found[0]
     raise ValueError(f"{root} can be read as {' or '.join(found)}. Say which by format (--format).")

@@ -87,10 +87,11 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
     def check_model_type(self, supported_models: Any) -> None:
         kind = type(self.image_processor)
         # A checkpoint's own code is in another place, and transformers' class takes over whatever fields a file has.
-        if kind.__module__.startswith("transformers."):
+        if kind.__module__.startswith("transformers.") or not hasattr(self.image_processor, "segmentation_task"):
             raise ValueError(
-                f"The image processor is transformers' own {kind.__name__}. Call register_auto_classes() before "
-                "pipeline(...), which then loads model and image processor of this package, or give it both as objects."
+                f"The image processor is {kind.__module__}.{kind.__name__}, not one of this package. Call "
+                "register_auto_classes() before pipeline(...), which then loads model and image processor of this "
+                "package, or give it both as objects."
             )
         # transformers' tables of models do not list the baselines, and it would log an error.
         if not is_per_pixel_baseline(self.model):

@@ -63,14 +63,13 @@ def check_classes(model: Any, dataset: Any, image_processor: Any) -> None:
         )
 
 
-def check_eval_data(task: Task, train_dataset: Any, eval_dataset: Any) -> None:
-    """Raises a ValueError if a data set cannot be evaluated, or not with the classes of the one to train on."""
+def check_eval_data(task: Task, eval_dataset: Any) -> None:
+    """Raises a ValueError if a data set does not say which classes it has, or its labels do not allow the task."""
     if eval_dataset is None:
         return
     labels_of(eval_dataset)
     if hasattr(eval_dataset, "__len__") and len(eval_dataset) > 0:
         check_sample(task, eval_dataset[0])
-    check_eval_classes(train_dataset, eval_dataset)
 
 
 def check_eval_classes(train_dataset: Any, eval_dataset: Any) -> None:
@@ -131,12 +130,14 @@ def check_checkpoint(checkpoint: str, model: Any, args: MaskFormerTrainingArgume
 def _check_optimizer(checkpoint: str, args: MaskFormerTrainingArguments) -> None:
     try:
         trained = json.loads(Path(checkpoint, "training_args.json").read_text(encoding="utf-8")).get("optim")
-    except (OSError, ValueError):
+    except FileNotFoundError:
         if Path(checkpoint, "training_args.bin").is_file() and Path(checkpoint, "optimizer.pt").is_file():
             raise ValueError(
                 f"{checkpoint} was left by transformers' Trainer, whose optimiser has other parameter groups. Begin a "
                 "new run with its weights: MaskFormerForInstanceSegmentation.from_pretrained(checkpoint)."
             ) from None
+        return
+    except (OSError, ValueError, AttributeError):  # damaged, and only needed to say what torch would say otherwise
         return
     # Those of AdamW have the same states.
     if trained is not None and _kind(trained) != _kind(str(args.to_dict()["optim"])):

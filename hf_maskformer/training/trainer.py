@@ -83,9 +83,12 @@ class MaskFormerTrainer(Trainer):
         if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
             of_data = f"{next(iter(self.eval_dataset))}_" if is_dict and self.eval_dataset else ""
             self.args.metric_for_best_model = of_data + MAIN_FIGURES[self.task]
-        if type(self).evaluate is MaskFormerTrainer.evaluate:  # another may take other data and give other figures
-            for eval_dataset in self.eval_dataset.values() if is_dict else [self.eval_dataset]:
-                check_eval_data(self.task, self.train_dataset, eval_dataset)
+        is_own = type(self).evaluate is MaskFormerTrainer.evaluate  # another may take other data and give other figures
+        for eval_dataset in self.eval_dataset.values() if is_dict else [self.eval_dataset]:
+            check_eval_classes(self.train_dataset, eval_dataset)
+            if is_own:
+                check_eval_data(self.task, eval_dataset)
+        if is_own:
             check_metric_for_best_model(self.args.metric_for_best_model, self.task, self.eval_dataset)
         self.add_callback(EpochCallback())
         self._interruption = InterruptionCallback()
