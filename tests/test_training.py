@@ -23,6 +23,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.maskformer.image_processing_pil_maskformer import MaskFormerImageProcessorPil
 
 from hf_maskformer import (
     MaskFormerDataCollator,
@@ -508,7 +509,7 @@ def test_a_part_of_a_data_set_has_its_classes_and_what_has_none_says_what_to_do(
 
 def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
     args = MaskFormerTrainingArguments(**arguments(tmp_path))
-    for other in (None, transformers.ViTImageProcessor()):
+    for other in (None, MaskFormerImageProcessorPil()):
         name = f"{type(other).__module__}.{type(other).__name__}"
         with pytest.raises(ValueError, match=f"processing_class is of type {name}, but"):
             MaskFormerTrainer(model=scenes_model(), args=args, train_dataset=SCENES, processing_class=other)
