@@ -9,7 +9,7 @@ One of them is to write where the input lies. A part may do so if nobody else re
 something else may stand in the place of any part and keep what it gave.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,35 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def register_operator(schema: str, function: Callable[..., Tensor], output: Callable[..., Tensor]) -> None:
-    """Makes a function an operator of compiled graphs, on CPUs; `output` says what its result is like.
+def is_for_any_size(size: Sequence[int]) -> bool:
+    """Whether a graph is being compiled that leaves a height or width open."""
+    if not torch.compiler.is_compiling() or is_exported():
+        return False
+    # Here, as it brings all of sympy.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(length) for length in size)
+
+
+def without_view(feature_map: Tensor) -> Tensor:
+    """(B, C, h, w) in its own order of memory in graphs for any size: inductor cannot sort the strides of a view."""
+    return feature_map.contiguous() if is_for_any_size(feature_map.shape[-2:]) else feature_map
+
+
+def register_operator(
+    schema: str,
+    function: Callable[..., Tensor],
+    output: Callable[..., Tensor],
+    key: str = "CPU",
+    gradient: tuple[Callable[..., None], Callable[..., tuple]] | None = None,
+) -> None:
+    """Makes a function an operator of compiled graphs; `output` says what its result is like.
 
     Plain `torch.library.custom_op` would do, but takes longer per call than a small convolution.
+
+    Args:
+        key: Where torch's dispatcher takes it: on CPUs, or as `CompositeExplicitAutograd` on every device.
+        gradient: `setup_context` and `backward`, as of a `torch.autograd.Function`.
     """
     name = schema.partition("(")[0]
     if hasattr(torch.ops.hf_maskformer, name):  # by copies of these files that a checkpoint brought along
@@ -103,5 +128,8 @@ def register_operator(schema: str, function: Callable[..., Tensor], output: Call
     library = torch.library.Library("hf_maskformer", "FRAGMENT")
     _LIBRARIES.append(library)  # it takes its operator along when it goes
     library.define(schema)
-    library.impl(name, function, "CPU")
+    library.impl(name, function, key)
     torch.library.register_fake(f"hf_maskformer::{name}", output, lib=library)
+    if gradient is not None:
+        setup_context, backward = gradient
+        torch.library.register_autograd(f"hf_maskformer::{name}", backward, setup_context=setup_context, lib=library)

@@ -15,10 +15,23 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .modeling_maskformer_dispatch import can_overwrite, is_hooked, is_inference, is_traced, register_operator
+from .modeling_maskformer_dispatch import (
+    can_overwrite,
+    is_hooked,
+    is_inference,
+    is_traced,
+    register_operator,
+    without_view,
+)
 from .modeling_maskformer_linear import Linear, project
 from .modeling_maskformer_packing import cached, can_cache, computes_in_bfloat16, packing_dtype
-from .modeling_maskformer_swin_windows import WindowGrid, count_parts, pad_to_multiple, window_grid
+from .modeling_maskformer_swin_windows import (
+    WindowGrid,
+    Windows,
+    count_parts,
+    pad_to_multiple,
+    window_grid,
+)
 
 # What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
 # feed-forward network see so many positions at a time that most of this stays in the cache, and not so few that the
@@ -202,7 +215,7 @@ class SwinBlock(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.output = Projection(hidden_dim, dim, config.hidden_dropout_prob)
 
-    def forward(self, states: Tensor, grids: tuple[WindowGrid, WindowGrid], in_place: bool = False) -> Tensor:
+    def forward(self, states: Tensor, grids: tuple[Windows, Windows], in_place: bool = False) -> Tensor:
         """Takes (B, h, w, C), and the stage's windows without and with shift; returns (B, h, w, C).
 
         In place, on a CPU: a few windows and positions at a time, and where the states are.
@@ -213,6 +226,7 @@ class SwinBlock(GradientCheckpointingLayer):
             states = states + self._drop_path(grid.to_map(self.attention(windows, grid.attention_mask)))
             return states + self._drop_path(self._feed_forward(states))
         is_half = is_inference() and computes_in_bfloat16(states)
+        assert isinstance(grid, WindowGrid)
         normalized = self.layernorm_before(states)
         # Under autocast too, since attention would round them one by one.
         windows = grid.to_windows(normalized.bfloat16() if is_half else normalized)
@@ -362,7 +376,7 @@ class SwinBackbone(nn.Module):
             else:
                 states, next_states = stage(states)
                 are_own = False
-            feature_maps.append(norm(states).permute(0, 3, 1, 2))
+            feature_maps.append(without_view(norm(states).permute(0, 3, 1, 2)))
             states = next_states
         return feature_maps
 

@@ -7,13 +7,13 @@ positions in a window.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modeling_maskformer_dispatch import is_exported, is_traced, is_transformed
+from .modeling_maskformer_dispatch import is_exported, is_for_any_size, is_traced, is_transformed, register_operator
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 MASK_VALUE = -100.0
@@ -47,7 +47,7 @@ class WindowGrid:
         self.height, self.width = size
         self.window_size = window_size
         # By whole windows, which the sizes of all that follows are products of: with remainders, those of a model that
-        # is compiled or exported for any size grow into formulas that take minutes.
+        # is exported for any size grow into formulas that take minutes.
         num_rows, num_columns = (count_parts(length, window_size) for length in size)
         self.num_windows = num_rows * num_columns
         self.num_positions = window_size**2
@@ -88,14 +88,48 @@ def _cached_grid(size: tuple[int, int], window_size: int, shift: int, device: to
         return WindowGrid(size, window_size, shift, device)
 
 
-def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
-    """A `WindowGrid`, reused from an earlier pass where possible: a Swin-T's at 512 x 512 take some milliseconds."""
+class CompiledWindowGrid:
+    """As `WindowGrid`, for graphs that are compiled for any size: each of its methods is one operator.
+
+    Of an operator torch's compiler sees the sizes alone. With the formulas of all positions inductor does not come to
+    an end, and graphs for training tell padded maps from others.
+    """
+
+    def __init__(self, size: Sequence[int], window_size: int, shift: int, device: torch.device) -> None:
+        self.height, self.width = size
+        self.window_size, self.shift = window_size, shift
+        self.attention_mask = None
+        if shift:
+            self.attention_mask = torch.ops.hf_maskformer.window_attention_mask(*size, window_size, shift, device)
+
+    def to_windows(self, states: Tensor) -> Tensor:
+        """(B, h, w, C) to (B W, N, C)."""
+        return torch.ops.hf_maskformer.to_windows(states, self.window_size, self.shift)
+
+    def to_map(self, windows: Tensor) -> Tensor:
+        """(B W, N, C) to (B, h, w, C)."""
+        return torch.ops.hf_maskformer.to_map(windows, self.height, self.width, self.window_size, self.shift)
+
+
+Windows: TypeAlias = WindowGrid | CompiledWindowGrid
+
+
+def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> Windows:
+    """The windows of a feature map for the kind of pass that asks."""
     # Asked once: it is true in all threads while one compiles.
     in_graph = is_traced()
-    is_cached = not (in_graph or is_transformed() or torch._C._len_torch_dispatch_stack())
-    # On accelerators others might use it before it is filled, or after it is freed.
-    if not is_cached or device.type != "cpu" or math.prod(size) * window_size**2 > MAX_CACHED_PAIRS:
+    if is_for_any_size(size) and not is_transformed():
+        return CompiledWindowGrid(size, window_size, shift, device)
+    if in_graph or is_transformed() or torch._C._len_torch_dispatch_stack():
         return WindowGrid(size, window_size, shift, device, in_graph)
+    return reused_grid(size, window_size, shift, device)
+
+
+def reused_grid(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
+    """A `WindowGrid` of an earlier pass where possible: a Swin-T's at 512 x 512 take some milliseconds."""
+    # On accelerators others might use it before it is filled, or after it is freed.
+    if device.type != "cpu" or math.prod(size) * window_size**2 > MAX_CACHED_PAIRS:
+        return WindowGrid(size, window_size, shift, device)
     return _cached_grid(tuple(size), window_size, shift, device)
 
 
@@ -138,8 +172,9 @@ def pad_to_multiple(states: Tensor, divisor: int, dims: tuple[int, int]) -> Tens
 
 def count_parts(length: int, part: int) -> int:
     """How many parts cover a length, which the last one may exceed."""
-    # Not -(-length // part): ONNX rounds the quotient of integers towards zero, and so loses the last part.
-    return (length + part - 1) // part
+    # In this form torch's compiler reduces the sizes of a Swin's maps to quotients of the image's, where others build
+    # towers of them. And as ONNX rounds quotients towards zero, -(-length // part) would lose the last part there.
+    return (length - 1) // part + 1
 
 
 def windows_by_rows(positions: Tensor, window_size: int) -> Tensor:
@@ -173,3 +208,77 @@ def shift_regions(size: Sequence[int], window_size: int, shift: int, device: tor
         regions.append((positions >= length - window_size).int() + (positions >= length - shift).int())
     rows, columns = regions
     return rows[:, None] * 3 + columns
+
+
+def count_windows(size: Sequence[int], window_size: int) -> int:
+    return count_parts(size[0], window_size) * count_parts(size[1], window_size)
+
+
+# The operators of `CompiledWindowGrid`. Those that move positions are each other's gradients: padding is given 0, and
+# what it gets is dropped.
+def _to_windows(states: Tensor, window_size: int, shift: int) -> Tensor:
+    return reused_grid(states.shape[1:3], window_size, shift, states.device).to_windows(states)
+
+
+def _output_of_to_windows(states: Tensor, window_size: int, shift: int) -> Tensor:
+    num_windows = count_windows(states.shape[1:3], window_size)
+    return states.new_empty(states.shape[0] * num_windows, window_size**2, states.shape[-1])
+
+
+def _remember_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    states, *ctx.windows = inputs
+    ctx.size = states.shape[1:3]
+
+
+def _gradient_of_map(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return torch.ops.hf_maskformer.to_map(gradient, *ctx.size, *ctx.windows), None, None
+
+
+def _to_map(windows: Tensor, height: int, width: int, window_size: int, shift: int) -> Tensor:
+    return reused_grid((height, width), window_size, shift, windows.device).to_map(windows).contiguous()
+
+
+def _output_of_to_map(windows: Tensor, height: int, width: int, window_size: int, shift: int) -> Tensor:
+    num_images = windows.shape[0] // count_windows((height, width), window_size)
+    return windows.new_empty(num_images, height, width, windows.shape[-1])
+
+
+def _remember_windows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.windows = inputs[3:]
+
+
+def _gradient_of_windows(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return torch.ops.hf_maskformer.to_windows(gradient, *ctx.windows), None, None, None, None
+
+
+def _attention_mask(height: int, width: int, window_size: int, shift: int, device: torch.device) -> Tensor:
+    attention_mask = reused_grid((height, width), window_size, shift, device).attention_mask
+    assert attention_mask is not None
+    return attention_mask.clone()  # a compiled graph may write over what it has read
+
+
+def _output_of_attention_mask(height: int, width: int, window_size: int, shift: int, device: torch.device) -> Tensor:
+    return torch.empty(count_windows((height, width), window_size), window_size**2, window_size**2, device=device)
+
+
+ON_EVERY_DEVICE = "CompositeExplicitAutograd"
+register_operator(
+    "to_windows(Tensor states, int window_size, int shift) -> Tensor",
+    _to_windows,
+    _output_of_to_windows,
+    ON_EVERY_DEVICE,
+    gradient=(_remember_map, _gradient_of_map),
+)
+register_operator(
+    "to_map(Tensor windows, SymInt height, SymInt width, int window_size, int shift) -> Tensor",
+    _to_map,
+    _output_of_to_map,
+    ON_EVERY_DEVICE,
+    gradient=(_remember_windows, _gradient_of_windows),
+)
+register_operator(
+    "window_attention_mask(SymInt height, SymInt width, int window_size, int shift, Device device) -> Tensor",
+    _attention_mask,
+    _output_of_attention_mask,
+    ON_EVERY_DEVICE,
+)

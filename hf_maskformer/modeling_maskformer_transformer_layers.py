@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
+from .modeling_maskformer_dispatch import without_view
 from .modeling_maskformer_linear import Linear, project
 
 
@@ -209,7 +210,7 @@ class TransformerEncoder(nn.Module):
             memory = layer(memory, positions, memory_mask)
         if self.layernorm is not None:
             memory = self.layernorm(memory)
-        return memory.transpose(1, 2).unflatten(2, size)
+        return without_view(memory.transpose(1, 2).unflatten(2, size))
 
 
 def has_pre_norm(config: PreTrainedConfig) -> bool:

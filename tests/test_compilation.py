@@ -6,7 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import ARCHITECTURES, tiny_batch, tiny_model
-from torch._dynamo.testing import CompileCounter
+from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from transformers import SwinConfig
 
 from hf_maskformer import (
     MaskFormerDataCollator,
@@ -15,7 +17,10 @@ from hf_maskformer import (
     PerPixelBaselineConfig,
     PerPixelBaselineForSemanticSegmentation,
 )
+from hf_maskformer.configuration_maskformer_parts import MaskFormerTransformerConfig
 from hf_maskformer.data.generated_scenes import GeneratedScenes
+from hf_maskformer.modeling_maskformer_swin import SwinBackbone
+from hf_maskformer.modeling_maskformer_transformer_layers import TransformerEncoder
 from hf_maskformer.training.starting_point import image_processor_for
 
 SIZES = [(2, 64, 96), (3, 75, 101), (2, 64, 96), (3, 75, 101)]
@@ -70,12 +75,11 @@ def test_graphs_serve_every_batch_and_size(name):
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     # Windows of 4 positions cover some maps of a Swin exactly, some with one row or column of windows.
-    for size in [(2, 141, 173), (3, 147, 169), (2, 205, 139), (2, 256, 160), (3, 128, 224), (2, 192, 100)]:
+    sizes = [(2, 141, 173), (3, 147, 169), (2, 205, 139), (2, 256, 160), (3, 128, 224), (2, 192, 100)]
+    # In the last two one window is the whole coarsest map.
+    for size in [*sizes, (2, 128, 128), (3, 100, 97)]:
         torch.testing.assert_close(logits(compiled, *size), logits(model, *size))
     assert counter.frame_count == 1
-    for size in [(2, 128, 128), (3, 100, 97)]:  # one window is the whole coarsest map
-        torch.testing.assert_close(logits(compiled, *size), logits(model, *size))
-    assert counter.frame_count == (2 if name == "swin" else 1)
 
 
 def test_a_training_step_leaves_the_graph_at_the_loss_only():
@@ -103,6 +107,59 @@ def test_a_compiled_model_gets_the_same_gradients(name):
             scale = max(1, abs(gradient).max().item())
             gradient, found = gradient / scale, found / scale
         torch.testing.assert_close(found, gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet", "swin"])
+def test_a_graph_for_training_serves_every_batch_and_size(name):
+    model = ARCHITECTURES[name]().train()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.model.compile(backend=counter, fullgraph=True, dynamic=True)
+    for batch_size, *size in [(2, 141, 173), (3, 128, 224), (2, 205, 139), (2, 256, 160)]:
+        model(**tiny_batch(batch_size, size)).loss.backward()
+    assert counter.frame_count == 2  # forward and backward
+
+
+class MapsAndConvolutions(nn.Module):
+    """Of the maps of a backbone, each seen by a convolution as those of a pixel decoder are, the mean squares."""
+
+    def __init__(self, backbone: nn.Module, channels: list[int]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.convolutions = nn.ModuleList(nn.Conv2d(number, 4, kernel_size=1) for number in channels)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.backbone(images)
+        seen = (convolution(one) for convolution, one in zip(self.convolutions, maps, strict=True))
+        return torch.stack([one.square().mean() for one in seen]).sum()
+
+
+class EncoderOfImages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(3, 8, kernel_size=3, stride=8, padding=1)
+        config = MaskFormerTransformerConfig(d_model=8, num_attention_heads=2, dim_feedforward=8, dropout=0.0)
+        self.encoder = TransformerEncoder(config, 8, num_layers=1)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.encoder(self.projection(images))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin", "encoder"])
+def test_inductor_trains_at_any_size(name):
+    swin = SwinConfig(embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4, drop_path_rate=0.0)
+    backbone = SwinBackbone(swin) if name == "swin" else EncoderOfImages()
+    model = MapsAndConvolutions(backbone, [8, 16] if name == "swin" else [8]).train()
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True, dynamic=True)
+    images = torch.randn(2, 3, 45, 70)
+    losses = [one(images) for one in (model, compiled)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for (name, parameter), other in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.slow
@@ -149,9 +206,14 @@ def test_predict_runs_around_compiled_parts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "swin"])
-def test_inductor_gives_equal_logits(name):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_gives_equal_logits(name, dynamic):
     model = ARCHITECTURES[name]().eval()
-    torch.testing.assert_close(logits(torch.compile(model), *SIZES[0]), logits(model, *SIZES[0]), rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, dynamic=dynamic, fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    for size in [(2, 141, 173), (3, 128, 224)][: 1 + dynamic]:
+        torch.testing.assert_close(logits(compiled, *size), logits(model, *size), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()

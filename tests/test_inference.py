@@ -36,7 +36,7 @@ from hf_maskformer.modeling_maskformer_swin import (
     WindowSelfAttention,
     attend_in_windows,
 )
-from hf_maskformer.modeling_maskformer_swin_windows import WindowGrid, _cached_grid
+from hf_maskformer.modeling_maskformer_swin_windows import CompiledWindowGrid, WindowGrid, _cached_grid
 
 BACKBONES = [resnet_config, swin_config, convnext_config]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -535,8 +535,9 @@ def test_a_feature_map_is_kept_until_it_is_used_or_as_long_as_it_is_wanted(monke
 
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("size", [(8, 12), (7, 10), (3, 2)])
-def test_windows_are_the_map_shifted_and_cut_and_come_back(size, shift):
-    grid = WindowGrid(size, window_size=4, shift=shift, device=torch.device("cpu"))
+@pytest.mark.parametrize("kind", [WindowGrid, CompiledWindowGrid])
+def test_windows_are_the_map_shifted_and_cut_and_come_back(kind, size, shift):
+    grid = kind(size, window_size=4, shift=shift, device=torch.device("cpu"))
     states = torch.randn(2, *size, 3, requires_grad=True)
     windows = grid.to_windows(states)
     padded = torch.nn.functional.pad(states, (0, 0, 0, -size[1] % 4, 0, -size[0] % 4)).roll((-shift, -shift), (1, 2))
@@ -548,6 +549,19 @@ def test_windows_are_the_map_shifted_and_cut_and_come_back(size, shift):
     weight = torch.randn_like(back)
     (back * weight).sum().backward()
     assert torch.equal(states.grad, weight)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 10)])
+def test_the_operators_of_windows_are_what_torch_asks_of_operators(size):
+    operators, shift = torch.ops.hf_maskformer, 2
+    states = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
+    windows = torch.randn_like(operators.to_windows(states, 4, shift), requires_grad=True)
+    torch.library.opcheck(operators.to_windows.default, (states, 4, shift))
+    torch.library.opcheck(operators.to_map.default, (windows, *size, 4, shift))
+    torch.library.opcheck(operators.window_attention_mask.default, (*size, 4, shift, torch.device("cpu")))
+    torch.autograd.gradcheck(lambda states: operators.to_windows(states, 4, shift), states)
+    torch.autograd.gradcheck(lambda windows: operators.to_map(windows, *size, 4, shift), windows)
+    torch.autograd.gradgradcheck(lambda states: operators.to_windows(states, 4, shift) ** 2, states)
 
 
 def test_half_precision_trains_on_a_cpu_with_narrow_convolutions():
