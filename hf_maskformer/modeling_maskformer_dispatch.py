@@ -103,7 +103,10 @@ def is_for_any_size(size: Sequence[int]) -> bool:
 
 
 def without_view(feature_map: Tensor) -> Tensor:
-    """(B, C, h, w) in its own order of memory in graphs for any size: inductor cannot sort the strides of a view."""
+    """(B, C, h, w) in that order of memory too, in graphs for any size.
+
+    Of a view whose channels lie last, inductor cannot sort the strides, for a convolution or a backward pass.
+    """
     return feature_map.contiguous() if is_for_any_size(feature_map.shape[-2:]) else feature_map
 
 

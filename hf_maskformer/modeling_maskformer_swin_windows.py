@@ -34,6 +34,7 @@ class WindowGrid:
         device: Of the feature maps.
         in_graph: Whether a graph is being recorded, which does not tell windows that the shift cuts from others: to
             take the last ones apart would fix in it that there are others.
+        with_mask: Whether the attention mask is wanted, which is most of the work.
 
     Attributes:
         attention_mask: (W, N, N), what is added to the scores of positions that a shift brought together, and 0 of
@@ -42,7 +43,13 @@ class WindowGrid:
     """
 
     def __init__(
-        self, size: Sequence[int], window_size: int, shift: int, device: torch.device, in_graph: bool = False
+        self,
+        size: Sequence[int],
+        window_size: int,
+        shift: int,
+        device: torch.device,
+        in_graph: bool = False,
+        with_mask: bool = True,
     ) -> None:
         self.height, self.width = size
         self.window_size = window_size
@@ -60,9 +67,10 @@ class WindowGrid:
         self.num_whole_windows, self.attention_mask = self.num_windows, None
         if shift:
             self.num_whole_windows = 0 if in_graph else (num_rows - 1) * (num_columns - 1)
+        if shift and with_mask:
             regions = cut_into_windows(shift_regions(self.padded_size, window_size, shift, device), window_size)
             # 0 between positions that were neighbours before the cyclic shift.
-            self.attention_mask = (regions[:, :, None] != regions[:, None, :]) * MASK_VALUE
+            self.attention_mask = (regions[:, :, None] != regions[:, None, :]).float() * MASK_VALUE
 
     def to_windows(self, states: Tensor) -> Tensor:
         """(B, h, w, C) to (B W, N, C)."""
@@ -89,10 +97,10 @@ def _cached_grid(size: tuple[int, int], window_size: int, shift: int, device: to
 
 
 class CompiledWindowGrid:
-    """As `WindowGrid`, for graphs that are compiled for any size: each of its methods is one operator.
+    """As `WindowGrid`, for graphs that are compiled for any size: all that it computes are operators.
 
-    Of an operator torch's compiler sees the sizes alone. With the formulas of all positions inductor does not come to
-    an end, and graphs for training tell padded maps from others.
+    Of those torch's compiler sees the sizes alone. With the formulas of all positions inductor does not come to an
+    end, and graphs for training tell padded maps from others.
     """
 
     def __init__(self, size: Sequence[int], window_size: int, shift: int, device: torch.device) -> None:
@@ -118,18 +126,20 @@ def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch
     """The windows of a feature map for the kind of pass that asks."""
     # Asked once: it is true in all threads while one compiles.
     in_graph = is_traced()
-    if is_for_any_size(size) and not is_transformed():
+    if in_graph and is_for_any_size(size) and not is_transformed():
         return CompiledWindowGrid(size, window_size, shift, device)
     if in_graph or is_transformed() or torch._C._len_torch_dispatch_stack():
         return WindowGrid(size, window_size, shift, device, in_graph)
     return reused_grid(size, window_size, shift, device)
 
 
-def reused_grid(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
+def reused_grid(
+    size: Sequence[int], window_size: int, shift: int, device: torch.device, with_mask: bool = True
+) -> WindowGrid:
     """A `WindowGrid` of an earlier pass where possible: a Swin-T's at 512 x 512 take some milliseconds."""
     # On accelerators others might use it before it is filled, or after it is freed.
     if device.type != "cpu" or math.prod(size) * window_size**2 > MAX_CACHED_PAIRS:
-        return WindowGrid(size, window_size, shift, device)
+        return WindowGrid(size, window_size, shift, device, with_mask=with_mask)
     return _cached_grid(tuple(size), window_size, shift, device)
 
 
@@ -177,19 +187,25 @@ def count_parts(length: int, part: int) -> int:
     return (length - 1) // part + 1
 
 
+def count_windows(size: Sequence[int], window_size: int) -> int:
+    """How many windows cover a map of a size (h, w)."""
+    return count_parts(size[0], window_size) * count_parts(size[1], window_size)
+
+
 def windows_by_rows(positions: Tensor, window_size: int) -> Tensor:
     """(h, w) to (W, N); h and w are multiples of the window.
 
     By arithmetic: views would fix in a graph whether there is one row or column of windows, or more.
     """
     height, width = positions.shape
+    num_windows = (height // window_size) * (width // window_size)
     places = torch.arange(height * width, device=positions.device)
     windows, in_window = places // window_size**2, places % window_size**2
     window_rows = windows // (width // window_size)
     window_columns = windows - window_rows * (width // window_size)  # ONNX knows no remainder of what varies
     rows = window_rows * window_size + in_window // window_size
     columns = window_columns * window_size + in_window % window_size
-    return positions.flatten().index_select(0, rows * width + columns).view(-1, window_size**2)
+    return positions.flatten().index_select(0, rows * width + columns).view(num_windows, window_size**2)
 
 
 def windows_cut_last(positions: Tensor, window_size: int) -> Tensor:
@@ -210,14 +226,11 @@ def shift_regions(size: Sequence[int], window_size: int, shift: int, device: tor
     return rows[:, None] * 3 + columns
 
 
-def count_windows(size: Sequence[int], window_size: int) -> int:
-    return count_parts(size[0], window_size) * count_parts(size[1], window_size)
-
-
 # The operators of `CompiledWindowGrid`. Those that move positions are each other's gradients: padding is given 0, and
 # what it gets is dropped.
 def _to_windows(states: Tensor, window_size: int, shift: int) -> Tensor:
-    return reused_grid(states.shape[1:3], window_size, shift, states.device).to_windows(states)
+    grid = reused_grid(states.shape[1:3], window_size, shift, states.device, with_mask=False)
+    return grid.to_windows(states)
 
 
 def _output_of_to_windows(states: Tensor, window_size: int, shift: int) -> Tensor:
@@ -225,17 +238,19 @@ def _output_of_to_windows(states: Tensor, window_size: int, shift: int) -> Tenso
     return states.new_empty(states.shape[0] * num_windows, window_size**2, states.shape[-1])
 
 
-def _remember_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    states, *ctx.windows = inputs
-    ctx.size = states.shape[1:3]
+def _context_of_to_windows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    states, ctx.window_size, ctx.shift = inputs
+    ctx.height, ctx.width = states.shape[1:3]
 
 
-def _gradient_of_map(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    return torch.ops.hf_maskformer.to_map(gradient, *ctx.size, *ctx.windows), None, None
+def _backward_of_to_windows(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    to_map = torch.ops.hf_maskformer.to_map
+    return to_map(gradient, ctx.height, ctx.width, ctx.window_size, ctx.shift), None, None
 
 
 def _to_map(windows: Tensor, height: int, width: int, window_size: int, shift: int) -> Tensor:
-    return reused_grid((height, width), window_size, shift, windows.device).to_map(windows).contiguous()
+    grid = reused_grid((height, width), window_size, shift, windows.device, with_mask=False)
+    return grid.to_map(windows).contiguous()
 
 
 def _output_of_to_map(windows: Tensor, height: int, width: int, window_size: int, shift: int) -> Tensor:
@@ -243,12 +258,13 @@ def _output_of_to_map(windows: Tensor, height: int, width: int, window_size: int
     return windows.new_empty(num_images, height, width, windows.shape[-1])
 
 
-def _remember_windows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.windows = inputs[3:]
+def _context_of_to_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, ctx.window_size, ctx.shift = inputs
 
 
-def _gradient_of_windows(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    return torch.ops.hf_maskformer.to_windows(gradient, *ctx.windows), None, None, None, None
+def _backward_of_to_map(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    to_windows = torch.ops.hf_maskformer.to_windows
+    return to_windows(gradient, ctx.window_size, ctx.shift), None, None, None, None
 
 
 def _attention_mask(height: int, width: int, window_size: int, shift: int, device: torch.device) -> Tensor:
@@ -258,7 +274,8 @@ def _attention_mask(height: int, width: int, window_size: int, shift: int, devic
 
 
 def _output_of_attention_mask(height: int, width: int, window_size: int, shift: int, device: torch.device) -> Tensor:
-    return torch.empty(count_windows((height, width), window_size), window_size**2, window_size**2, device=device)
+    num_windows, num_positions = count_windows((height, width), window_size), window_size**2
+    return torch.empty(num_windows, num_positions, num_positions, dtype=torch.float32, device=device)
 
 
 ON_EVERY_DEVICE = "CompositeExplicitAutograd"
@@ -267,14 +284,14 @@ register_operator(
     _to_windows,
     _output_of_to_windows,
     ON_EVERY_DEVICE,
-    gradient=(_remember_map, _gradient_of_map),
+    gradient=(_context_of_to_windows, _backward_of_to_windows),
 )
 register_operator(
     "to_map(Tensor windows, SymInt height, SymInt width, int window_size, int shift) -> Tensor",
     _to_map,
     _output_of_to_map,
     ON_EVERY_DEVICE,
-    gradient=(_remember_windows, _gradient_of_windows),
+    gradient=(_context_of_to_map, _backward_of_to_map),
 )
 register_operator(
     "window_attention_mask(SymInt height, SymInt width, int window_size, int shift, Device device) -> Tensor",

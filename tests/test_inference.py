@@ -538,6 +538,8 @@ def test_a_feature_map_is_kept_until_it_is_used_or_as_long_as_it_is_wanted(monke
 @pytest.mark.parametrize("kind", [WindowGrid, CompiledWindowGrid])
 def test_windows_are_the_map_shifted_and_cut_and_come_back(kind, size, shift):
     grid = kind(size, window_size=4, shift=shift, device=torch.device("cpu"))
+    if shift:
+        assert torch.equal(grid.attention_mask, WindowGrid(size, 4, shift, torch.device("cpu")).attention_mask)
     states = torch.randn(2, *size, 3, requires_grad=True)
     windows = grid.to_windows(states)
     padded = torch.nn.functional.pad(states, (0, 0, 0, -size[1] % 4, 0, -size[0] % 4)).roll((-shift, -shift), (1, 2))
