@@ -69,7 +69,8 @@ def test_the_model_is_one_graph_that_is_not_compiled_again(name, with_mask):
     assert counter.frame_count == 1
 
 
-@for_every_model
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_graphs_serve_every_batch_and_size(name):
     model = MODELS[name]().eval()
     counter = CompileCounter()
