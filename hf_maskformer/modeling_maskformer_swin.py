@@ -25,13 +25,7 @@ from .modeling_maskformer_dispatch import (
 )
 from .modeling_maskformer_linear import Linear, project
 from .modeling_maskformer_packing import cached, can_cache, computes_in_bfloat16, packing_dtype
-from .modeling_maskformer_swin_windows import (
-    WindowGrid,
-    Windows,
-    count_parts,
-    pad_to_multiple,
-    window_grid,
-)
+from .modeling_maskformer_swin_windows import WindowGrid, Windows, count_parts, pad_to_multiple, window_grid
 
 # What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
 # feed-forward network see so many positions at a time that most of this stays in the cache, and not so few that the
