@@ -183,8 +183,8 @@ def pad_to_multiple(states: Tensor, divisor: int, dims: tuple[int, int]) -> Tens
 def count_parts(length: int, part: int) -> int:
     """How many parts cover a length, which the last one may exceed."""
     # In this form torch's compiler reduces the sizes of a Swin's maps to quotients of the image's and knows that they
-    # are positive. Of (length + part - 1) // part it builds towers, and -(-length // part) may be negative for it; there
-    # ONNX, which rounds quotients towards zero, would lose the last part too.
+    # are positive. Of (length + part - 1) // part it builds towers, and -(-length // part) may be negative for it; in
+    # that ONNX, which rounds quotients towards zero, would lose the last part too.
     return (length - 1) // part + 1
 
 
