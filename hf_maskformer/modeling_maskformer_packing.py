@@ -26,7 +26,6 @@ from .modeling_maskformer_dispatch import (
 )
 from .modeling_maskformer_winograd import (
     WINOGRAD_GEOMETRY,
-    add_convolution,
     arranged_kernel,
     cached_winograd_pays,
     convolve,
@@ -73,6 +72,16 @@ class FixedConvolution(NamedTuple):
         scale = weight.to(precise) * torch.rsqrt(variance.to(precise) + self.eps)
         return (self.weight * scale[:, None, None, None]).to(dtype), (bias - mean * scale).to(dtype)
 
+    def finite(self) -> tuple[Tensor, Tensor | None]:
+        """As `folded`; raises a ValueError for NaN and infinity, which oneDNN's ReLU would hide: it makes 0 of NaN."""
+        weight, bias = self.folded()
+        if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            raise ValueError(
+                f"A convolution of weight {tuple(weight.shape)}, or the norm after it, holds NaN or infinity: no "
+                "prediction of this model means anything. Load another checkpoint."
+            )
+        return weight, bias
+
     def packing_dtype(self, states: Tensor) -> torch.dtype | None:
         """In which type these states (B, C, h, w) meet packed weights; None if the weights are not to be packed."""
         return packing_dtype(states, self.weight, self.bias, *self.norm) if states.dim() == 4 else None
@@ -118,7 +127,7 @@ class PackedConvolution:
     """
 
     def __init__(self, convolution: FixedConvolution, dtype: torch.dtype, size: Sequence[int]) -> None:
-        weight, bias = convolution.folded()
+        weight, bias = convolution.finite()
         _, _, stride, padding, dilation, *_ = convolution
         self.dtype = dtype
         self.geometry = (stride, padding, dilation)
@@ -135,11 +144,12 @@ class PackedConvolution:
         if residual is not None and not self._adds_to(residual):
             return self(states).add_(residual).relu_()
         states = states.to(self.dtype)
-        if residual is not None:
-            return add_convolution(residual, states, self.weight, self.bias, *self.geometry)
         stride, padding, dilation = self.geometry
-        convolution = torch.ops.mkldnn._convolution_pointwise
-        return convolution(states, self.weight, self.bias, padding, stride, dilation, 1, activation, [], "")
+        arguments = (states, self.weight, self.bias, padding, stride, dilation, 1)
+        if residual is not None:
+            # Added and cut off where it is written: memory for the convolution alone would be new, and read again.
+            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, *arguments, "add", 1.0, "relu", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(*arguments, activation, [], "")
 
     def is_arranged_as(self, other: "PackedConvolution") -> bool:
         """Whether the weights of another size lie in the same order; both are of the same convolution."""
@@ -154,7 +164,7 @@ class PackedWinograd:
     """A convolution in float32 with a 3 x 3 kernel, by Winograd's way, with the kernel at its points."""
 
     def __init__(self, convolution: FixedConvolution) -> None:
-        weight, bias = convolution.folded()
+        weight, bias = convolution.finite()
         self.kernel = arranged_kernel(weight)
         self.bias = None if bias is None else bias.detach().clone()
 

@@ -16,9 +16,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
-from .modeling_maskformer_dispatch import can_overwrite, is_hooked, is_traced
+from .modeling_maskformer_dispatch import can_overwrite, is_exported, is_hooked, is_traced
 from .modeling_maskformer_packing import FixedConvolution, can_cache
-from .modeling_maskformer_winograd import add_convolution, addition_pays, convolve
+from .modeling_maskformer_winograd import convolve
 
 BOTTLENECK_REDUCTION = 4
 
@@ -96,8 +96,6 @@ class ConvNorm(nn.Module):
                 states = fixed(states, dtype)
             else:
                 weight, bias = fixed.folded()
-                if residual is not None and addition_pays(residual, states, weight):
-                    return add_convolution(residual, states, weight, bias, *geometry)
                 states = convolve(states, weight, bias, *geometry)
         else:
             states = self._normalized(convolution(states))
@@ -249,7 +247,12 @@ class ResNetBackbone(nn.Module):
         outputs = {"stem": states}
         for index, stage in enumerate(self.encoder.stages, start=1):
             outputs[f"stage{index}"] = states = stage(states)
-        return [outputs[name] for name in self.out_features]
+        *others, last = (outputs[name] for name in self.out_features)
+        if pixel_values.device.type == "cpu" and not (torch.is_grad_enabled() or is_exported()):
+            # The ReLU of oneDNN makes 0 of NaN, so that a damaged image would have results like any other.
+            nan_if_damaged = pixel_values.sum((1, 2, 3), dtype=torch.float32) * 0
+            last = last + nan_if_damaged[:, None, None, None].to(last.dtype)
+        return [*others, last]
 
 
 def activation_in_place(name: str) -> nn.Module:

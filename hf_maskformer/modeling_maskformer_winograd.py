@@ -5,7 +5,7 @@ kernel are multiplied point by point, 36 products where the definition has 144. 
 matrix products, which are computed as one grouped 1 x 1 convolution: on an AMD Zen 5 torch's convolutions are twice as
 fast as its matrix products, on a Zen 4 as fast. float32 loses some two bits on the way. Gradients go the same way back.
 
-Other convolutions are left to torch; one that is added to a residual, at inference, in the residual's memory.
+Other convolutions are left to torch.
 
 Letters: B images, C input and O output channels, T tiles, h x w feature map.
 """
@@ -52,28 +52,6 @@ def convolve(
     if (stride, padding, dilation) == WINOGRAD_GEOMETRY and winograd_pays(states, weight):
         return WinogradConvolution.apply(states, weight, bias)
     return F.conv2d(states, weight, bias, stride, padding, dilation)
-
-
-def add_convolution(
-    residual: Tensor,
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: str | tuple[int, ...],
-    dilation: tuple[int, ...],
-) -> Tensor:
-    """ReLU of the sum of a residual and a convolution, in the memory of the residual.
-
-    oneDNN adds and cuts off where it writes: memory for the convolution alone would be new, and read again.
-    """
-    convolution = torch.ops.mkldnn._convolution_pointwise_.binary
-    return convolution(residual, states, weight, bias, padding, stride, dilation, 1, "add", 1.0, "relu", [], "")
-
-
-def addition_pays(residual: Tensor, states: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN adds a convolution to a residual that may be overwritten, see `can_overwrite`."""
-    return type(residual) is Tensor and is_plain(states, weight) and not winograd_pays(states, weight)
 
 
 def winograd_pays(states: Tensor, weight: Tensor) -> bool:

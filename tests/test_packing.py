@@ -680,3 +680,32 @@ def test_a_compiled_graph_of_products_serves_every_number_of_images_and_pixels(n
         expected = run(products_with_pixels, embeddings, pixels, numbers=numbers)
         torch.testing.assert_close(run(compiled, embeddings, pixels, numbers=numbers), expected, **CLOSE)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["float32", pytest.param("autocast", marks=BFLOAT16), "compiled"])
+def test_what_is_wrong_with_an_image_is_seen_in_its_results_alone(kind):
+    """oneDNN's ReLU makes 0 of NaN."""
+    model, images = tiny_model(fpn_feature_size=64).eval(), torch.randn(2, 3, 64, 96)
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if kind == "compiled" else model
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        expected = call(images)
+        images[1, 2, 5, 7] = torch.nan
+        found = call(images)
+    for name in ("class_queries_logits", "masks_queries_logits"):
+        assert torch.equal(found[name][0], expected[name][0])
+        assert found[name][1].isnan().all()
+
+
+@pytest.mark.parametrize("channels", [8, 192])  # the latter by Winograd's way in float32
+@pytest.mark.parametrize("part", ["convolution.weight", "normalization.running_mean", "normalization.running_var"])
+def test_weights_that_are_not_finite_are_refused(part, channels, numbers):
+    layer, states = prepared(ConvNorm(channels, channels, 3), numbers), torch.randn(1, channels, 32, 32)
+    with torch.no_grad():
+        run(layer, states, numbers=numbers)
+        values = layer.state_dict()[part]
+        values.view(-1)[1] = torch.nan
+        with pytest.raises(ValueError, match=rf"weight \({channels}, {channels}, 3, 3\), .* holds NaN or infinity"):
+            run(layer, states, numbers=numbers)
+        values.view(-1)[1] = 1.0
+        assert run(layer, states, numbers=numbers).isfinite().all()
