@@ -229,7 +229,11 @@ def checked_labels(
                 f"mask_labels of image {image} hold an index below {NO_SEGMENT}, which stands for pixels of no segment."
             )
         if masks.dim() == 3 and len(masks) != len(image_labels):
-            raise ValueError(f"Image {image} has {len(masks)} masks, but {len(image_labels)} labels.")
+            raise ValueError(
+                f"Image {image} has {len(masks)} masks, but {len(image_labels)} labels. If they come from a stream, "
+                "Accelerate may have cut the list of masks: set dispatch_batches=False, in TrainingArguments as "
+                "accelerator_config."
+            )
         if image_labels and not 0 <= min(image_labels) <= max(image_labels) < num_labels:
             raise ValueError(
                 f"Image {image} has the class labels {sorted(set(image_labels))}, but the model has {num_labels} "

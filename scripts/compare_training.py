@@ -199,6 +199,7 @@ def start_runs(
     def loss_of_stock(batch: dict[str, Any]) -> torch.Tensor:
         inputs = send_to_device(batch, arguments.device)
         inputs["mask_labels"] = [masks.float() for masks in inputs["mask_labels"]]
+        inputs["class_labels"] = [labels[labels >= 0] for labels in inputs["class_labels"]]
         with arguments.autocast():
             # Without hidden states transformers crashes under deep supervision.
             return stock(**inputs, output_hidden_states=stock.config.use_auxiliary_loss).loss

@@ -93,14 +93,14 @@ def collate(samples, **options):
     return MaskFormerDataCollator(processor, **options)(samples)
 
 
-def test_overlapping_masks_become_lists_padded_like_their_images():
+def test_overlapping_masks_are_padded_like_their_images_and_their_labels_to_one_number():
     small = make_masks("small", [[[1, 1]], [[0, 1]]], [3, 5])
     large = make_masks("large", np.ones((1, 2, 3)), [0])
     batch = collate([small, large])
     assert [masks.dtype for masks in batch["mask_labels"]] == [torch.bool] * 2
     assert batch["mask_labels"][0].tolist() == [[[1, 1, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]]]
     assert batch["mask_labels"][1].tolist() == [[[1, 1, 1]] * 2]
-    assert [labels.tolist() for labels in batch["class_labels"]] == [[3, 5], [0]]
+    assert batch["class_labels"].tolist() == [[3, 5], [0, -100]]
 
 
 def test_masks_and_maps_of_the_same_segments_give_the_same_targets():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_per_pixel_baseline import KINDS, tiny_baseline
 from test_training import SCENES, arguments, our_trainer, scenes_model
+from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
@@ -192,6 +193,73 @@ def test_the_plain_trainer_takes_ready_made_metrics(tmp_path, task):
         assert theirs[name] == pytest.approx(value, abs=1e-6), name
 
 
+class PerfectTrainer(Trainer):
+    """Predicts what the labels say."""
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        labels = inputs["mask_labels"], inputs["class_labels"]
+        num_queries, num_labels = labels[1].shape[1], self.model.config.num_labels
+        class_logits = torch.nn.functional.one_hot(labels[1].where(labels[1] >= 0, num_labels), num_labels + 1)
+        mask_logits = torch.full((len(labels[1]), num_queries, 64, 64), -50.0)
+        for image, masks in zip(mask_logits, labels[0], strict=True):
+            masks = masks if masks.ndim == 3 else masks == torch.arange(num_queries)[:, None, None]
+            image[: len(masks)][masks] = 50.0
+        return None, (class_logits * 50.0, mask_logits), labels
+
+
+@pytest.mark.parametrize("options", [{}, {"preprocess_logits_for_metrics": None}])
+@pytest.mark.parametrize("task", TASKS)
+def test_ready_made_metrics_see_all_that_the_plain_trainer_was_given(tmp_path, task, options):
+    processor = image_processor_for(SCENES.labels, image_size=64, task=task)
+    metrics = ComputeMetrics(processor, SCENES.labels)
+    settings = {"batch_eval_metrics": True, "remove_unused_columns": False, "per_device_eval_batch_size": 3}
+    trainer = PerfectTrainer(
+        model=scenes_model(),
+        args=TrainingArguments(**arguments(tmp_path, **settings)),
+        eval_dataset=DATA[task],  # of which the last batch is smaller, and has more segments than images
+        data_collator=MaskFormerDataCollator(processor),
+        compute_metrics=metrics,
+        **{"preprocess_logits_for_metrics": metrics.logits, **options},
+    )
+    if task == "instance" and options:
+        with pytest.raises(ValueError, match=r"has 1 masks, but \d labels\. .* preprocess_logits_for_metrics=metrics"):
+            trainer.evaluate()
+    else:
+        assert trainer.evaluate()[f"eval_{MAIN_FIGURES[task]}"] == pytest.approx(1.0)
+
+
+def test_ready_made_metrics_refuse_lists_of_masks_on_several_processes(monkeypatch):
+    metrics = ComputeMetrics(image_processor_for(SCENES.labels, 64), SCENES.labels, "instance")
+    outputs = torch.zeros(1, 2, 9), torch.zeros(1, 2, 16, 16)
+    labels = [torch.ones(2, 64, 64, dtype=torch.bool)], torch.tensor([[0, 1]])
+    metrics.logits(outputs, labels)
+    state = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr("hf_maskformer.evaluation.compute_metrics.PartialState", lambda: state)
+    metrics.logits(outputs, (torch.zeros(1, 64, 64), labels[1]))
+    with pytest.raises(ValueError, match="in one process, or by MaskFormerTrainer"):
+        metrics.logits(outputs, labels)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return (DATA["instance"][index] for index in range(4))
+
+
+@pytest.mark.parametrize("config", [None, {"dispatch_batches": False}])
+def test_the_plain_trainer_loses_no_mask_of_a_stream_without_a_word(tmp_path, config):
+    trainer = Trainer(
+        model=scenes_model(),
+        args=TrainingArguments(**arguments(tmp_path, remove_unused_columns=False, accelerator_config=config)),
+        train_dataset=Stream(),
+        data_collator=MaskFormerDataCollator(image_processor_for(SCENES.labels, 64, task="instance")),
+    )
+    if config is None:
+        with pytest.raises(ValueError, match=r"Image 0 has 2 masks, but \d labels\. .* set dispatch_batches=False"):
+            trainer.train()
+    else:
+        trainer.train()
+
+
 @pytest.mark.parametrize("decoder_config", KINDS)
 def test_the_plain_trainer_takes_ready_made_metrics_of_a_per_pixel_baseline(tmp_path, decoder_config):
     processor = image_processor_for(SCENES.labels, image_size=64)
@@ -237,16 +305,16 @@ def test_ready_made_metrics_read_the_collators_targets(task):
     assert {name for name in figures if not name.startswith("per_category")} == set(FIGURES[task])
 
 
-@pytest.mark.parametrize("is_baseline", [False, True])
-def test_void_counts_for_nothing_in_ready_made_metrics(is_baseline):
+@pytest.mark.parametrize("void", [None, 255, -100])  # as a baseline's labels say it, None for a MaskFormer
+def test_void_counts_for_nothing_in_ready_made_metrics(void):
     metrics = ComputeMetrics(image_processor_for(SCENES.labels, 32), SCENES.labels)
     index_map = torch.zeros(1, 32, 32, dtype=torch.int32)
     index_map[:, 16:] = -1
     num_labels = SCENES.labels.num_labels
-    if is_baseline:
+    if void is not None:
         logits = torch.zeros(1, num_labels, 8, 8)
         logits[:, 0] = 5.0
-        given = EvalPrediction(predictions=logits, label_ids=index_map.long().masked_fill(index_map < 0, 255))
+        given = EvalPrediction(predictions=logits, label_ids=index_map.long().masked_fill(index_map < 0, void))
     else:
         class_logits = torch.zeros(1, 1, num_labels + 1)
         class_logits[..., 0] = 9.0

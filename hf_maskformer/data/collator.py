@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..image_processing_maskformer_images import resize_nearest, zeros
+from ..loss_maskformer_targets import NO_LABEL
 from .sample import Sample, crowds_of
 
 TargetFormat = Literal["masks", "segment_map", "label_map"]
@@ -21,14 +22,11 @@ class MaskFormerDataCollator:
 
     - `pixel_values` (B, 3, H, W) float, padded right and below,
     - `pixel_mask` (B, H, W), 1 = image,
-    - `mask_labels` (B, H, W), index of the segment that owns the pixel, -1 = none,
+    - `mask_labels` (B, H, W), index of the segment that owns the pixel, -1 = none; for samples of masks, which may
+      overlap, a list of (N_i, H, W) bool,
     - `class_labels` (B, N), class of each segment, -100 where an image has fewer;
 
-    for samples of masks, which may overlap, instead of the last two
-
-    - `mask_labels`, a list of (N_i, H, W) bool, and `class_labels`, a list of (N_i,) int64;
-
-    with `target_format="label_map"`, for the per-pixel baselines, instead of them
+    with `target_format="label_map"`, for the per-pixel baselines, instead of the last two
 
     - `labels` (B, H, W), class of each pixel.
 
@@ -94,11 +92,14 @@ class MaskFormerDataCollator:
             raise ValueError("masks may overlap, so they make no label_map. Train on data with segmentation maps.")
         images = [sample["image"] for sample in samples]
         batch = dict(self.image_processor(images=images, do_resize=self.do_resize, return_tensors="pt"))
-        batch["mask_labels"], batch["class_labels"] = [], []
+        batch["mask_labels"], labels_of_images = [], []
         for sample, pixel_mask in zip(samples, batch["pixel_mask"], strict=True):
             masks, labels = _visible_objects(sample, pixel_mask, getattr(self.image_processor, "num_labels", None))
             batch["mask_labels"].append(masks)
-            batch["class_labels"].append(labels)
+            labels_of_images.append(labels)
+        # In one piece: where Accelerate shares out a stream, it cuts each tensor in a list as if that were the batch.
+        # There are fewer masks than labels then, which the loss refuses.
+        batch["class_labels"] = torch.nn.utils.rnn.pad_sequence(labels_of_images, True, NO_LABEL)
         return batch
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import EvalPrediction
 
@@ -27,9 +28,9 @@ class ComputeMetrics:
             ...,
         )
 
-    For figures at the size of the ground truth, and for several processes whose batches differ in size, use
-    `MaskFormerTrainer`: `Trainer` gathers the masks of all processes, which must then have one size. What the collator
-    leaves out of training, crowds and void, counts as void.
+    For figures at the size of the ground truth, and for several processes whose batches differ in size or hold lists of
+    masks, use `MaskFormerTrainer`: `Trainer` gathers the masks of all processes, which must then have one size. What
+    the collator leaves out of training, crowds and void, counts as void.
 
     Args:
         image_processor: post-processes the outputs.
@@ -45,18 +46,26 @@ class ComputeMetrics:
         self._task: Task = task or task_for(image_processor)
         if self._task not in TASKS:
             raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}.")
+        self._whole_lists: Any = None  # the labels of the batch that `logits` saw last
         # Targets are classes from 0 already, so that the value of void in the files has no meaning any more.
         self._metric: Any = metric_for(self._task, LabelSet(labels.id2label, IGNORED, thing_ids=labels.thing_ids))
 
-    @staticmethod
-    def logits(outputs: Any, labels: Any = None) -> tuple[Tensor, Tensor] | Tensor:
+    def logits(self, outputs: Any, labels: Any = None) -> tuple[Tensor, Tensor] | Tensor:
         """What `Trainer` shall keep of the outputs, as its `preprocess_logits_for_metrics`.
 
         The logits of classes (B, Q, K + 1) and masks (B, Q, h, w); of a per-pixel baseline its logits (B, K, h, w).
+
+        Raises a ValueError on several processes if the labels hold lists of masks.
         """
-        if not isinstance(outputs, tuple | list):  # the only one, which Trainer takes out of its tuple
-            return outputs
-        return outputs[0] if outputs[0].ndim == 4 else (outputs[0], outputs[1])
+        has_lists = isinstance(labels, tuple | list) and any(isinstance(each, tuple | list) for each in labels)
+        if has_lists and PartialState().num_processes > 1:
+            raise ValueError(
+                "Trainer would join the masks of one image on each process, as it gathers what lies in lists. Evaluate "
+                "masks that may overlap in one process, or by MaskFormerTrainer."
+            )
+        # Of the last batch, Trainer would cut each tensor in a list as if that were the batch.
+        self._whole_lists = labels if has_lists else None
+        return _logits(outputs)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
         """Counts a batch, and with `compute_result` gives the figures of all of them.
@@ -69,8 +78,8 @@ class ComputeMetrics:
                 "Trainer gives the predictions of all batches at once, but segmentations are counted batch by batch. "
                 "Set batch_eval_metrics=True in TrainingArguments."
             )
-        targets: Any = prediction.label_ids
-        predictions = self.logits(prediction.predictions)
+        targets: Any = prediction.label_ids if self._whole_lists is None else self._whole_lists
+        predictions = _logits(prediction.predictions)
         if isinstance(predictions, tuple):
             mask_labels, class_labels = targets
             size = torch.tensor([_size(masks) for masks in mask_labels])
@@ -100,6 +109,11 @@ class ComputeMetrics:
         if self._task == "instance":
             if masks.ndim == 2:
                 masks = masks == torch.arange(len(classes), device=masks.device)[:, None, None]
+            if len(masks) != len(classes):
+                raise ValueError(
+                    f"An image has {len(masks)} masks, but {len(classes)} labels. Trainer cuts lists of masks in the "
+                    "last batch: give it preprocess_logits_for_metrics=metrics.logits."
+                )
             return {"masks": masks.bool(), "labels": classes}
         if masks.ndim == 3:
             raise ValueError(f"Masks that may overlap allow no {self._task} metric. Give target_format='segment_map'.")
@@ -107,6 +121,12 @@ class ComputeMetrics:
             return torch.cat([classes, classes.new_full((1,), IGNORED)])[masks.long()]
         segments_info = [{"id": number, "label_id": label} for number, label in enumerate(classes.tolist(), start=1)]
         return {"segmentation": masks.int() + 1, "segments_info": segments_info}
+
+
+def _logits(outputs: Any) -> tuple[Tensor, Tensor] | Tensor:
+    if not isinstance(outputs, tuple | list):  # the only one, which Trainer takes out of its tuple
+        return outputs
+    return outputs[0] if outputs[0].ndim == 4 else (outputs[0], outputs[1])
 
 
 def _size(masks: Any) -> tuple[int, int]:
