@@ -129,6 +129,15 @@ def sharded(folder, num_processes):
     return runs, figures, units
 
 
+def with_own_statistics(folder, num_processes):
+    trainer = trainer_of(folder, num_processes)
+    means = [buffer for name, buffer in trainer.model.named_buffers() if name.endswith("running_mean")]
+    for buffer in means:
+        buffer.fill_(PartialState().process_index)
+    trainer.evaluate()
+    return [buffer.unique().tolist() for buffer in means]
+
+
 class Asked(TrainerCallback):
     """The system asks this process to end, in the third step."""
 
@@ -294,6 +303,13 @@ def test_processes_train_the_model_of_one(tmp_path, alone, num_processes):
         assert_same_figures(figures, alone[1])
         assert_same_figures(figures_of_plain_trainer, alone[1])
         assert uneven_steps == 4
+
+
+@pytest.mark.slow
+def test_statistics_of_batch_norm_are_those_of_the_first_process_in_evaluation(tmp_path):
+    for means in run(with_own_statistics, 2, tmp_path):
+        assert means
+        assert all(mean == [0.0] for mean in means)
 
 
 @pytest.mark.slow

@@ -65,9 +65,11 @@ def scenes_model(**fields):
     return tiny_model(id2label=SCENES.labels.id2label, freeze_batch_norm=False, **fields)
 
 
-def our_trainer(tmp_path, dataset=SCENES, model=None, task="semantic", eval_dataset=SCENES, **options):
+def our_trainer(
+    tmp_path, dataset=SCENES, model=None, task="semantic", eval_dataset=SCENES, kind=MaskFormerTrainer, **options
+):
     image_processor = image_processor_for(SCENES.labels, image_size=64, task=task)
-    return MaskFormerTrainer(
+    return kind(
         model=model or scenes_model(),
         args=MaskFormerTrainingArguments(**arguments(tmp_path, **options)),
         train_dataset=dataset,
@@ -175,6 +177,26 @@ def test_synchronised_batch_norm_is_the_same_model():
         norms = [m for m in model.train().modules() if isinstance(m, torch.nn.SyncBatchNorm)]
         assert len(norms) > 0
         assert all(norm.training != model.config.freeze_batch_norm for norm in norms)
+
+
+def test_terms_of_an_attempt_whose_batch_did_not_fit_are_not_logged(tmp_path):
+    class OutOfMemory(MaskFormerTrainer):
+        def training_step(self, model, inputs, *args):
+            loss = super().training_step(model, inputs, *args)
+            if len(inputs["pixel_values"]) > 1:
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    trainer = our_trainer(tmp_path, kind=OutOfMemory, auto_find_batch_size=True)
+    trainer.train()
+    line = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    terms = [value for name, value in line.items() if name.startswith("loss_")]
+    assert sum(terms) == pytest.approx(line["loss"], rel=1e-3)
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No parameter of the model has requires_grad=True"):
+        our_trainer(tmp_path, model=scenes_model().requires_grad_(False)).train()
 
 
 def test_removing_the_columns_that_the_collator_reads_is_refused(tmp_path):

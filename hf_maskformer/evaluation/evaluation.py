@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -42,7 +42,8 @@ def evaluate(
     """Predicts every sample at the size of its ground truth and counts.
 
     No mask is gathered: each process counts its share of the samples, and all return the same figures of the whole
-    data set. Shows a progress bar; the model's training mode is restored.
+    data set. Statistics of batch norm become those of the first process, whose model is the one that is saved. Shows a
+    progress bar; the model's training mode is restored.
 
     Args:
         model: a `MaskFormerForInstanceSegmentation`, or for the semantic task a per-pixel baseline, on its device.
@@ -82,6 +83,7 @@ def evaluate(
     metric: Any = metric_for(task, labels)
     was_training, is_stopped = model.training, False
     model.eval()
+    broadcast(list(model.buffers()))
     # Word of a worker's death may come anywhere, so the model's mode is restored inside too.
     with dead_workers_named(num_workers):
         try:

@@ -53,7 +53,11 @@ class MaskFormerTrainingArguments(TrainingArguments):
         metadata={"help": "When to publish: 'end' in one commit; the others, at each save, send the whole output_dir."},
     )
     metric_for_best_model: str | None = field(
-        default=None, metadata={"help": "Metric of the best checkpoint; default mean_iou, pq or ap, by the task."}
+        default=None,
+        metadata={
+            "help": "Metric of the best checkpoint; mean_iou, pq or ap by default, where load_best_model_at_end, "
+            "save_strategy 'best' or the schedule asks for one."
+        },
     )
     max_nonfinite_losses: int = field(
         default=3, metadata={"help": "Batches in a row with a loss of NaN or infinity that end training; 0: never."}

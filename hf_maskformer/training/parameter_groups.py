@@ -25,6 +25,7 @@ def parameter_groups(
     """Splits the trainable parameters into backbone and the rest, each with and without weight decay.
 
     Norms, embeddings and Swin's position bias are not decayed; biases of other layers are, as in the paper's code.
+    Raises a ValueError if nothing is trainable.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
@@ -33,6 +34,8 @@ def parameter_groups(
                 is_decayed = not isinstance(module, (*NORMS, nn.Embedding)) and name not in UNDECAYED_NAMES
                 is_backbone = BACKBONE in f"{module_name}." and PYRAMID not in f"{module_name}."
                 groups.setdefault((is_backbone, is_decayed), []).append(parameter)
+    if not groups:
+        raise ValueError("No parameter of the model has requires_grad=True, so there is nothing to train.")
     return [
         {
             "params": parameters,

@@ -184,8 +184,6 @@ class MaskFormerTrainer(Trainer):
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             check_checkpoint(resume_from_checkpoint, self.accelerator.unwrap_model(self.model), self.args)
-        # An earlier training may have ended between two lines of the log, or by losses that were not finite.
-        self._loss_terms, self._num_nonfinite = LossTerms(), 0
         with dead_workers_named(self.args.dataloader_num_workers), self._interruption:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._interruption.is_ending:
@@ -212,6 +210,9 @@ class MaskFormerTrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
         self.first_step = self.state.global_step
+        # An earlier training may have ended between two lines of the log, or by losses that were not finite; or in its
+        # first step, where auto_find_batch_size begins anew.
+        self._loss_terms, self._num_nonfinite = LossTerms(), 0
         if checkpoint is not None and self.first_step >= max_steps:
             return num_train_epochs, 0  # in the middle of an epoch, Trainer would make another step
         if checkpoint is not None and self._has_stream:
