@@ -198,6 +198,9 @@ def test_sizes_of_one_processor_are_not_shared_with_the_next():
         ({"shortest_edge": 800, "longest_edge": 1333}, (480, 640), (800, 1067)),  # 1066.67 is rounded, not cut
         ({"shortest_edge": 800, "longest_edge": 1333}, (1024, 2048), (667, 1333)),  # 666.5 is rounded up
         ({"shortest_edge": 800, "longest_edge": 1333}, (1000, 100), (1333, 133)),
+        # Halves that are not exact: the order of the paper's operations decides.
+        ({"shortest_edge": 480}, (704, 715), (480, 487)),
+        ({"shortest_edge": 800, "longest_edge": 1333}, (105, 310), (451, 1333)),
         ({"shortest_edge": 512}, (100, 1000), (512, 5120)),
         ({"shortest_edge": 512, "longest_edge": 600}, (1, 5000), (1, 600)),  # 0.12 pixels become one
         ({"height": 30, "width": 50}, (480, 640), (30, 50)),
@@ -544,6 +547,14 @@ def test_semantic_maps_come_from_the_sizes_in_the_outputs():
     assert [tuple(label_map.shape) for label_map in maps] == [(20, 30), (32, 24)]
 
 
+@pytest.mark.parametrize(("largest", "is_warned"), [(1.0, True), (1.5, False)])
+def test_images_that_were_rescaled_already_are_warned_of(largest, is_warned, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_maskformer.image_processing_maskformer.logger.warning_once", warnings.append)
+    MaskFormerImageProcessor()(images=torch.full((3, 40, 40), largest))
+    assert any("rescaled again" in warning for warning in warnings) == is_warned
+
+
 POST_PROCESSING = [f"post_process_{task}_segmentation" for task in ("semantic", "instance", "panoptic")]
 
 
@@ -571,7 +582,8 @@ def test_a_model_that_was_not_told_of_its_padding_is_warned_of(name, settings, p
 
 def test_outputs_without_sizes_are_taken_to_fill_four_times_the_mask_logits():
     outputs = model_outputs()
-    full = torch.tensor([[32, 32], [32, 32]])
+    outputs.masks_queries_logits = outputs.masks_queries_logits[..., :6]
+    full = torch.tensor([[32, 24], [32, 24]])
     logits = outputs.class_queries_logits, outputs.masks_queries_logits
     del outputs.image_sizes, outputs.padded_sizes
     maps = MaskFormerImageProcessor().post_process_semantic_segmentation(outputs)

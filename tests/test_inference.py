@@ -363,6 +363,7 @@ def test_the_likely_queries_are_in_their_order_and_as_many_as_the_image_with_mos
     likely = likely_queries(logits([0.9, 0.1, 0.6, 0.2], [0.3, 0.1, 0.2, 0.8]), threshold=0.5)
     assert likely.tolist() == [[0, 2], [0, 3]]
     assert likely_queries(logits([0.1, 0.3], [0.2, 0.1]), threshold=0.5).tolist() == [[1], [0]]
+    assert likely_queries(torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), threshold=0.5).tolist() == [[0, 1]]
 
 
 def test_functional_gradients_pass_through_the_windows():

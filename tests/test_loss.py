@@ -197,6 +197,7 @@ def test_half_precision_logits_give_a_finite_loss():
             lambda b: b.update(mask_labels=b["mask_labels"] + 3),
             "mask_labels of image 0 point to segment 4.*has 2 class_labels",
         ),
+        (lambda b: b["mask_labels"][0, 0, 0].fill_(2), "mask_labels of image 0 point to segment 2.*has 2 class_labels"),
         (lambda b: b.update(class_labels=b["class_labels"][:1]), "mask_labels are of 2 images, but class_labels of 1"),
         (
             lambda b: b.update(mask_labels=b["mask_labels"][:1], class_labels=b["class_labels"][:1]),
@@ -294,6 +295,13 @@ def test_float_masks_that_are_255_inside_are_refused(num_masks):
     batch["class_labels"] = [labels[:num_masks] for labels in batch["class_labels"]]
     with pytest.raises(ValueError, match="contain 255, but masks of floating type are 1 inside"):
         MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch))
+
+
+def test_float_masks_that_are_255_inside_are_refused_away_from_the_corner_too():
+    masks = torch.zeros(2, 16, 24)
+    masks[0, 4:8, 4:8] = masks[1, 9:12, 9:12] = 255
+    with pytest.raises(ValueError, match="contain 255, but masks of floating type are 1 inside"):
+        MaskFormerLoss(NUM_LABELS)(*random_logits(batch_size=1), [masks], [torch.tensor([0, 1])])
 
 
 def test_no_masks_have_no_size_that_could_be_wrong():

@@ -282,6 +282,9 @@ def test_scores_are_the_softmax_of_the_logits_at_the_target() -> None:
         processor.post_process_semantic_segmentation(outputs, mode="fast")
     with pytest.raises(ValueError, match=r"logits have shape \(4, 16, 12\); give \(batch, labels, height, width\)"):
         per_pixel_segmentation(logits[0], **sizes)
+    logits[1, 2, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match="The logits contain NaN or infinity"):
+        per_pixel_segmentation(logits, **sizes)
 
 
 def test_more_than_255_classes_are_planned_as_they_are_built(tmp_path) -> None:

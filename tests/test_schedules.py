@@ -29,6 +29,7 @@ def learning_rate(preset, step):
         ("ade20k-r50", 80_000, 5.3588673e-5),
         ("ade20k-r50", 144_000, 1.2589254e-5),
         ("ade20k-r50", 160_000, 0.0),
+        ("ade20k-r50", 160_001, 0.0),
         # 6e-5 (1e-6 (1 - a) + a) (1 - step / 160000)^0.9 with a = step / 1500, and without the middle from 1500 on
         ("ade20k-swin-tiny", 0, 6e-11),
         ("ade20k-swin-tiny", 750, 6e-5 * 0.5000005 * 0.99578026),

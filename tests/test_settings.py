@@ -7,7 +7,9 @@ from models import swin_config, tiny_config, tiny_model
 
 from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerModel
 from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
-from hf_maskformer.modeling_maskformer_swin import SwinBackbone, SwinBlock, SwinStage
+from hf_maskformer.modeling_maskformer_swin import PatchEmbedding, SwinBackbone, SwinBlock, SwinStage
+from hf_maskformer.modeling_maskformer_transformer_decoder import TransformerDecoderLayer
+from hf_maskformer.modeling_maskformer_transformer_layers import Attention
 
 
 def changed(config, **fields):
@@ -71,6 +73,13 @@ def test_a_swin_drops_what_its_sublayers_give(name):
     assert module.eval()(states).all()
 
 
+def test_a_swin_drops_patches_and_what_its_feed_forward_network_gives():
+    config = changed(swin_config(), hidden_dropout_prob=1.0)
+    block = SwinBlock(config, 8, 1, shift=0, drop_path=0.0).train()
+    assert not block._feed_forward(torch.randn(1, 4, 4, 8)).any()
+    assert not PatchEmbedding(config).train()(torch.randn(1, 3, 16, 16)).any()
+
+
 def test_attention_of_the_decoder_drops_in_training_only():
     model = MaskFormerForInstanceSegmentation(config_with_decoder(attention_dropout=0.5))
     pixel_values = torch.randn(1, 3, 64, 64)
@@ -89,6 +98,26 @@ def test_the_feed_forward_network_drops_in_training_only():
         layer.train(is_training).feed_forward(torch.randn(1, 6, 16))
     assert not hidden[0].any()
     assert hidden[1].any()
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_each_dropout_of_a_decoder_layer_acts_in_its_place(is_inside):
+    config = MaskFormerTransformerConfig(
+        d_model=16, dropout=1.0 - is_inside, attention_dropout=0.0, activation_dropout=1.0 * is_inside, pre_norm=True
+    )
+    layer, states = TransformerDecoderLayer(config).train(), torch.randn(2, 6, 16)
+    torch.nn.init.normal_(layer.fc2.bias)
+    assert torch.equal(layer.feed_forward(states), states + layer.fc2.bias if is_inside else states)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dropout_of_attention_is_its_own(implementation):
+    config = MaskFormerTransformerConfig(d_model=16, dropout=0.0, attention_dropout=1.0)
+    config._attn_implementation = implementation
+    attention, states = Attention(config, 16, 2).train(), torch.randn(2, 6, 16)
+    torch.nn.init.normal_(attention.out_proj.bias)
+    update, _ = attention(states, states, states)
+    torch.testing.assert_close(update, attention.out_proj.bias.expand(2, 6, 16))
 
 
 def test_encoder_and_decoder_have_widths_of_their_own():
