@@ -16,9 +16,9 @@ demo: $(INSTALLED) ## Train a small model on drawn scenes, evaluate it, draw its
 	rm -rf outputs/demo
 	$(BIN)/python scripts/demo.py --output outputs/demo
 
-# A process on each core, with one thread: the small models of the tests leave the others idle.
+# A process on each core (eight at most), with one thread: the small models of the tests leave the others idle.
 test: $(INSTALLED) ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 
 slow: $(INSTALLED) ## Run the tests that take minutes: several processes, thousands of random cases, the demo's score
 	$(BIN)/python -m pytest -m slow

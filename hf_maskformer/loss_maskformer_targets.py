@@ -230,9 +230,8 @@ def checked_labels(
             )
         if masks.dim() == 3 and len(masks) != len(image_labels):
             raise ValueError(
-                f"Image {image} has {len(masks)} masks, but {len(image_labels)} labels. If they come from a stream, "
-                "Accelerate may have cut the list of masks: set dispatch_batches=False, in TrainingArguments as "
-                "accelerator_config."
+                f"Image {image} has {len(masks)} masks, but {len(image_labels)} labels. (Accelerate cuts lists of a "
+                "stream unless dispatch_batches=False.)"
             )
         if image_labels and not 0 <= min(image_labels) <= max(image_labels) < num_labels:
             raise ValueError(

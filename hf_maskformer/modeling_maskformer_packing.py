@@ -75,11 +75,13 @@ class FixedConvolution(NamedTuple):
     def finite(self) -> tuple[Tensor, Tensor | None]:
         """As `folded`; raises a ValueError for NaN and infinity, which oneDNN's ReLU would hide: it makes 0 of NaN."""
         weight, bias = self.folded()
-        if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise ValueError(
-                f"A convolution of weight {tuple(weight.shape)}, or the norm after it, holds NaN or infinity: no "
-                "prediction of this model means anything. Load another checkpoint."
-            )
+        for values in (weight, bias):
+            # A sum is finite only if all it adds up is. It may overflow all the same, so only then each is looked at.
+            if values is not None and not values.sum().isfinite() and not values.isfinite().all():
+                raise ValueError(
+                    f"A convolution of weight {tuple(weight.shape)}, with the norm after it if there is one, is not "
+                    "finite, so that no prediction of this model means anything. Load another checkpoint."
+                )
         return weight, bias
 
     def packing_dtype(self, states: Tensor) -> torch.dtype | None:

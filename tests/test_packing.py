@@ -682,15 +682,16 @@ def test_a_compiled_graph_of_products_serves_every_number_of_images_and_pixels(n
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("kind", ["float32", pytest.param("autocast", marks=BFLOAT16), "compiled"])
-def test_what_is_wrong_with_an_image_is_seen_in_its_results_alone(kind):
+def test_what_is_wrong_with_an_image_is_seen_in_its_results_alone(kind, value):
     """oneDNN's ReLU makes 0 of NaN."""
     model, images = tiny_model(fpn_feature_size=64).eval(), torch.randn(2, 3, 64, 96)
     torch._dynamo.reset()
     call = torch.compile(model, backend="aot_eager", fullgraph=True) if kind == "compiled" else model
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         expected = call(images)
-        images[1, 2, 5, 7] = torch.nan
+        images[1, 2, 5, 7] = value
         found = call(images)
     for name in ("class_queries_logits", "masks_queries_logits"):
         assert torch.equal(found[name][0], expected[name][0])
@@ -705,7 +706,18 @@ def test_weights_that_are_not_finite_are_refused(part, channels, numbers):
         run(layer, states, numbers=numbers)
         values = layer.state_dict()[part]
         values.view(-1)[1] = torch.nan
-        with pytest.raises(ValueError, match=rf"weight \({channels}, {channels}, 3, 3\), .* holds NaN or infinity"):
+        with pytest.raises(ValueError, match=rf"weight \({channels}, {channels}, 3, 3\), .* is not finite"):
             run(layer, states, numbers=numbers)
         values.view(-1)[1] = 1.0
         assert run(layer, states, numbers=numbers).isfinite().all()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_convolutions_without_a_norm_are_looked_at_too(part, is_compiled):
+    layer, states = XavierConv2d(8, 16, kernel_size=1).eval(), torch.randn(1, 8, 4, 4)
+    getattr(layer, part).data.view(-1)[-1] = torch.inf
+    torch._dynamo.reset()
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if is_compiled else layer
+    with torch.no_grad(), pytest.raises(ValueError, match=r"weight \(16, 8, 1, 1\), .* is not finite"):
+        call(states)

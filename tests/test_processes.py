@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from test_loss_distribution import collate, images
 from test_per_pixel_baseline import KINDS, batch_of_labels, tiny_baseline
 from test_resume import Signal, kill_when_opening, trainer_with_chance
+from test_trainer_tasks import InstanceScenes
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -93,9 +94,9 @@ def replicated(folder, num_processes):
     return runs, trainer.evaluate(), uneven.state.global_step, plain_figures(trainer)
 
 
-def plain_figures(trainer):
+def plain_figures(trainer, dataset=FIVE):
     """What transformers' trainer gathers of all processes and counts with ready-made metrics."""
-    metrics = ComputeMetrics(trainer.processing_class, FIVE.labels)
+    metrics = ComputeMetrics(trainer.processing_class, FIVE.labels, "semantic" if dataset is FIVE else "instance")
     plain = Trainer(
         model=trainer.accelerator.unwrap_model(trainer.model),
         args=TrainingArguments(
@@ -106,7 +107,7 @@ def plain_figures(trainer):
             use_cpu=True,
             report_to="none",
         ),
-        eval_dataset=FIVE,
+        eval_dataset=dataset,
         data_collator=MaskFormerDataCollator(trainer.processing_class),
         compute_metrics=metrics,
         preprocess_logits_for_metrics=metrics.logits,
@@ -136,6 +137,13 @@ def with_own_statistics(folder, num_processes):
         buffer.fill_(PartialState().process_index)
     trainer.evaluate()
     return [buffer.unique().tolist() for buffer in means]
+
+
+def plain_figures_of_instances(folder, num_processes):
+    try:
+        return plain_figures(trainer_of(folder, num_processes), InstanceScenes())
+    except ValueError as error:
+        return {"refused": str(error)}
 
 
 class Asked(TrainerCallback):
@@ -303,6 +311,12 @@ def test_processes_train_the_model_of_one(tmp_path, alone, num_processes):
         assert_same_figures(figures, alone[1])
         assert_same_figures(figures_of_plain_trainer, alone[1])
         assert uneven_steps == 4
+
+
+@pytest.mark.slow
+def test_the_plain_trainer_refuses_to_join_lists_of_masks_of_processes(tmp_path):
+    for figures in run(plain_figures_of_instances, 2, tmp_path):
+        assert "Evaluate masks that may overlap in one process" in figures["refused"]
 
 
 @pytest.mark.slow

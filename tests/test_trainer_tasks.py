@@ -207,25 +207,27 @@ class PerfectTrainer(Trainer):
         return None, (class_logits * 50.0, mask_logits), labels
 
 
-@pytest.mark.parametrize("options", [{}, {"preprocess_logits_for_metrics": None}])
-@pytest.mark.parametrize("task", TASKS)
-def test_ready_made_metrics_see_all_that_the_plain_trainer_was_given(tmp_path, task, options):
+@pytest.mark.parametrize(
+    ("data", "task", "target_format"),
+    [*((task, task, "segment_map") for task in TASKS), ("panoptic", "instance", "masks")],
+)
+def test_ready_made_metrics_see_all_that_the_plain_trainer_was_given(tmp_path, data, task, target_format):
     processor = image_processor_for(SCENES.labels, image_size=64, task=task)
     metrics = ComputeMetrics(processor, SCENES.labels)
     settings = {"batch_eval_metrics": True, "remove_unused_columns": False, "per_device_eval_batch_size": 3}
     trainer = PerfectTrainer(
         model=scenes_model(),
         args=TrainingArguments(**arguments(tmp_path, **settings)),
-        eval_dataset=DATA[task],  # of which the last batch is smaller, and has more segments than images
-        data_collator=MaskFormerDataCollator(processor),
+        eval_dataset=DATA[data],  # of which the last batch is smaller, and has more segments than images
+        data_collator=MaskFormerDataCollator(processor, target_format=target_format),
         compute_metrics=metrics,
-        **{"preprocess_logits_for_metrics": metrics.logits, **options},
+        preprocess_logits_for_metrics=metrics.logits,
     )
-    if task == "instance" and options:
+    assert trainer.evaluate()[f"eval_{MAIN_FIGURES[task]}"] == pytest.approx(1.0)
+    trainer.preprocess_logits_for_metrics = None  # nor is anything left of what it saw before
+    if isinstance(trainer.data_collator([DATA[data][0]])["mask_labels"], list):
         with pytest.raises(ValueError, match=r"has 1 masks, but \d labels\. .* preprocess_logits_for_metrics=metrics"):
             trainer.evaluate()
-    else:
-        assert trainer.evaluate()[f"eval_{MAIN_FIGURES[task]}"] == pytest.approx(1.0)
 
 
 def test_ready_made_metrics_refuse_lists_of_masks_on_several_processes(monkeypatch):
@@ -241,20 +243,24 @@ def test_ready_made_metrics_refuse_lists_of_masks_on_several_processes(monkeypat
 
 
 class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
     def __iter__(self):
-        return (DATA["instance"][index] for index in range(4))
+        return (self.data[index] for index in range(4))
 
 
+@pytest.mark.parametrize("data", ["instance", "panoptic"])
 @pytest.mark.parametrize("config", [None, {"dispatch_batches": False}])
-def test_the_plain_trainer_loses_no_mask_of_a_stream_without_a_word(tmp_path, config):
+def test_the_plain_trainer_loses_no_mask_of_a_stream_without_a_word(tmp_path, config, data):
     trainer = Trainer(
         model=scenes_model(),
         args=TrainingArguments(**arguments(tmp_path, remove_unused_columns=False, accelerator_config=config)),
-        train_dataset=Stream(),
-        data_collator=MaskFormerDataCollator(image_processor_for(SCENES.labels, 64, task="instance")),
+        train_dataset=Stream(DATA[data]),
+        data_collator=MaskFormerDataCollator(image_processor_for(SCENES.labels, 64, task=data), target_format="masks"),
     )
     if config is None:
-        with pytest.raises(ValueError, match=r"Image 0 has 2 masks, but \d labels\. .* set dispatch_batches=False"):
+        with pytest.raises(ValueError, match=r"Image 0 has 2 masks, but \d labels\. .* dispatch_batches=False"):
             trainer.train()
     else:
         trainer.train()

@@ -23,7 +23,7 @@ class MaskFormerDataCollator:
     - `pixel_values` (B, 3, H, W) float, padded right and below,
     - `pixel_mask` (B, H, W), 1 = image,
     - `mask_labels` (B, H, W), index of the segment that owns the pixel, -1 = none; for samples of masks, which may
-      overlap, a list of (N_i, H, W) bool,
+      overlap, and with `target_format="masks"` a list of (N_i, H, W) bool,
     - `class_labels` (B, N), class of each segment, -100 where an image has fewer;
 
     with `target_format="label_map"`, for the per-pixel baselines, instead of the last two
@@ -60,11 +60,16 @@ class MaskFormerDataCollator:
         form = _common_form(samples)
         names = ", ".join(sample["name"] for sample in samples)
         try:
-            return self._from_masks(samples) if form == "masks" else self._from_maps(samples)
+            batch = self._from_masks(samples) if form == "masks" else self._from_maps(samples)
         except (KeyError, TypeError, ValueError) as error:
             for sample in samples if len(samples) > 1 else ():
                 self([sample])  # if it is a single one that is wrong, its name is said
             raise ValueError(f"The batch of {names} cannot be built: {error}") from error
+        if isinstance(batch.get("class_labels"), list):
+            # In one piece: where Accelerate shares out a stream, it cuts each tensor in a list as if that were the
+            # batch. There are fewer masks than labels then, which the loss refuses.
+            batch["class_labels"] = torch.nn.utils.rnn.pad_sequence(batch["class_labels"], True, NO_LABEL)
+        return batch
 
     def _from_maps(self, samples: Sequence[Sample]) -> dict[str, Any]:
         batch = self.image_processor(
@@ -92,14 +97,11 @@ class MaskFormerDataCollator:
             raise ValueError("masks may overlap, so they make no label_map. Train on data with segmentation maps.")
         images = [sample["image"] for sample in samples]
         batch = dict(self.image_processor(images=images, do_resize=self.do_resize, return_tensors="pt"))
-        batch["mask_labels"], labels_of_images = [], []
+        batch["mask_labels"], batch["class_labels"] = [], []
         for sample, pixel_mask in zip(samples, batch["pixel_mask"], strict=True):
             masks, labels = _visible_objects(sample, pixel_mask, getattr(self.image_processor, "num_labels", None))
             batch["mask_labels"].append(masks)
-            labels_of_images.append(labels)
-        # In one piece: where Accelerate shares out a stream, it cuts each tensor in a list as if that were the batch.
-        # There are fewer masks than labels then, which the loss refuses.
-        batch["class_labels"] = torch.nn.utils.rnn.pad_sequence(labels_of_images, True, NO_LABEL)
+            batch["class_labels"].append(labels)
         return batch
 
 

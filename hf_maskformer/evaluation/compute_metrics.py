@@ -79,6 +79,7 @@ class ComputeMetrics:
                 "Set batch_eval_metrics=True in TrainingArguments."
             )
         targets: Any = prediction.label_ids if self._whole_lists is None else self._whole_lists
+        self._whole_lists = None
         predictions = _logits(prediction.predictions)
         if isinstance(predictions, tuple):
             mask_labels, class_labels = targets
@@ -111,8 +112,8 @@ class ComputeMetrics:
                 masks = masks == torch.arange(len(classes), device=masks.device)[:, None, None]
             if len(masks) != len(classes):
                 raise ValueError(
-                    f"An image has {len(masks)} masks, but {len(classes)} labels. Trainer cuts lists of masks in the "
-                    "last batch: give it preprocess_logits_for_metrics=metrics.logits."
+                    f"An image has {len(masks)} masks, but {len(classes)} labels. If they come from Trainer, give it "
+                    "preprocess_logits_for_metrics=metrics.logits, or it cuts lists of masks in the last batch."
                 )
             return {"masks": masks.bool(), "labels": classes}
         if masks.ndim == 3:

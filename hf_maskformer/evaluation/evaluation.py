@@ -81,9 +81,10 @@ def evaluate(
         share, batch_size, num_workers=num_workers, collate_fn=collate, generator=generator
     )
     metric: Any = metric_for(task, labels)
+    norms = (module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
+    broadcast([buffer for norm in norms for buffer in norm.buffers()])
     was_training, is_stopped = model.training, False
     model.eval()
-    broadcast(list(model.buffers()))
     # Word of a worker's death may come anywhere, so the model's mode is restored inside too.
     with dead_workers_named(num_workers):
         try:
