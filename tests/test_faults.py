@@ -20,6 +20,7 @@ from transformers import TrainerState
 from hf_maskformer import MaskFormerForInstanceSegmentation
 from hf_maskformer.data.folder import SegmentationFolder
 from hf_maskformer.data.generated_scenes import write_generated_scenes
+from hf_maskformer.data.workers import dead_workers_named
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.training.checkpoints import is_whole, removed_if_cut_off
 from hf_maskformer.training.starting_point import image_processor_for
@@ -84,6 +85,19 @@ def error_of(run, folder):
     process.start()
     process.join()
     return (folder / "error").read_text()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_death_is_named_that_something_else_took_for_an_error_of_its_own(num_workers):
+    def parse():
+        try:
+            raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")  # by torch, on a signal
+        except RuntimeError as error:
+            raise ValueError("a field has a wrong value") from error
+
+    expected = (ChildProcessError, "data died .DataLoader worker .pid 3.") if num_workers else (ValueError, "a field")
+    with pytest.raises(expected[0], match=expected[1]), dead_workers_named(num_workers):
+        parse()
 
 
 def test_a_worker_that_dies_ends_the_training_with_what_to_do(tmp_path):

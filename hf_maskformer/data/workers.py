@@ -15,10 +15,12 @@ def dead_workers_named(num_workers: int) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
+    except Exception as error:
         # A worker that dies while it hands over a batch is met as a broken connection.
         is_cut_off = isinstance(error, ConnectionError | EOFError) and not str(error).startswith("Caught")
-        if not num_workers or not (is_cut_off or str(error).startswith(DEAD_WORKER)):
+        report = _report_of_death(error)
+        is_named = isinstance(error, ChildProcessError)  # by an evaluation within a training
+        if is_named or not num_workers or not (is_cut_off or report):
             raise
         if is_cut_off:
             # When the system tells of the death, torch raises too, whatever runs then.
@@ -26,8 +28,15 @@ def dead_workers_named(num_workers: int) -> Iterator[None]:
                 for _ in range(20):
                     time.sleep(0.1)
         raise ChildProcessError(
-            f"One of the {num_workers} processes that read data died ({error}). Most often memory was short and the "
-            "system killed it: take fewer of them (--dataloader_num_workers in training, --num_workers in evaluation) "
-            "or smaller batches, or give a container more memory and shared memory. If it dies with 0 of them too, "
-            "the reader of one of the files crashes; scripts/prepare_dataset.py check finds it."
+            f"One of the {num_workers} processes that read data died ({report or error}). Most often memory was short "
+            "and the system killed it: take fewer of them (--dataloader_num_workers in training, --num_workers in "
+            "evaluation) or smaller batches, or give a container more memory and shared memory. If it dies with 0 of "
+            "them too, the reader of one of the files crashes; scripts/prepare_dataset.py check finds it."
         ) from error
+
+
+def _report_of_death(error: BaseException | None) -> BaseException | None:
+    """torch's own, which comes with a signal, in the middle of anything, and may be taken for an error of that."""
+    while error is not None and not (isinstance(error, RuntimeError) and str(error).startswith(DEAD_WORKER)):
+        error = error.__cause__ or error.__context__
+    return error
