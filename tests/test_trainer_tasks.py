@@ -173,19 +173,23 @@ def test_tensorboard_reads_the_pictures_back(tmp_path):
     assert [picture.step for picture in events.Images("eval/scene_00000")] == [1, 2]
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_plain_trainer_takes_ready_made_metrics(tmp_path, task):
+def plain_trainer(tmp_path, task, dataset, kind=Trainer, target_format="segment_map", model=None):
     processor = image_processor_for(SCENES.labels, image_size=64, task=task)
     metrics = ComputeMetrics(processor, SCENES.labels)
     options = {"batch_eval_metrics": True, "remove_unused_columns": False, "per_device_eval_batch_size": 3}
-    trainer = Trainer(
-        model=scenes_model(),
+    return kind(
+        model=model or scenes_model(),
         args=TrainingArguments(**arguments(tmp_path, **options)),
-        eval_dataset=DATA[task],
-        data_collator=MaskFormerDataCollator(processor),
+        eval_dataset=dataset,
+        data_collator=MaskFormerDataCollator(processor, target_format=target_format),
         compute_metrics=metrics,
         preprocess_logits_for_metrics=metrics.logits,
     )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_plain_trainer_takes_ready_made_metrics(tmp_path, task):
+    trainer = plain_trainer(tmp_path, task, DATA[task])
     theirs = trainer.evaluate()
     ours = our_trainer(tmp_path, task=task, model=trainer.model, eval_dataset=DATA[task]).evaluate()
     # Scenes need no resizing, so that both count the same pixels.
@@ -212,17 +216,8 @@ class PerfectTrainer(Trainer):
     [*((task, task, "segment_map") for task in TASKS), ("panoptic", "instance", "masks")],
 )
 def test_ready_made_metrics_see_all_that_the_plain_trainer_was_given(tmp_path, data, task, target_format):
-    processor = image_processor_for(SCENES.labels, image_size=64, task=task)
-    metrics = ComputeMetrics(processor, SCENES.labels)
-    settings = {"batch_eval_metrics": True, "remove_unused_columns": False, "per_device_eval_batch_size": 3}
-    trainer = PerfectTrainer(
-        model=scenes_model(),
-        args=TrainingArguments(**arguments(tmp_path, **settings)),
-        eval_dataset=DATA[data],  # of which the last batch is smaller, and has more segments than images
-        data_collator=MaskFormerDataCollator(processor, target_format=target_format),
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=metrics.logits,
-    )
+    # Of the data the last batch is smaller, and has more segments than images.
+    trainer = plain_trainer(tmp_path, task, DATA[data], PerfectTrainer, target_format)
     assert trainer.evaluate()[f"eval_{MAIN_FIGURES[task]}"] == pytest.approx(1.0)
     trainer.preprocess_logits_for_metrics = None  # nor is anything left of what it saw before
     if isinstance(trainer.data_collator([DATA[data][0]])["mask_labels"], list):
@@ -268,21 +263,12 @@ def test_the_plain_trainer_loses_no_mask_of_a_stream_without_a_word(tmp_path, co
 
 @pytest.mark.parametrize("decoder_config", KINDS)
 def test_the_plain_trainer_takes_ready_made_metrics_of_a_per_pixel_baseline(tmp_path, decoder_config):
-    processor = image_processor_for(SCENES.labels, image_size=64)
-    metrics = ComputeMetrics(processor, SCENES.labels)
-    options = {"batch_eval_metrics": True, "remove_unused_columns": False, "per_device_eval_batch_size": 3}
-    trainer = Trainer(
-        model=tiny_baseline(decoder_config, id2label=SCENES.labels.id2label),
-        args=TrainingArguments(**arguments(tmp_path, **options)),
-        eval_dataset=SCENES,
-        data_collator=MaskFormerDataCollator(processor, target_format="label_map"),
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=metrics.logits,
-    )
+    model = tiny_baseline(decoder_config, id2label=SCENES.labels.id2label)
+    trainer = plain_trainer(tmp_path, "semantic", SCENES, target_format="label_map", model=model)
     theirs, ours = trainer.evaluate(), our_trainer(tmp_path, model=trainer.model, eval_dataset=SCENES).evaluate()
     for name, value in ours.items():
         assert theirs[name] == pytest.approx(value, abs=1e-6), name
-    trainer.compute_metrics = ComputeMetrics(processor, SCENES.labels, "panoptic")
+    trainer.compute_metrics = ComputeMetrics(image_processor_for(SCENES.labels, 64), SCENES.labels, "panoptic")
     with pytest.raises(ValueError, match="baseline knows no segments, so its task is semantic, not panoptic"):
         trainer.evaluate()
 
