@@ -164,6 +164,10 @@ class MaskFormerConfig(ConfigWithCode):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved; a Swin backbone has the type that transformers gives it in its own files."""
         fields = super().to_dict()
+        # Set on a finished configuration they mean nothing here; in a file they would break transformers' class.
+        fields["use_auxiliary_loss"] = False
+        if "auxiliary_loss" in fields["decoder_config"]:
+            fields["decoder_config"]["auxiliary_loss"] = False
         # Under the other name, transformers' MaskFormerModel misses the backbone's tensors in a whole checkpoint.
         if fields["backbone_config"]["model_type"] == "swin":
             fields["backbone_config"]["model_type"] = "maskformer-swin"

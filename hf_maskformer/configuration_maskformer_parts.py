@@ -155,6 +155,7 @@ def nested_config(value: Any, field: str, default: dict[str, Any] | None = None)
     """
     if isinstance(value, PreTrainedConfig):
         check_fields(value.to_dict(), field)
+        _check_values(value, field)
         return copy.deepcopy(value)
     if not isinstance(value, dict | None):
         raise ValueError(f"{field} is a {type(value).__name__}, but must be a configuration or its dictionary.")
@@ -171,7 +172,21 @@ def nested_config(value: Any, field: str, default: dict[str, Any] | None = None)
         config = config_class(**fields)
     if model_type in OWN_TYPES:
         warn_of_misspelt_fields(config, fields, f"{field}.")
+    _check_values(config, field)
     return config
+
+
+def _check_values(config: PreTrainedConfig, field: str) -> None:
+    """Raises a ValueError for what would fail in the model only, or in its first training step."""
+    for name, value in vars(config).items():
+        where = f"{field}.{name}"
+        # At 1 drop path would divide by the 0 that it keeps.
+        if ("dropout" in name or name == "drop_path_rate") and _is_number(value) and not 0 <= value < 1:
+            raise ValueError(f"{where} is {value}, but must be a probability from 0 to below 1.")
+        if name in ("hidden_act", "activation_function") and isinstance(value, str) and value not in ACT2FN:
+            raise ValueError(f"{where} is {value!r}, which is unknown. Known are {', '.join(sorted(ACT2FN))}.")
+        if name == "num_channels" and isinstance(value, int) and value < 1:
+            raise ValueError(f"{where} is {value}, but must be at least 1.")
 
 
 @contextmanager
@@ -271,6 +286,8 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
         config.out_indices = list(range(-NUM_FEATURE_MAPS, 0))
     if config.model_type in ("swin", "maskformer-swin"):
         _check_swin(config)
+    if config.model_type in ("resnet", MaskFormerResNetConfig.model_type):
+        _check_resnet(config)
     out_features = getattr(config, "out_features", None)
     if out_features is not None and len(out_features) != NUM_FEATURE_MAPS:
         raise ValueError(
@@ -290,6 +307,14 @@ def refuse_backbone_by_name(backbone_config: Any, fields: Mapping[str, Any]) -> 
         raise ValueError(
             f"backbone={name!r} names a backbone, but its configuration is needed: give backbone_config="
             f"AutoConfig.from_pretrained({name!r}), or of a model of timm TimmBackboneConfig(backbone={name!r})."
+        )
+
+
+def _check_resnet(config: PreTrainedConfig) -> None:
+    if len(config.hidden_sizes) != len(config.depths):
+        raise ValueError(
+            f"backbone_config has hidden_sizes {list(config.hidden_sizes)} and depths {list(config.depths)}, but each "
+            "stage has one of both: give as many numbers."
         )
 
 
@@ -334,8 +359,9 @@ def check_loss(settings: Mapping[str, Any]) -> None:
     for name, known in (("void_in_loss", ("background", "ignore")), ("matching", ("bipartite", "fixed"))):
         if settings[name] not in known:
             raise ValueError(f"{name} is {settings[name]!r}, but must be {known[0]!r} or {known[1]!r}.")
+    weights = ("cross_entropy_weight", "mask_weight", "dice_weight")
     costs = ("class_cost", "mask_cost", "dice_cost")
-    for name in ("cross_entropy_weight", "mask_weight", "dice_weight", *costs):
+    for name in (*weights, *costs):
         if not _is_number(settings[name]) or settings[name] < 0:
             raise ValueError(f"{name} is {settings[name]}, but must be a finite number of at least 0.")
     # At 0 an image without segments would divide 0 by 0 in the weighted mean of the cross-entropy.
@@ -343,6 +369,10 @@ def check_loss(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"no_object_weight is {settings['no_object_weight']}, but must be a finite number above 0 (the paper's is "
             "0.1)."
+        )
+    if not any(settings[name] for name in weights):
+        raise ValueError(
+            "cross_entropy_weight, mask_weight and dice_weight are all 0, so the loss is 0. Set one above 0."
         )
     if not any(settings[name] for name in costs):
         raise ValueError(
@@ -386,8 +416,6 @@ def _check_transformer(config: PreTrainedConfig) -> None:
     for field in ("d_model", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "num_queries"):
         if getattr(config, field) < 1:
             raise ValueError(f"decoder_config.{field} is {getattr(config, field)}, but must be at least 1.")
-    if config.activation_function not in ACT2FN:
-        raise ValueError(f"decoder_config.activation_function is {config.activation_function!r}, which is unknown.")
     _check_heads(config.d_model, config.decoder_attention_heads, "decoder_config.d_model", "decoder_attention_heads")
     if config.model_type == "detr" and config.position_embedding_type != "sine":
         raise ValueError(

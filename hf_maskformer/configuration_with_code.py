@@ -26,6 +26,9 @@ class ConfigWithCode(PreTrainedConfig):
     files_of_auto_classes: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for labels in ("id2label", "label2id"):
+            if not isinstance(getattr(self, labels), dict | None):
+                raise ValueError(f"{labels} is a {type(getattr(self, labels)).__name__}, but must be a dictionary.")
         if self.id2label is None and self.label2id:  # transformers would count two classes
             names: dict[Any, Any] = {label: name for name, label in self.label2id.items()}
             if len(names) < len(self.label2id):

@@ -124,9 +124,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{name: settings.pop(name) for name in _BASE_CLASS_SETTINGS & settings.keys()})
-        checked = ImageProcessorSettings(**current_settings(settings, DEFAULT_SIZE))
-        for name in SETTINGS:
-            setattr(self, name, getattr(checked, name))
+        self._take(ImageProcessorSettings(**current_settings(settings, DEFAULT_SIZE)))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for a file, with Python's numbers in the place of numpy's."""
@@ -134,7 +132,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers. Raises a ValueError for a setting without a meaning, and writes nothing."""
-        self._settings_with({})
+        self._take(self._settings_with({}))
         return super().save_pretrained(*args, **kwargs)
 
     @classmethod
@@ -226,7 +224,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             raise ValueError(f'target_format is {target_format!r}; give "masks", "segment_map" or "label_map".')
         numbered = enumerate_items("images", images, 3)
         pixels = [read_image(image, index, input_data_format) for index, image in numbered]
-        _warn_of_double_rescaling(pixels, settings)
+        _warn_of_wrong_rescaling(pixels, settings)
         sizes = [size_of(image) for image in pixels]
         resized_sizes = [settings.resized_size(size) for size in sizes]
         padded_size = settings.padded_size(resized_sizes)
@@ -278,6 +276,10 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         for place, image, (height, width) in zip(data["pixel_values"], images, sizes, strict=True):
             place[:, :height, :width] = image
         return _batch_feature(data, return_tensors)
+
+    def resized_size(self, size: Size) -> Size:
+        """The size, (height, width), to which images of a size are brought before they are padded."""
+        return self._settings_with({}).resized_size(size)
 
     def post_process_semantic_segmentation(
         self,
@@ -421,6 +423,10 @@ class MaskFormerImageProcessor(BaseImageProcessor):
                 "shifted. Give it all that the image processor makes: model(**inputs)."
             )
 
+    def _take(self, settings: ImageProcessorSettings) -> None:
+        for name in SETTINGS:
+            setattr(self, name, getattr(settings, name))
+
     def _settings_with(self, overrides: Mapping[str, Any]) -> ImageProcessorSettings:
         own = {name: getattr(self, name) for name in SETTINGS}
         return ImageProcessorSettings(**own | current_settings(overrides, own["size"]))
@@ -437,6 +443,12 @@ def _batch_feature(data: dict[str, Any], return_tensors: Any) -> BatchFeature:
     return BatchFeature(data)
 
 
-def _warn_of_double_rescaling(images: Sequence[Tensor], settings: ImageProcessorSettings) -> None:
+def _warn_of_wrong_rescaling(images: Sequence[Tensor], settings: ImageProcessorSettings) -> None:
     if settings.do_rescale and any(image.is_floating_point() and image.max() <= 1 for image in images):
         logger.warning_once("Images lie between 0 and 1 already and are rescaled again; set do_rescale=False.")
+    # The factor that 16 bits would need, which are read as 8.
+    if settings.do_rescale and settings.rescale_factor < 1e-4 and any(image.max() <= 255 for image in images):
+        logger.warning_once(
+            f"Images lie between 0 and 255, as those of 16 bits are read too, and become black by the rescale_factor "
+            f"{settings.rescale_factor:.2g}; leave it at 1 / 255."
+        )

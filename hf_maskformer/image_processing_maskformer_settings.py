@@ -74,6 +74,7 @@ class ImageProcessorSettings:
                 if value is not None and (not isinstance(value, types) or is_number_by_accident):
                     raise ValueError(f"{name} is {repr(value)[:60]}, but must be {kind}.")
                 setattr(self, name, plain(value))
+        self.size_divisor = self.size_divisor or 0  # None, as an attribute may be set
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
         if self.pad_size is not None:
             self.pad_size = _checked_size("pad_size", self.pad_size, ({"height", "width"},))

@@ -112,7 +112,8 @@ class TransformerModule(nn.Module):
 
     def __init__(self, in_channels: int, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.queries_embedder = nn.Embedding(config.num_queries, config.d_model)
+        self.num_queries = config.num_queries  # an adapter around the embedding does not say how many it has
+        self.queries_embedder = nn.Embedding(self.num_queries, config.d_model)
         self.input_projection = (
             XavierConv2d(in_channels, config.d_model, kernel_size=1) if in_channels != config.d_model else None
         )
@@ -143,7 +144,7 @@ class TransformerModule(nn.Module):
         memory_positions = sine_positions(size, memory.shape[-1], memory.device, memory_sizes).to(memory.dtype)
         memory_mask = None if memory_sizes is None else positions_inside(size, memory_sizes)
         # Through the module, since weights that are offloaded or sharded come back when their module is called.
-        numbers = torch.arange(self.queries_embedder.num_embeddings, device=memory.device)
+        numbers = torch.arange(self.num_queries, device=memory.device)
         query_positions = self.queries_embedder(numbers)
         queries = query_positions.new_zeros(memory.shape[0], *query_positions.shape)
 

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .post_processing_maskformer_inputs import ImageLogits, ImageSizes, Size, check_thresholds, split_batch
+from .post_processing_maskformer_inputs import (
+    ImageLogits,
+    ImageSizes,
+    Size,
+    check_thresholds,
+    checked_label_ids,
+    split_batch,
+)
 from .post_processing_maskformer_tiles import TILE, Mode, TiledMasks
 
 # Labels that reach this part of the best score anywhere in a tile are tried first; others only where these are weak.
@@ -157,8 +164,9 @@ def panoptic_segmentation(
           fused segment each query counts with the pixels it brought.
 
     Raises:
-        ValueError: a threshold is no number from 0 to 1; see also `split_batch`.
+        ValueError: a threshold is no number from 0 to 1, or a label id no integer; see also `split_batch`.
     """
+    labels_to_fuse = checked_label_ids(label_ids_to_fuse)
     check_thresholds(
         threshold=threshold,
         mask_threshold=mask_threshold,
@@ -167,7 +175,7 @@ def panoptic_segmentation(
     images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
     with torch.autocast(masks_queries_logits.device.type, enabled=False):
         return [
-            _panoptic_segments(image, threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse)
+            _panoptic_segments(image, threshold, mask_threshold, overlap_mask_area_threshold, labels_to_fuse)
             for image in images
         ]
 

@@ -1,7 +1,7 @@
 """What post-processing takes: the logits of a batch and the sizes that turn them into pixels, image by image."""
 
-from collections.abc import Mapping, Sequence
-from numbers import Real
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +110,14 @@ def check_thresholds(**thresholds: Any) -> None:
     for name, value in thresholds.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             raise ValueError(f"{name} is {value!r}; give a number from 0 to 1.")
+
+
+def checked_label_ids(label_ids: Any) -> set[int]:
+    """Label ids as a set. Raises a ValueError unless they are integers: those of JSON's keys would name no label."""
+    ids = label_ids.tolist() if hasattr(label_ids, "tolist") else label_ids
+    if not isinstance(ids, Collection) or not all(isinstance(label_id, Integral) for label_id in ids):
+        raise ValueError(f"label_ids_to_fuse is {label_ids!r}; give a list of label ids, which are integers.")
+    return set(ids)
 
 
 def check_finite(logits: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ N instances. A mask is a small part of the image, so it is kept as the tiles tha
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -45,7 +46,7 @@ def instance_segmentation(
             those with higher scores; what the others showed becomes void. None keeps all.
         form: of `segmentation`, see below.
         top_k: candidates, by default as many as queries.
-        min_area: fewest pixels of a mask; at least 1.
+        min_area: fewest pixels of a mask. One without pixels is no instance, whatever this is.
 
     Returns:
         One dictionary per image:
@@ -57,16 +58,18 @@ def instance_segmentation(
           `label_id`, `was_fused` (False) and `score`.
 
     Raises:
-        ValueError: top_k is below 1, a threshold is no number from 0 to 1, or there is no such form; see also
-            `split_batch`.
+        ValueError: top_k is no whole number of at least 1, a threshold is no number from 0 to 1, or there is no such
+            form; see also `split_batch`.
     """
     check_thresholds(threshold=threshold, mask_threshold=mask_threshold)
     if overlap_mask_area_threshold is not None:
         check_thresholds(overlap_mask_area_threshold=overlap_mask_area_threshold)
     if form not in get_args(Form):
         raise ValueError(f"form is {form!r}; give one of {', '.join(get_args(Form))}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; give at least 1, or None for as many candidates as queries.")
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+        raise ValueError(
+            f"top_k is {top_k!r}; give a whole number of at least 1, or None for as many candidates as queries."
+        )
     images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
     results: list[dict[str, Any]] = []
     for image in images:

@@ -51,6 +51,14 @@ def test_low_rank_adapters_train_in_decoder_and_backbone_and_travel(architecture
     torch.testing.assert_close(masks(again.merge_and_unload(), pixel_values), after, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_on_the_queries_is_trained():
+    adapted = get_peft_model(ARCHITECTURES["resnet"](), LoraConfig(r=2, target_modules=["queries_embedder"]))
+    adapted.train()(**tiny_batch()).loss.backward()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2
+    assert any(p.grad.abs().max() > 0 for p in trained.values())
+
+
 def test_the_trainer_takes_a_model_with_adapters(tmp_path):
     model = get_peft_model(ARCHITECTURES["swin"](), LoraConfig(r=2, target_modules=LORA_TARGETS["swin"]))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

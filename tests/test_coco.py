@@ -515,6 +515,21 @@ def test_given_classes_say_what_is_ignored(tmp_path):
     assert dataset[0]["segmentation_map"].tolist() == [[99, 256]]
 
 
+@pytest.mark.parametrize("ignore_index", [-1, 255, 256, 257, 258, 259, 65535])
+def test_no_segment_is_lost_to_the_ignored_value(tmp_path, ignore_index):
+    segments = [{"id": number, "category_id": number} for number in (1, 2, 3)]
+    categories = [{"id": number, "name": f"class {number}"} for number in (1, 2, 3)]
+    json_path = write_panoptic(tmp_path, {"a": ([[0, 1], [2, 3]], segments)}, categories)
+    labels = LabelSet({label: f"class {label + 1}" for label in range(3)}, ignore_index=ignore_index)
+    dataset = CocoPanoptic(json_path, tmp_path / "images/train", labels=labels)
+    check_samples(dataset)
+    processor = MaskFormerImageProcessor(ignore_index=ignore_index, do_resize=False)
+    assert MaskFormerDataCollator(processor)([dataset[0]])["class_labels"].tolist() == [[0, 1, 2]]
+    reference = reference_of(dataset[0], dataset.labels, "panoptic")
+    assert reference["segmentation"].tolist() == [[0, 1], [2, 3]]
+    assert [entry["label_id"] for entry in reference["segments_info"]] == [0, 1, 2]
+
+
 def test_the_maps_may_lie_elsewhere(tmp_path):
     json_path = write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
     json_path.with_suffix("").rename(tmp_path / "maps")

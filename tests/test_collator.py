@@ -48,6 +48,12 @@ def test_samples_with_and_without_id_table_do_not_mix():
         MaskFormerDataCollator(RecordingProcessor())(samples)
 
 
+@pytest.mark.parametrize("samples", [[], None])
+def test_a_batch_of_nothing_is_refused(samples):
+    with pytest.raises(ValueError, match="give a list with at least one"):
+        MaskFormerDataCollator(RecordingProcessor())(samples)
+
+
 @pytest.mark.parametrize("error", [ValueError("label 7"), KeyError(7), TypeError("float")])
 def test_a_failure_of_the_image_processor_names_the_sample(error):
     def failing_processor(**arguments):

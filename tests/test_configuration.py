@@ -9,6 +9,8 @@ from transformers import DetrConfig, ResNetConfig
 
 from hf_maskformer import MaskFormerConfig, PerPixelBaselineConfig
 
+TRANSFORMER = {"model_type": "maskformer-transformer"}
+
 
 def test_the_default_is_the_architecture_of_the_default_in_transformers():
     ours, stock = MaskFormerConfig(), transformers.MaskFormerConfig()
@@ -59,6 +61,9 @@ def test_what_crashes_transformers_is_never_saved(tmp_path):
     assert saved["use_auxiliary_loss"] is False
     assert saved["decoder_config"]["auxiliary_loss"] is False
     assert saved["deep_supervision"] is True
+    config.use_auxiliary_loss = config.decoder_config.auxiliary_loss = True
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == saved
 
 
 def test_fields_given_to_from_pretrained_are_checked_and_mapped_too(tmp_path):
@@ -123,15 +128,22 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
         ({"mask_feature_size": 0}, "mask_feature_size is 0, but must be 1 to 65536"),
         ({"mask_weight": -1.0}, "mask_weight is -1.0, but must be a finite number of at least 0"),
         ({"no_object_weight": 0.0}, "no_object_weight is 0.0, but must be a finite number above 0"),
+        ({"cross_entropy_weight": 0, "mask_weight": 0, "dice_weight": 0}, "dice_weight are all 0, so the loss is 0"),
         ({"class_cost": 0, "mask_cost": 0, "dice_cost": 0}, "class_cost, mask_cost and dice_cost are all 0"),
         ({"use_auxiliary_loss": True, "deep_supervision": False}, "contradict each other"),
         ({"id2label": {1: "road", 2: "car"}}, "id2label has the ids .1, 2.*0 to 1 without gaps"),
         ({"id2label": {}}, "id2label is empty"),
+        ({"id2label": ["road", "car"]}, "id2label is a list, but must be a dictionary"),
+        ({"label2id": ["road", "car"]}, "label2id is a list, but must be a dictionary"),
         ({"decoder_config": {"model_type": "bert"}}, "decoder_config is of type 'bert', but must be of type 'detr'"),
         ({"decoder_config": {"model_type": "nonsense"}}, "decoder_config has model_type 'nonsense'"),
         ({"decoder_config": 3}, "decoder_config is a int, but must be a configuration or its dictionary"),
         ({"decoder_config": {"d_model": 30}}, "decoder_config.d_model is 30, but must be a multiple"),
         ({"decoder_config": {"num_queries": 0}}, "decoder_config.num_queries is 0"),
+        ({"decoder_config": {"dropout": 3.0}}, "decoder_config.dropout is 3.0, but must be a probability"),
+        ({"decoder_config": {**TRANSFORMER, "attention_dropout": -0.5}}, "decoder_config.attention_dropout is -0.5"),
+        ({"decoder_config": DetrConfig(activation_dropout=1.5)}, "decoder_config.activation_dropout is 1.5"),
+        ({"decoder_config": {"activation_function": "x"}}, "decoder_config.activation_function is 'x', which is unkn"),
         ({"decoder_config": {"position_embedding_type": "learned"}}, "position_embedding_type is 'learned'"),
         ({"backbone_config": {"hidden_sizes": [8]}}, "backbone_config has model_type None"),
         ({"backbone": "microsoft/resnet-50", "use_timm_backbone": False}, "names a backbone, but its configuration is"),
@@ -141,6 +153,17 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
         ),
         ({"backbone_config": {"model_type": "swin", "num_heads": [3, 5, 12, 24]}}, r"num_heads\[1\] is 5"),
         ({"backbone_config": {"model_type": "swin", "depths": [2, 2]}}, "has 4 stages"),
+        (
+            {"backbone_config": {"model_type": "swin", "drop_path_rate": 1}},
+            "drop_path_rate is 1, but must be a prob",
+        ),
+        ({"backbone_config": {"model_type": "swin", "hidden_dropout_prob": 2.0}}, "hidden_dropout_prob is 2.0"),
+        ({"backbone_config": {"model_type": "swin", "num_channels": 0}}, "num_channels is 0, but must be at least 1"),
+        ({"backbone_config": {"model_type": "resnet", "hidden_act": "x"}}, "backbone_config.hidden_act is 'x', which"),
+        (
+            {"backbone_config": {"model_type": "resnet", "hidden_sizes": [32, 32]}},
+            r"hidden_sizes \[32, 32\] and",
+        ),
         ({"backbone_config": {"model_type": "swin", "use_absolute_embeddings": True}}, "use_absolute_embeddings"),
     ],
 )
@@ -152,9 +175,6 @@ def test_what_no_model_can_have_fails_at_construction(fields, message):
 def test_a_field_of_the_wrong_type_is_named():
     with pytest.raises(Exception, match="mask_weight"):
         MaskFormerConfig(mask_weight="heavy")
-
-
-TRANSFORMER = {"model_type": "maskformer-transformer"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from golden import CONFIGS, FIXTURES
+from golden import CONFIGS, FIXTURES, Golden
 from models import tiny_config
 from safetensors.torch import load_file
 from transformers import AutoConfig, ResNetConfig, SwinConfig
@@ -57,12 +57,15 @@ def write_pth(path, tensors):
     return path
 
 
-def check_logits(folder, arrays):
-    """The model in a folder gives the stored logits."""
+def check_model(folder, name, arrays):
+    """The model in a folder gives the stored logits, and is the one whose losses and gradients are compared too."""
     is_baseline = json.loads((folder / "config.json").read_text())["model_type"] == "per-pixel-baseline"
     model_class = PerPixelBaselineForSemanticSegmentation if is_baseline else MaskFormerForInstanceSegmentation
     model, loading = model_class.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values())
+    compared = Golden(name).model.state_dict()
+    assert model.state_dict().keys() == compared.keys()
+    assert all(torch.equal(tensor, compared[key]) for key, tensor in model.state_dict().items())
     with torch.no_grad():
         outputs = model(arrays["pixel_values"])
     if is_baseline:
@@ -81,14 +84,14 @@ def test_both_formats_give_the_stored_logits(name, write, tmp_path):
     tensors = load_file(FIXTURES / name / "original_model.safetensors")
     source = write(tmp_path / f"model_final.{write.__name__[-3:]}", tensors)
     run_script(source, tmp_path / "model", "--config", FIXTURES / name / "config.yaml")
-    check_logits(tmp_path / "model", load_file(FIXTURES / name / "arrays.safetensors"))
+    check_model(tmp_path / "model", name, load_file(FIXTURES / name / "arrays.safetensors"))
 
 
 @pytest.mark.skipif(not STORED.is_dir(), reason="the files that the original wrote are not on this machine")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_files_that_the_original_wrote_give_the_stored_logits(name, tmp_path):
     run_script(STORED / name / "model_final.pkl", tmp_path / "model", "--config", STORED / name / "config.yaml")
-    check_logits(tmp_path / "model", load_file(STORED / name / "arrays.safetensors"))
+    check_model(tmp_path / "model", name, load_file(STORED / name / "arrays.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["resnet_semantic", "swin_semantic"])

@@ -524,14 +524,24 @@ def test_a_model_of_half_precision_is_evaluated():
     assert (found == expected).float().mean() > 0.8
 
 
-def test_scales_of_a_size_without_a_longest_edge_go_up_to_four_times_the_shortest(monkeypatch):
-    calls = []
-    scores = torch.zeros(SCENES.labels.num_labels, 64, 64)
-    monkeypatch.setattr(evaluation, "augmented_semantic_scores", lambda *_, **kw: calls.append(kw) or scores)
-    processor = MaskFormerImageProcessor(size={"height": 128, "width": 256})
-    evaluate(model_for(SCENES.labels), processor, SCENES, "semantic", scale_averaging=True)
-    assert {call["longest_edge"] for call in calls} == {round(1.75 * 4 * 128)}
-    assert calls[0]["shortest_edges"] == [64, 96, 128, 160, 192, 224]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_resize": False},
+        {"size": {"shortest_edge": 64}},
+        {"size": {"shortest_edge": 64, "longest_edge": 384}},
+        {"size": {"max_height": 384, "max_width": 384}},
+        {"size": {"height": 64, "width": 384}},
+    ],
+)
+def test_scales_are_relative_to_the_size_at_which_an_image_is_evaluated(settings):
+    scenes, sizes = GeneratedScenes(1, image_size=(64, 384)), []
+    model, processor = model_for(SCENES.labels), MaskFormerImageProcessor(size_divisor=0, **settings)
+    model.register_forward_pre_hook(
+        lambda _, _args, inputs: sizes.append(tuple(inputs["pixel_values"].shape[-2:])), with_kwargs=True
+    )
+    evaluate(model, processor, scenes, "semantic", scale_averaging=True)
+    assert sizes[::2] == sizes[1::2] == [(round(64 * scale), round(384 * scale)) for scale in evaluation.SCALES]
 
 
 def test_a_panoptic_prediction_in_a_folder_is_named_with_it(tmp_path):

@@ -218,7 +218,8 @@ def test_a_missing_classes_json_is_named(root):
         ('{"id2label": {"sky": "0"}}', 'id2label has the key "sky"'),
         ('{"id2label": {"00": "sky"}}', 'id2label has the key "00"'),
         ('{"id2label": {"0": 1}}', "id2label maps 0 to 1"),
-        ('{"id2label": {"0": "sky", "1": "sky"}}', "id2label names several classes sky"),
+        ('{"id2label": {"0": 1, "1": 1}}', "id2label maps 0 to 1"),
+        ('{"id2label": {"0": "sky", "1": "sky", "2": "sky (1)"}}', r"id2label names several classes sky \(1\)"),
         ('{"id2label": {"0": "sky"}, "ignore_index": "255"}', "ignore_index is '255'"),
         (
             '{"id2label": {"0": "sky"}, "ignore_index": 3000000000}',
@@ -245,6 +246,15 @@ def test_a_malformed_classes_json_is_explained_with_its_path(tmp_path, content, 
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=rf"classes.json: .*{message}"):
         LabelSet.from_json(tmp_path / "classes.json")
+
+
+def test_classes_that_share_a_name_are_told_apart(tmp_path, caplog):
+    path = tmp_path / "classes.json"
+    path.write_text('{"id2label": {"0": "screen", "1": "door", "2": "screen"}}')
+    assert LabelSet.from_json(path).id2label == {0: "screen (0)", 1: "door", 2: "screen (2)"}
+    assert "They are called screen (0), screen (2) here." in caplog.text
+    with pytest.raises(ValueError, match="id2label names several classes screen"):
+        LabelSet({0: "screen", 1: "screen"})
 
 
 def test_classes_are_written_as_they_are_read(tmp_path):

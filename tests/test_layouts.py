@@ -236,6 +236,14 @@ def test_coco_stuff_skips_the_ids_that_were_never_annotated(tmp_path, label_name
     check_samples(dataset)
 
 
+def test_pixels_without_a_class_of_coco_stuff_have_the_ignored_value_of_given_classes(tmp_path, label_names):
+    write_coco_stuff(tmp_path, [[0, 1, 182]])
+    labels = LabelSet({label: f"class {label}" for label in range(171)}, ignore_index=65535)
+    dataset = layouts.CocoStuff10k(tmp_path, "train", labels)
+    assert dataset[0]["segmentation_map"].tolist() == [[65535, 0, 170]]
+    check_samples(dataset)
+
+
 @pytest.mark.parametrize("unknown", [12, 183, 60000])
 def test_an_id_that_coco_stuff_does_not_have_is_named(tmp_path, label_names, unknown):
     write_coco_stuff(tmp_path, [[1, unknown]])
@@ -378,12 +386,10 @@ def test_real_folders_open(name, count):
 
 @needs_real_data
 def test_real_ade20k_maps_hold_its_labels():
-    labels = LabelSet({label: f"class {label}" for label in range(150)}, do_reduce_labels=True)
     for split in ("train", "val"):
-        folder = REAL_DATA / "ade_semantic"
-        images = {path.stem: path for path in (folder / "images" / split).iterdir()}
-        maps = {path.stem: path for path in (folder / "annotations" / split).iterdir()}
-        check_samples(layouts.SegmentationFiles(images, maps, labels, "classes"))
+        dataset = open_dataset(str(REAL_DATA / "ade_semantic"), split)
+        assert (dataset.labels.num_labels, dataset.labels.do_reduce_labels) == (150, True)
+        check_samples(dataset)
 
 
 def write_ade20k(root):

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -415,6 +416,19 @@ def test_results_do_not_depend_on_the_default_type_or_device(default):
 def test_a_threshold_that_is_no_probability_is_refused(function, threshold, name):
     with pytest.raises(ValueError, match=f"^{name} is .*; give a number from 0 to 1"):
         function(*mixed_batch(), **{name: threshold})
+
+
+@pytest.mark.parametrize("label_ids", [["0", "1"], "01", 0, None])
+def test_labels_to_fuse_that_are_no_integers_are_refused(label_ids):
+    with pytest.raises(ValueError, match=r"^label_ids_to_fuse is .*; give a list of label ids"):
+        panoptic_segmentation(*mixed_batch(), label_ids_to_fuse=label_ids)
+
+
+@pytest.mark.parametrize("collection", [tuple, set, np.array, torch.tensor, dict.fromkeys])
+def test_labels_to_fuse_may_come_in_any_collection(collection):
+    result = panoptic(class_logits(SKY, SKY), mask_logits([[1, 0]], [[0, 1]]), label_ids_to_fuse=collection([SKY]))
+    assert result["segmentation"].tolist() == [[1, 1]]
+    assert [entry["was_fused"] for entry in result["segments_info"]] == [True]
 
 
 @pytest.mark.parametrize("threshold", ["0.5", 1.5, -0.1, True, math.nan])

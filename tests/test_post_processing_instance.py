@@ -100,9 +100,9 @@ def test_a_mask_is_kept_once_for_all_labels_of_its_query():
     assert sorted(found.masks()[:, 0].int().tolist()) == [[0, 1, 1]] * 50 + [[1, 0, 0]] * 50
 
 
-@pytest.mark.parametrize("top_k", [0, -1])
+@pytest.mark.parametrize("top_k", [0, -1, 2.5])
 def test_no_candidates_are_refused(top_k):
-    with pytest.raises(ValueError, match=f"top_k is {top_k}; give at least 1"):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}; give a whole number of at least 1"):
         instances(*overlapping_instances(), top_k=top_k)
 
 

@@ -57,6 +57,8 @@ class MaskFormerDataCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""
+        if not isinstance(samples, Sequence) or not samples:
+            raise ValueError(f"The samples of a batch are {samples!r}; give a list with at least one.")
         form = _common_form(samples)
         names = ", ".join(sample["name"] for sample in samples)
         try:

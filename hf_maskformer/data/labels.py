@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 FIELDS_OF_CLASSES_JSON = ("id2label", "ignore_index", "do_reduce_labels", "thing_ids", "category_ids", "palette")
 
@@ -27,8 +30,9 @@ class LabelSet:
             Empty where these are the ids of the classes themselves.
 
     Raises:
-        ValueError: ids have gaps, a name is no string, `thing_ids` has an unknown class, `category_ids` is not one id
-            for each class, or `ignore_index` is also the value of a class or beyond 32 bits.
+        ValueError: ids have gaps, a name is no string or that of two classes, `thing_ids` has an unknown class,
+            `category_ids` is not one id for each class, or `ignore_index` is also the value of a class or beyond 32
+            bits.
     """
 
     id2label: dict[int, str]
@@ -64,8 +68,8 @@ class LabelSet:
         """Reads a `classes.json`.
 
         The file holds `{"id2label": {"0": "sky", ...}}` and optionally `ignore_index`, `do_reduce_labels`,
-        `thing_ids`, `category_ids` and `palette` (unused here). Raises FileNotFoundError or ValueError, both naming
-        the file.
+        `thing_ids`, `category_ids` and `palette` (unused here). Classes that share a name, as two of ADE20K may, get
+        their ids added to it, with a warning. Raises FileNotFoundError or ValueError, both naming the file.
         """
         path = Path(path)
         if not path.is_file():
@@ -74,7 +78,9 @@ class LabelSet:
             )
         try:
             # Editors on Windows put a byte order mark in front, which plain utf-8 would not read.
-            return cls(**_fields(json.loads(path.read_text(encoding="utf-8-sig"))))
+            fields = _fields(json.loads(path.read_text(encoding="utf-8-sig")))
+            fields["id2label"] = _told_apart(fields["id2label"], path)
+            return cls(**fields)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in that encoding.") from error
         except (ValueError, RecursionError) as error:
@@ -198,6 +204,21 @@ def _fields(content: Any) -> dict[str, Any]:
             raise ValueError(f"{name} is {content[name]!r}; it must be a list of ids.")
         fields[name] = tuple(content.get(name, []))
     return fields
+
+
+def _told_apart(id2label: dict[int, Any], path: Path) -> dict[int, Any]:
+    """The names, with the id added where several classes have the same one."""
+    # Whatever is no name is refused by the check of types.
+    counts = Counter(name for name in id2label.values() if isinstance(name, str))
+    told_apart = {
+        label: f"{name} ({label})" for label, name in id2label.items() if isinstance(name, str) and counts[name] > 1
+    }
+    if not told_apart:
+        return id2label
+    logger.warning_once(
+        f"{path} gives several classes the same name. They are called {shorten(told_apart.values())} here."
+    )
+    return id2label | told_apart
 
 
 def _to_id(key: str) -> int:

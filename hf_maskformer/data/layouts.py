@@ -130,7 +130,7 @@ def mapillary_vistas(root: str | Path, split: str, labels: LabelSet | None = Non
 class CocoStuff10k(SegmentationFiles):
     """COCO-Stuff 10k, 171 classes: images/*.jpg, annotations/*.mat and imageLists/{train,test}.txt.
 
-    "val" is its test list. Pixels of a map are classes from 0, and 255 where there is none.
+    "val" is its test list. Pixels of a map are classes from 0, and `ignore_index` where there is none.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, or a map holds an id that is none of COCO-Stuff's.
@@ -146,7 +146,7 @@ class CocoStuff10k(SegmentationFiles):
         images = _chosen(_files(Path(root) / "images", IMAGE_SUFFIXES), names, list_path)
         maps = _chosen(_files(Path(root) / "annotations", (".mat",)), names, list_path)
         super().__init__(images, maps, labels or _named_labels("coco_stuff_10k"), "COCO-Stuff's classes")
-        self._label_of_id = np.full(183, 255, dtype=np.uint8)
+        self._label_of_id = np.full(183, self.labels.ignore_index, dtype=np.int32)
         self._label_of_id[np.setdiff1d(np.arange(1, 183), COCO_STUFF_UNUSED_IDS)] = np.arange(171)
 
     def _load_map(self, path: Path) -> Image.Image:

@@ -9,7 +9,7 @@ from PIL import Image
 from ..image_processing_maskformer_images import stored_values
 from .labels import LabelSet, shorten
 
-# The first id in the map of a sample. It lies above every 8-bit value, so that no segment has the ignored one.
+# The first id in the map of a sample lies above every 8-bit value, of which the ignored one mostly is.
 FIRST_ID = 256
 
 Segments = tuple[np.ndarray, dict[int, int], tuple[int, ...]]
@@ -40,7 +40,7 @@ def _ids_of_colors(colors: np.ndarray) -> np.ndarray:
 def number_segments(
     ids: np.ndarray, segments_info: Sequence[Mapping[str, Any]], labels: LabelSet, source: str
 ) -> Segments:
-    """Numbers the segments of an image in the order in which they are listed, from `FIRST_ID`.
+    """Numbers the segments of an image in the order in which they are listed, from `first_id` on.
 
     Args:
         ids: (H, W) integers; 0 is void unless it is listed.
@@ -57,7 +57,7 @@ def number_segments(
     number_of_id: dict[int, int] = {}
     label_of_number: dict[int, int] = {}
     crowd_ids = []
-    for number, segment in enumerate(segments_info, start=FIRST_ID):
+    for number, segment in enumerate(segments_info, start=first_id(len(segments_info), labels.ignore_index)):
         segment_id = _integer(segment, "id", source)
         if segment_id in number_of_id:
             raise ValueError(f"{source}: segments_info lists the id {segment_id} twice. Give each segment its own id.")
@@ -90,9 +90,15 @@ def split_class_and_instance(image: Image.Image, ignore_index: int, source: str)
     present = np.flatnonzero(np.bincount(pairs.ravel(), minlength=2**16))
     segments = present[present // 256 != ignore_index]
     number_of_pair = np.full(2**16, ignore_index, dtype=np.int32)
-    number_of_pair[segments] = np.arange(FIRST_ID, FIRST_ID + len(segments))
-    label_of_number = dict(enumerate((segments // 256).tolist(), start=FIRST_ID))
+    start = first_id(len(segments), ignore_index)
+    number_of_pair[segments] = np.arange(start, start + len(segments))
+    label_of_number = dict(enumerate((segments // 256).tolist(), start=start))
     return number_of_pair[pairs], label_of_number, ()
+
+
+def first_id(num_segments: int, ignore_index: int) -> int:
+    """The id from which on an image's segments are numbered, so that none has the ignored value."""
+    return ignore_index + 1 if FIRST_ID <= ignore_index < FIRST_ID + num_segments else FIRST_ID
 
 
 def _integer(segment: Mapping[str, Any], field: str, source: str) -> int:

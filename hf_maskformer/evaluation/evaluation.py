@@ -119,8 +119,10 @@ def evaluate(
 
 
 def _averaged(model: torch.nn.Module, image_processor: Any, image: Image.Image) -> torch.Tensor:
-    size = image_processor.size
-    shortest, longest = min(size.values()), size.get("longest_edge", 4 * min(size.values()))
+    resized_size = image_processor.resized_size((image.height, image.width))
+    size = image_processor.size if image_processor.do_resize else {}
+    # Bounds of both edges hold for all images; where only one edge is bounded or none, the image's own size does.
+    shortest, longest = size.get("shortest_edge", min(resized_size)), size.get("longest_edge", max(resized_size))
     edges = [round(scale * shortest) for scale in SCALES]
     scores = augmented_semantic_scores(
         model, image_processor, image, shortest_edges=edges, longest_edge=round(max(SCALES) * longest)

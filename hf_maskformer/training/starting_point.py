@@ -179,8 +179,9 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
         for name in {name.rpartition(".")[0] for name in HEADS[model_class]} & dict(model.named_modules()).keys():
             model.get_submodule(name).reset_parameters()
         new = [name for name in HEADS[model_class] if name in model.state_dict()]
-    if new:
-        logger.warning(f"The class predictor of {checkpoint} is replaced by a random one: {', '.join(new)}.")
+    random = [name for name in new if name in dict(model.named_parameters())]
+    if random:
+        logger.warning(f"The class predictor of {checkpoint} is replaced by a random one: {', '.join(random)}.")
     return model
 
 
