@@ -172,7 +172,7 @@ def current_settings(given: Mapping[str, Any], known_size: Mapping[str, int]) ->
     max_size = settings.pop("max_size", None)
     if "size" in settings or max_size is not None:
         settings["size"] = _read_size(settings.get("size"), max_size, known_size)
-    if isinstance(settings.get("pad_size"), int):
+    if isinstance(settings.get("pad_size"), Integral):
         settings["pad_size"] = {"height": settings["pad_size"], "width": settings["pad_size"]}
     return settings
 
@@ -205,8 +205,8 @@ def _take_old_name(settings: dict[str, Any], old: str, new: str, default: Any) -
 def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -> dict[str, int]:
     """Gives the edges that a size in any of its forms means."""
     known_edges = known_size if "shortest_edge" in known_size else DEFAULT_SIZE
-    if size is None or isinstance(size, int):
-        edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": size}
+    if size is None or isinstance(size, Integral):
+        edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": int(size)}
         return edges if max_size is None else {**edges, "longest_edge": max_size}
     is_pair = isinstance(size, list | tuple) and len(size) == 2
     if not is_pair and not isinstance(size, Mapping):

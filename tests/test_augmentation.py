@@ -441,3 +441,15 @@ def test_neither_an_ignored_id_nor_an_ignored_label_counts_as_a_class():
 def test_a_share_above_one_is_refused():
     with pytest.raises(ValueError, match=r"single_category_max_area is 1\.5"):
         RandomScaleCropFlip([4], 10, single_category_max_area=1.5)
+
+
+def test_pixels_of_ids_without_a_label_are_no_class():
+    sample = {"segmentation_map": np.array([[0, 0, 256, 257]]), "instance_id_to_semantic_id": {256: 3, 257: 3}}
+    assert class_areas(sample, (255,)).tolist() == [2]
+
+
+def test_the_contrast_falls_to_one_half():
+    grey = Image.new("RGB", (1, 1), (220, 220, 220))
+    values = [color_jitter(grey, torch.Generator().manual_seed(n)).getpixel((0, 0))[0] for n in range(1000)]
+    lowest = 0.5 * (220 - 32)
+    assert lowest <= min(values) < lowest + 10

@@ -551,3 +551,21 @@ def test_objects_of_which_some_do_not_say_whether_they_are_crowds_are_found(tmp_
     monkeypatch.setattr(CocoInstances, "__getitem__", lambda self, index: sample)
     with pytest.raises(ValueError, match="has 2 masks, 2 labels and 1 values of iscrowd"):
         check_samples(dataset)
+
+
+def test_what_given_classes_say_of_things_outweighs_the_file(panoptic, tmp_path):
+    labels = LabelSet({0: "tree", 1: "person", 2: "toothbrush"}, thing_ids=(1,))
+    assert CocoPanoptic(panoptic, tmp_path / "images/train", labels=labels).labels.thing_ids == (1,)
+
+
+def test_given_classes_that_lack_a_category_are_refused(panoptic, tmp_path):
+    edit(panoptic, lambda content: content["categories"].append({"id": 5, "name": "comb"}))
+    labels = LabelSet({0: "tree", 1: "person", 2: "toothbrush"})
+    with pytest.raises(ValueError, match=r"only the file has comb, only the classes have none"):
+        CocoPanoptic(panoptic, tmp_path / "images/train", labels=labels)
+
+
+def test_a_truth_value_is_no_id(tmp_path):
+    path = write_instances(tmp_path, {"a": ((4, 4), [{"category_id": True, "segmentation": SQUARE}])})
+    with pytest.raises(ValueError, match="a segment has the category_id True"):
+        open_instances(path)

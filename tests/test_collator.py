@@ -208,3 +208,11 @@ def test_samples_that_were_brought_to_size_keep_it(sample):
     assert MaskFormerDataCollator(processor)([sample])["pixel_values"].shape[2:] == (4, 8)
     batch = MaskFormerDataCollator(processor, do_resize=False)([sample])
     assert batch["pixel_values"].shape[2:] == batch["mask_labels"][0].shape[-2:] == (1, 2)
+
+
+def test_a_class_of_ones_own_on_transformers_processor_is_refused_too():
+    class Own(MaskFormerImageProcessorPil):
+        pass
+
+    with pytest.raises(ValueError, match="The image processor is a Own of transformers"):
+        MaskFormerDataCollator(Own())

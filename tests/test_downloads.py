@@ -83,6 +83,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.start(Content_Encoding="gzip")
         self.wfile.write(gzip.compress(bytes(2**26)))
 
+    def packed_if_asked(self):
+        is_packed = "gzip" in self.headers.get("Accept-Encoding", "")
+        self.start(**({"Content_Encoding": "gzip"} if is_packed else {}))
+        self.wfile.write(gzip.compress(photo()) if is_packed else photo())
+
+    def missing(self):
+        self.start(404, Content_Type="image/png")
+        self.wfile.write(photo())
+
     def cut(self):
         self.start(Content_Length=str(len(photo())))
         self.wfile.write(photo()[:20])
@@ -140,3 +149,17 @@ def test_what_leads_to_no_image_is_named(address, path):
 def test_a_path_that_looks_like_none_of_them_is_a_path(tmp_path):
     Image.fromarray(np.zeros((3, 4), dtype=np.uint8)).save(tmp_path / "a:b.png")
     assert MaskFormerImageProcessor(do_resize=False)(str(tmp_path / "a:b.png"))["pixel_values"].shape[-2:] == (32, 32)
+
+
+def test_an_image_that_a_server_could_pack_arrives(address):
+    assert images.download_image(f"{address}/packed_if_asked").size == (4, 3)
+
+
+def test_the_picture_of_an_error_is_not_taken_for_the_image(address):
+    with pytest.raises(ValueError, match="404"):
+        MaskFormerImageProcessor()(f"{address}/missing")
+
+
+def test_an_image_at_an_address_without_a_path_has_a_name(monkeypatch):
+    monkeypatch.setattr("hf_maskformer.evaluation.prediction._download", lambda url: Image.new("RGB", (4, 3)))
+    assert [name for name, _ in read_images("http://127.0.0.1/")] == ["image"]

@@ -552,3 +552,9 @@ def test_a_panoptic_prediction_in_a_folder_is_named_with_it(tmp_path):
     writer.finish()
     (entry,) = json.loads((tmp_path / "panoptic.json").read_text())["annotations"]
     assert (tmp_path / "panoptic" / entry["file_name"]).is_file()
+
+
+def test_there_are_no_figures_where_another_process_was_stopped(monkeypatch):
+    monkeypatch.setattr(evaluation, "gather_object", lambda mine: [*mine, True])
+    processor = image_processor_for(SCENES.labels, 64)
+    assert evaluate(model_for(SCENES.labels), processor, SCENES, "semantic", should_stop=lambda: False) == {}

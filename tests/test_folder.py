@@ -1,6 +1,7 @@
 """The folder reader, its classes.json and the check over all samples."""
 
 import json
+import os
 import pickle
 import unicodedata
 from pathlib import Path
@@ -453,3 +454,28 @@ def test_the_most_frequent_class_comes_first_in_the_table():
         ["0", "25.000%", "1", "sky"],
         ["1", "0.000%", "0", "road"],
     ]
+
+
+def test_a_data_set_of_a_single_class_is_counted(root):
+    for name in "ab":
+        write_sample(root, name, np.array([[0, 0, 255], [0, 0, 0]], np.uint8))
+    write_classes(root, id2label={"0": "cell"})
+    report = check.inspect_samples(SegmentationFolder(root, "train"))
+    assert (report.problems, report.pixels.tolist(), report.occurrences.tolist()) == ([], [10], [2])
+
+
+def test_the_check_needs_no_thread_beside_its_own(root):
+    assert check.inspect_samples(SegmentationFolder(root, "train"), num_workers=0).num_samples == 2
+
+
+def test_file_names_may_hold_bytes_that_are_no_text(root):
+    name = os.fsdecode(b"caf\xe9")
+    write_sample(root, name)
+    assert name in SegmentationFolder(root, "train").names
+
+
+def test_the_ignored_value_has_at_most_32_bits():
+    assert LabelSet({0: "sky"}, ignore_index=2**31 - 1).ignore_index == 2**31 - 1
+    for value in (2**31, -(2**31) - 1):
+        with pytest.raises(ValueError, match="pixels have at most 32 bits"):
+            LabelSet({0: "sky"}, ignore_index=value)

@@ -142,3 +142,7 @@ def test_a_segment_without_a_pixel_has_an_empty_box():
     result = {"segmentation": torch.zeros(2, 3, dtype=torch.int32), "segments_info": [{"id": 1, "label_id": 0}]}
     (entry,) = panoptic_annotation(result, 1, "a.png")["segments_info"]
     assert (entry["area"], entry["bbox"]) == (0, [0, 0, 0, 0])
+
+
+def test_a_folder_with_a_dot_in_its_name_keeps_all_of_it(tmp_path):
+    assert write_panoptic([], tmp_path / "run.1") == tmp_path / "run.1.json"

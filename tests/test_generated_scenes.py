@@ -230,3 +230,11 @@ def test_an_index_outside_is_refused():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GeneratedScenes(**arguments)
+
+
+def test_each_colour_is_given_its_most_frequent_class_where_that_is_best():
+    colors = [0] * 15 + [100] * 10 + [200] * 4
+    labels = [0] * 10 + [1] * 5 + [0] * 10 + [1] * 4
+    image = Image.fromarray(np.array([[(red, 0, 0) for red in colors]], dtype=np.uint8))
+    sample = {"image": image, "segmentation_map": np.array([labels]), "name": "a"}
+    assert color_classifier_mean_iou([sample], [sample], 2) == pytest.approx((20 / 25 + 4 / 9) / 2)

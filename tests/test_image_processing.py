@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from transformers.models.maskformer.image_processing_pil_maskformer import (
     MaskFormerImageProcessorPil as StockImageProcessor,
 )
@@ -175,6 +175,7 @@ def test_settings_without_meaning_are_refused(settings, message):
     ("given", "meant"),
     [
         (512, {"shortest_edge": 512, "longest_edge": 1333}),
+        (np.int64(512), {"shortest_edge": 512, "longest_edge": 1333}),
         ((30, 40), {"height": 30, "width": 40}),
         ({"shortest_edge": 512}, {"shortest_edge": 512}),
         (None, {"shortest_edge": 800, "longest_edge": 1333}),
@@ -467,6 +468,7 @@ def test_a_size_divisor_pads_and_does_not_stretch(divisor, padded_size):
 def test_pad_size_is_the_size_of_every_batch():
     processor = unscaled(pad_size={"height": 50, "width": 70})
     assert processor(random_image(5, 7))["pixel_values"].shape == (1, 3, 50, 70)
+    assert processor(random_image(5, 7), pad_size=np.int64(9))["pixel_values"].shape == (1, 3, 9, 9)
     with pytest.raises(ValueError, match=r"Image 1 is 51 x 7 after resizing and does not fit into pad_size 50 x 70"):
         processor([random_image(5, 7), random_image(51, 7)])
 
@@ -714,3 +716,22 @@ def test_a_setting_without_a_meaning_is_not_saved_over_a_file(tmp_path, value):
     with pytest.raises(ValueError, match="num_labels is"):
         processor.save_pretrained(tmp_path)
     assert MaskFormerImageProcessor.from_pretrained(tmp_path).num_labels == 4
+
+
+def test_a_processor_in_a_subfolder_is_read(tmp_path):
+    MaskFormerImageProcessor(ignore_index=7).save_pretrained(tmp_path / "processor")
+    assert MaskFormerImageProcessor.from_pretrained(tmp_path, subfolder="processor").ignore_index == 7
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="needs JPEG 2000 in Pillow")
+def test_a_file_of_jpeg_2000_is_read(tmp_path):
+    Image.new("RGB", (32, 64)).save(tmp_path / "photo.jp2")
+    batch = MaskFormerImageProcessor(do_resize=False)(str(tmp_path / "photo.jp2"))
+    assert batch["pixel_values"].shape == (1, 3, 64, 32)
+
+
+def test_no_batch_has_images_of_more_pixels_than_the_limit():
+    settings = ImageProcessorSettings(do_resize=False)
+    assert settings.padded_size([(2**14, 2**14)]) == (2**14, 2**14)
+    with pytest.raises(ValueError, match="more than 268435456 pixels"):
+        settings.padded_size([(2**14, 2**14 + 1)])

@@ -26,6 +26,7 @@ from hf_maskformer.hub.model_card import (
     TEMPLATE,
     StartingPoint,
     inherited_licence,
+    make_card,
     rename_card,
     starting_point,
 )
@@ -401,3 +402,22 @@ def test_the_licence_of_the_authors_may_be_chosen_for_what_began_with_their_weig
     assert inherited_licence(start, AUTHORS_LICENCE)[0] == {"license": AUTHORS_LICENCE}
     with pytest.raises(ValueError, match="license is 'mit'"):
         inherited_licence(start, "mit")
+
+
+def test_a_model_in_an_account_is_called_by_its_own_name_in_results(card):
+    made = make_card(
+        tiny_model().config,
+        "semantic",
+        "ada/scenes",
+        origin="",
+        licence={},
+        licence_text="",
+        results=card.data.eval_results,
+    )
+    assert made.data.model_name == "scenes"
+
+
+def test_a_card_with_results_of_another_form_still_says_its_licence(tmp_path):
+    metadata = "license: apache-2.0\nmodel-index:\n- name: scenes\n  results: none"
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# scenes\n")
+    assert starting_point(str(tmp_path)).licence == (("license", "apache-2.0"),)

@@ -361,3 +361,27 @@ def test_changes_of_a_base_go_down_to_the_last_level_and_a_home_may_be_short(tmp
 def test_a_decoder_without_layers_another_stride_and_another_norm_are_refused(read, values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read(**values)
+
+
+def test_the_divisor_of_a_baseline_is_that_of_its_backbone(read):
+    head = {**SMALLEST["MODEL"]["SEM_SEG_HEAD"], "NAME": "PerPixelBaselineHead"}
+    for backbone, divisor in (("build_resnet_backbone", 0), ("D2SwinTransformer", 32)):
+        original = read(
+            MODEL__META_ARCHITECTURE="SemanticSegmentor",
+            MODEL__BACKBONE__NAME=backbone,
+            MODEL__SEM_SEG_HEAD=head,
+            MODEL__MASK_FORMER__SIZE_DIVISIBILITY=16,
+        )
+        assert original.image_processor().size_divisor == divisor
+
+
+def test_a_number_above_that_of_any_model_is_refused(read):
+    with pytest.raises(ValueError, match=r"MODEL\.MASK_FORMER\.DIM_FEEDFORWARD '?1000000000000'?, but something like"):
+        read(MODEL__MASK_FORMER__DIM_FEEDFORWARD=10**12)
+
+
+def test_a_mapping_that_is_used_twice_by_alias_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("MODEL: &again {DEPTH: 50}\nINPUT: *again\n")
+    with pytest.raises(ValueError, match="a mapping is used twice by alias"):
+        read_yaml(path)

@@ -190,6 +190,17 @@ def test_a_value_that_a_png_cannot_hold_is_named(tmp_path, value):
         write_parquet(OneSample(np.array([[value]])), tmp_path, "train")
 
 
+@pytest.mark.parametrize("table", [{5: 1}, {5: 1, 0: 2}])
+def test_zero_is_void_where_labels_are_reduced_unless_it_has_a_label(tmp_path, table):
+    image = Image.new("RGB", (3, 1))
+    sample = OneSample(np.array([[0, 5, 255]]), instance_id_to_semantic_id=table, image=image)
+    sample.labels = LabelSet({0: "sky", 1: "road"}, do_reduce_labels=True)
+    write_parquet(sample, tmp_path / "out", "train")
+    found = open_dataset(str(tmp_path / "out"), "train")[0]
+    labels = [found["instance_id_to_semantic_id"].get(number) for number in found["segmentation_map"].ravel()]
+    assert labels == [table.get(0), 1, None]
+
+
 def test_an_id_without_label_is_refused(tmp_path):
     sample = OneSample(np.array([[3]]), instance_id_to_semantic_id={4: 0})
     with pytest.raises(ValueError, match="a contains ids that instance_id_to_semantic_id lacks"):

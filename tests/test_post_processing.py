@@ -13,6 +13,8 @@ from transformers.models.maskformer.image_processing_pil_maskformer import (
     MaskFormerImageProcessorPil as StockImageProcessor,
 )
 
+from hf_maskformer import MaskFormerImageProcessor
+from hf_maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput
 from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_scores, semantic_segmentation
 from hf_maskformer.post_processing_maskformer_instance import instance_segmentation
 
@@ -436,3 +438,12 @@ def test_labels_to_fuse_may_come_in_any_collection(collection):
 def test_a_share_that_a_mask_has_to_show_is_one_from_0_to_1(function, threshold):
     with pytest.raises(ValueError, match=r"^overlap_mask_area_threshold is .*; give a number from 0 to 1"):
         function(*mixed_batch(), overlap_mask_area_threshold=threshold)
+
+
+def test_a_processor_refuses_a_target_without_a_pixel():
+    logits = {"class_queries_logits": torch.zeros(1, 2, 3), "masks_queries_logits": torch.zeros(1, 2, 8, 8)}
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match=r"target_sizes\[0\] is"):
+            MaskFormerImageProcessor().post_process_semantic_segmentation(
+                MaskFormerForInstanceSegmentationOutput(**logits), target_sizes=[size]
+            )

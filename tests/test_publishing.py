@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hub_stand_in import hub
 from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from models import needs_auto_image_processor, swin_config, tiny_model
 from test_auto_classes import TRAVELLING, load_in_clean_process
 from test_scripts import load
@@ -460,3 +461,15 @@ def test_every_file_that_is_named_is_published_and_nothing_else(hub, tmp_path):
     publish(tmp_path, "ada/name")
     assert hub.repositories["ada/name"].files().keys() == {*files, ".gitattributes", "model.safetensors"}
     assert {"pictures/x.png", "pictures/x.jpg", "loss_curve.png", "metrics.json"} <= {*files}
+
+
+def test_what_else_the_hub_refuses_is_no_upload_that_broke_off(hub, tmp_path, monkeypatch):
+    save(tmp_path)
+
+    def refuse(*_, **__):
+        response = SimpleNamespace(status_code=413, headers={}, request=None)
+        raise HfHubHTTPError("a file is too large", response=response)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", refuse)
+    with pytest.raises(HfHubHTTPError, match="a file is too large"):
+        publish(tmp_path, "ada/name")

@@ -82,3 +82,8 @@ def test_polygons_of_one_object_are_joined():
 def test_what_does_not_fit_the_image_is_refused(segmentation, message):
     with pytest.raises(ValueError, match=message):
         decode_mask(segmentation, (2, 3))
+
+
+def test_a_size_may_be_a_tuple():
+    mask = np.array([[True, False, True], [False, False, True]])
+    assert np.array_equal(decode_mask({"size": (2, 3), "counts": encode_rle(mask)}, (2, 3)), mask)

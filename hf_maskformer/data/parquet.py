@@ -129,12 +129,13 @@ def _row(dataset: Any, index: int) -> dict[str, Any]:
 def _segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Numbers the segments of a map from 1, in the order of their list; 0 is void."""
     id_to_label = sample["instance_id_to_semantic_id"]
-    known = np.array(sorted({*id_to_label, labels.ignore_index}))
+    void = {labels.ignore_index, 0} - id_to_label.keys() if labels.do_reduce_labels else {labels.ignore_index}
+    known = np.array(sorted({*id_to_label, *void}))
     positions = np.minimum(np.searchsorted(known, sample["segmentation_map"]), len(known) - 1)
     if (known[positions] != sample["segmentation_map"]).any():
         raise ValueError(f"{sample['name']} contains ids that instance_id_to_semantic_id lacks.")
     numbers = {segment_id: number for number, segment_id in enumerate(id_to_label, start=1)}
-    number_at = np.array([0 if value == labels.ignore_index else numbers[value] for value in known.tolist()])
+    number_at = np.array([0 if value in void else numbers[value] for value in known.tolist()])
     segments_info = [
         {
             "id": numbers[segment_id],
