@@ -164,7 +164,7 @@ class MaskFormerConfig(ConfigWithCode):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved; a Swin backbone has the type that transformers gives it in its own files."""
         fields = super().to_dict()
-        # Set on a finished configuration they mean nothing here; in a file they would break transformers' class.
+        # Auxiliary losses that were switched on later mean nothing here, and break transformers' class.
         fields["use_auxiliary_loss"] = False
         if "auxiliary_loss" in fields["decoder_config"]:
             fields["decoder_config"]["auxiliary_loss"] = False

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .post_processing_maskformer_inputs import MAX_EDGE, Size
+from .post_processing_maskformer_inputs import MAX_EDGE, Size, checked_label_ids
 
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
 MAX_PIXELS = 2**28  # 3.2 GB as float32
@@ -103,9 +103,7 @@ class ImageProcessorSettings:
                 f"{', '.join(DEFAULT_PANOPTIC_THRESHOLDS)}."
             )
         if self.label_ids_to_fuse is not None:
-            if isinstance(self.label_ids_to_fuse, str) or not _are_all(self.label_ids_to_fuse, Integral):
-                raise ValueError(f"label_ids_to_fuse is {self.label_ids_to_fuse!r}; give a list of label ids.")
-            self.label_ids_to_fuse = sorted(int(label_id) for label_id in self.label_ids_to_fuse)
+            self.label_ids_to_fuse = sorted(map(int, checked_label_ids(self.label_ids_to_fuse)))
 
     def resized_size(self, size: Size) -> Size:
         """The size that an image of this size gets: rounded half up, as in the original, and at least one pixel."""
@@ -206,7 +204,7 @@ def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -
     """Gives the edges that a size in any of its forms means."""
     known_edges = known_size if "shortest_edge" in known_size else DEFAULT_SIZE
     if size is None or isinstance(size, Integral):
-        edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": int(size)}
+        edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": plain(size)}
         return edges if max_size is None else {**edges, "longest_edge": max_size}
     is_pair = isinstance(size, list | tuple) and len(size) == 2
     if not is_pair and not isinstance(size, Mapping):

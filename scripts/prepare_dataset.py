@@ -1,4 +1,4 @@
-"""Checks a data set before training, or writes a compact Parquet version of it.
+"""Checks a data set before training (`check`), or writes a compact Parquet version of it (`parquet`).
 
     python scripts/prepare_dataset.py check DATA
     python scripts/prepare_dataset.py check DATA --split train val --format coco-panoptic

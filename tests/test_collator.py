@@ -48,9 +48,11 @@ def test_samples_with_and_without_id_table_do_not_mix():
         MaskFormerDataCollator(RecordingProcessor())(samples)
 
 
-@pytest.mark.parametrize("samples", [[], None])
-def test_a_batch_of_nothing_is_refused(samples):
-    with pytest.raises(ValueError, match="give a list with at least one"):
+@pytest.mark.parametrize(
+    ("samples", "what"), [([], "empty"), ({}, "empty"), (None, "a NoneType"), (make_sample("a"), "a dict")]
+)
+def test_what_is_no_list_of_samples_is_refused(samples, what):
+    with pytest.raises(ValueError, match=f"The batch is {what}; give a list of samples"):
         MaskFormerDataCollator(RecordingProcessor())(samples)
 
 

@@ -307,6 +307,15 @@ def test_red_is_the_class_and_green_the_instance():
     check_samples(columns)
 
 
+@pytest.mark.parametrize("ignore_index", [256, 257])
+def test_no_instance_has_the_ignored_value(ignore_index):
+    label = class_and_instance(np.array([[0, 1]]), np.array([[0, 1]]))
+    labels = LabelSet(ID2LABEL, ignore_index=ignore_index)
+    sample = SegmentationColumns(make_instance_maps(label), labels=labels, instance_maps=True)[0]
+    assert ignore_index not in sample["segmentation_map"]
+    assert [sample["instance_id_to_semantic_id"][number] for number in sample["segmentation_map"][0]] == [0, 1]
+
+
 def test_a_map_of_one_channel_has_no_instances():
     columns = SegmentationColumns(make_dataset(), labels=LabelSet(ID2LABEL), instance_maps=True)
     with pytest.raises(ValueError, match="row 0, column 'label' has mode L; red must be the class"):

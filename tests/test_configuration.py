@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import re
 
 import pytest
@@ -141,6 +142,7 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
         ({"decoder_config": {"d_model": 30}}, "decoder_config.d_model is 30, but must be a multiple"),
         ({"decoder_config": {"num_queries": 0}}, "decoder_config.num_queries is 0"),
         ({"decoder_config": {"dropout": 3.0}}, "decoder_config.dropout is 3.0, but must be a probability"),
+        ({"decoder_config": {"dropout": math.nan}}, "decoder_config.dropout is nan, but must be a probability"),
         ({"decoder_config": {**TRANSFORMER, "attention_dropout": -0.5}}, "decoder_config.attention_dropout is -0.5"),
         ({"decoder_config": DetrConfig(activation_dropout=1.5)}, "decoder_config.activation_dropout is 1.5"),
         ({"decoder_config": {"activation_function": "x"}}, "decoder_config.activation_function is 'x', which is unkn"),
@@ -153,10 +155,7 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
         ),
         ({"backbone_config": {"model_type": "swin", "num_heads": [3, 5, 12, 24]}}, r"num_heads\[1\] is 5"),
         ({"backbone_config": {"model_type": "swin", "depths": [2, 2]}}, "has 4 stages"),
-        (
-            {"backbone_config": {"model_type": "swin", "drop_path_rate": 1}},
-            "drop_path_rate is 1, but must be a prob",
-        ),
+        ({"backbone_config": {"model_type": "swin", "drop_path_rate": 2}}, "drop_path_rate is 2, but must be a prob"),
         ({"backbone_config": {"model_type": "swin", "hidden_dropout_prob": 2.0}}, "hidden_dropout_prob is 2.0"),
         ({"backbone_config": {"model_type": "swin", "num_channels": 0}}, "num_channels is 0, but must be at least 1"),
         ({"backbone_config": {"model_type": "resnet", "hidden_act": "x"}}, "backbone_config.hidden_act is 'x', which"),

@@ -28,7 +28,8 @@ BLOCKS = [
 RUN_ALONE = ("register_auto_classes()", "evaluate.load(")
 # Blocks that need more than this process, and the tests that read them from their pages and run them.
 RUN_ELSEWHERE = {
-    "push_to_hub(": "test_publishing",
+    "trainer.push_to_hub(": "test_model_card",
+    "model.push_to_hub(": "test_publishing",
     "DataLoaderConfiguration(": "test_accelerate_loop",
     "onnxruntime": "test_export",
 }
@@ -114,7 +115,7 @@ def test_the_code_runs(block, world, names, monkeypatch):
     if any(part in block for part in RUN_ALONE):
         monkeypatch.setenv("HF_HOME", str(world / "cache"))
         monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
-        subprocess.run([sys.executable, "-c", block], check=True)
+        subprocess.run([sys.executable, "-c", block], check=True, timeout=300)
         return
     exec(compile(block, "<documented code>", "exec"), names)
 

@@ -557,16 +557,23 @@ def test_images_that_were_rescaled_already_are_warned_of(largest, is_warned, mon
     assert any("rescaled again" in warning for warning in warnings) == is_warned
 
 
-@pytest.mark.parametrize(("largest", "is_warned"), [(65535, True), (0, True), (65535.0, False)])
-def test_a_factor_for_16_bits_is_warned_of_where_they_are_read_as_8(largest, is_warned, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "factor", "is_warned"),
+    [
+        (np.uint16, 1 / 65535, True),
+        (np.uint8, 1 / 65535, True),
+        (np.float32, 1 / 65535, False),
+        (np.uint8, None, False),
+    ],
+)
+def test_a_factor_for_16_bits_is_warned_of_where_they_are_read_as_8(kind, factor, is_warned, monkeypatch):
     warnings = []
     monkeypatch.setattr("hf_maskformer.image_processing_maskformer.logger.warning_once", warnings.append)
-    image = np.full((3, 40, 40), largest, dtype=np.uint16 if isinstance(largest, int) else np.float32)
-    MaskFormerImageProcessor(rescale_factor=1 / 65535)(images=image)
-    assert any("become black by the rescale_factor 1.5e-05" in warning for warning in warnings) == is_warned
+    MaskFormerImageProcessor(rescale_factor=factor)(images=np.full((3, 40, 40), 200, dtype=kind))
+    assert any("become black by the rescale_factor" in warning for warning in warnings) == is_warned
 
 
-def test_settings_that_are_assigned_mean_what_they_mean_when_given(tmp_path):
+def test_a_divisor_of_none_and_a_set_of_labels_may_be_assigned(tmp_path):
     processor = MaskFormerImageProcessor()
     processor.size_divisor, processor.label_ids_to_fuse, processor.size = None, {2, 1}, {"height": 8, "width": 40}
     assert processor(Image.new("RGB", (9, 9)))["pixel_values"].shape[-2:] == (8, 40)

@@ -190,7 +190,7 @@ def test_a_value_that_a_png_cannot_hold_is_named(tmp_path, value):
         write_parquet(OneSample(np.array([[value]])), tmp_path, "train")
 
 
-@pytest.mark.parametrize("table", [{5: 1}, {5: 1, 0: 2}])
+@pytest.mark.parametrize("table", [{5: 1}, {5: 1, 0: 2}, {5: 1, 255: 2}])
 def test_zero_is_void_where_labels_are_reduced_unless_it_has_a_label(tmp_path, table):
     image = Image.new("RGB", (3, 1))
     sample = OneSample(np.array([[0, 5, 255]]), instance_id_to_semantic_id=table, image=image)

@@ -58,6 +58,8 @@ def test_polygons_of_one_object_are_joined():
         (None, "neither a list of polygons nor an RLE"),
         ({"size": [2, 3]}, "neither a list of polygons nor an RLE"),
         ({"size": [3, 2], "counts": [6]}, r"has the size \[3, 2\], but its image is 2 x 3"),
+        ({"size": None, "counts": [6]}, "has the size None, but its image is 2 x 3"),
+        ({"size": 6, "counts": [6]}, "has the size 6, but its image is 2 x 3"),
         ({"size": [2, 3], "counts": [4]}, "has runs of 4 pixels in all, but its image has 6"),
         ({"size": [2, 3], "counts": [4, 3]}, "has runs of 7 pixels in all, but its image has 6"),
         ({"size": [2, 3], "counts": [10**15]}, "has a run of 1000000000000000 pixels, but its image has 6"),

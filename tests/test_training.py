@@ -49,6 +49,7 @@ from hf_maskformer.training.starting_point import (
     model_on_backbone,
     new_model,
     pretrained_model,
+    renamed_classes,
     target_format,
 )
 
@@ -677,7 +678,7 @@ def test_a_checkpoint_of_other_classes_is_refused_unless_asked_for(tmp_path, cap
     with caplog.at_level("WARNING", logger=logger):
         model = pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
     assert model.class_predictor.out_features == 3
-    assert "class_predictor.weight" in caplog.text
+    assert "replaced by a random one: class_predictor.bias, class_predictor.weight." in caplog.text
 
 
 def test_a_checkpoint_whose_classes_have_other_names_is_kept_with_a_warning(tmp_path, caplog):
@@ -690,6 +691,10 @@ def test_a_checkpoint_whose_classes_have_other_names_is_kept_with_a_warning(tmp_
     model = pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
     assert not torch.equal(model.class_predictor.weight, saved.class_predictor.weight)
     assert torch.equal(model.mask_embedder.state_dict()["0.0.weight"], saved.mask_embedder.state_dict()["0.0.weight"])
+
+
+def test_classes_that_share_a_name_are_the_same_in_a_checkpoint_and_in_the_data():
+    assert not renamed_classes({0: "screen", 1: "screen"}, LabelSet({0: "screen (0)", 1: "screen (1)"}))
 
 
 def test_the_small_configuration_is_a_model_for_any_classes():

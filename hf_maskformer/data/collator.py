@@ -57,8 +57,9 @@ class MaskFormerDataCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""
-        if not isinstance(samples, Sequence) or not samples:
-            raise ValueError(f"The samples of a batch are {samples!r}; give a list with at least one.")
+        if samples is None or isinstance(samples, Mapping) or len(samples) == 0:
+            kind = f"a {type(samples).__name__}" if samples is None or len(samples) else "empty"
+            raise ValueError(f"The batch is {kind}; give a list of samples, such as [dataset[0]].")
         form = _common_form(samples)
         names = ", ".join(sample["name"] for sample in samples)
         try:

@@ -79,12 +79,15 @@ class LabelSet:
         try:
             # Editors on Windows put a byte order mark in front, which plain utf-8 would not read.
             fields = _fields(json.loads(path.read_text(encoding="utf-8-sig")))
-            fields["id2label"] = _told_apart(fields["id2label"], path)
-            return cls(**fields)
+            labels = cls(**fields | {"id2label": told_apart(fields["id2label"])})
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in that encoding.") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
+        changed = [name for label, name in labels.id2label.items() if name != fields["id2label"][label]]
+        if changed:
+            logger.warning_once(f"{path} gives several classes the same name. They are called {shorten(changed)} here.")
+        return labels
 
     @property
     def num_labels(self) -> int:
@@ -206,19 +209,14 @@ def _fields(content: Any) -> dict[str, Any]:
     return fields
 
 
-def _told_apart(id2label: dict[int, Any], path: Path) -> dict[int, Any]:
-    """The names, with the id added where several classes have the same one."""
+def told_apart(id2label: dict[int, Any]) -> dict[int, Any]:
+    """The names of classes, with the id added where several have the same one."""
     # Whatever is no name is refused by the check of types.
     counts = Counter(name for name in id2label.values() if isinstance(name, str))
-    told_apart = {
-        label: f"{name} ({label})" for label, name in id2label.items() if isinstance(name, str) and counts[name] > 1
+    return {
+        label: f"{name} ({label})" if isinstance(name, str) and counts[name] > 1 else name
+        for label, name in id2label.items()
     }
-    if not told_apart:
-        return id2label
-    logger.warning_once(
-        f"{path} gives several classes the same name. They are called {shorten(told_apart.values())} here."
-    )
-    return id2label | told_apart
 
 
 def _to_id(key: str) -> int:

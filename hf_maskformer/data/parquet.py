@@ -129,7 +129,9 @@ def _row(dataset: Any, index: int) -> dict[str, Any]:
 def _segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Numbers the segments of a map from 1, in the order of their list; 0 is void."""
     id_to_label = sample["instance_id_to_semantic_id"]
-    void = {labels.ignore_index, 0} - id_to_label.keys() if labels.do_reduce_labels else {labels.ignore_index}
+    void = {labels.ignore_index}
+    if labels.do_reduce_labels and 0 not in id_to_label:
+        void.add(0)
     known = np.array(sorted({*id_to_label, *void}))
     positions = np.minimum(np.searchsorted(known, sample["segmentation_map"]), len(known) - 1)
     if (known[positions] != sample["segmentation_map"]).any():

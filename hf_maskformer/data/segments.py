@@ -10,7 +10,7 @@ from ..image_processing_maskformer_images import stored_values
 from .labels import LabelSet, shorten
 
 # The first id in the map of a sample lies above every 8-bit value, of which the ignored one mostly is.
-FIRST_ID = 256
+_FIRST_ID = 256
 
 Segments = tuple[np.ndarray, dict[int, int], tuple[int, ...]]
 
@@ -40,7 +40,7 @@ def _ids_of_colors(colors: np.ndarray) -> np.ndarray:
 def number_segments(
     ids: np.ndarray, segments_info: Sequence[Mapping[str, Any]], labels: LabelSet, source: str
 ) -> Segments:
-    """Numbers the segments of an image in the order in which they are listed, from `first_id` on.
+    """Numbers the segments of an image in the order in which they are listed, from 256 or a little above on.
 
     Args:
         ids: (H, W) integers; 0 is void unless it is listed.
@@ -57,7 +57,7 @@ def number_segments(
     number_of_id: dict[int, int] = {}
     label_of_number: dict[int, int] = {}
     crowd_ids = []
-    for number, segment in enumerate(segments_info, start=first_id(len(segments_info), labels.ignore_index)):
+    for number, segment in enumerate(segments_info, start=_first_id(len(segments_info), labels.ignore_index)):
         segment_id = _integer(segment, "id", source)
         if segment_id in number_of_id:
             raise ValueError(f"{source}: segments_info lists the id {segment_id} twice. Give each segment its own id.")
@@ -90,15 +90,15 @@ def split_class_and_instance(image: Image.Image, ignore_index: int, source: str)
     present = np.flatnonzero(np.bincount(pairs.ravel(), minlength=2**16))
     segments = present[present // 256 != ignore_index]
     number_of_pair = np.full(2**16, ignore_index, dtype=np.int32)
-    start = first_id(len(segments), ignore_index)
+    start = _first_id(len(segments), ignore_index)
     number_of_pair[segments] = np.arange(start, start + len(segments))
     label_of_number = dict(enumerate((segments // 256).tolist(), start=start))
     return number_of_pair[pairs], label_of_number, ()
 
 
-def first_id(num_segments: int, ignore_index: int) -> int:
+def _first_id(num_segments: int, ignore_index: int) -> int:
     """The id from which on an image's segments are numbered, so that none has the ignored value."""
-    return ignore_index + 1 if FIRST_ID <= ignore_index < FIRST_ID + num_segments else FIRST_ID
+    return ignore_index + 1 if _FIRST_ID <= ignore_index < _FIRST_ID + num_segments else _FIRST_ID
 
 
 def _integer(segment: Mapping[str, Any], field: str, source: str) -> int:

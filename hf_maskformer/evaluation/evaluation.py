@@ -16,12 +16,13 @@ from ..data.labels import LabelSet, labels_of
 from ..data.sample import Sample
 from ..data.workers import dead_workers_named
 from ..image_processing_maskformer import MaskFormerImageProcessor
+from ..post_processing_maskformer_inputs import MAX_EDGE
 from .processes import merge_over_processes
 from .scale_averaging import augmented_semantic_scores
 from .tasks import Context, Task, as_prediction, check_model, metric_for, predict_batch, reference_of, task_for
 
 Numbered = tuple[int, Sample]
-# The paper's scales for ADE20K, relative to the size of its images at evaluation.
+# The paper's scales for ADE20K, relative to the size at which an image is evaluated.
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -119,14 +120,10 @@ def evaluate(
 
 
 def _averaged(model: torch.nn.Module, image_processor: Any, image: Image.Image) -> torch.Tensor:
-    resized_size = image_processor.resized_size((image.height, image.width))
-    size = image_processor.size if image_processor.do_resize else {}
-    # Bounds of both edges hold for all images; where only one edge is bounded or none, the image's own size does.
-    shortest, longest = size.get("shortest_edge", min(resized_size)), size.get("longest_edge", max(resized_size))
-    edges = [round(scale * shortest) for scale in SCALES]
-    scores = augmented_semantic_scores(
-        model, image_processor, image, shortest_edges=edges, longest_edge=round(max(SCALES) * longest)
-    )
+    shortest = min(image_processor.resized_size((image.height, image.width)))
+    edges = [max(1, round(scale * shortest)) for scale in SCALES]
+    # Every scale is one of the image as it is evaluated otherwise, so no longest edge bounds it a second time.
+    scores = augmented_semantic_scores(model, image_processor, image, shortest_edges=edges, longest_edge=MAX_EDGE)
     return scores.argmax(0)
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_maskformer_parts import SimpleFeaturePyramidConfig
 from ..configuration_per_pixel_baseline import is_per_pixel_baseline
-from ..data.labels import LabelSet, shorten
+from ..data.labels import LabelSet, shorten, told_apart
 from ..evaluation.tasks import Task, check_model
 from ..hub.conversion import load_original_backbone
 from ..image_processing_maskformer import MaskFormerImageProcessor
@@ -179,9 +179,9 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
         for name in {name.rpartition(".")[0] for name in HEADS[model_class]} & dict(model.named_modules()).keys():
             model.get_submodule(name).reset_parameters()
         new = [name for name in HEADS[model_class] if name in model.state_dict()]
-    random = [name for name in new if name in dict(model.named_parameters())]
-    if random:
-        logger.warning(f"The class predictor of {checkpoint} is replaced by a random one: {', '.join(random)}.")
+    new_weights = [name for name in new if name in dict(model.named_parameters())]
+    if new_weights:
+        logger.warning(f"The class predictor of {checkpoint} is replaced by a random one: {', '.join(new_weights)}.")
     return model
 
 
@@ -199,6 +199,7 @@ def renamed_classes(names: dict[int, str], labels: LabelSet) -> list[str]:
     """How the names of a checkpoint's classes differ from those of the data, in words; default names say nothing."""
     if all(name == f"LABEL_{label}" for label, name in names.items()):
         return []
+    names = told_apart(names)
     return [
         f"class {label} is {names[label]!r} there and {name!r} in the data"
         for label, name in labels.id2label.items()
