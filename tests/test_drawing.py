@@ -8,7 +8,13 @@ from PIL import Image
 
 from hf_maskformer.data.rle import encode_rle
 from hf_maskformer.evaluation import label_placement
-from hf_maskformer.evaluation.drawing import draw_comparison, draw_segmentation, label_colors, legend_labels
+from hf_maskformer.evaluation.drawing import (
+    draw_comparison,
+    draw_segmentation,
+    label_colors,
+    legend_labels,
+    segment_shades,
+)
 from hf_maskformer.image_processing_maskformer import SemanticSegmentation
 
 ID2LABEL = {0: "sky", 1: "road", 2: "car"}
@@ -103,6 +109,49 @@ def test_ignored_pixels_show_the_image(image, label_map):
     drawn = np.asarray(draw_segmentation(image, label_map, ID2LABEL))
     np.testing.assert_array_equal(drawn[:, :10], np.asarray(image)[:, :10])
     assert (drawn[:, 10:] != 100).any(-1).all()
+
+
+def test_pixels_of_another_ignored_value_show_the_image_too(image, label_map):
+    label_map[:, :10] = 7
+    drawn = np.asarray(draw_segmentation(image, label_map, ID2LABEL, ignore_index=7))
+    np.testing.assert_array_equal(drawn[:, :10], np.asarray(image)[:, :10])
+
+
+def test_five_instances_of_one_label_have_five_shades():
+    segments = [{"id": number, "label_id": 1} for number in range(1, 6)]
+    shades = segment_shades(segments, PALETTE)
+    assert len({tuple(shade) for shade in shades.values()}) == 5
+
+
+def test_an_image_as_an_array_of_other_numbers_than_bytes_is_refused(label_map):
+    with pytest.raises(ValueError, match=r"The image is float64 of shape \(30, 40, 3\)"):
+        draw_segmentation(np.zeros((30, 40, 3)), label_map, ID2LABEL)
+
+
+def test_masks_of_another_size_than_the_image_are_refused(image):
+    result = {"segmentation": np.ones((1, 15, 20), bool), "segments_info": [{"id": 1, "label_id": 2}]}
+    with pytest.raises(ValueError, match=r"map is \(15, 20\), but the image is \(30, 40\)"):
+        draw_segmentation(image, result, ID2LABEL)
+
+
+def test_segments_bear_the_names_of_their_labels(monkeypatch, image, label_map):
+    written = {}
+    monkeypatch.setattr("hf_maskformer.evaluation.drawing.write_labels", lambda *drawn: written.update(drawn[2]))
+    segments = [{"id": 1, "label_id": 2}, {"id": 2, "label_id": 0}]
+    draw_segmentation(image, label_map + 1, ID2LABEL, segments=segments, labels=True)
+    assert written == {1: "car", 2: "sky"}
+
+
+def test_the_input_comes_before_the_panels(image):
+    drawn = np.asarray(draw_comparison(image, [("truth", Image.new("RGB", image.size, "red"))], []))
+    row = drawn[len(drawn) // 2]
+    left, right = row[len(row) // 4], row[3 * len(row) // 4]
+    assert (left.tolist(), right.tolist()) == ([100, 100, 100], [255, 0, 0])
+
+
+def test_a_legend_enlarges_a_picture_to_the_least_width_for_it():
+    image, label_map = Image.new("RGB", (200, 100)), np.zeros((100, 200), dtype=np.uint8)
+    assert draw_segmentation(image, label_map, ID2LABEL, legend=True).width == 400
 
 
 def test_a_map_that_is_all_ignored_gives_back_the_image(image):

@@ -187,6 +187,16 @@ def test_references_agree_with_themselves(task):
     assert metric.compute()[{"semantic": "mean_iou", "panoptic": "pq", "instance": "ap"}[task]] == pytest.approx(1.0)
 
 
+def test_figures_of_things_and_of_stuff_are_told_apart_by_the_labels():
+    metric = metric_for("panoptic", SCENES.labels)
+    reference = reference_of(SCENES[0], SCENES.labels, "panoptic")
+    stuff = [info for info in reference["segments_info"] if info["label_id"] not in SCENES.labels.thing_ids]
+    found = np.where(np.isin(reference["segmentation"], [info["id"] for info in stuff]), reference["segmentation"], 0)
+    metric.add(prediction={"segmentation": found, "segments_info": stuff}, reference=reference)
+    figures = metric.compute()
+    assert (figures["pq_things"], figures["pq_stuff"]) == (0, 1)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_late_masks_give_what_the_forward_pass_gives(task):
     model, processor = model_for(SCENES.labels), image_processor_for(SCENES.labels, 64)
@@ -342,6 +352,7 @@ def test_semantic_predictions_number_classes_as_the_files_do(tmp_path):
     writer(0, "city/a", torch.tensor([[0, 1]]))
     writer.finish()
     assert np.asarray(Image.open(tmp_path / "city/a.png")).tolist() == [[1, 2]]
+    assert [path.name for path in tmp_path.iterdir()] == ["city"]
     with pytest.raises(ValueError, match="which is not one inside"):
         writer(0, "../a", torch.tensor([[0, 1]]))
 

@@ -17,8 +17,10 @@ from hf_maskformer import (
     PerPixelBaselineConfig,
     PerPixelBaselineForSemanticSegmentation,
 )
+from hf_maskformer.configuration_maskformer_parts import MaskFormerTransformerConfig
 from hf_maskformer.export.exporting import build_head, export_model, trace
 from hf_maskformer.export.heads import Logits, Panoptic, PerPixelLogits, Semantic
+from hf_maskformer.image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
 from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_segmentation
 from hf_maskformer.post_processing_per_pixel_baseline import per_pixel_segmentation
 
@@ -98,7 +100,7 @@ def test_onnx_runtime_gives_pixels_that_no_query_wants_to_the_same_one(head, pos
     assert (torch.from_numpy(found) == expected).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("ids", [[4], [99], [-2], []])
+@pytest.mark.parametrize("ids", [[4], [99], [-2], [], None])
 def test_ids_to_fuse_that_are_no_labels_fuse_nothing(ids, image_processor):
     image_processor.label_ids_to_fuse = ids
     model = tiny_model()
@@ -109,9 +111,10 @@ def test_ids_to_fuse_that_are_no_labels_fuse_nothing(ids, image_processor):
 def test_the_semantic_head_of_a_baseline_gives_what_post_processing_gives():
     model, pixel_values = tiny_baseline().eval(), torch.randn(2, 3, 61, 90)
     outputs = model(pixel_values)
-    (found,) = Semantic(PerPixelLogits(model))(pixel_values)
-    expected = per_pixel_segmentation(outputs.logits, outputs.image_sizes, outputs.padded_sizes)
-    torch.testing.assert_close(found, torch.stack(expected))
+    for output_size in (None, (50, 120)):
+        (found,) = Semantic(PerPixelLogits(model), output_size)(pixel_values)
+        sizes = outputs.image_sizes, outputs.padded_sizes, output_size and [output_size] * 2
+        torch.testing.assert_close(found, torch.stack(per_pixel_segmentation(outputs.logits, *sizes)))
 
 
 class FakeLogits(Logits):
@@ -143,6 +146,23 @@ def test_the_panoptic_head_gives_what_post_processing_gives(width):
         assert scores.shape == labels.shape
 
 
+def test_queries_of_no_object_are_labelled_so_and_have_no_segment_at_any_threshold():
+    logits, pixel_values = FakeLogits(tiny_model()), torch.zeros(2, 3, 50, 60)
+    head = Panoptic(logits, threshold=0.0, overlap_mask_area_threshold=0.0)
+    _, segment_ids, labels, scores = head(pixel_values)
+    expected_scores, expected_labels = logits(pixel_values)[0].softmax(-1).max(-1)
+    torch.testing.assert_close(scores, expected_scores)
+    assert torch.equal(labels, expected_labels)
+    assert (labels == 4).any()
+    assert not segment_ids[labels == 4].any()
+
+
+def test_a_head_of_its_own_has_the_thresholds_of_post_processing():
+    head = Panoptic(FakeLogits(tiny_model()))
+    own = {name: getattr(head, name) for name in DEFAULT_PANOPTIC_THRESHOLDS}
+    assert own == DEFAULT_PANOPTIC_THRESHOLDS
+
+
 def test_what_the_model_or_the_file_cannot_do_is_refused(image_processor, tmp_path):
     with pytest.raises(ValueError, match="format is 'tflite'"):
         export_model(tiny_model(), image_processor, tmp_path, "tflite")
@@ -161,9 +181,10 @@ def test_what_the_model_or_the_file_cannot_do_is_refused(image_processor, tmp_pa
         export_model(tiny_model(), image_processor, tmp_path, "torch_export", output_size=(32, 64))
 
 
-def test_onnx_without_its_packages_says_what_to_install(image_processor, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'hf-maskformer\[export\]'"):
+@pytest.mark.parametrize("missing", [["onnx", "onnxscript"], ["onnx"], ["onnxscript"]])
+def test_onnx_without_its_packages_says_what_to_install(image_processor, tmp_path, monkeypatch, missing):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else name)
+    with pytest.raises(ImportError, match=rf"ONNX needs {', '.join(missing)}: pip install 'hf-maskformer\[export\]'"):
         export_model(tiny_model(), image_processor, tmp_path, "onnx")
 
 
@@ -303,7 +324,8 @@ def test_a_model_of_half_precision_is_refused(image_processor, tmp_path):
 
 
 def test_a_model_in_training_stays_in_training(image_processor, tmp_path):
-    model = tiny_model().train()
+    decoder = MaskFormerTransformerConfig(d_model=16, num_queries=6, decoder_layers=2, dropout=0.5)
+    model = tiny_model(decoder_config=decoder).train()
     model.model.pixel_level_module.encoder.eval()
     modes = [module.training for module in model.modules()]
     export_model(model, image_processor, tmp_path, "torch_export", size=(64, 64))
@@ -336,8 +358,10 @@ def test_a_given_size_is_height_and_width():
 
 
 def test_what_the_user_of_the_file_must_know_lies_beside_it(image_processor, tmp_path):
-    path = export_model(tiny_model().eval(), image_processor, tmp_path, "torch_export", size=(64, 96))
-    assert {file.name for file in tmp_path.iterdir()} == {path.name, "config.json", "preprocessor_config.json"}
+    folder = tmp_path / "models" / "small"
+    path = export_model(tiny_model().eval(), image_processor, folder, "torch_export", size=(64, 96))
+    assert path.parent == folder
+    assert {file.name for file in folder.iterdir()} == {path.name, "config.json", "preprocessor_config.json"}
 
 
 @pytest.mark.parametrize("output_size", [None, (75, 120)])

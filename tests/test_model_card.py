@@ -128,18 +128,19 @@ LOG = [
 
 
 @pytest.mark.parametrize(
-    ("log", "is_best_loaded", "expected"),
+    ("log", "is_best_loaded", "checkpoint", "expected"),
     [
-        (LOG, False, 0.2),
-        (LOG, True, 0.3),
-        ([*LOG, {"step": 2, "eval_mean_iou": 0.4}], True, 0.4),
-        (LOG[:1], False, None),
-        (LOG[:2], True, 0.2),
+        (LOG, False, "out/checkpoint-1", 0.2),
+        (LOG, True, "out/checkpoint-1", 0.3),
+        (LOG, True, None, 0.2),
+        ([*LOG, {"step": 2, "eval_mean_iou": 0.4}], True, "out/checkpoint-1", 0.4),
+        (LOG[:1], False, "out/checkpoint-1", None),
+        (LOG[:2], True, "out/checkpoint-1", 0.2),
     ],
-    ids=["last", "best", "afterwards", "of other weights", "interrupted"],
+    ids=["last", "best", "best without checkpoint", "afterwards", "of other weights", "interrupted"],
 )
-def test_figures_are_those_of_the_weights_that_are_saved(log, is_best_loaded, expected):
-    state = SimpleNamespace(log_history=log, global_step=2, best_global_step=1)
+def test_figures_are_those_of_the_weights_that_are_saved(log, is_best_loaded, checkpoint, expected):
+    state = SimpleNamespace(log_history=log, global_step=2, best_global_step=1, best_model_checkpoint=checkpoint)
     assert figures_of_weights(state, is_best_loaded).get("eval_mean_iou") == expected
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import tiny_model
 from PIL import Image
+from test_per_pixel_baseline import tiny_baseline
 
 from hf_maskformer import MaskFormerImageProcessor
 from hf_maskformer.evaluation.prediction import Prediction, predict, read_images, write_prediction
@@ -52,6 +53,13 @@ def test_two_cars_are_one_class_or_two_segments(image, image_processor):
     panoptic = predict(TwoCars(), image_processor, image, "panoptic")
     assert [(segment["id"], segment["label"]) for segment in panoptic.segments] == [(1, "car"), (2, "car")]
     assert panoptic.segmentation[25, [5, 65]].tolist() == [1, 2]
+
+
+def test_tasks_that_the_model_does_not_know_are_refused(image, image_processor):
+    with pytest.raises(ValueError, match=r"task is 'depth'; give one of semantic, instance, panoptic"):
+        predict(TwoCars(), image_processor, image, "depth")
+    with pytest.raises(ValueError, match="A per-pixel baseline knows no segments, so its task is semantic"):
+        predict(tiny_baseline(), image_processor, image, "panoptic")
 
 
 def test_thresholds_that_would_do_nothing_are_refused(image, image_processor):

@@ -131,6 +131,12 @@ def parse(*options):
     return model, data, training, sources
 
 
+def test_a_step_is_spread_over_all_gpus_of_a_process(monkeypatch):
+    monkeypatch.setattr(MaskFormerTrainingArguments, "n_gpu", 4, raising=False)
+    _, _, training, _ = parse("--preset=ade20k-r50", "--per_device_train_batch_size=2")
+    assert training.gradient_accumulation_steps == 2
+
+
 def test_a_preset_sets_what_the_command_line_leaves_open():
     _, data, training, sources = parse("--preset=ade20k-swin-base", "--max_steps=100", "--learning_rate=1e-3")
     assert (data.image_size, data.augmentation) == (640, "ade20k-640")

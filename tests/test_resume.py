@@ -193,6 +193,15 @@ def test_a_stream_is_another_in_each_pass_and_its_rest_is_left_out(tmp_path):
     assert num_batches == 6 * 2
 
 
+def test_a_training_gives_sigterm_back_to_whom_it_belonged(tmp_path):
+    before = signal.signal(signal.SIGTERM, handler := lambda *arguments: None)
+    try:
+        our_trainer(tmp_path, max_steps=1).train()
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_sigterm_within_an_evaluation_gives_it_up(tmp_path):
     read = []
 

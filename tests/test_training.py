@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,11 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
         weights.append(trainer.model.state_dict())
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_training_may_run_in_a_thread_which_hears_no_signals(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(our_trainer(tmp_path).train).result().global_step == 2
 
 
 def test_synchronised_batch_norm_is_the_same_model():
@@ -401,6 +407,8 @@ def test_schedules_that_follow_the_figure_take_a_higher_one_for_better(tmp_path,
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor and neftune_noise_alpha do not apply"),
         ({"neftune_noise_alpha": 5.0}, "label_smoothing_factor and neftune_noise_alpha do not apply"),
+        ({"bf16_full_eval": True}, "bf16_full_eval and fp16_full_eval do not apply"),
+        ({"fp16_full_eval": True}, "bf16_full_eval and fp16_full_eval do not apply"),
         ({"backbone_learning_rate_factor": -1.0}, "backbone_learning_rate_factor is -1.0, but must be at least 0"),
         ({"backbone_learning_rate_factor": float("nan")}, "backbone_learning_rate_factor is nan"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give at least 1"),
@@ -409,6 +417,16 @@ def test_schedules_that_follow_the_figure_take_a_higher_one_for_better(tmp_path,
 def test_arguments_that_mean_nothing_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         MaskFormerTrainingArguments(**arguments(tmp_path, **options))
+
+
+@pytest.mark.parametrize(("saving", "is_warned"), [({"save_steps": 4}, True), ({"save_steps": 2}, False), ({}, False)])
+def test_evaluations_without_a_checkpoint_are_warned_of_where_the_best_is_to_be_kept(
+    tmp_path, saving, is_warned, caplog
+):
+    saving = {"save_strategy": "steps" if saving else "best"} | saving
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, **saving}
+    MaskFormerTrainingArguments(**arguments(tmp_path, **options))
+    assert ("the best may not be kept" in caplog.text) == is_warned
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..data.generated_scenes import GeneratedScenes
 from ..evaluation.drawing import label_colors, segment_shades
 from ..evaluation.prediction import Prediction, predict, read_images, write_prediction
-from ..evaluation.tasks import TASKS, Task, panoptic_threshold
+from ..evaluation.tasks import TASKS, Task, panoptic_thresholds
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..training.starting_point import model_class_of
 
@@ -94,10 +94,13 @@ def build_page(checkpoint: str) -> gr.Blocks:
                 gr.Examples(draw_examples(folder), picture, label="Drawn examples", examples_per_page=NUM_EXAMPLES)
                 task = gr.Radio(tasks, value=image_processor.segmentation_task or tasks[0], label="Task")
                 options: Any = {"step": 0.01, "info": NOT_SEMANTIC, "interactive": task.value != "semantic"}
+                thresholds = panoptic_thresholds(image_processor)
                 threshold = gr.Slider(
-                    0, 1, panoptic_threshold(image_processor), label="Smallest score", elem_id="threshold", **options
+                    0, 1, thresholds["threshold"], label="Smallest score", elem_id="threshold", **options
                 )
-                mask_threshold = gr.Slider(0.05, 0.95, 0.5, label="Smallest mask probability of a pixel", **options)
+                mask_threshold = gr.Slider(
+                    0, 1, thresholds["mask_threshold"], label="Smallest mask probability of a pixel", **options
+                )
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column(scale=3):
                 overlay = gr.AnnotatedImage(label="Segments", elem_id="overlay", height=460)

@@ -205,13 +205,15 @@ def outputs_for(
             outputs["image_sizes"], outputs["padded_sizes"] = sizes
         return outputs
     if threshold is None:
-        threshold = DEFAULT_INSTANCE_THRESHOLD if task == "instance" else panoptic_threshold(image_processor)
+        threshold = (
+            DEFAULT_INSTANCE_THRESHOLD if task == "instance" else panoptic_thresholds(image_processor)["threshold"]
+        )
     return model.predict(**inputs, threshold=threshold)
 
 
-def panoptic_threshold(image_processor: Any) -> float:
-    """How probable a class of a query must be for panoptic post-processing to look at the query."""
-    return (DEFAULT_PANOPTIC_THRESHOLDS | (image_processor.panoptic_thresholds or {}))["threshold"]
+def panoptic_thresholds(image_processor: Any) -> dict[str, float]:
+    """The thresholds of panoptic post-processing, where a call gives none."""
+    return DEFAULT_PANOPTIC_THRESHOLDS | (image_processor.panoptic_thresholds or {})
 
 
 def instance_options(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..evaluation.tasks import MAIN_FIGURES
 from .schedules import check_schedule
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -78,6 +81,11 @@ class MaskFormerTrainingArguments(TrainingArguments):
             )
         if self.label_smoothing_factor or self.neftune_noise_alpha:
             raise ValueError("label_smoothing_factor and neftune_noise_alpha do not apply here. Leave them out.")
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval do not apply here: evaluation has the precision of the training. "
+                "Set bf16=True or fp16=True."
+            )
         if not 0 <= self.backbone_learning_rate_factor < math.inf:
             raise ValueError(
                 f"backbone_learning_rate_factor is {self.backbone_learning_rate_factor}, but must be at least 0: the "
@@ -94,6 +102,11 @@ class MaskFormerTrainingArguments(TrainingArguments):
         if self.takes_main_figure and (self.load_best_model_at_end or self.save_strategy == "best" or follows_figure):
             self.metric_for_best_model = MAIN_FIGURES["semantic"]
         super().__post_init__()
+        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
+            logger.warning(
+                f"There is an evaluation every {self.eval_steps} steps, but a checkpoint every {self.save_steps} only, "
+                "so the best may not be kept. Set save_steps to eval_steps, or save_strategy to 'best'."
+            )
         # Where one process reads a stream for all, it joins batches, which must be alike in their numbers of segments.
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:

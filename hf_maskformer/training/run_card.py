@@ -106,7 +106,9 @@ def figures_of_weights(state: TrainerState, is_best_loaded: bool) -> dict[str, f
     """
     ends = [index for index, entry in enumerate(state.log_history) if "train_runtime" in entry]
     after = state.log_history[ends[-1] + 1 :] if ends else state.log_history
-    step = state.best_global_step if is_best_loaded and ends else state.global_step
+    # Not the step of the best evaluation, which may have left no checkpoint.
+    loaded = state.best_model_checkpoint if is_best_loaded and ends else None
+    step = state.global_step if loaded is None else int(Path(loaded).name.rpartition("-")[2])
     for entries, step_of_weights in ((after, state.global_step), (state.log_history, step)):
         figures = {
             name: value
