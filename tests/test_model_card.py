@@ -11,6 +11,7 @@ import torch
 from hub_stand_in import hub, metadata_errors
 from huggingface_hub import ModelCard
 from models import tiny_model
+from PIL import Image
 from test_scripts import load
 from test_training import SCENES, our_trainer, scenes_model
 from transformers import ResNetForImageClassification
@@ -151,6 +152,23 @@ def test_each_of_several_data_sets_has_an_entry():
         ("roads, day", 0.5),
         ("roads, night", 0.25),
     ]
+
+
+def test_a_card_says_with_what_the_training_began_if_it_is_told(tmp_path):
+    folder = saved_with_card(tmp_path / "start", license=AUTHORS_LICENCE)
+    trainer = our_trainer(tmp_path / "tuned", num_pictures=0)
+    trainer.create_model_card(finetuned_from=str(folder))
+    assert ModelCard.load(tmp_path / "tuned" / "README.md").data.license == AUTHORS_LICENCE
+
+
+def test_pictures_are_small_and_replace_those_of_an_earlier_card(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_maskformer.training.pictures.MAX_SIDE", 50)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "sample_9.jpg").touch()
+    our_trainer(tmp_path, num_pictures=1).create_model_card()
+    (path,) = (tmp_path / "pictures").iterdir()
+    assert path.name == "sample_1.jpg"
+    assert max(Image.open(path).size) == 50
 
 
 def test_a_fine_tune_of_a_folder_inherits_its_licence_and_base_model(tmp_path):

@@ -38,6 +38,19 @@ def test_config_and_image_processor_of_a_preset_go_together(name):
         assert config.semantic_loss_ignore_index == processor.ignore_index
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_sublayers_attention_and_activations_drop_out_as_in_the_paper_s_code(name):
+    decoder = PRESETS[name].config().decoder_config
+    if decoder is not None:
+        assert (decoder.dropout, decoder.attention_dropout, decoder.activation_dropout) == (0.1, 0.1, 0.1)
+
+
+def test_a_baseline_ignores_what_given_labels_ignore():
+    labels = LabelSet({label: f"class {label}" for label in range(150)}, ignore_index=700)
+    preset = PRESETS["ade20k-per-pixel-baseline-r50"]
+    assert preset.config(labels).semantic_loss_ignore_index == preset.image_processor(labels).ignore_index == 700
+
+
 @pytest.mark.parametrize(("name", "num_things"), [("coco-panoptic", 80), ("ade20k-panoptic", 100)])
 def test_panoptic_presets_know_their_things(name, num_things):
     preset = PRESETS[f"{name}-r50"]
