@@ -180,9 +180,13 @@ def _check_values(config: PreTrainedConfig, field: str) -> None:
     """Raises a ValueError for what would fail in the model only, or in its first training step."""
     for name, value in vars(config).items():
         where = f"{field}.{name}"
+        # NaN is a number here, and a flag is none.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if ("dropout" in name or name == "drop_path_rate") and is_number and not 0 <= value <= 1:
+        if "dropout" in name and is_number and not 0 <= value <= 1:
             raise ValueError(f"{where} is {value}, but must be a probability.")
+        # What drop path keeps is divided by how often it is kept.
+        if name == "drop_path_rate" and is_number and not 0 <= value < 1:
+            raise ValueError(f"{where} is {value}, but must be a probability below 1.")
         if name in ("hidden_act", "activation_function") and isinstance(value, str) and value not in ACT2FN:
             raise ValueError(f"{where} is {value!r}, which is unknown. Known are {', '.join(sorted(ACT2FN))}.")
         if name == "num_channels" and isinstance(value, int) and value < 1:

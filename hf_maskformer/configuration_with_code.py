@@ -1,6 +1,5 @@
 """What both configurations share: fields that outweigh a file, and the code that a checkpoint may carry."""
 
-from collections.abc import Mapping
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -29,7 +28,7 @@ class ConfigWithCode(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for labels in ("id2label", "label2id"):
             value = getattr(self, labels)
-            if value is not None and not isinstance(value, Mapping):
+            if not isinstance(value, dict | None):
                 raise ValueError(f"{labels} is a {type(value).__name__}, but must be a dictionary of ids and names.")
         if self.id2label is None and self.label2id:  # transformers would count two classes
             names: dict[Any, Any] = {label: name for name, label in self.label2id.items()}

@@ -447,9 +447,9 @@ def _warn_of_wrong_rescaling(images: Sequence[Tensor], settings: ImageProcessorS
     if settings.do_rescale and any(image.is_floating_point() and image.max() <= 1 for image in images):
         logger.warning_once("Images lie between 0 and 1 already and are rescaled again; set do_rescale=False.")
     # The factor that 16 bits would need, which are read as 8.
-    is_tiny = settings.do_rescale and settings.rescale_factor < 1e-4
-    if is_tiny and not all(image.is_floating_point() for image in images):
+    blackens_bytes = settings.do_rescale and settings.rescale_factor < 1e-4
+    if blackens_bytes and not all(image.is_floating_point() for image in images):
         logger.warning_once(
-            f"Images of integers have values to 255, those of 16 bits too, and become black by the rescale_factor "
+            f"Images of integers are read as 0 to 255, those of 16 bits too, and become black by the rescale_factor "
             f"{settings.rescale_factor:.2g}; leave it at 1 / 255."
         )

@@ -115,7 +115,8 @@ def check_thresholds(**thresholds: Any) -> None:
 def checked_label_ids(label_ids: Any) -> set[int]:
     """Label ids as a set. Raises a ValueError unless they are integers: those of JSON's keys would name no label."""
     ids = label_ids.tolist() if hasattr(label_ids, "tolist") else label_ids
-    if not isinstance(ids, Collection) or not all(isinstance(label_id, Integral) for label_id in ids):
+    is_collection = isinstance(ids, Collection) and not isinstance(ids, str)
+    if not is_collection or not all(isinstance(label_id, Integral) for label_id in ids):
         raise ValueError(f"label_ids_to_fuse is {label_ids!r}; give a list of label ids, which are integers.")
     return set(ids)
 

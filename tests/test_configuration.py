@@ -156,7 +156,7 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
         ),
         ({"backbone_config": {"model_type": "swin", "num_heads": [3, 5, 12, 24]}}, r"num_heads\[1\] is 5"),
         ({"backbone_config": {"model_type": "swin", "depths": [2, 2]}}, "has 4 stages"),
-        ({"backbone_config": {"model_type": "swin", "drop_path_rate": 2}}, "drop_path_rate is 2, but must be a prob"),
+        ({"backbone_config": {"model_type": "swin", "drop_path_rate": 1}}, "drop_path_rate is 1, but must be a prob"),
         ({"backbone_config": {"model_type": "swin", "hidden_dropout_prob": 2.0}}, "hidden_dropout_prob is 2.0"),
         ({"backbone_config": {"model_type": "swin", "num_channels": 0}}, "num_channels is 0, but must be at least 1"),
         ({"backbone_config": {"model_type": "resnet", "hidden_act": "x"}}, "backbone_config.hidden_act is 'x', which"),

@@ -134,12 +134,15 @@ def test_masks_of_another_size_than_the_image_are_refused(image):
         draw_segmentation(image, result, ID2LABEL)
 
 
-def test_segments_bear_the_names_of_their_labels(monkeypatch, image, label_map):
-    written = {}
-    monkeypatch.setattr("hf_maskformer.evaluation.drawing.write_labels", lambda *drawn: written.update(drawn[2]))
+def test_segments_bear_the_names_of_their_labels(image, label_map):
     segments = [{"id": 1, "label_id": 2}, {"id": 2, "label_id": 0}]
-    draw_segmentation(image, label_map + 1, ID2LABEL, segments=segments, labels=True)
-    assert written == {1: "car", 2: "sky"}
+
+    def drawn(names):
+        return np.asarray(draw_segmentation(image, label_map + 1, names, segments=segments, labels=True))
+
+    # There is no segment of label 1.
+    np.testing.assert_array_equal(drawn(ID2LABEL), drawn(ID2LABEL | {1: "another"}))
+    assert (drawn(ID2LABEL) != drawn(ID2LABEL | {2: "another"})).any()
 
 
 def test_the_input_comes_before_the_panels(image):

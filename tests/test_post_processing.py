@@ -420,7 +420,7 @@ def test_a_threshold_that_is_no_probability_is_refused(function, threshold, name
         function(*mixed_batch(), **{name: threshold})
 
 
-@pytest.mark.parametrize("label_ids", [["0", "1"], "01", 0, None])
+@pytest.mark.parametrize("label_ids", [["0", "1"], "01", "", 0, None])
 def test_labels_to_fuse_that_are_no_integers_are_refused(label_ids):
     with pytest.raises(ValueError, match=r"^label_ids_to_fuse is .*; give a list of label ids"):
         panoptic_segmentation(*mixed_batch(), label_ids_to_fuse=label_ids)

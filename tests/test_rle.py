@@ -86,6 +86,7 @@ def test_what_does_not_fit_the_image_is_refused(segmentation, message):
         decode_mask(segmentation, (2, 3))
 
 
-def test_a_size_may_be_a_tuple():
+def test_a_size_may_be_a_tuple_or_an_array():
     mask = np.array([[True, False, True], [False, False, True]])
-    assert np.array_equal(decode_mask({"size": (2, 3), "counts": encode_rle(mask)}, (2, 3)), mask)
+    for size in ((2, 3), np.array([2, 3])):
+        assert np.array_equal(decode_mask({"size": size, "counts": encode_rle(mask)}, (2, 3)), mask)

@@ -712,7 +712,11 @@ def test_a_checkpoint_whose_classes_have_other_names_is_kept_with_a_warning(tmp_
 
 
 def test_classes_that_share_a_name_are_the_same_in_a_checkpoint_and_in_the_data():
-    assert not renamed_classes({0: "screen", 1: "screen"}, LabelSet({0: "screen (0)", 1: "screen (1)"}))
+    names = {0: "screen", 1: "screen"}
+    assert not renamed_classes(names, LabelSet({0: "screen (0)", 1: "screen (1)"}))
+    assert renamed_classes(names, LabelSet({0: "screen", 1: "monitor"})) == [
+        "class 1 is 'screen' there and 'monitor' in the data"
+    ]
 
 
 def test_the_small_configuration_is_a_model_for_any_classes():

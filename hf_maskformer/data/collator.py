@@ -1,5 +1,6 @@
 """Turns a list of samples into a batch for the model."""
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -57,9 +58,10 @@ class MaskFormerDataCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""
-        if samples is None or isinstance(samples, Mapping) or len(samples) == 0:
-            kind = f"a {type(samples).__name__}" if samples is None or len(samples) else "empty"
-            raise ValueError(f"The batch is {kind}; give a list of samples, such as [dataset[0]].")
+        # Anything with numbered samples will do, such as a data set.
+        is_list = hasattr(samples, "__len__") and hasattr(samples, "__getitem__") and not isinstance(samples, Mapping)
+        if not is_list or len(samples) == 0 or not isinstance(samples[0], Mapping):
+            raise ValueError(f"The batch is {reprlib.repr(samples)}; give a list of samples, such as [dataset[0]].")
         form = _common_form(samples)
         names = ", ".join(sample["name"] for sample in samples)
         try:

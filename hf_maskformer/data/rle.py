@@ -28,7 +28,7 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     if not isinstance(segmentation, dict) or "counts" not in segmentation:
         raise ValueError("is neither a list of polygons nor an RLE with counts")
     given = segmentation.get("size", size)
-    if not isinstance(given, list | tuple) or list(given) != list(size):
+    if not isinstance(given, list | tuple | np.ndarray) or list(given) != list(size):
         raise ValueError(f"has the size {given}, but its image is {size[0]} x {size[1]}")
     return decode_rle(segmentation["counts"], size)
 

@@ -22,7 +22,8 @@ from .scale_averaging import augmented_semantic_scores
 from .tasks import Context, Task, as_prediction, check_model, metric_for, predict_batch, reference_of, task_for
 
 Numbered = tuple[int, Sample]
-# The paper's scales for ADE20K, relative to the size at which an image is evaluated.
+# The paper's scales for ADE20K, relative to the size at which an image is evaluated. (There, edges are those of the
+# setting, which differ where the longest edge bounds an image, on ADE20K beyond 4 : 1.)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
-from ..post_processing_maskformer_inputs import Size, checked_label_ids
+from ..post_processing_maskformer_inputs import Size
 from ..post_processing_per_pixel_baseline import enlarge_per_pixel_logits
 
 
@@ -109,9 +109,7 @@ class Panoptic(nn.Module):
         self.output_size = output_size
         labels = torch.arange(logits.model.class_predictor.out_features)
         # As there, ids that are no labels of the model fuse nothing.
-        self.register_buffer(
-            "is_fused", torch.isin(labels, torch.tensor([*checked_label_ids(label_ids_to_fuse)], dtype=torch.long))
-        )
+        self.register_buffer("is_fused", torch.isin(labels, torch.tensor([*label_ids_to_fuse], dtype=torch.long)))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         class_logits, mask_logits = self.logits(pixel_values)

@@ -84,7 +84,7 @@ class MaskFormerTrainingArguments(TrainingArguments):
         if self.bf16_full_eval or self.fp16_full_eval:
             raise ValueError(
                 "bf16_full_eval and fp16_full_eval do not apply here: evaluation has the precision of the training. "
-                "Set bf16=True or fp16=True."
+                "Leave them out."
             )
         if not 0 <= self.backbone_learning_rate_factor < math.inf:
             raise ValueError(
@@ -104,8 +104,8 @@ class MaskFormerTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
             logger.warning(
-                f"There is an evaluation every {self.eval_steps} steps, but a checkpoint every {self.save_steps} only, "
-                "so the best may not be kept. Set save_steps to eval_steps, or save_strategy to 'best'."
+                f"eval_steps is {self.eval_steps}, but save_steps {self.save_steps}. Where the best evaluation has no "
+                "checkpoint, the best may not be kept. Set save_steps to eval_steps, or save_strategy to 'best'."
             )
         # Where one process reads a stream for all, it joins batches, which must be alike in their numbers of segments.
         accelerator_config: Any = self.accelerator_config

@@ -108,12 +108,12 @@ def figures_of_weights(state: TrainerState, is_best_loaded: bool) -> dict[str, f
     after = state.log_history[ends[-1] + 1 :] if ends else state.log_history
     # Not the step of the best evaluation, which may have left no checkpoint.
     loaded = state.best_model_checkpoint if is_best_loaded and ends else None
-    step = state.global_step if loaded is None else int(Path(loaded).name.rpartition("-")[2])
-    for entries, step_of_weights in ((after, state.global_step), (state.log_history, step)):
+    step = str(state.global_step) if loaded is None else Path(loaded).name.rpartition("-")[2]
+    for entries, step_of_weights in ((after, str(state.global_step)), (state.log_history, step)):
         figures = {
             name: value
             for entry in entries
-            if entry.get("step") == step_of_weights
+            if str(entry.get("step")) == step_of_weights
             for name, value in entry.items()
             if name.startswith("eval_")
         }

@@ -199,11 +199,11 @@ def renamed_classes(names: dict[int, str], labels: LabelSet) -> list[str]:
     """How the names of a checkpoint's classes differ from those of the data, in words; default names say nothing."""
     if all(name == f"LABEL_{label}" for label, name in names.items()):
         return []
-    names = told_apart(names)
+    apart = told_apart(names)
     return [
         f"class {label} is {names[label]!r} there and {name!r} in the data"
         for label, name in labels.id2label.items()
-        if names.get(label, name) != name
+        if name not in (names.get(label, name), apart.get(label, name))
     ]
 
 

@@ -61,10 +61,10 @@ class MaskFormerTrainer(Trainer):
     infinite, checkpoints that are whole or not there and one on SIGTERM, and `evaluate`, which gives the metric of the
     image processor's `segmentation_task` at the resolution of the ground truth without ever gathering masks. Under
     gradient accumulation the loss is that of the whole batch, whereas `Trainer` takes the mean of the losses of its
-    parts, in which a segment weighs more the fewer there are beside it (that of a per-pixel baseline is that mean here
-    too). Pass the image processor as `processing_class`
-    and data sets of samples (see `hf_maskformer.data.sample.Sample`); without `data_collator`, a
-    `MaskFormerDataCollator` makes the batches. With "tensorboard" in report_to, it shows pictures of predictions.
+    parts, in which a segment weighs more the fewer there are beside it. (A per-pixel baseline has the mean here too.)
+    Pass the image processor as `processing_class` and data sets of samples (see `hf_maskformer.data.sample.Sample`);
+    without `data_collator`, a `MaskFormerDataCollator` makes the batches. With "tensorboard" in report_to, it shows
+    pictures of predictions.
     """
 
     args: MaskFormerTrainingArguments
