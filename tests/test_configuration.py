@@ -5,6 +5,7 @@ import re
 
 import pytest
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from models import resnet_config, swin_config, tiny_config
 from transformers import DetrConfig, ResNetConfig
 
@@ -135,8 +136,6 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
         ({"use_auxiliary_loss": True, "deep_supervision": False}, "contradict each other"),
         ({"id2label": {1: "road", 2: "car"}}, "id2label has the ids .1, 2.*0 to 1 without gaps"),
         ({"id2label": {}}, "id2label is empty"),
-        ({"id2label": ["road", "car"]}, "id2label is a list, but must be a dictionary"),
-        ({"label2id": ["road", "car"]}, "label2id is a list, but must be a dictionary"),
         ({"decoder_config": {"model_type": "bert"}}, "decoder_config is of type 'bert', but must be of type 'detr'"),
         ({"decoder_config": {"model_type": "nonsense"}}, "decoder_config has model_type 'nonsense'"),
         ({"decoder_config": 3}, "decoder_config is a int, but must be a configuration or its dictionary"),
@@ -172,9 +171,11 @@ def test_what_no_model_can_have_fails_at_construction(fields, message):
         MaskFormerConfig(**fields)
 
 
-def test_a_field_of_the_wrong_type_is_named():
-    with pytest.raises(Exception, match="mask_weight"):
-        MaskFormerConfig(mask_weight="heavy")
+@pytest.mark.parametrize(("field", "value"), [("mask_weight", "heavy"), ("id2label", ["a"]), ("label2id", ["a"])])
+def test_a_field_of_the_wrong_type_is_named(field, value):
+    # Some versions of huggingface_hub check the type before this package does, by an error of their own.
+    with pytest.raises((ValueError, StrictDataclassFieldValidationError), match=field):
+        MaskFormerConfig(**{field: value})
 
 
 @pytest.mark.parametrize(
