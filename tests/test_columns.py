@@ -235,10 +235,11 @@ def test_a_saved_data_set_without_splits_is_refused(tmp_path, classes_path):
         load_columns(str(tmp_path / "saved"), "train", classes_path=classes_path)
 
 
-def test_a_folder_of_parquet_files_is_loaded(tmp_path, classes_path, monkeypatch):
+@pytest.mark.parametrize("name", ["train-00000-of-00001.parquet", "train [1].parquet"])
+def test_a_folder_of_parquet_files_is_loaded(tmp_path, classes_path, monkeypatch, name):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "parquet").mkdir()
-    make_dataset().to_parquet(tmp_path / "parquet/train-00000-of-00001.parquet")
+    make_dataset().to_parquet(tmp_path / "parquet" / name)
     columns = load_columns(str(tmp_path / "parquet"), "train", classes_path=classes_path)
     assert columns[0]["segmentation_map"].tolist() == LABELS.tolist()
 
@@ -518,11 +519,3 @@ def test_files_of_a_private_stream_are_read_by_its_token(tmp_path, monkeypatch):
     stream._token_per_repo_id = {"me/data": "hf_secret"}
     list(StreamedColumns(stream, labels=LabelSet(ID2LABEL)))
     assert tokens == ["hf_secret"] * 2
-
-
-def test_a_parquet_file_may_be_called_as_a_pattern_is_written(tmp_path, classes_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "parquet").mkdir()
-    make_dataset().to_parquet(tmp_path / "parquet/train [1].parquet")
-    columns = load_columns(str(tmp_path / "parquet"), "train", classes_path=classes_path)
-    assert columns[0]["segmentation_map"].tolist() == LABELS.tolist()

@@ -93,8 +93,9 @@ def test_train_evaluates_the_final_model_once(config, data, tmp_path, monkeypatc
     assert json.loads((tmp_path / "eval_results.json").read_text()).keys() >= {"eval_mean_iou", "eval_mean_accuracy"}
 
 
-def test_the_best_checkpoint_is_reported_as_it_was_evaluated(config, data, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+@pytest.mark.parametrize("saving", [{"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "best"}])
+def test_the_best_checkpoint_is_reported_as_it_was_evaluated(config, data, tmp_path, saving):
+    saving |= {"eval_strategy": "steps", "eval_steps": 1}
     options = {"load_best_model_at_end": True, "max_steps": 3, "output_dir": tmp_path, **saving}
     call("train", config=config, data=data, image_size=64, **options)
     state = json.loads((tmp_path / "trainer_state.json").read_text())

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from golden import Golden
+from huggingface_hub import ModelCard
 from models import NUM_LABELS, convnext_config, resnet_config, swin_config, tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -125,6 +126,22 @@ def test_evaluation_during_training_decides_for_the_best_checkpoint(tmp_path):
     scores = [entry["eval_mean_iou"] for entry in trainer.state.log_history if "eval_mean_iou" in entry]
     assert len(scores) == 2
     assert trainer.state.best_metric == max(scores)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([0.1, 0.5, 0.3, 0.4], 0.5), ([0.1, 0.2, 0.9, 0.3], 0.2), ([0.9, 0.2, 0.3, 0.4], 0.4)],
+    ids=["best saved", "best not saved", "none loaded"],
+)
+def test_the_card_has_the_figures_of_the_checkpoint_that_was_loaded(tmp_path, monkeypatch, scores, expected):
+    figures = iter([{"mean_iou": score} for score in scores])
+    monkeypatch.setattr("hf_maskformer.training.trainer.evaluate", lambda *_, **__: next(figures))
+    saving = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    trainer = our_trainer(tmp_path, max_steps=4, load_best_model_at_end=True, num_pictures=0, **saving)
+    trainer.train()
+    trainer.create_model_card()
+    (result,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert result.metric_value == expected
 
 
 def test_the_plain_trainer_trains_too(tmp_path):
