@@ -349,6 +349,11 @@ def test_objects_are_masks_that_may_overlap():
     check_samples(columns)
 
 
+def test_labels_of_objects_do_not_count_from_1():
+    with pytest.raises(ValueError, match="'objects' count from 0, so do_reduce_labels must be false"):
+        SegmentationColumns(make_objects([]), labels=LabelSet(ID2LABEL, do_reduce_labels=True))
+
+
 def test_an_object_that_overruns_its_image_is_named():
     entry = {"label": 1, "iscrowd": False, "size": [2, 3], "counts": "9"}
     with pytest.raises(ValueError, match="row 0, column 'objects': object 0 has a run of 9 pixels"):

@@ -347,6 +347,31 @@ def test_semantic_predictions_number_classes_as_the_files_do(tmp_path):
         writer(0, "../a", torch.tensor([[0, 1]]))
 
 
+def test_segments_have_the_categories_of_the_files(tmp_path):
+    dataset = Samples()
+    for first, categories in ((0, ()), (1, ()), (None, (7, 3))):
+        dataset.labels = LabelSet({0: "sky", 1: "road"}, do_reduce_labels=first == 1, category_ids=categories)
+        panoptic = PredictionWriter(tmp_path / f"panoptic {first}", "panoptic", dataset)
+        info = {"id": 1, "label_id": 1, "score": 0.5}
+        panoptic(0, "a", {"segmentation": torch.ones(1, 2, dtype=torch.int32), "segments_info": [info]})
+        panoptic.finish()
+        instance = PredictionWriter(tmp_path / f"instance {first}", "instance", dataset)
+        instance(0, "a", {"segmentation": [[2]], "segments_info": [info]})
+        instance.finish()
+        (annotation,) = json.loads((tmp_path / f"panoptic {first}/panoptic.json").read_text())["annotations"]
+        (entry,) = json.loads((tmp_path / f"instance {first}/instances.json").read_text())
+        expected = 3 if first is None else first + 1
+        assert entry["category_id"] == annotation["segments_info"][0]["category_id"] == expected
+
+
+def test_a_file_without_instances_is_told_of(tmp_path, transformers_log):
+    writer = PredictionWriter(tmp_path, "instance", Samples())
+    writer(0, "a", {"segmentation": [], "segments_info": []})
+    writer.finish()
+    assert json.loads((tmp_path / "instances.json").read_text()) == []
+    assert "No object was found in any image" in transformers_log.text
+
+
 def test_a_prediction_never_replaces_another(tmp_path):
     dataset = Samples()
     dataset.labels = LabelSet({0: "sky", 1: "road"})

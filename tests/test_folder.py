@@ -53,6 +53,15 @@ def test_samples_come_in_the_order_of_their_names(root):
     assert len(dataset) == 2
 
 
+def test_what_is_not_read_is_named(root, transformers_log):
+    (root / "images/train/city").mkdir()
+    Image.new("RGB", (3, 2)).save(root / "images/train/c.gif")
+    for name in ("notes.txt", ".hidden.png"):
+        (root / "images/train" / name).touch()
+    assert SegmentationFolder(root, "train").names == ["a", "b"]
+    assert "images/train also holds c.gif, city, which is not read" in transformers_log.text
+
+
 def test_a_sample_is_an_rgb_image_and_a_map_of_its_size(root):
     sample = SegmentationFolder(root, "train")[0]
     assert sample["image"].mode == "RGB"

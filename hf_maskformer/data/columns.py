@@ -58,7 +58,8 @@ class SegmentationColumns(Dataset[Sample]):
         instance_maps: whether label maps hold class and instance.
 
     Raises:
-        ValueError: a column is missing or holds no images, or the data set has a transform.
+        ValueError: a column is missing or holds no images, the data set has a transform, or the labels of `objects`
+            are said to count from 1.
     """
 
     def __init__(
@@ -160,6 +161,10 @@ class _RowReader:
         self._extra_column = None
         if OBJECTS_COLUMN in names and label_column not in names:
             self._label_column = self._extra_column = OBJECTS_COLUMN
+            if labels.do_reduce_labels:
+                raise ValueError(
+                    "The labels in column 'objects' count from 0, so do_reduce_labels must be false for these classes."
+                )
         else:
             _check_column(dataset, label_column)
             if SEGMENTS_COLUMN in names and not instance_maps:

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
 from .labels import LabelSet, shorten
 from .sample import Sample, load_image, make_sample
+
+logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MAP_SUFFIXES = (".png", ".tif", ".tiff")
@@ -111,6 +114,7 @@ class SegmentationFolder(SegmentationFiles):
                 f"{map_folder} holds no label file ({', '.join(MAP_SUFFIXES)}); there is {_listed(map_folder)}. Other "
                 "formats, such as JPEG, would change labels."
             )
+        _warn_of_unread(image_folder, image_files.values())
         label_source = str(classes or Path(root) / "classes.json")
         super().__init__(image_files, map_files, LabelSet.from_json(label_source), label_source)
 
@@ -172,6 +176,19 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
         f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits) or 'none'}. Name one of "
         "them, or make the folder."
     )
+
+
+def _warn_of_unread(folder: Path, files: Iterable[Path]) -> None:
+    """Of folders and of pictures in other formats: a part of the data set that would be missing in silence."""
+    read = {path.name for path in files}
+    others = (path for path in sorted(folder.glob("[!.]*")) if path.name not in read)
+    pictures = Image.registered_extensions()
+    unread = [path.name for path in others if path.suffix.lower() in pictures or path.is_dir()]
+    if unread:
+        logger.warning(
+            f"{folder} also holds {shorten(unread)}, which is not read: only files in the folder itself "
+            f"({', '.join(IMAGE_SUFFIXES)}) are."
+        )
 
 
 def _listed(folder: Path) -> str:

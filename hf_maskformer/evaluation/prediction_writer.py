@@ -9,11 +9,14 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import Subset
+from transformers.utils import logging
 
 from ..data.labels import labels_of, shorten
 from ..data.sample import check_file_name
 from .formats import coco_results, panoptic_annotation, panoptic_image, semantic_image
 from .tasks import Task
+
+logger = logging.get_logger(__name__)
 
 
 class PredictionWriter:
@@ -24,8 +27,8 @@ class PredictionWriter:
     - Panoptic, for panopticapi: FOLDER/panoptic/NAME.png (id = R + 256 G + 65536 B) and FOLDER/panoptic.json.
     - Instance, for `COCO.loadRes`: FOLDER/instances.json, a list of results with their run lengths.
 
-    Categories have the ids of the data set, `LabelSet.category_ids`, where there are any. Images have those of its JSON
-    file; without one, their index in the data set.
+    Categories have the ids of the data set, `LabelSet.category_ids`; without these, those of the classes, from 1 where
+    `do_reduce_labels` says so. Images have those of its JSON file; without one, their index in the data set.
 
     Args:
         folder: made if it does not exist; files of these names are replaced.
@@ -40,7 +43,9 @@ class PredictionWriter:
     def __init__(self, folder: str | Path, task: Task, dataset: Any) -> None:
         self._folder, self._task, self._dataset = Path(folder), task, dataset
         self._labels = labels_of(dataset)
-        self._category_ids = dict(enumerate(self._labels.category_ids)) or None
+        first = int(self._labels.do_reduce_labels)
+        numbers = range(first, first + self._labels.num_labels)
+        self._category_ids = dict(enumerate(self._labels.category_ids or numbers))
         self._entries: list[dict[str, Any]] = []
         self._identities: set[str] = set()
         (self._folder / "panoptic" if task == "panoptic" else self._folder).mkdir(parents=True, exist_ok=True)
@@ -75,6 +80,11 @@ class PredictionWriter:
             content = {"annotations": entries} if self._task == "panoptic" else entries
             name = "panoptic.json" if self._task == "panoptic" else "instances.json"
             (self._folder / name).write_text(json.dumps(content))
+            if not entries:
+                logger.warning(
+                    f"No object was found in any image: {self._folder / name} is an empty list, which `COCO.loadRes` "
+                    "refuses."
+                )
 
     def _path(self, folder: Path, name: str) -> Path:
         # A column of a data set may name its samples in any way.
