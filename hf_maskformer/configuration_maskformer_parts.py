@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig, TimmBackboneConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -270,10 +271,15 @@ def warn_of_misplaced_fields(config: PreTrainedConfig, given: dict[str, Any]) ->
 def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of a backbone with four feature maps, made of what the user gave (None: the default).
 
-    A plain vision transformer is put into a `SimpleFeaturePyramidConfig`. Raises a ValueError for a backbone that
-    cannot give the pixel decoder its four maps.
+    A plain vision transformer is put into a `SimpleFeaturePyramidConfig`. Raises a ValueError for what is no backbone,
+    or for one that cannot give the pixel decoder its four maps.
     """
     config = nested_config(value, "backbone_config", default)
+    _check_is_backbone(config)
+    # As a file gives them: some backbones of transformers add lists to their own tuples.
+    for name in config.__dataclass_fields__:
+        if isinstance(getattr(config, name, None), tuple):
+            setattr(config, name, list(getattr(config, name)))
     if config.model_type == "timm_wrapper":
         # What AutoConfig makes of a model of timm is a classifier.
         config = TimmBackboneConfig(backbone=config.architecture)
@@ -299,6 +305,14 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
             "maps (strides 4, 8, 16, 32). Leave it out to get the last four stages."
         )
     return config
+
+
+def _check_is_backbone(config: PreTrainedConfig) -> None:
+    known = config.model_type in OWN_TYPES.keys() | {"timm_wrapper"} or type(config) in MODEL_FOR_BACKBONE_MAPPING
+    if not known or config.model_type == MaskFormerTransformerConfig.model_type:
+        inner = getattr(config, "backbone_config", None)
+        remedy = "Give its own backbone_config." if inner is not None else "docs/architectures.md names some."
+        raise ValueError(f"backbone_config is of type {config.model_type!r}, which is no backbone. {remedy}")
 
 
 def refuse_backbone_by_name(backbone_config: Any, fields: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from .image_processing_maskformer_settings import (
     DEFAULT_INSTANCE_THRESHOLD,
     DEFAULT_PANOPTIC_THRESHOLDS,
     DEFAULT_SIZE,
+    FIXED_SETTINGS,
     OLD_SETTINGS,
     SETTINGS,
     ImageProcessorSettings,
@@ -169,7 +170,9 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             )
         settings = {name: value for name, value in settings.items() if name not in unknown}
         settings = current_settings(settings, DEFAULT_SIZE)
-        overrides = {name: kwargs.pop(name) for name in (SETTINGS | OLD_SETTINGS) & kwargs.keys()}
+        overrides = {
+            name: kwargs.pop(name) for name in (SETTINGS | OLD_SETTINGS | FIXED_SETTINGS.keys()) & kwargs.keys()
+        }
         settings |= current_settings(overrides, settings.get("size", DEFAULT_SIZE))
         processor = cls(**base, **settings)
         return (processor, kwargs) if return_unused_kwargs else processor

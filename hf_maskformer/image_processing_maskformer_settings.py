@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from transformers.image_utils import SizeDict
 
 from .post_processing_maskformer_inputs import MAX_EDGE, Size, checked_label_ids
 
@@ -22,7 +23,7 @@ _DEFAULT_SIZE_DIVISOR = 32
 _SIZE_FORMS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"}, {"max_height", "max_width"})
 
 # transformers' files may hold these; here each has one value only.
-_FIXED_SETTINGS: dict[str, Any] = {
+FIXED_SETTINGS: dict[str, Any] = {
     "do_convert_rgb": True,
     "do_pad": True,
     "do_center_crop": False,
@@ -69,11 +70,12 @@ class ImageProcessorSettings:
     def __post_init__(self) -> None:
         for names, kind, types in _TYPES:
             for name in names:
-                value = getattr(self, name)
+                given = getattr(self, name)
+                value = plain(given)
                 is_number_by_accident = isinstance(value, bool) and types is not bool
                 if value is not None and (not isinstance(value, types) or is_number_by_accident):
-                    raise ValueError(f"{name} is {repr(value)[:60]}, but must be {kind}.")
-                setattr(self, name, plain(value))
+                    raise ValueError(f"{name} is {repr(given)[:60]}, but must be {kind}.")
+                setattr(self, name, value)
         self.size_divisor = self.size_divisor or 0  # None, as an attribute may be set
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
         if self.pad_size is not None:
@@ -177,16 +179,16 @@ def current_settings(given: Mapping[str, Any], known_size: Mapping[str, int]) ->
 
 def unknown_settings(given: Mapping[str, Any]) -> set[str]:
     """The names among these that mean nothing to the processor."""
-    return given.keys() - SETTINGS - OLD_SETTINGS - _BOOKKEEPING_SETTINGS - _FIXED_SETTINGS.keys()
+    return given.keys() - SETTINGS - OLD_SETTINGS - _BOOKKEEPING_SETTINGS - FIXED_SETTINGS.keys()
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
     for name in unknown_settings(given):
         known = ", ".join(sorted(SETTINGS))
         raise ValueError(f"{name}={given[name]!r} is no setting of MaskFormerImageProcessor; it has {known}.")
-    for name in given.keys() & _FIXED_SETTINGS.keys():
-        if given[name] is not None and given[name] != _FIXED_SETTINGS[name]:
-            raise ValueError(f"{name}={given[name]!r} is not supported; only {_FIXED_SETTINGS[name]!r} is.")
+    for name in given.keys() & FIXED_SETTINGS.keys():
+        if given[name] is not None and given[name] != FIXED_SETTINGS[name]:
+            raise ValueError(f"{name}={given[name]!r} is not supported; only {FIXED_SETTINGS[name]!r} is.")
 
 
 def _take_old_name(settings: dict[str, Any], old: str, new: str, default: Any) -> None:
@@ -202,6 +204,7 @@ def _take_old_name(settings: dict[str, Any], old: str, new: str, default: Any) -
 
 def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -> dict[str, int]:
     """Gives the edges that a size in any of its forms means."""
+    size = plain(size)
     known_edges = known_size if "shortest_edge" in known_size else DEFAULT_SIZE
     if size is None or isinstance(size, Integral):
         edges = dict(known_edges) if size is None else {**known_edges, "shortest_edge": plain(size)}
@@ -245,9 +248,9 @@ def _three_channels(name: str, value: float | Sequence[float]) -> list[float]:
 
 
 def plain(value: Any) -> Any:
-    """A setting with Python's numbers in the place of numpy's, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {name: plain(number) for name, number in value.items()}
+    """A setting in Python's own types, as JSON has them: not numpy's numbers, nor transformers' `SizeDict`."""
+    if isinstance(value, Mapping | SizeDict):
+        return {name: plain(number) for name, number in dict(value).items()}
     if isinstance(value, list | tuple | np.ndarray):
         return [plain(number) for number in value]
     return value.item() if isinstance(value, np.generic) else value

@@ -62,7 +62,7 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> n
                 'panoptic. If it holds labels or plain ids, give one channel: image.convert("L"), or array[..., 0]. If '
                 "it holds ids as R + 256 G + 65536 B, pass instance_id_to_semantic_id."
             )
-        values = values.astype(np.int32) @ np.array([1, 256, 256**2], dtype=np.int32)
+        values = ids_of_colors(values)
     elif values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
         values = values[0] if values.shape[0] == 1 else values[..., 0]
     if values.ndim != 2 or values.dtype.kind not in "bui":
@@ -88,6 +88,12 @@ def is_coloured(segmentation_map: Any) -> bool:
         return False
     is_bytes = segmentation_map.dtype in (np.uint8, torch.uint8)
     return is_bytes and segmentation_map.ndim == 3 and segmentation_map.shape[-1] == 3
+
+
+def ids_of_colors(colors: np.ndarray) -> np.ndarray:
+    """The ids (height, width), int32, that the colours of COCO panoptic stand for: R + 256 G + 65536 B."""
+    channels = colors.astype(np.int32)
+    return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
 
 
 def check_ignore_value(settings: ImageProcessorSettings, target_format: str) -> None:

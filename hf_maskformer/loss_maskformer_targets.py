@@ -72,9 +72,14 @@ def prepare_targets(
             another shape or type than these.
     """
     if len(mask_labels) != len(class_labels):
-        raise ValueError(f"mask_labels are of {len(mask_labels)} images, but class_labels of {len(class_labels)}.")
+        raise ValueError(
+            f"mask_labels are of {len(mask_labels)} images, but class_labels of {len(class_labels)}. Give both "
+            "for every image."
+        )
     if len(class_labels) != batch_size:
-        raise ValueError(f"The labels are of {len(class_labels)} images, but the batch has {batch_size}.")
+        raise ValueError(
+            f"The labels are of {len(class_labels)} images, but the batch has {batch_size}. Give those of each image."
+        )
     _check_forms(mask_labels, class_labels)
     labels = (
         class_labels.long()

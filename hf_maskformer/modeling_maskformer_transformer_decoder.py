@@ -4,12 +4,11 @@ Letters: B images, L decoder layers, Q queries, D query width, P = h x w positio
 memory.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.utils import ModelOutput
 
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, is_of_type
 from .modeling_maskformer_pixel_decoder import XavierConv2d
@@ -23,8 +22,7 @@ from .modeling_maskformer_transformer_layers import (
 )
 
 
-@dataclass
-class TransformerModuleOutput(ModelOutput):
+class TransformerModuleOutput(NamedTuple):
     """What the queries became.
 
     Args:
@@ -35,10 +33,10 @@ class TransformerModuleOutput(ModelOutput):
         attentions: L tensors (B, heads, Q, P) if asked for: where each query looked in the image.
     """
 
-    last_hidden_state: Tensor | None = None
-    intermediate_states: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor
+    intermediate_states: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
 class TransformerDecoderLayer(TransformerLayer):

@@ -9,8 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_maskformer.command_line import OptionParser
-from hf_maskformer.hub.conversion import model_class
-from hf_maskformer.training.presets import MASKFORMER, PRESETS, Preset
+from hf_maskformer.training.presets import MASKFORMER, PRESETS, Preset, model_class
 
 # Billions of multiply-adds of the paper's own implementation, as fvcore counts them.
 ORIGINAL_FLOPS = {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from models import convnext_config, swin_config, swinv2_config, tiny_batch, tiny_config, tiny_model
 from torch import Tensor, nn
-from transformers import BeitConfig, ConvNextConfig, Dinov2Config, DINOv3ViTConfig, ResNetConfig
+from transformers import BeitConfig, ConvNextConfig, Dinov2Config, DINOv3ViTConfig, ResNetConfig, ViTConfig
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
 from hf_maskformer.configuration_maskformer_parts import (
@@ -341,6 +341,20 @@ def test_a_configuration_in_one_line(tmp_path) -> None:
     ResNetConfig(depths=[3, 4, 23, 3]).save_pretrained(tmp_path)
     assert MaskFormerConfig.from_backbone(str(tmp_path), num_labels=7).backbone_config.depths == [3, 4, 23, 3]
     assert MaskFormerConfig.from_backbone(ConvNextConfig()).backbone_config.out_features[0] == "stage1"
+
+
+def test_a_backbone_is_built_of_the_defaults_that_transformers_gives_it() -> None:
+    small = ConvNextConfig(depths=(1, 1, 1, 1), hidden_sizes=(8, 16, 32, 64))  # its defaults are tuples too
+    assert tiny_model(small).model.pixel_level_module.encoder.channels == [8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [(tiny_config(), "Give its own backbone_config"), (ViTConfig(), r"docs/architectures\.md names some")],
+)
+def test_what_is_no_backbone_is_refused(config, remedy) -> None:
+    with pytest.raises(ValueError, match=f"is of type '{config.model_type}', which is no backbone. {remedy}"):
+        MaskFormerConfig.from_backbone(config)
 
 
 def test_our_nested_types_are_written_and_read(tmp_path) -> None:

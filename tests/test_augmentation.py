@@ -453,3 +453,16 @@ def test_the_contrast_falls_to_one_half():
     values = [color_jitter(grey, torch.Generator().manual_seed(n)).getpixel((0, 0))[0] for n in range(1000)]
     lowest = 0.5 * (220 - 32)
     assert lowest <= min(values) < lowest + 10
+
+
+def test_areas_that_the_data_gave_are_gone_with_the_image_that_they_were_of():
+    sample = {"image": Image.new("RGB", (8, 8)), "name": "a", "masks": np.ones((1, 8, 8), bool)}
+    sample |= {"labels": np.array([4]), "area": np.array([64.0])}
+    assert "area" not in RandomScaleCropFlip([16], max_size=16)(sample)
+
+
+def test_the_hue_of_half_of_the_images_turns():
+    red = Image.new("RGB", (1, 1), (200, 0, 0))  # only a turn changes its hue
+    hues = [color_jitter(red, torch.Generator().manual_seed(n)).convert("HSV").getpixel((0, 0))[0] for n in range(400)]
+    # Of 37 steps one is none; to four standard deviations.
+    assert np.mean(np.array(hues) != 0) == pytest.approx(36 / 37 / 2, abs=0.1)

@@ -257,7 +257,7 @@ def test_a_file_that_changed_after_opening_is_named(panoptic):
         (lambda c: c["annotations"][0].update(file_name=None), "has the file name None, which is not one"),
         (lambda c: c["annotations"][0].update(image_id=99), "annotations of image 99, which its images do not list"),
         (lambda c: c["annotations"][0].update(image_id=[1]), r"an annotation has the image_id \[1\]"),
-        (lambda c: c["annotations"].pop(), "1 of 2 images have not one panoptic annotation; image 7 has 0"),
+        (lambda c: c["annotations"].pop(), "1 of 2 images do not have exactly one panoptic annotation; image 7 has 0"),
         (lambda c: c["annotations"].append(c["annotations"][0]), "1 of 2 images .*; image 8 has 2"),
         (lambda c: c["annotations"][0].update(segments_info={}), "segments_info of image 8 is no list"),
         (
@@ -502,7 +502,7 @@ def test_real_annotations_make_batches_that_a_model_trains_on(reader, name):
 def test_a_file_without_annotations_says_so(tmp_path):
     json_path = write_panoptic(tmp_path, {"a": (IDS, SEGMENTS)})
     edit(json_path, lambda content: content.pop("annotations"))
-    with pytest.raises(ValueError, match="1 of 1 images have not one panoptic annotation; image 7 has 0"):
+    with pytest.raises(ValueError, match="1 of 1 images do not have exactly one panoptic annotation; image 7 has 0"):
         open_panoptic(json_path)
     assert CocoFile(json_path, tmp_path / "images/train").annotations(0) == []
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from test_scripts import call, checkpoint, config, data  # noqa: F401  (fixtures
 
 from hf_maskformer import __version__, command_line
 from hf_maskformer.__main__ import main
-from hf_maskformer.command_line import COMMANDS, SYNONYMS, as_commands, errors_as_messages
+from hf_maskformer.__main__ import run as run_script
+from hf_maskformer.command_line import COMMANDS, SYNONYMS, OptionParser, as_commands, errors_as_messages
 
 
 @pytest.fixture
@@ -239,3 +241,68 @@ def test_a_message_of_a_command_names_commands(capsys, monkeypatch):
     with pytest.raises(SystemExit), errors_as_messages():
         raise ValueError("Convert it by scripts/convert_checkpoint.py.")
     assert capsys.readouterr().err == "\nerror: Convert it by hf-maskformer convert.\n"
+
+
+def test_a_command_of_several_processes_is_named_by_its_module():
+    text = "accelerate launch scripts/train.py --preset ade20k-r50"
+    assert as_commands(text) == "accelerate launch -m hf_maskformer train --preset ade20k-r50"
+
+
+def test_objects_of_a_script_may_go_to_processes_that_it_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    script = tmp_path / "script.py"
+    script.write_text("import pickle\nclass Own: pass\nprint(type(pickle.loads(pickle.dumps(Own()))) is Own, __file__)")
+    run_script(script)
+    assert capsys.readouterr().out == f"True {script}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_usage_has_the_name_of_a_command_once(run, command):
+    _, output, _ = run(command, "--help")
+    assert output.split("\n\n")[0].split().count(command) == 1
+
+
+def test_a_path_below_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit), errors_as_messages():
+        (tmp_path / "file" / "out").mkdir()
+    assert f"{tmp_path / 'file' / 'out'} is a file, or lies in one, where a folder is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_options_without_a_default_name_none(run, command):
+    _, output, _ = run(command, "--help")
+    assert "(default: " in output
+    assert "(default: None)" not in " ".join(output.split())
+
+
+def test_a_message_of_a_script_names_scripts(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["scripts/evaluate.py"])
+    with pytest.raises(SystemExit), errors_as_messages():
+        raise ValueError("Convert it by scripts/convert_checkpoint.py.")
+    assert capsys.readouterr().err == "\nerror: Convert it by scripts/convert_checkpoint.py.\n"
+
+
+def test_configurations_of_examples_are_where_they_are_said_to_be():
+    *_, path = as_commands("python scripts/train.py --config scripts/configs/small.json").split()
+    assert Path(path).is_absolute()
+    assert Path(path).is_file()
+
+
+def test_the_description_of_a_script_names_scripts_and_that_of_a_command_names_commands():
+    text = "python scripts/train.py --preset coco-r50"
+    assert OptionParser(prog="train.py", description=text).description == text
+    assert (
+        OptionParser(prog="hf-maskformer train", description=text).description
+        == "hf-maskformer train --preset coco-r50"
+    )
+
+
+def test_the_module_ends_with_the_exit_code_of_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hf_maskformer", "trian"])
+    monkeypatch.delitem(sys.modules, "hf_maskformer.__main__")  # of which runpy would warn
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("hf_maskformer", run_name="__main__")
+    assert end.value.code == 2
+    assert "Did you mean train?" in capsys.readouterr().err

@@ -4,12 +4,14 @@ import math
 import re
 
 import pytest
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from models import resnet_config, swin_config, tiny_config
 from transformers import DetrConfig, ResNetConfig
 
 from hf_maskformer import MaskFormerConfig, PerPixelBaselineConfig
+from hf_maskformer.configuration_maskformer_parts import MaskFormerTransformerConfig
 
 TRANSFORMER = {"model_type": "maskformer-transformer"}
 
@@ -164,11 +166,89 @@ def test_matching_costs_follow_the_loss_weights_unless_set():
             r"hidden_sizes \[32, 32\] and",
         ),
         ({"backbone_config": {"model_type": "swin", "use_absolute_embeddings": True}}, "use_absolute_embeddings"),
+        ({"backbone_config": {"model_type": "swin", "num_heads": [3, 6, 12]}}, "has 4 stages: give 4 numbers each"),
+        ({"backbone_config": {"model_type": "swin", "window_size": 0}}, "window_size is 0, but must be 1 to 64"),
+        ({"backbone_config": {"model_type": "maskformer-swin", "num_heads": [3, 5, 12, 24]}}, r"num_heads\[1\] is 5"),
+        (
+            {"backbone_config": {"model_type": "maskformer-resnet", "hidden_sizes": [32, 32]}},
+            r"hidden_sizes \[32, 32\] and depths \[3, 4, 23, 3\]",
+        ),
+        (
+            {"backbone_config": {"model_type": "maskformer-resnet", "last_stage_dilations": [1, 0, 4]}},
+            r"last_stage_dilations is \[1, 0, 4\], but must hold one number of at least 1",
+        ),
+        ({"backbone_config": ResNetConfig(hidden_sizes=[8, 16, 32, 70_000])}, "no number there may exceed 65536"),
+        ({"class_cost": -1.0}, "class_cost is -1.0, but must be a finite number of at least 0"),
+        ({"mask_cost": math.nan}, "mask_cost is nan, but must be a finite number of at least 0"),
+        ({"dice_weight": math.inf}, "dice_weight is inf, but must be a finite number of at least 0"),
+        ({"no_object_weight": math.nan}, "no_object_weight is nan, but must be a finite number above 0"),
+        ({"decoder_config": {"decoder_ffn_dim": 0}}, "decoder_config.decoder_ffn_dim is 0, but must be at least 1"),
+        ({"decoder_config": {**TRANSFORMER, "encoder_layers": -1}}, "decoder_config.encoder_layers is -1"),
+        ({"decoder_config": {"d_model": 18, "decoder_attention_heads": 2}}, "d_model is 18, but must be a .* and of 4"),
+        ({"decoder_config": {"decoder_attention_heads": -4}}, r"decoder_attention_heads is -4, but must be at least 1"),
+        (
+            {"decoder_config": {**TRANSFORMER, "encoder_layers": 1, "encoder_attention_heads": 0}},
+            r"d_model is 256, but must be a multiple of encoder_attention_heads \(0\)",
+        ),
     ],
 )
 def test_what_no_model_can_have_fails_at_construction(fields, message):
     with pytest.raises(ValueError, match=message):
         MaskFormerConfig(**fields)
+
+
+def test_a_file_tells_heads_and_layers_of_the_decoder_apart():
+    saved = tiny_config(decoder_config=DetrConfig(decoder_layers=3, decoder_attention_heads=2)).to_dict()
+    assert (saved["num_attention_heads"], saved["num_hidden_layers"]) == (2, 3)
+
+
+def test_our_transformers_have_the_sizes_of_the_paper_s_by_default():
+    ours, stock = MaskFormerTransformerConfig(), DetrConfig()
+    for field in ("d_model", "num_queries", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim"):
+        assert getattr(ours, field) == getattr(stock, field)
+    assert (ours.encoder_attention_heads, ours.encoder_ffn_dim) == (8, 2048)
+
+
+def test_points_are_drawn_as_mask2former_does_by_default():
+    config = MaskFormerConfig()
+    assert (config.train_num_points, config.oversample_ratio, config.importance_sample_ratio) == (None, 3.0, 0.75)
+
+
+def test_a_file_of_another_model_is_refused_and_one_without_a_type_is_ours(tmp_path):
+    ours, baseline = tiny_config().to_dict(), PerPixelBaselineConfig().to_dict()
+    with pytest.raises(ValueError, match="is of a model of type 'per-pixel-baseline', but MaskFormerConfig is for"):
+        MaskFormerConfig.from_dict(baseline)
+    with pytest.raises(ValueError, match="is of a model of type 'maskformer', but PerPixelBaselineConfig is for"):
+        PerPixelBaselineConfig.from_dict(ours)
+    untyped = {name: value for name, value in ours.items() if name != "model_type"}
+    assert MaskFormerConfig.from_dict(untyped).to_dict() == ours
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_file_names_a_floating_type_by_either_name(name):
+    fields = {key: value for key, value in tiny_config().to_dict().items() if key != "dtype"}
+    assert MaskFormerConfig.from_dict({**fields, name: "bfloat16"}).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="The dtype of the configuration is 'int8', but must be one of auto, float32"):
+        MaskFormerConfig.from_dict({**fields, name: "int8"})
+
+
+def test_the_name_of_a_backbone_beside_its_configuration_is_left_alone():
+    for config_class in (MaskFormerConfig, PerPixelBaselineConfig):
+        config = config_class(backbone="microsoft/resnet-50", backbone_config=resnet_config())
+        assert config.backbone_config.hidden_sizes == resnet_config().hidden_sizes
+        with pytest.raises(ValueError, match="names a backbone, but its configuration is needed"):
+            config_class(backbone="microsoft/resnet-50")
+
+
+def test_a_field_of_the_decoder_that_has_the_same_value_there_is_not_warned_of(caplog):
+    MaskFormerConfig(num_queries=100)
+    assert caplog.text == ""
+
+
+def test_a_contradiction_among_fields_given_to_from_pretrained_is_refused_too(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="contradict each other"):
+        MaskFormerConfig.from_pretrained(tmp_path, use_auxiliary_loss=True, deep_supervision=False)
 
 
 @pytest.mark.parametrize(("field", "value"), [("mask_weight", "heavy"), ("id2label", ["a"]), ("label2id", ["a"])])

@@ -8,11 +8,13 @@ import sys
 import numpy as np
 import pytest
 from models import tiny_model
-from PIL import Image
+from PIL import Image, ImageColor
 from test_scripts import SCRIPTS
 
 from hf_maskformer import MaskFormerImageProcessor
-from hf_maskformer.data.generated_scenes import LABELS
+from hf_maskformer.data.generated_scenes import LABELS, GeneratedScenes
+from hf_maskformer.evaluation.drawing import label_colors, segment_shades
+from hf_maskformer.evaluation.prediction import Prediction
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -25,8 +27,12 @@ def test_the_page_asks_for_the_small_model_where_none_is_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    page = pytest.importorskip("hf_maskformer.demo.page", reason="needs the extra demo", exc_type=ImportError)
+def page():
+    return pytest.importorskip("hf_maskformer.demo.page", reason="needs the extra demo", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def address(page, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     label2id = {name: label for label, name in LABELS.id2label.items()}
     tiny_model(id2label=LABELS.id2label, label2id=label2id).save_pretrained(folder)
@@ -153,3 +159,49 @@ def test_a_broken_file_shows_an_error_that_names_it(browser_page, kind, tmp_path
 def test_a_press_without_a_picture_shows_what_to_do(browser_page):
     browser_page.click("#segment")
     browser_page.get_by_text("Choose a picture first.").wait_for()
+
+
+def prediction_of(ids, *segments):
+    ids = np.array(ids)
+    fields = [
+        {"id": number, "label_id": label, "label": name, "area": int((ids == number).sum()), "score": score}
+        for number, label, name, score in segments
+    ]
+    return Prediction(ids, fields)
+
+
+TWO_CARS = prediction_of(
+    [[1, 1, 3, 3], [4, 4, 4, 0]], (1, 1, "car", 0.98765), (2, 0, "sky", 0.9), (3, 1, "car", 0.8), (4, 2, "tree", 0.7)
+)
+
+
+def test_segments_of_one_label_are_numbered_and_those_without_a_pixel_are_not_shown(page):
+    assert page.segment_titles(TWO_CARS) == {1: "car 1", 3: "car 2", 4: "tree"}
+    assert page.table(TWO_CARS) == [["tree", 0.7, 37.5], ["car 1", 0.988, 25.0], ["car 2", 0.8, 25.0]]
+
+
+def test_a_class_without_a_score_has_an_empty_place_for_it(page):
+    segments = [
+        {"id": 0, "label_id": 0, "label": "sky", "area": 2},
+        {"id": 1, "label_id": 1, "label": "car", "area": 4},
+    ]
+    rows = page.table(Prediction(np.array([[1, 1, 0], [1, 1, 0]]), segments))
+    assert rows == [["car", None, 66.67], ["sky", None, 33.33]]
+
+
+def test_masks_and_colours_of_the_page_are_those_of_the_drawing(page):
+    masks, colors = page.annotations(TWO_CARS, {0: "sky", 1: "car", 2: "tree"}, (8, 4))
+    ids = TWO_CARS.segmentation.repeat(2, axis=0).repeat(2, axis=1)
+    assert [title for _, title in masks] == ["car 1", "car 2", "tree"]
+    for (mask, _), number in zip(masks, (1, 3, 4), strict=True):
+        assert mask.tolist() == (page.OPACITY * (ids == number)).tolist()
+    shades = segment_shades(TWO_CARS.segments, label_colors(3))
+    for title, number in (("car 1", 1), ("car 2", 3), ("tree", 4)):
+        assert ImageColor.getrgb(colors[title]) == tuple(int(value) for value in shades[number])
+
+
+def test_the_examples_are_scenes_that_the_small_model_was_not_trained_on(page, tmp_path):
+    pictures = {np.asarray(Image.open(path)).tobytes() for path in page.draw_examples(tmp_path)}
+    assert [len(picture) for picture in pictures] == [3 * page.EXAMPLE_SIDE**2] * page.NUM_EXAMPLES
+    trained = GeneratedScenes(100, image_size=(page.EXAMPLE_SIDE, page.EXAMPLE_SIDE))
+    assert pictures.isdisjoint(trained.scene(index).image.tobytes() for index in range(len(trained)))

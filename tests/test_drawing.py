@@ -318,3 +318,55 @@ def test_names_lie_in_their_segments_of_a_picture_that_a_legend_enlarges(monkeyp
 def test_a_segment_whose_label_has_no_name_is_refused(image, label_map, label):
     with pytest.raises(ValueError, match=f"Segment 1 has label {label}"):
         draw_segmentation(image, label_map + 1, ID2LABEL, segments=[{"id": 1, "label_id": label}])
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The names that are written and the heights at which they end."""
+    names, tops = [], []
+    pen = label_placement.ImageDraw.ImageDraw
+    monkeypatch.setattr(pen, "text", lambda self, place, name, *style, **options: names.append(name))
+    monkeypatch.setattr(pen, "rounded_rectangle", lambda self, box, **style: tops.append((box[1], box[3])))
+    return names, tops
+
+
+def test_where_two_names_do_not_fit_the_larger_segment_has_its_own(written):
+    ids = np.repeat([[0] * 40 + [1] * 80], 40, axis=0)
+    names = {0: "the name of the smaller", 1: "the name of the larger"}
+    draw_segmentation(Image.new("RGB", (120, 40)), ids, names, labels=True)
+    assert written[0] == ["the name of the larger"]
+
+
+def test_names_of_segments_at_the_edge_lie_in_the_picture(written):
+    ids = np.zeros((100, 200), dtype=int)
+    ids[:7], ids[-7:] = 1, 2
+    draw_segmentation(Image.new("RGB", (200, 100)), ids, {0: "a", 1: "b", 2: "c"}, labels=True)
+    assert sorted(written[0]) == ["a", "b", "c"]
+    assert (min(written[1])[0], max(written[1])[1]) == (0, 100)
+
+
+def test_a_name_higher_than_the_picture_is_left_out(written):
+    draw_segmentation(Image.new("RGB", (200, 10)), np.zeros((10, 200), dtype=int), {0: "a"}, labels=True)
+    assert written[0] == []
+
+
+def test_a_band_as_high_as_a_name_bears_it_in_a_wide_picture_too(written):
+    ids = np.zeros((60, 2100), dtype=int)
+    ids[20:32] = 1
+    draw_segmentation(Image.new("RGB", (2100, 60)), ids, {0: "a", 1: "b"}, labels=True)
+    assert sorted(written[0]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_a_photograph_of_another_mode_is_drawn_like_its_colours(mode, label_map):
+    gradient = np.tile(np.arange(40, dtype=np.uint8) * 6, (30, 1))
+    photograph = Image.fromarray(gradient).convert(mode)
+    label_map[:, :5] = 255
+    drawn = draw_segmentation(photograph, label_map, ID2LABEL)
+    assert pixels(drawn) == pixels(draw_segmentation(photograph.convert("RGB"), label_map, ID2LABEL))
+    assert pixels(drawn)[0][1] == [6, 6, 6]
+
+
+def test_the_sixth_instance_of_a_label_looks_like_the_first():
+    shades = segment_shades([{"id": number, "label_id": 1} for number in range(1, 7)], PALETTE)
+    assert shades[6].tolist() == shades[1].tolist() == [0, 200, 0]

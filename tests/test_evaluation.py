@@ -38,6 +38,7 @@ from hf_maskformer.evaluation.tasks import (
     predict_batch,
     reference_of,
     segments_of,
+    task_of,
     task_of_data,
 )
 from hf_maskformer.training.starting_point import image_processor_for
@@ -377,13 +378,17 @@ def test_a_prediction_never_replaces_another(tmp_path):
     dataset.labels = LabelSet({0: "sky", 1: "road"})
     writer = PredictionWriter(tmp_path, "semantic", dataset)
     writer(0, "a", torch.tensor([[0, 1]]))
-    with pytest.raises(ValueError, match="Several samples have the name a"):
+    with pytest.raises(
+        ValueError, match=r"Several samples have the name a, .*; rename the file, or in columns the entry of `name`\."
+    ):
         writer(1, "a", torch.tensor([[1, 1]]))
     assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[0, 1]]
     for task, segmentation in (("panoptic", torch.zeros(1, 2, dtype=torch.int32)), ("instance", [])):
         writer = PredictionWriter(tmp_path, task, dataset)
         writer(0, "a", {"segmentation": segmentation, "segments_info": []})
-        with pytest.raises(ValueError, match="Several samples have the image_id 0"):
+        with pytest.raises(
+            ValueError, match=r"have the image_id 0, .*; read a stream with no more than one worker process"
+        ):
             writer(0, "b", {"segmentation": segmentation, "segments_info": []})
 
 
@@ -591,3 +596,74 @@ def test_there_are_no_figures_where_another_process_was_stopped(monkeypatch):
     monkeypatch.setattr(evaluation, "gather_object", lambda mine: [*mine, True])
     processor = image_processor_for(SCENES.labels, 64)
     assert evaluate(model_for(SCENES.labels), processor, SCENES, "semantic", should_stop=lambda: False) == {}
+
+
+def test_the_columns_of_a_table_stand_below_each_other():
+    scores = {"per_category_iou": [0.5, 1.0], "per_category_accuracy": [0.5, 1.0]}
+    figures = dict.fromkeys(FIGURES["semantic"], 0.75) | scores
+    *lines, _ = as_table(figures, {0: "sky", 1: "wall-other-merged"}).splitlines()
+    assert [line[: len("wall-other-merged")].strip() for line in lines] == ["class", "sky", "wall-other-merged", "mean"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_what_has_no_value_is_no_note_below_a_table():
+    figures = dict.fromkeys(FIGURES["instance"], 0.5) | {"ap_small": np.nan, "per_category": {}}
+    last = as_table(figures, LABELS.id2label).splitlines()[-1]
+    assert "AP medium 50.00" in last
+    assert "AP small" not in last
+
+
+def test_a_figure_of_zero_is_one():
+    figures = {"pq": 0.0, "per_category": {0: {"pq": 0.0, "tp": 0}}, "per_category_iou": np.array([0.0, np.nan, 1.0])}
+    assert as_json(figures, LABELS.id2label) == {
+        "pq": 0.0,
+        "per_category": {"person": {"pq": 0.0, "tp": 0}},
+        "per_category_iou": {"person": 0.0, "car": None, "sky": 1.0},
+    }
+
+
+class Endless(torch.utils.data.Dataset):
+    def __len__(self):
+        return 0
+
+    def __getitem__(self, index):
+        return OF_CLASSES
+
+
+def test_a_data_set_of_length_0_is_empty_whatever_it_would_give():
+    with pytest.raises(ValueError, match="The data set is empty"):
+        task_of_data(Endless())
+
+
+def test_an_image_without_a_segment_is_one_of_segments():
+    nothing = sample(segmentation_map=np.full((2, 4), 255), instance_id_to_semantic_id={})
+    assert task_of(nothing) == "panoptic"
+    reference = reference_of(nothing, LABELS, "panoptic")
+    assert (reference["segmentation"].any(), reference["segments_info"]) == (False, [])
+
+
+def test_what_a_data_set_ignores_is_ignored_by_reference_and_metric():
+    labels = LabelSet(LABELS.id2label, ignore_index=99, thing_ids=LABELS.thing_ids)
+    metric = metric_for("semantic", labels)
+    metric.add(prediction=np.array([[0, 1]]), reference=np.array([[0, 99]]))
+    assert metric.compute()["overall_accuracy"] == 1
+    of_segments = sample(segmentation_map=np.array([[7, 0, 9]]), instance_id_to_semantic_id={7: 0, 9: 2})
+    assert reference_of(of_segments, labels, "panoptic")["segmentation"].tolist() == [[1, 0, 2]]
+
+
+@pytest.mark.parametrize("task", FIGURES)
+def test_results_have_the_sizes_that_are_asked_for(task):
+    processor = image_processor_for(SCENES.labels, 64, task=task)
+    batch = processor([SCENES[0]["image"]], return_tensors="pt")
+    with torch.no_grad():
+        (result,) = predict_batch(model_for(SCENES.labels), processor, batch, [(30, 50)], task)
+    if task == "instance":
+        assert {tuple(mask["size"]) for mask in result["segmentation"]} == {(30, 50)}
+    else:
+        assert tuple((result if task == "semantic" else result["segmentation"]).shape) == (30, 50)
+
+
+def test_an_unknown_task_is_refused():
+    processor = image_processor_for(SCENES.labels, 64)
+    with pytest.raises(ValueError, match="task is 'boxes'; give one of semantic, instance, panoptic"):
+        evaluate(model_for(SCENES.labels), processor, SCENES, "boxes")

@@ -276,6 +276,16 @@ def test_a_file_in_place_of_the_folder_is_refused_before_anything_is_traced(tmp_
         export_model(tiny_model(), MaskFormerImageProcessor(), tmp_path / "model", "torch_export", size=(64, 64))
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_checkpoint_keeps_its_settings(tmp_path, weights):
+    MaskFormerImageProcessor().save_pretrained(tmp_path)
+    (tmp_path / weights).touch()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=f"holds {weights}, to which its config.json"):
+        export_model(tiny_model(), MaskFormerImageProcessor(), tmp_path, "torch_export", size=(64, 64))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.slow
 def test_a_model_of_other_channels_is_exported_with_them(image_processor, tmp_path):
     backbone = resnet_config()

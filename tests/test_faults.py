@@ -278,3 +278,42 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_before_its_end(tmp_path,
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert not is_whole(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), EOFError("no more bytes")])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error, monkeypatch):
+    monkeypatch.setattr("hf_maskformer.data.workers.time.sleep", lambda seconds: None)
+    message = f"One of the 2 processes that read data died .{error}"
+    with pytest.raises(ChildProcessError, match=message), dead_workers_named(2):
+        raise error
+    with pytest.raises(type(error), match=str(error)), dead_workers_named(0):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."),  # of a download, say
+        RuntimeError("Caught RuntimeError in DataLoader worker process 0."),
+    ],
+)
+def test_errors_that_a_worker_reports_itself_pass_unchanged(error):
+    with pytest.raises(type(error)) as raised, dead_workers_named(2):
+        raise error
+    assert raised.value is error
+
+
+def test_a_death_is_named_by_the_evaluation_that_met_it():
+    with pytest.raises(ChildProcessError, match="One of the 3 processes"), dead_workers_named(2), dead_workers_named(3):
+        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
+
+
+def test_a_death_is_found_behind_an_error_that_came_of_its_handling():
+    def parse():
+        try:
+            raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
+        except RuntimeError:
+            {}["missing"]
+
+    with pytest.raises(ChildProcessError, match=r"data died .DataLoader worker .pid 3."), dead_workers_named(1):
+        parse()

@@ -146,3 +146,28 @@ def test_a_segment_without_a_pixel_has_an_empty_box():
 
 def test_a_folder_with_a_dot_in_its_name_keeps_all_of_it(tmp_path):
     assert write_panoptic([], tmp_path / "run.1") == tmp_path / "run.1.json"
+
+
+def test_panoptic_files_are_made_in_new_folders_and_replaced_in_those_that_are_there(tmp_path):
+    folder = tmp_path / "run" / "panoptic"
+    write_panoptic([(1, "train/a", RESULT), (2, "train/b", RESULT)], folder)
+    nothing = {"segmentation": torch.zeros(2, 3, dtype=torch.int32), "segments_info": []}
+    path = write_panoptic([(3, "train/a", nothing)], folder)
+    assert [entry["image_id"] for entry in json.loads(path.read_text())["annotations"]] == [3]
+    assert not np.asarray(Image.open(folder / "train/a.png")).any()
+    assert np.asarray(Image.open(folder / "train/b.png")).any()
+
+
+def test_a_panoptic_file_never_lies_outside_its_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"The results has the file name '\.\./photo\.png', which is not one inside"):
+        write_panoptic([(42, "../photo", RESULT)], tmp_path / "panoptic")
+    assert [path.name for path in tmp_path.rglob("*")] == ["panoptic"]
+
+
+def test_segments_that_were_found_are_no_crowds():
+    assert [info["iscrowd"] for info in panoptic_annotation(RESULT, 1, "a.png")["segments_info"]] == [0, 0]
+
+
+def test_labels_beyond_sixteen_bits_are_refused():
+    with pytest.raises(ValueError, match="labels from 0 to 65536; a PNG holds 0 to 65535"):
+        semantic_image([[0, 65536]])

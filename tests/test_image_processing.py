@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, features
+from transformers.image_utils import SizeDict
 from transformers.models.maskformer.image_processing_pil_maskformer import (
     MaskFormerImageProcessorPil as StockImageProcessor,
 )
@@ -132,6 +133,27 @@ def test_settings_that_change_nothing_are_accepted():
         backend="pil",
     )
     assert processor.to_dict() == MaskFormerImageProcessor().to_dict()
+
+
+def test_a_size_may_be_that_of_an_image_processor_of_transformers():
+    for edges in ({"shortest_edge": 40, "longest_edge": 90}, {"height": 40, "width": 90}):
+        processor = MaskFormerImageProcessor(size=SizeDict(**edges))
+        assert processor.size == MaskFormerImageProcessor(size=edges).size == edges
+        assigned = MaskFormerImageProcessor()
+        assigned.size = SizeDict(**edges)
+        image = Image.new("RGB", (50, 100))
+        expected = processor(image).pixel_values[0].shape
+        assert assigned(image).pixel_values[0].shape == expected
+        assert MaskFormerImageProcessor()(image, size=SizeDict(**edges)).pixel_values[0].shape == expected
+    assert MaskFormerImageProcessor(pad_size=SizeDict(height=7, width=9)).pad_size == {"height": 7, "width": 9}
+
+
+def test_settings_of_one_value_are_refused_with_a_file_too(tmp_path):
+    MaskFormerImageProcessor().save_pretrained(tmp_path)
+    for setting in ({"do_pad": False}, {"data_format": "channels_last"}, {"return_tensors": "np"}):
+        with pytest.raises(ValueError, match="is not supported; only"):
+            MaskFormerImageProcessor.from_pretrained(tmp_path, **setting)
+    assert MaskFormerImageProcessor.from_pretrained(tmp_path, do_pad=True, use_fast=False)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_annotations_of_cocos_form_under_another_name_are_answered_by_the_names(
     ("name", "count"), [("ade20k", 150), ("ade20k_full", 847), ("cityscapes", 19), ("coco_stuff_10k", 171)]
 )
 def test_the_names_of_well_known_classes_come_along(name, count):
-    assert layouts._named_labels(name).num_labels == count
+    assert layouts.named_labels(name).num_labels == count
 
 
 def write_ade20k_full(root, ids, split="training", name="ADE_train_1"):
@@ -103,13 +103,13 @@ def test_ade20k_full_numbers_objects_of_which_some_are_classes(tmp_path):
 
 
 def test_the_classes_of_ade20k_s_150_are_among_its_847():
-    full, parsing = layouts._named_labels("ade20k_full"), layouts._named_labels("ade20k")
+    full, parsing = layouts.named_labels("ade20k_full"), layouts.named_labels("ade20k")
     assert set(parsing.id2label.values()) <= set(full.id2label.values())
     assert full.ignore_index == 65535
 
 
 def test_the_objects_of_ade20k_full_are_numbered_by_the_alphabet():
-    full = layouts._named_labels("ade20k_full")
+    full = layouts.named_labels("ade20k_full")
     # Where two objects have one name, another of its synonyms stands for one of them.
     others = {"flowerpot", "handbag", "terrace", "traveling bag", "tube", "wharf"}
     names = [full.id2label[label] for label in np.argsort(full.category_ids).tolist()]
@@ -125,7 +125,7 @@ def test_the_objects_of_ade20k_full_are_numbered_by_the_alphabet():
      (663, "grill", 1138), (729, "cellular telephone", 457), (803, "videocassette recorder", 3145)],
 )  # fmt: skip
 def test_some_classes_of_ade20k_full(label, name, number):
-    full = layouts._named_labels("ade20k_full")
+    full = layouts.named_labels("ade20k_full")
     assert (full.id2label[label], full.category_ids[label]) == (name, number)
 
 
@@ -290,12 +290,6 @@ def test_sixteen_bit_tiff_maps_as_of_the_whole_of_ade20k_are_read(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="leftImg8bit/train does not exist"):
         layouts.cityscapes(tmp_path, "train", LabelSet({0: "road"}))
-
-
-def test_without_known_names_the_classes_must_be_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(layouts, "LABEL_NAMES", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"ade20k\.json does not exist. Give the classes"):
-        layouts.ade20k(tmp_path, "train")
 
 
 @pytest.mark.parametrize("year", ["", "2017"])

@@ -34,7 +34,7 @@ from hf_maskformer.hub.model_card import (
 from hf_maskformer.hub.publishing import publish
 from hf_maskformer.training import trainer as trainer_module
 from hf_maskformer.training.presets import PRESETS
-from hf_maskformer.training.run_card import LOSS_CURVE, eval_results, figures_of_weights, write_loss
+from hf_maskformer.training.run_card import LOSS_CURVE, eval_results, figures_of_weights, results_text, write_loss
 from hf_maskformer.training.starting_point import load_backbone_weights
 
 __all__ = ["hub"]  # a fixture
@@ -440,3 +440,77 @@ def test_a_card_with_results_of_another_form_still_says_its_licence(tmp_path):
     metadata = "license: apache-2.0\nmodel-index:\n- name: scenes\n  results: none"
     (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# scenes\n")
     assert starting_point(str(tmp_path)).licence == (("license", "apache-2.0"),)
+
+
+def shown_arguments(tmp_path, **options):
+    our_trainer(tmp_path, num_pictures=0, **options).create_model_card()
+    return dict(re.findall(r"(?m)^\| `(\w+)` \| (.*) \|$", (tmp_path / "README.md").read_text()))
+
+
+def test_the_card_shows_the_arguments_that_have_a_meaning(tmp_path):
+    shown = shown_arguments(tmp_path)
+    assert shown["lr_scheduler_type"] == "polynomial"
+    assert not shown.keys() & {"paper_schedule", "lr_milestones", "warmup_factor", "bf16", "fp16"}
+    shown = shown_arguments(tmp_path, paper_schedule="steps", lr_milestones=[0.5])
+    assert (shown["paper_schedule"], shown["lr_milestones"], shown["warmup_factor"]) == ("steps", "[0.5]", "1e-06")
+    assert not shown.keys() & {"lr_scheduler_type", "lr_scheduler_kwargs"}
+    shown = shown_arguments(tmp_path, paper_schedule="poly", bf16=True)
+    assert (shown["paper_schedule"], shown["bf16"]) == ("poly", "True")
+    assert not shown.keys() & {"lr_milestones", "lr_scheduler_type"}
+
+
+def test_the_card_calls_data_model_and_start_by_their_names(tmp_path):
+    trainer = our_trainer(tmp_path, num_pictures=0, hub_model_id="ada/scenes")
+    trainer.model.name_or_path = str(tmp_path / "start")
+    trainer.model.add_model_tags("house")
+    trainer.create_model_card(dataset_tags="ada/drawn", tags="mine")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "Trained on ada/drawn, beginning with `start`, for 0 steps" in card.text
+    assert 'from_pretrained("ada/scenes")' in card.text
+    assert {"mine", "house"} <= set(card.data.tags)
+    trainer.create_model_card(model_name="eve/scenes")
+    assert 'from_pretrained("eve/scenes")' in (tmp_path / "README.md").read_text()
+
+
+def test_figures_are_said_to_be_of_the_split_that_was_evaluated():
+    for split, where in (("val", "on roads, split `val`, in percent"), (None, "on roads, in percent")):
+        assert where in results_text({"eval_mean_iou": 0.5}, "roads", split)
+
+
+def test_the_card_counts_the_images_of_all_gpus(tmp_path, monkeypatch):
+    trainer = our_trainer(tmp_path, num_pictures=0)
+    monkeypatch.setattr(MaskFormerTrainingArguments, "n_gpu", 4, raising=False)
+    trainer.create_model_card()
+    assert "0 steps of 8 images" in (tmp_path / "README.md").read_text()
+
+
+def test_the_pictures_are_of_the_first_of_several_data_sets(tmp_path):
+    our_trainer(tmp_path, eval_dataset={"a": SCENES, "b": SCENES}, num_pictures=9).create_model_card()
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"sample_{i}.jpg" for i in range(1, 5)}
+
+
+def test_the_curve_of_an_earlier_training_is_removed_and_one_loss_is_no_curve(tmp_path, monkeypatch):
+    (tmp_path / LOSS_CURVE).touch()
+    monkeypatch.setattr("hf_maskformer.training.run_card._draw", lambda *_: pytest.fail("drawn"))
+    assert write_loss([{"step": 3, "loss": 2.0}], tmp_path).splitlines()[2:] == ["| 3 | 2 |"]
+    assert not (tmp_path / LOSS_CURVE).exists()
+    monkeypatch.setattr("hf_maskformer.training.run_card._draw", lambda *_: True)
+    text = write_loss([{"step": step, "loss": 3.0 / step} for step in range(1, 5)], tmp_path)
+    assert "The last loss that was logged is 0.75." in text
+
+
+def test_the_card_has_the_time_of_the_last_training(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=1, num_pictures=0)
+    trainer.train()
+    trainer.state.log_history.append({"step": 1, "train_runtime": 3725.4})
+    trainer.create_model_card()
+    assert "Training took 1:02:05 (h:mm:ss)." in (tmp_path / "README.md").read_text()
+
+
+def test_a_model_that_is_saved_goes_to_the_branch_of_the_arguments(tmp_path, monkeypatch):
+    trainer = our_trainer(tmp_path, num_pictures=0, hub_revision="trial", hub_strategy="every_save", hub_token="a")
+    trainer.args.push_to_hub = True
+    asked = []
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **options: asked.append(options))
+    trainer.save_model()
+    assert asked == [{"commit_message": "Model save", "revision": "trial"}]

@@ -195,6 +195,8 @@ def test_a_label_that_is_no_class_is_refused() -> None:
         ({"num_labels": 300}, "semantic_loss_ignore_index is 255, which is also one of the 300 classes"),
         ({"decoder_config": {"model_type": "detr"}}, "decoder_config is of type 'detr'"),
         ({"fpn_feature_size": 48}, "fpn_feature_size is 48"),
+        ({"id2label": {1: "road", 2: "car"}}, r"id2label has the ids \[1, 2\]"),
+        ({"num_labels": -1}, "num_labels is '-1', but must be an integer from 1 to 65536"),
     ],
 )
 def test_what_no_model_can_have_fails_at_construction(fields, message) -> None:

@@ -501,3 +501,64 @@ def test_a_timeout_holds_for_the_download_of_every_image(num_images, monkeypatch
     segmenter()(["http://a/b.png"] * num_images, timeout=0.5)
     segmenter()("http://a/b.png", timeout=0.5)
     assert seconds == [(0.5,)] * (num_images + 1)
+
+
+def test_the_score_of_a_semantic_segment_is_taken_right_below_each_pixel():
+    # Two labels meet in the middle of the grid and of the photograph.
+    logits = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1]]).log().T.repeat_interleave(4, 1)
+    for halves in (logits[None, :, None, :], logits[None, :, :, None]):
+        model = with_output(tiny_baseline(), PerPixelBaselineOutput, logits=halves.expand(1, 4, 8, 8))
+        entries = segmenter(model)(images()[0])
+        assert [entry["area"] for entry in entries] == [1200, 1200]
+        assert [entry["score"] for entry in entries] == pytest.approx([0.7, 0.7])
+
+
+def test_an_image_may_be_a_path_and_what_is_none_is_named_with_its_type(tmp_path):
+    segment, photograph = segmenter(), images()[0]
+    photograph.save(tmp_path / "a.png")
+    assert [entry["score"] for entry in segment(tmp_path / "a.png")] == [
+        entry["score"] for entry in segment(photograph)
+    ]
+    with pytest.raises(ValueError, match=r"Image 0 \(.*b\.png\) cannot be read: there is no such file"):
+        segment(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"Image 1 cannot be read: it is a ndarray; give a PIL image, a path"):
+        segment([photograph, np.zeros((40, 60, 3), np.uint8)])
+
+
+def test_there_is_no_progress_bar_unless_asked_for(capsys):
+    segmenter()(images(), batch_size=2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_of_another_kind_is_said_to_be_unsupported(caplog):
+    logging.getLogger("transformers").propagate = True
+    config = transformers.ResNetConfig(hidden_sizes=[4], depths=[1], embedding_size=4, layer_type="basic")
+    MaskFormerPipeline(model=transformers.ResNetModel(config), image_processor=processor(), device="cpu")
+    assert "ResNetModel' is not supported" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["x-png", "vnd.mozilla.apng", "svg+xml"])
+def test_a_data_url_may_name_any_kind_of_image(kind):
+    content = io.BytesIO()
+    images()[0].save(content, "png")
+    entries = segmenter()(f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}")
+    assert {entry["mask"].size for entry in entries} == {(60, 40)}
+
+
+def test_a_name_whose_letters_would_be_base64_is_that_of_a_missing_file():
+    with pytest.raises(ValueError, match=r"Image 0 \(photos/ab\.png\) cannot be read: there is no such file"):
+        segmenter()("photos/ab.png")
+
+
+class Photographs(torch.utils.data.Dataset):
+    """Has a length and an image at every index, so that iterating over it does not end."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return images()[0]
+
+
+def test_a_data_set_is_read_up_to_its_length():
+    assert len(list(itertools.islice(segmenter()(Photographs(), batch_size=3), 7))) == 2

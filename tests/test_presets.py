@@ -138,3 +138,8 @@ def test_the_table_of_the_model_zoo_is_what_its_script_prints(name):
 
 def test_the_table_of_the_model_zoo_has_every_preset():
     assert re.findall(r"^\| `([^`]+)`", MODEL_ZOO.read_text(), flags=re.MULTILINE) == list(PRESETS)
+
+
+def test_a_name_like_no_other_is_answered_with_all():
+    with pytest.raises(ValueError, match=r"no preset 'zzz'.*ade20k-full-r50.*ade20k-r50.*mapillary-vistas-r50"):
+        find_preset("zzz")

@@ -12,8 +12,9 @@ import torch
 from golden import Golden
 from models import tiny_config, tiny_model
 from test_conversion import backbone_files, to_torchvision, write_pkl, write_pth
+from test_per_pixel_baseline import tiny_baseline
 from test_scripts import SCRIPTS, load
-from transformers import ResNetConfig
+from transformers import Dinov2Config, ResNetConfig, ResNetForImageClassification
 
 from hf_maskformer import (
     MaskFormerForInstanceSegmentation,
@@ -118,6 +119,7 @@ def test_images_of_a_step_are_divided(batch_size, devices, per_device, steps, ex
         (2, 3, None, r"--per_device_train_batch_size 3\. Set it to 1, 2, 4 or 8; or give both"),
         (2, None, 5, r"--gradient_accumulation_steps 5\. Set it to 1, 2, 4 or 8"),
         (16, 2, None, r"Set it to 1; or"),
+        (2, 0, None, r"--per_device_train_batch_size 0\. Set it to 1, 2, 4 or 8"),
     ],
 )
 def test_images_that_do_not_divide_are_refused_with_what_would(devices, per_device, steps, message):
@@ -211,6 +213,7 @@ def test_departures_from_the_paper_are_said_aloud(monkeypatch):
         (["--preset=ade20k-r50", "--config=x"], "--preset has a configuration of its own"),
         (["--preset=ade20k-r50", "--backbone=x", "--backbone_weights=y"], "Give only one of --checkpoint, --backbone"),
         (["--checkpoint=x", "--backbone_weights=y"], "--backbone_weights is for the model of --preset or --config"),
+        (["--checkpoint=x", "--config=y"], "Give one of --checkpoint"),
         (["--preset=ade20k-r50", "--per_device_train_batch_size=5"], "Set it to 1, 2, 4, 8 or 16"),
     ],
 )
@@ -427,3 +430,99 @@ def test_a_checkpoint_keeps_its_normalisation_without_a_recipe_too(tmp_path):
     labels = GeneratedScenes(1, image_size=(64, 64)).labels
     processor = ModelArguments(checkpoint=str(tmp_path)).image_processor(labels, 64)
     assert (processor.image_mean, processor.size_divisor) == ([0.1, 0.2, 0.3], 14)
+
+
+def test_what_a_training_begins_with_is_looked_for_before_the_data_are_read(tmp_path):
+    for options in (
+        {"backbone": "nowhere.pth"},
+        {"preset": "ade20k-r50", "backbone_weights": "nowhere.pt"},
+        {"config": "nowhere.json"},
+        {"checkpoint": "nowhere.json"},
+    ):
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.\w+ does not exist"):
+            ModelArguments(**options).check()
+    ModelArguments(preset="ade20k-r50", backbone_weights="random").check()
+
+
+def test_a_configuration_may_begin_with_the_weights_of_a_backbone(tmp_path):
+    tiny_config().save_pretrained(tmp_path / "config")
+    pretrained = ResNetForImageClassification(tiny_config().backbone_config)
+    pretrained.save_pretrained(tmp_path / "backbone")
+    arguments = ModelArguments(config=str(tmp_path / "config"), backbone_weights=str(tmp_path / "backbone"))
+    arguments.check()
+    stem = arguments.model(LabelSet({0: "sky", 1: "road"})).model.pixel_level_module.encoder.state_dict()
+    name = "embedder.embedder.convolution.weight"
+    assert torch.equal(stem[name], pretrained.resnet.state_dict()[name])
+
+
+def test_a_preset_may_begin_with_a_backbone_by_name(tmp_path, monkeypatch):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}
+    monkeypatch.setitem(presets.BACKBONES, "r101", (ResNetConfig, sizes))
+    pretrained = ResNetForImageClassification(ResNetConfig(**sizes))
+    pretrained.save_pretrained(tmp_path)
+    labels = LabelSet({label: f"class {label}" for label in range(19)})
+    model = ModelArguments(preset="cityscapes-r101", backbone=str(tmp_path)).model(labels)
+    name = "embedder.embedder.convolution.weight"
+    stem = model.model.pixel_level_module.encoder.state_dict()[name]
+    assert torch.equal(stem, pretrained.resnet.state_dict()[name])
+
+
+def test_a_model_is_planned_with_the_classes_of_the_data(tmp_path):
+    labels = LabelSet({0: "sky", 1: "road"}, ignore_index=7)
+    tiny_config().backbone_config.save_pretrained(tmp_path / "backbone")
+    planned = ModelArguments(backbone=str(tmp_path / "backbone")).planned_config(labels)
+    assert planned.id2label == {0: "sky", 1: "road"}
+    tiny_baseline().config.save_pretrained(tmp_path / "config")
+    assert ModelArguments(config=str(tmp_path / "config")).planned_config(labels).semantic_loss_ignore_index == 7
+
+
+def test_the_image_processor_of_a_training_has_its_task_and_whole_patches():
+    labels = LabelSet({0: "sky", 1: "road"})
+    backbone = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
+    processor = ModelArguments(config="x").image_processor(labels, 64, tiny_model(backbone), "panoptic")
+    assert (processor.segmentation_task, processor.size_divisor) == ("panoptic", 14)
+
+
+@pytest.mark.parametrize("option", ["image_size=64", "min_scale=0.7", "max_scale=1.5", "crop=false"])
+def test_each_size_takes_the_place_of_the_recipe_s_augmentation_unless_one_is_named(option, caplog):
+    _, data, _, _ = parse("--preset=ade20k-r50", f"--{option}")
+    assert data.augmentation is None
+    assert f"--{option.partition('=')[0]}: the recipe's augmentation 'ade20k' gives way" in caplog.text
+    caplog.clear()
+    _, data, _, _ = parse("--preset=ade20k-r50", f"--{option}", "--augmentation=cityscapes")
+    assert data.augmentation == "cityscapes"
+    assert "gives way" not in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "is_warned"), [(1500, True), (1501, False)])
+def test_a_run_that_ends_with_its_warm_up_is_warned_of(steps, is_warned, caplog):
+    parse("--preset=ade20k-swin-tiny", f"--max_steps={steps}")
+    assert ("within the 1500 of the warm-up" in caplog.text) == is_warned
+
+
+def test_a_dry_run_shows_what_decides_about_the_images_and_the_rates(tmp_path, capsys):
+    dry_run("--preset=ade20k-swin-tiny", "--max_grad_norm=0.5")
+    output = capsys.readouterr().out
+    found = rows(output)
+    assert found["shorter side at evaluation"] == ["512", "model"]
+    assert found["longer side at most"] == ["2048", "model"]
+    assert "lr_scheduler_type" not in found
+    assert "min_scale" not in found
+    assert "the gradient of the whole model is clipped to norm 0.5." in output
+    tiny_config().save_pretrained(tmp_path)
+    dry_run(f"--config={tmp_path}", "--image_size=96")
+    output = capsys.readouterr().out
+    found = rows(output)
+    assert output.startswith(f"Begins with {tmp_path}.")
+    assert found["lr_scheduler_type"] == ["polynomial", "default"]
+    assert found["min_scale"] == ["0.5", "default"]
+    assert "3 epochs; the number of steps needs --data." in output
+
+
+def test_a_dry_run_names_the_checkpoint_and_counts_all_gpus(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MaskFormerTrainingArguments, "n_gpu", 4, raising=False)
+    tiny_config().save_pretrained(tmp_path)
+    dry_run(f"--checkpoint={tmp_path}", "--per_device_train_batch_size=2")
+    output = capsys.readouterr().out
+    assert output.startswith(f"Begins with {tmp_path}.")
+    assert "8 images in a step: 2 at once on each of 4 device(s), 1 time(s)." in output

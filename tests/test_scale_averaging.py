@@ -155,9 +155,7 @@ def test_scales_and_mirroring_are_those_of_the_paper_for_ade20k_unless_told_othe
     monkeypatch.setattr(
         scale_averaging,
         "_scores",
-        lambda model, pixel_values, pixel_mask, *_: (
-            sizes.append(size_of_image(pixel_mask[0])) or torch.zeros(4, 40, 60)
-        ),
+        lambda model, inputs, *_: sizes.append(size_of_image(inputs["pixel_mask"][0])) or torch.zeros(4, 40, 60),
     )
     for wide in (image, image.resize((600, 60))):
         augmented_semantic_scores(tiny_model(), MaskFormerImageProcessor(), wide)

@@ -86,6 +86,8 @@ def test_a_schedule_can_be_stored_and_resumed(tmp_path):
         ({"paper_schedule": "poly", "warmup_factor": 2.0}, "warmup_factor is 2.0, but it is a share"),
         ({"paper_schedule": "poly", "warmup_factor": -0.1}, "warmup_factor is -0.1, but it is a share"),
         ({"paper_schedule": "steps", "lr_milestones": [300.0]}, r"lr_milestones is \[300.0\], but they are shares"),
+        ({"paper_schedule": "steps", "lr_milestones": [0.0, 0.5]}, "lr_milestones is .* between 0 and 1"),
+        ({"paper_schedule": "steps", "lr_milestones": [0.5, 1.0]}, "lr_milestones is .* between 0 and 1"),
     ],
 )
 def test_settings_of_no_schedule_are_refused(options, message, tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_per_pixel_baseline import KINDS, tiny_baseline
 from test_training import SCENES, arguments, our_trainer, scenes_model
 from torch.utils.data import IterableDataset
@@ -19,8 +20,11 @@ from hf_maskformer import (
     MaskFormerTrainingArguments,
 )
 from hf_maskformer.data.generated_scenes import GeneratedScenes
+from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
+from hf_maskformer.evaluation.prediction import Prediction
 from hf_maskformer.evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, metric_for, reference_of
+from hf_maskformer.training import pictures
 from hf_maskformer.training.pictures import PictureCallback, _as_id_map
 from hf_maskformer.training.starting_point import image_processor_for
 
@@ -133,6 +137,13 @@ def test_weights_that_became_nan_end_training_too(tmp_path):
             trainer.train()
 
 
+class Stream(IterableDataset):
+    labels = SCENES.labels
+
+    def __iter__(self):
+        return iter([SCENES[0]])
+
+
 class Writer:
     def __init__(self):
         self.images = {}
@@ -154,6 +165,20 @@ def test_pictures_go_to_tensorboard_and_nowhere_else(tmp_path, task):
     assert all(picture.ndim == 3 and picture.std() > 0 for picture in board.tb_writer.images.values())
     assert model.training
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("eval_dataset", [{}, {"stream": Stream()}])
+def test_data_of_which_no_sample_can_be_picked_has_no_pictures(tmp_path, eval_dataset):
+    board = TensorBoardCallback.__new__(TensorBoardCallback)
+    trainer = MaskFormerTrainer(
+        model=scenes_model(),
+        args=MaskFormerTrainingArguments(**arguments(tmp_path)),
+        train_dataset=SCENES,
+        eval_dataset=eval_dataset,
+        processing_class=image_processor_for(SCENES.labels, image_size=64),
+        callbacks=[board],
+    )
+    assert not any(isinstance(each, PictureCallback) for each in trainer.callback_handler.callbacks)
 
 
 def test_the_smallest_of_overlapping_objects_is_drawn_on_top():
@@ -324,3 +349,101 @@ def test_ready_made_metrics_take_what_trainer_gives_without_preprocessing():
     for predictions in (logits, list(logits), (*logits, torch.randn(2, 5, 9))):
         figures.append(metrics(EvalPrediction(predictions=predictions, label_ids=targets), compute_result=True))
     assert figures[0] == figures[1] == figures[2]
+
+
+class Board(TensorBoardCallback):
+    """TensorBoard, which need not be installed, as far as pictures go."""
+
+    def __init__(self):
+        self.tb_writer = Writer()
+
+    def on_train_begin(self, *args, **kwargs):
+        pass
+
+    on_log = on_train_end = on_train_begin
+
+
+def trainer_with_board(tmp_path, eval_dataset, **options):
+    board = Board()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, **options}
+    trainer = MaskFormerTrainer(
+        model=scenes_model(),
+        args=MaskFormerTrainingArguments(**arguments(tmp_path, **options)),
+        train_dataset=SCENES,
+        eval_dataset=eval_dataset,
+        processing_class=image_processor_for(SCENES.labels, image_size=64),
+        callbacks=[board],
+    )
+    return trainer, board.tb_writer.images
+
+
+@pytest.mark.parametrize("data", ["one", "several", "stream"])
+def test_an_evaluation_shows_the_samples_of_the_first_data_set_that_has_a_length(tmp_path, data):
+    class Stream(IterableDataset):
+        labels = SCENES.labels
+
+        def __iter__(self):
+            return iter([SCENES[0], SCENES[1]])
+
+    eval_dataset = {"one": SCENES, "several": {"a": SCENES, "b": SCENES}, "stream": Stream()}[data]
+    trainer, images = trainer_with_board(tmp_path, eval_dataset, num_pictures=9)
+    trainer.train()
+    assert set(images) == (set() if data == "stream" else {(f"eval/scene_0000{i}", 1) for i in range(4)})
+
+
+def test_no_pictures_are_drawn_where_none_are_wanted_or_by_other_processes_than_the_first(tmp_path):
+    trainer, images = trainer_with_board(tmp_path, SCENES, num_pictures=0)
+    trainer.train()
+    assert images == {}
+    board = Board()
+    callback = PictureCallback(SCENES, image_processor_for(SCENES.labels, image_size=64), board, num_pictures=1)
+    callback.on_evaluate(None, SimpleNamespace(is_world_process_zero=False, global_step=5), None, model=scenes_model())
+    assert board.tb_writer.images == {}
+    board.tb_writer = None  # before the training begins
+    callback.on_evaluate(None, SimpleNamespace(is_world_process_zero=True, global_step=0), None, model=scenes_model())
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_the_legend_names_what_truth_or_prediction_has(task, monkeypatch):
+    labels = LabelSet({label: f"class {label}" for label in range(4)}, ignore_index=200)
+    truth = np.array([[0, 1], [200, 0]], dtype=np.uint8).repeat(32, axis=0).repeat(32, axis=1)
+    sample = {"image": Image.new("RGB", (64, 64)), "segmentation_map": truth, "name": "a"}
+    if task == "panoptic":
+        sample |= {"segmentation_map": truth.astype(np.int32) % 199, "instance_id_to_semantic_id": {0: 0, 1: 1}}
+    segments = [] if task == "semantic" else [{"id": 1, "label_id": 3, "score": 1.0}]
+    predicted = Prediction(np.full((64, 64), 3 if task == "semantic" else 1), segments)
+    monkeypatch.setattr(pictures, "predict", lambda *_: predicted)
+    shown = []
+    monkeypatch.setattr(pictures, "draw_comparison", lambda *args: shown.append(args))
+    pictures.picture_of(None, image_processor_for(labels, image_size=64, task=task), sample, labels)
+    ((image, panels, legend),) = shown
+    assert image is sample["image"]
+    assert [name for name, _ in legend] == ["class 0", "class 1", "class 3"]
+    assert [title for title, _ in panels] == ["truth", "prediction"]
+    colours = [
+        len(set(panel.get_flattened_data() if hasattr(panel, "get_flattened_data") else panel.getdata()))
+        for _, panel in panels
+    ]
+    assert colours[0] > colours[1]  # three regions and one
+
+
+def test_objects_keep_their_classes_in_pictures():
+    masks = np.zeros((2, 2, 3), dtype=bool)
+    masks[0, 0], masks[1, 1] = True, True
+    truth = _as_id_map({"masks": masks, "labels": [5, 3]}, (2, 3))
+    assert truth["segmentation"].tolist() == [[1, 1, 1], [2, 2, 2]]
+    assert truth["segments_info"] == [{"id": 1, "label_id": 5}, {"id": 2, "label_id": 3}]
+
+
+def test_losses_that_are_not_finite_are_let_pass_if_told_so(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=5, max_nonfinite_losses=0)
+    forward = trainer.model.forward
+
+    def diverging(**batch):
+        outputs = forward(**batch)
+        outputs.loss = outputs.loss + math.nan if trainer.state.global_step else outputs.loss
+        return outputs
+
+    trainer.model.forward = diverging
+    trainer.train()
+    assert trainer.state.global_step == 5

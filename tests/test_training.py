@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from models import NUM_LABELS, convnext_config, resnet_config, swin_config, tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_per_pixel_baseline import tiny_baseline
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2WithRegistersConfig,
+    ResNetConfig,
     ResNetForImageClassification,
     SwinForImageClassification,
     Trainer,
@@ -48,6 +50,7 @@ from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.pictures import write_pictures
 from hf_maskformer.training.starting_point import (
     image_processor_for,
+    load_backbone_weights,
     model_on_backbone,
     new_model,
     pretrained_model,
@@ -401,6 +404,31 @@ def test_one_argument_of_the_schedule_leaves_the_others_as_they_are(tmp_path):
     assert args.lr_scheduler_kwargs == {"power": 2, "lr_end": 0.0}
 
 
+def rates_of(trainer, steps=4):
+    """The learning rates of a training that is not done."""
+    trainer.optimizer = trainer.lr_scheduler = None
+    scheduler = trainer.create_scheduler(num_training_steps=steps, optimizer=trainer.create_optimizer())
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_another_schedule_has_its_own_defaults(tmp_path):
+    polynomial = [1e-4 * (1 - step / 4) ** 0.9 for step in range(4)]
+    linear = [1e-4 * (1 - step / 4) for step in range(4)]
+    trainer = our_trainer(tmp_path)
+    assert rates_of(trainer) == pytest.approx(polynomial)
+    trainer.args.set_lr_scheduler(name="linear")
+    assert rates_of(trainer) == pytest.approx(linear)
+    trainer.args = replace(trainer.args, lr_scheduler_type="polynomial")
+    assert rates_of(trainer) == pytest.approx(polynomial)
+    trainer.args = replace(trainer.args, lr_scheduler_type="linear")
+    assert rates_of(trainer) == pytest.approx(linear)
+
+
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
 def test_schedules_that_follow_the_figure_take_a_higher_one_for_better(tmp_path, monkeypatch, name):
     figures = iter([0.1, 0.2, 0.3, 0.4])
@@ -428,6 +456,8 @@ def test_schedules_that_follow_the_figure_take_a_higher_one_for_better(tmp_path,
         ({"fp16_full_eval": True}, "bf16_full_eval and fp16_full_eval do not apply"),
         ({"backbone_learning_rate_factor": -1.0}, "backbone_learning_rate_factor is -1.0, but must be at least 0"),
         ({"backbone_learning_rate_factor": float("nan")}, "backbone_learning_rate_factor is nan"),
+        ({"backbone_learning_rate_factor": float("inf")}, "backbone_learning_rate_factor is inf"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint must be False: MaskFormerTrainer saves a checkpoint"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give at least 1"),
     ],
 )
@@ -723,7 +753,10 @@ def test_a_checkpoint_whose_classes_have_other_names_is_kept_with_a_warning(tmp_
         model = pretrained_model(str(tmp_path), OTHER_LABELS)
     assert torch.equal(model.class_predictor.weight, saved.class_predictor.weight)
     assert "class 0 is 'water' there and 'sky' in the data" in caplog.text
-    model = pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="hf_maskformer.training.starting_point"):
+        model = pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
+    assert "replaced by a random one: class_predictor.weight, class_predictor.bias." in caplog.text
     assert not torch.equal(model.class_predictor.weight, saved.class_predictor.weight)
     assert torch.equal(model.mask_embedder.state_dict()["0.0.weight"], saved.mask_embedder.state_dict()["0.0.weight"])
 
@@ -860,3 +893,71 @@ def test_a_new_baseline_ignores_what_the_data_ignore(tmp_path):
     tiny_baseline().save_pretrained(tmp_path)
     labels = LabelSet({0: "sky", 1: "road"}, ignore_index=7)
     assert new_model(str(tmp_path), labels).config.semantic_loss_ignore_index == 7
+
+
+# Beside the norm, what transformers calls otherwise in memory.
+@pytest.mark.parametrize("part", ["layernorm_before", "attention.self.query", "attention.output.dense", "intermediate"])
+def test_a_swin_whose_weights_are_not_all_there_is_refused(tmp_path, part):
+    SwinForImageClassification(swin_config()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    part = f"layers.2.blocks.1.{part}"
+    kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks weights of the backbone.*{part}"):
+        model_on_backbone(str(tmp_path), OTHER_LABELS)
+
+
+def test_a_backbone_of_another_width_is_refused(tmp_path):
+    wider = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 128], depths=[1, 1, 1, 1])
+    ResNetForImageClassification(wider).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks weights of the backbone or has them in another shape: .*stages\.3"):
+        load_backbone_weights(tiny_model(), str(tmp_path))
+
+
+def test_default_names_of_classes_are_no_other_names():
+    assert renamed_classes({0: "LABEL_0", 1: "LABEL_1"}, OTHER_LABELS) == []
+    assert len(renamed_classes({0: "LABEL_0", 1: "street"}, OTHER_LABELS)) == 2
+
+
+def test_a_semantic_image_processor_fuses_every_class_and_others_what_is_known_as_stuff():
+    things = replace(OTHER_LABELS, thing_ids=(1,))
+    fused = {
+        (labels.thing_ids, task): image_processor_for(labels, 16, task=task).label_ids_to_fuse
+        for labels in (OTHER_LABELS, things)
+        for task in ("semantic", "panoptic")
+    }
+    assert fused == {
+        ((), "semantic"): [0, 1],
+        ((), "panoptic"): [],
+        ((1,), "semantic"): [0],
+        ((1,), "panoptic"): [0],
+    }
+    assert image_processor_for(OTHER_LABELS, 16).num_labels == 2
+
+
+def test_a_task_that_the_model_does_not_do_is_refused_with_the_image_processor():
+    with pytest.raises(ValueError, match="A per-pixel baseline knows no segments"):
+        image_processor_for(OTHER_LABELS, 16, model=tiny_baseline(), task="panoptic")
+
+
+def test_save_strategy_best_takes_the_main_figure_and_a_given_one_stays(tmp_path):
+    options = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1}
+    assert MaskFormerTrainingArguments(**arguments(tmp_path, **options)).metric_for_best_model == "mean_iou"
+    options["metric_for_best_model"] = "mean_accuracy"
+    assert MaskFormerTrainingArguments(**arguments(tmp_path, **options)).metric_for_best_model == "mean_accuracy"
+
+
+def test_the_loss_comes_with_the_outputs_if_asked_for(tmp_path):
+    trainer = our_trainer(tmp_path)
+    batch = trainer.data_collator([SCENES[0]])
+    loss, outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+    assert torch.equal(loss, outputs.loss)
+
+
+def test_batches_that_are_torn_apart_for_several_gpus_have_losses_of_their_own(tmp_path, monkeypatch):
+    trainer = our_trainer(tmp_path)
+    batches = [trainer.data_collator([SCENES[0]])]
+    assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) is not None
+    monkeypatch.setattr(MaskFormerTrainingArguments, "n_gpu", 2, raising=False)
+    assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) is None

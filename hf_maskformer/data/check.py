@@ -205,7 +205,8 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
         without_label = sorted(set(present) - set(id_to_label) - ignored)
         if without_label:
             raise ValueError(
-                f"{source} contains the ids {shorten(without_label)}, which instance_id_to_semantic_id lacks."
+                f"{source} contains the ids {shorten(without_label)}, which instance_id_to_semantic_id lacks. Add "
+                "them, or set their pixels to ignore_index."
             )
         # Readers number segments anew, in the order of the list, so their place there tells which is meant.
         without_pixel = [place for place, segment_id in enumerate(id_to_label) if segment_id not in present]

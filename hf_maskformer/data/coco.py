@@ -14,7 +14,24 @@ from .sample import Sample, empty_masks, fit_image, load_image, read_areas
 from .segments import number_segments, read_ids
 
 
-class CocoPanoptic(Dataset[Sample]):
+class _CocoDataset(Dataset[Sample]):
+    """What both kinds of annotations have in common."""
+
+    _file: CocoFile
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def image_id(self, index: int) -> Any:
+        """The id of the image of a sample in the JSON file."""
+        return self._file.image(index)["id"]
+
+    def image_path(self, index: int) -> Path:
+        """Where the image of a sample lies."""
+        return self._file.image_path(index)
+
+
+class CocoPanoptic(_CocoDataset):
     """Images with panoptic annotations: a JSON file, and a PNG per image with an id for each segment.
 
     The id of a pixel is red + 256 green + 65536 blue; 0 is void. A sample has a `segmentation_map` of ids in the order
@@ -49,12 +66,9 @@ class CocoPanoptic(Dataset[Sample]):
         if (counts != 1).any():
             index = int((counts != 1).argmax())
             raise ValueError(
-                f"{json_path}: {(counts != 1).sum()} of {len(counts)} images have not one panoptic annotation; image "
-                f"{self._file.image(index)['id']} has {counts[index]}."
+                f"{json_path}: {(counts != 1).sum()} of {len(counts)} images do not have exactly one panoptic "
+                f"annotation; image {self._file.image(index)['id']} has {counts[index]}. Add or remove annotations."
             )
-
-    def __len__(self) -> int:
-        return len(self._file)
 
     def __getitem__(self, index: int) -> Sample:
         """Reads one sample. Raises a ValueError that names the file if it is damaged or the files disagree."""
@@ -73,20 +87,12 @@ class CocoPanoptic(Dataset[Sample]):
             "crowd_ids": crowd_ids,
         }
 
-    def image_id(self, index: int) -> Any:
-        """The id of the image of a sample in the JSON file."""
-        return self._file.image(index)["id"]
-
-    def image_path(self, index: int) -> Path:
-        """Where the image of a sample lies."""
-        return self._file.image_path(index)
-
     def map_source(self, index: int) -> str:
         """Says where the segmentation map of a sample comes from, for messages."""
         return str(self._png_folder / self._file.annotations(index)[0]["file_name"])
 
 
-class CocoInstances(Dataset[Sample]):
+class CocoInstances(_CocoDataset):
     """Images with instance annotations: a JSON file with a polygon or an RLE for each object.
 
     A sample has `masks`, `labels`, `iscrowd` and, if all its objects do, `area` (see `Sample`). Crowds are kept for
@@ -107,9 +113,6 @@ class CocoInstances(Dataset[Sample]):
     def __init__(self, json_path: str | Path, image_folder: str | Path, labels: LabelSet | None = None) -> None:
         self._file = CocoFile(json_path, image_folder, labels=labels)
         self.labels, self.label_source = self._file.labels, str(json_path)
-
-    def __len__(self) -> int:
-        return len(self._file)
 
     def __getitem__(self, index: int) -> Sample:
         """Reads one sample. Raises a ValueError that names file and annotation if something is wrong with it."""
@@ -135,14 +138,6 @@ class CocoInstances(Dataset[Sample]):
         if areas is not None:
             sample["area"] = areas
         return sample
-
-    def image_id(self, index: int) -> Any:
-        """The id of the image of a sample in the JSON file."""
-        return self._file.image(index)["id"]
-
-    def image_path(self, index: int) -> Path:
-        """Where the image of a sample lies."""
-        return self._file.image_path(index)
 
     def map_source(self, index: int) -> str:
         """Says where the masks of a sample come from, for messages."""

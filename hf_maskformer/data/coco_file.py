@@ -116,7 +116,7 @@ class _Contents:
             self.annotation_spans.extend(span)
             segments = value.get("segments_info", [value])
             if not isinstance(segments, list):
-                raise ValueError(f"{self._path}: segments_info of image {image_id} is no list.")
+                raise ValueError(f"{self._path}: segments_info of image {image_id} is no list. Make it one.")
             for segment in segments:
                 self._use_of_category.setdefault(_field(segment, "category_id", self._path, "a segment"), image_id)
         elif key == "categories":
@@ -125,7 +125,7 @@ class _Contents:
     def owners(self) -> np.ndarray:
         """The position of the image of each annotation, after checking that images and files are there."""
         if not self._position_of_image:
-            raise ValueError(f"{self._path} lists no images.")
+            raise ValueError(f"{self._path} lists no images. Export it again, or name another file.")
         self._images.require_all()
         if self._pngs is not None:
             self._pngs.require_all()
@@ -133,7 +133,9 @@ class _Contents:
         owners = np.fromiter((self._position_of_image.get(image_id, -1) for image_id in ids), np.int64)
         if (owners < 0).any():
             lost = ids[int((owners < 0).argmax())]
-            raise ValueError(f"{self._path} has annotations of image {lost!r}, which its images do not list.")
+            raise ValueError(
+                f"{self._path} has annotations of image {lost!r}, which its images do not list. Add it there."
+            )
         return owners
 
     def labels(self, given: LabelSet | None) -> LabelSet:
@@ -143,7 +145,7 @@ class _Contents:
             if category_id not in names:
                 raise ValueError(
                     f"{self._path}: a segment of image {image_id} has the category_id {category_id!r}, which its "
-                    "categories do not list."
+                    "categories do not list. List it there."
                 )
         things = {entry["id"] for entry in self._categories if entry.get("isthing", 1)}
         if given is not None:
@@ -191,10 +193,10 @@ class _FileList:
 
 def _category_names(categories: Any, path: Path) -> dict[int, str]:
     if not isinstance(categories, list) or not categories:
-        raise ValueError(f"{path} has no list of categories.")
+        raise ValueError(f"{path} has no list of categories. Add one, with the id and the name of each.")
     names = {_field(entry, "id", path, "a category"): _field(entry, "name", path, "a category") for entry in categories}
     if not all(isinstance(category_id, int) for category_id in names):
-        raise ValueError(f"{path} has categories whose ids are no integers.")
+        raise ValueError(f"{path} has categories whose ids are no integers. Number them.")
     if len(names) < len(categories):
         raise ValueError(f"{path} lists {len(categories)} categories under {len(names)} ids. Give each its own id.")
     return names

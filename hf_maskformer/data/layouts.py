@@ -36,7 +36,7 @@ def ade20k(root: str | Path, split: str, labels: LabelSet | None = None) -> Segm
     Reads images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, whose labels count from 1.
     """
     folder = LONG_NAMES.get(split, split)
-    labels = labels or replace(_named_labels("ade20k"), do_reduce_labels=True)
+    labels = labels or replace(named_labels("ade20k"), do_reduce_labels=True)
     images = _files(Path(root) / "images" / folder, IMAGE_SUFFIXES)
     maps = _files(Path(root) / "annotations" / folder, MAP_SUFFIXES)
     return SegmentationFiles(images, maps, labels, "ADE20K's classes")
@@ -57,7 +57,7 @@ class Ade20kFull(SegmentationFiles):
         folder = Path(root) / "images" / "ADE" / LONG_NAMES.get(split, split)
         images = _files(folder, (".jpg",), pattern="*/*/*")
         maps = _files(folder, (".png",), "_seg", "*/*/*")
-        labels = labels or _named_labels("ade20k_full")
+        labels = labels or named_labels("ade20k_full")
         super().__init__(images, maps, labels, "ADE20K-Full's classes")
         # Zero is where nothing is labelled.
         if not labels.category_ids or not 0 < min(labels.category_ids) <= max(labels.category_ids) <= ADE20K_MAX_ID:
@@ -82,7 +82,7 @@ class Ade20kFull(SegmentationFiles):
 
 def cityscapes(root: str | Path, split: str, labels: LabelSet | None = None) -> SegmentationFiles:
     """Cityscapes, 19 classes: leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and gtFine/..._gtFine_labelTrainIds.png."""
-    labels = labels or _named_labels("cityscapes")
+    labels = labels or named_labels("cityscapes")
     images = _files(Path(root) / "leftImg8bit" / split, IMAGE_SUFFIXES, "_leftImg8bit", "*/*")
     remedy = "Make them from the polygons by createTrainIdLabelImgs.py of cityscapesscripts."
     maps = _files(Path(root) / "gtFine" / split, MAP_SUFFIXES, "_gtFine_labelTrainIds", "*/*", remedy)
@@ -145,7 +145,7 @@ class CocoStuff10k(SegmentationFiles):
         names = set(list_path.read_text().split())
         images = _chosen(_files(Path(root) / "images", IMAGE_SUFFIXES), names, list_path)
         maps = _chosen(_files(Path(root) / "annotations", (".mat",)), names, list_path)
-        super().__init__(images, maps, labels or _named_labels("coco_stuff_10k"), "COCO-Stuff's classes")
+        super().__init__(images, maps, labels or named_labels("coco_stuff_10k"), "COCO-Stuff's classes")
         self._label_of_id = np.full(183, self.labels.ignore_index, dtype=np.int32)
         self._label_of_id[np.setdiff1d(np.arange(1, 183), COCO_STUFF_UNUSED_IDS)] = np.arange(171)
 
@@ -161,7 +161,7 @@ class CocoStuff10k(SegmentationFiles):
             raise ValueError(f"{path} is no label file of COCO-Stuff ({error}). Download it again.") from error
         unknown = np.setdiff1d(ids, np.setdiff1d(np.arange(183), COCO_STUFF_UNUSED_IDS))
         if unknown.size:
-            raise ValueError(f"{path} contains the id {unknown[0]}, which is none of COCO-Stuff's.")
+            raise ValueError(f"{path} contains the id {unknown[0]}, which is none of COCO-Stuff's. Download it again.")
         return Image.fromarray(self._label_of_id[ids])
 
 
@@ -180,15 +180,15 @@ def _files(
 def _chosen(files: dict[str, Path], names: set[str], list_path: Path) -> dict[str, Path]:
     missing = sorted(names - set(files))
     if missing:
-        raise FileNotFoundError(f"{len(missing)} files of {list_path} are missing, the first of them {missing[0]}.")
+        raise FileNotFoundError(
+            f"{len(missing)} files of {list_path} are missing, the first of them {missing[0]}. Unpack them again."
+        )
     return {name: files[name] for name in names}
 
 
-def _named_labels(name: str) -> LabelSet:
-    path = LABEL_NAMES / f"{name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Give the classes of the data set in a classes.json.")
-    return LabelSet.from_json(path)
+def named_labels(name: str) -> LabelSet:
+    """The classes of a well-known data set, which come with this package."""
+    return LabelSet.from_json(LABEL_NAMES / f"{name}.json")
 
 
 def _mapillary_labels(config: Path) -> LabelSet:
@@ -198,7 +198,7 @@ def _mapillary_labels(config: Path) -> LabelSet:
         entries: Sequence[dict[str, str]] = json.loads(config.read_text(encoding="utf-8"))["labels"]
         names = [entry["readable"] for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{config} has no "labels", each with its "readable" name.') from error
+        raise ValueError(f'{config} has no "labels", each with its "readable" name. Download it again.') from error
     # The last entry is what the annotators left unlabelled.
     if names and names[-1].lower() == "unlabeled":
         return LabelSet(dict(enumerate(names[:-1])), ignore_index=len(names) - 1)

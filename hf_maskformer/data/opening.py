@@ -9,7 +9,7 @@ from .coco import CocoInstances, CocoPanoptic
 from .columns import StreamedColumns, load_columns
 from .folder import SegmentationFolder
 from .labels import LabelSet
-from .layouts import Ade20kFull, CocoStuff10k, ade20k, cityscapes, cityscapes_panoptic, mapillary_vistas
+from .layouts import ON_LAYOUTS, Ade20kFull, CocoStuff10k, ade20k, cityscapes, cityscapes_panoptic, mapillary_vistas
 
 COLUMN_FORMATS = ("columns", "instance-columns")
 
@@ -150,7 +150,7 @@ def _existing(root: Path, patterns: tuple[str, ...], split: str, *others: str) -
     for name in names:
         if (root / name).exists():
             return root / name
-    raise FileNotFoundError(f"{root} has none of {', '.join(names)}.")
+    raise FileNotFoundError(f"{root} has none of {', '.join(names)}. {ON_LAYOUTS}")
 
 
 FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {

@@ -135,7 +135,10 @@ def _segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[s
     known = np.array(sorted({*id_to_label, *void}))
     positions = np.minimum(np.searchsorted(known, sample["segmentation_map"]), len(known) - 1)
     if (known[positions] != sample["segmentation_map"]).any():
-        raise ValueError(f"{sample['name']} contains ids that instance_id_to_semantic_id lacks.")
+        raise ValueError(
+            f"{sample['name']} contains ids that instance_id_to_semantic_id lacks. Add them, or set their pixels to "
+            "ignore_index."
+        )
     numbers = {segment_id: number for number, segment_id in enumerate(id_to_label, start=1)}
     number_at = np.array([0 if value in void else numbers[value] for value in known.tolist()])
     segments_info = [
@@ -165,7 +168,10 @@ def _png(image: Image.Image) -> bytes:
 def _check_columns(rows: list[dict[str, Any]], features: "datasets.Features") -> None:
     for row in rows:
         if row.keys() != features.keys():
-            raise ValueError(f"{row['name']} has {', '.join(row)}, but other samples {', '.join(features)}.")
+            raise ValueError(
+                f"{row['name']} has {', '.join(row)}, but other samples {', '.join(features)}. Write each kind to a "
+                "folder of its own."
+            )
 
 
 def _check_is_for_parquet(folder: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ..image_processing_maskformer_images import stored_values
+from ..image_processing_maskformer_targets import ids_of_colors
 from .labels import LabelSet, shorten
 
 # The first id in the map of a sample lies above every 8-bit value, of which the ignored one mostly is.
@@ -22,19 +23,14 @@ def read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], sou
     """
     values = stored_values(image)
     if image.mode == "P":
-        ids = _ids_of_colors(np.asarray(image.convert("RGB")))
+        ids = ids_of_colors(np.asarray(image.convert("RGB")))
         listed = [str(segment.get("id")) for segment in segments_info if isinstance(segment, Mapping)]
         return ids if set(map(str, np.unique(ids).tolist())) <= {"0", *listed} else values.astype(np.int32)
     if image.mode == "RGB":
-        return _ids_of_colors(values)
+        return ids_of_colors(values)
     if values.ndim == 2 and values.dtype.kind in "bui":
         return values.astype(np.int32)
     raise ValueError(f"{source} has mode {image.mode}; ids of segments are stored as RGB or in one integer channel.")
-
-
-def _ids_of_colors(colors: np.ndarray) -> np.ndarray:
-    channels = colors.astype(np.int32)
-    return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
 
 
 def number_segments(
@@ -74,7 +70,10 @@ def number_segments(
     is_unknown = known[positions] != ids
     if is_unknown.any():
         unknown = np.unique(ids[is_unknown]).tolist()
-        raise ValueError(f"{source} contains the ids {shorten(unknown)}, which its segments_info does not list.")
+        raise ValueError(
+            f"{source} contains the ids {shorten(unknown)}, which its segments_info does not list. List them, or set "
+            "their pixels to 0 if they are void."
+        )
     return numbers[positions], label_of_number, tuple(crowd_ids)
 
 

@@ -20,9 +20,8 @@ from transformers import ImageSegmentationPipeline
 
 from ..configuration_per_pixel_baseline import is_per_pixel_baseline
 from ..image_processing_maskformer_images import download_image, is_url, open_image, to_rgb
-from ..image_processing_maskformer_settings import SEGMENTATION_TASKS
 from ..post_processing_maskformer_inputs import Size
-from .tasks import Task, instance_options, outputs_for, task_for
+from .tasks import TASKS, Task, instance_options, outputs_for, task_for
 
 # What transformers' pipeline takes; of these, semantic segmentation has no thresholds.
 THRESHOLDS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
@@ -70,8 +69,8 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         subtask = kwargs.get("subtask")
-        if subtask is not None and subtask not in SEGMENTATION_TASKS:
-            raise ValueError(f"subtask is {subtask!r}; give one of {', '.join(SEGMENTATION_TASKS)}.")
+        if subtask is not None and subtask not in TASKS:
+            raise ValueError(f"subtask is {subtask!r}; give one of {', '.join(TASKS)}.")
         known = sorted({*OPTIONS_OF_ALL, *itertools.chain(*OPTIONS.values())})
         for name in kwargs.keys() - set(known):
             nearest = difflib.get_close_matches(name, known, n=1)

@@ -21,7 +21,7 @@ from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .drawing import draw_segmentation
 from .segmentation_maps import to_numpy
-from .tasks import Task, check_model, instance_options, outputs_for
+from .tasks import Task, check_model, inputs_for, instance_options, outputs_for
 
 
 @dataclass
@@ -60,18 +60,11 @@ def predict(
     """
     check_model(task, model)
     if task == "semantic" and thresholds:
-        raise ValueError(f"Semantic segmentation gives every pixel a class and knows no {', '.join(thresholds)}.")
-    inputs = image_processor(images=image, return_tensors="pt")
-    parameter = next(model.parameters())
-    pixel_values = inputs["pixel_values"].to(parameter.device, parameter.dtype)
-    pixel_mask = inputs["pixel_mask"].to(parameter.device)
-    outputs = outputs_for(
-        task,
-        model,
-        image_processor,
-        {"pixel_values": pixel_values, "pixel_mask": pixel_mask},
-        thresholds.get("threshold"),
-    )
+        raise ValueError(
+            f"Semantic segmentation gives every pixel a class and knows no {', '.join(thresholds)}. Leave it out."
+        )
+    inputs = inputs_for(model, image_processor(images=image, return_tensors="pt"))
+    outputs = outputs_for(task, model, image_processor, inputs, thresholds.get("threshold"))
     target_sizes = [(image.height, image.width)]
     if task != "semantic":
         post_process = getattr(image_processor, f"post_process_{task}_segmentation")

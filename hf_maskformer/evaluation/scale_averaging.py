@@ -18,6 +18,7 @@ from ..post_processing_maskformer import semantic_scores
 from ..post_processing_maskformer_inputs import Size
 from ..post_processing_maskformer_tiles import Mode
 from ..post_processing_per_pixel_baseline import per_pixel_logits
+from .tasks import inputs_for
 
 ADE20K_EDGES = (256, 384, 512, 640, 768, 896)
 
@@ -78,12 +79,12 @@ def augmented_semantic_scores(
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
         inputs = image_processor(images=pixels, size=size, do_resize=True, return_tensors="pt")
-        total = total + _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode)
+        total = total + _scores(model, inputs, target_size, mode)
         if flip:
             # Padding stays on the right.
             _, width = _size_of_image(inputs)
             inputs["pixel_values"][..., :width] = inputs["pixel_values"][..., :width].flip(-1)
-            total += _scores(model, inputs["pixel_values"], inputs["pixel_mask"], target_size, mode).flip(-1)
+            total += _scores(model, inputs, target_size, mode).flip(-1)
     mean = total / (len(shortest_edges) * (2 if flip else 1))
     return mean.softmax(dim=0) if is_baseline else mean
 
@@ -94,12 +95,9 @@ def _size_of_image(inputs: Mapping[str, Any]) -> Size:
     return height, width
 
 
-def _scores(model: torch.nn.Module, pixel_values: Tensor, pixel_mask: Tensor, target_size: Size, mode: Mode) -> Tensor:
+def _scores(model: torch.nn.Module, inputs: Mapping[str, Any], target_size: Size, mode: Mode) -> Tensor:
     """Scores, or logits of a baseline, (K, H, W), of one image."""
-    parameter = next(model.parameters())
-    outputs = model(
-        pixel_values=pixel_values.to(parameter.device, parameter.dtype), pixel_mask=pixel_mask.to(parameter.device)
-    )
+    outputs = model(**inputs_for(model, inputs))
     if not hasattr(outputs, "image_sizes"):
         raise ValueError(
             f"{type(model).__name__} does not say where the image lies in its output; give a "

@@ -47,7 +47,9 @@ def in_pairs(predictions: Iterable[Any], references: Iterable[Any]) -> Iterator[
     """Goes through a batch image by image. Raises a ValueError, before the first, if their numbers differ."""
     predictions, references = list(predictions), list(references)
     if len(predictions) != len(references):
-        raise ValueError(f"There are {len(predictions)} predictions for {len(references)} references.")
+        raise ValueError(
+            f"There are {len(predictions)} predictions for {len(references)} references. Give one of each."
+        )
     return zip(predictions, references, strict=True)
 
 

@@ -146,14 +146,19 @@ def predict_batch(
         instance, as of `post_process_instance_segmentation` with `return_coco_annotation` and without a threshold,
         since average precision counts all of them.
     """
-    parameter = next(model.parameters())
-    inputs = {
-        "pixel_values": batch["pixel_values"].to(parameter.device, parameter.dtype),
-        "pixel_mask": batch["pixel_mask"].to(parameter.device),
-    }
+    inputs = inputs_for(model, batch)
     with autocast():
         outputs = outputs_for(task, model, image_processor, inputs, 0.0 if task == "instance" else None)
     return segments_of(outputs, image_processor, sizes, task)
+
+
+def inputs_for(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """`pixel_values` and `pixel_mask` of a batch on the device of a model and in its precision."""
+    parameter = next(model.parameters())
+    return {
+        "pixel_values": batch["pixel_values"].to(parameter.device, parameter.dtype),
+        "pixel_mask": batch["pixel_mask"].to(parameter.device),
+    }
 
 
 def segments_of(

@@ -44,7 +44,7 @@ def export_model(
         model: A `MaskFormerForInstanceSegmentation` or a per-pixel baseline, in float32 on the CPU. Its modules stay
             in the modes, training or evaluation, in which they are.
         image_processor: Says how images become `pixel_values`, and which labels panoptic segmentation fuses.
-        folder: Where to; made if missing.
+        folder: Where to; made if missing. Not that of a checkpoint, whose configuration would be replaced.
         format: "onnx" gives `model.onnx`, "torch_export" gives `model.pt2`.
         task: What the file computes from `pixel_values` (B, 3, H, W); see `heads`.
         size: (H, W) of all images, to which the saved image processor then brings them. By default any size of at least
@@ -60,7 +60,7 @@ def export_model(
         ValueError: Format or task is unknown, the model does not do the task, a threshold is not one of the task or no
             number from 0 to 1, weights are of 8 bits, a size is too small, or there is none for a plain vision
             transformer.
-        FileExistsError: The folder is a file.
+        FileExistsError: The folder is a file, or that of a checkpoint.
         ImportError: What ONNX needs is not installed.
     """
     if format not in get_args(Format):
@@ -80,6 +80,12 @@ def export_model(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file. Name a folder.")
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    if weights:
+        raise FileExistsError(
+            f"{folder} holds {weights[0].name}, to which its config.json and preprocessor_config.json belong; they "
+            f"would be replaced. Name another folder, such as {folder / 'exported'}."
+        )
     head = build_head(model, image_processor, task, output_size, **thresholds)
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -11,20 +11,14 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..configuration_maskformer import MaskFormerConfig
-from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import shorten
 from ..evaluation.tasks import task_for
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from ..modeling_maskformer import MaskFormerForInstanceSegmentation
-from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
+from ..training.presets import Config, Model, model_class
 from .conversion_card import conversion_card
 from .key_table import from_original, to_original
 from .model_card import CARD_FILE
 from .original_checkpoint import OriginalCheckpoint, as_tensor, read_checkpoint
-
-Config = MaskFormerConfig | PerPixelBaselineConfig
-Model = MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation
 
 logger = logging.get_logger(__name__)
 
@@ -97,13 +91,6 @@ def tensors_for(checkpoint: OriginalCheckpoint, config: Config) -> dict[str, Ten
         expected = {name: tensor for name, tensor in expected.items() if _is_in_backbone_files(name)}
     _check(checkpoint, expected)
     return from_original({name: as_tensor(value) for name, value in checkpoint.tensors.items()})
-
-
-def model_class(config: Config) -> Any:
-    """The class of the model that a configuration describes."""
-    if isinstance(config, PerPixelBaselineConfig):
-        return PerPixelBaselineForSemanticSegmentation
-    return MaskFormerForInstanceSegmentation
 
 
 def original_shapes(config: Config) -> dict[str, Tensor]:

@@ -2,9 +2,7 @@
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..configuration_maskformer import MaskFormerConfig
-from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
-from ..training.presets import PRESETS, Preset
+from ..training.presets import PRESETS, Config, Preset
 from .model_card import AUTHORS_LICENCE, AUTHORS_LICENCE_TEXT, describe, make_card
 from .original_checkpoint import OriginalCheckpoint
 
@@ -14,9 +12,7 @@ OTHER_LICENCE_TEXT = (
 AUTHORS_TABLE = ("MaskFormer model zoo", "https://github.com/facebookresearch/MaskFormer/blob/main/MODEL_ZOO.md")
 
 
-def conversion_card(
-    checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig, task: str, name: str
-) -> ModelCard:
+def conversion_card(checkpoint: OriginalCheckpoint, config: Config, task: str, name: str) -> ModelCard:
     """The card of the folder that a checkpoint becomes. `name` is what it calls the model, `task` what it is for."""
     preset = _zoo_preset(checkpoint)
     return make_card(
@@ -62,7 +58,7 @@ def reported_results(preset: Preset, task: str) -> list[EvalResult]:
     ]
 
 
-def _origin(checkpoint: OriginalCheckpoint, config: MaskFormerConfig | PerPixelBaselineConfig, task: str) -> str:
+def _origin(checkpoint: OriginalCheckpoint, config: Config, task: str) -> str:
     model = describe(config, task)
     if checkpoint.is_backbone:
         return (

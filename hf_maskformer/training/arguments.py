@@ -10,6 +10,9 @@ from transformers.utils import logging
 from ..evaluation.tasks import MAIN_FIGURES
 from .schedules import check_schedule
 
+# They look at the figure of an evaluation.
+FOLLOWING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
 logger = logging.get_logger(__name__)
 
 
@@ -97,8 +100,7 @@ class MaskFormerTrainingArguments(TrainingArguments):
             check_schedule(self.paper_schedule, self.warmup_factor, self.lr_milestones)
         # Trainer takes the loss by default, which evaluation does not compute. The task is known to the trainer only.
         self.takes_main_figure = self.metric_for_best_model is None
-        # These schedules look at the figure too.
-        follows_figure = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        follows_figure = self.lr_scheduler_type in FOLLOWING_SCHEDULES
         if self.takes_main_figure and (self.load_best_model_at_end or self.save_strategy == "best" or follows_figure):
             self.metric_for_best_model = MAIN_FIGURES["semantic"]
         super().__post_init__()
@@ -111,16 +113,24 @@ class MaskFormerTrainingArguments(TrainingArguments):
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             accelerator_config.dispatch_batches = False
-        if self.lr_scheduler_type == "polynomial":
-            given: Any = self.lr_scheduler_kwargs or {}  # a string no longer
-            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0} | given
-        if follows_figure:
-            given = self.lr_scheduler_kwargs or {}
-            # torch expects a loss, which falls.
-            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min"} | given
+        self.complete_scheduler_kwargs()
         # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+
+    def complete_scheduler_kwargs(self) -> None:
+        """Adds the defaults of `lr_scheduler_type` to `lr_scheduler_kwargs`, in place of those of another type."""
+        polynomial = {"power": 0.9, "lr_end": 0.0}
+        # torch expects a loss, which falls.
+        following = {"mode": "max" if self.greater_is_better else "min"}
+        given: Any = self.lr_scheduler_kwargs or {}  # a string no longer
+        if given in (polynomial, following):
+            given = {}
+        if self.lr_scheduler_type == "polynomial":
+            given = polynomial | given
+        if self.lr_scheduler_type in FOLLOWING_SCHEDULES:
+            given = following | given
+        self.lr_scheduler_kwargs = given
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles the arguments into training_args.bin, which hub_strategy "every_save" uploads.

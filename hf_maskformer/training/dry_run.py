@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hub.conversion import Config, model_class
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from .arguments import MaskFormerTrainingArguments
 from .parameter_groups import BACKBONE, PYRAMID, parameter_groups
+from .presets import Config, model_class
 from .recipe_options import training_arguments
 
 FLOAT32 = 4  # bytes

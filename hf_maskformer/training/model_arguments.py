@@ -6,12 +6,10 @@ from typing import Any
 from ..configuration_maskformer import MaskFormerConfig
 from ..data.labels import LabelSet
 from ..evaluation.tasks import Task
-from ..hub.conversion import Config
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from .presets import config_label_fields, find_preset, task_settings
+from .presets import Config, Model, config_label_fields, find_preset, task_settings
 from .recipes import check_data, recipe_image_processor
 from .starting_point import (
-    Model,
     check_backbone,
     check_classes_of_checkpoint,
     class_fields,

@@ -54,6 +54,16 @@ class PictureCallback(TrainerCallback):
         model.train(was_training)
 
 
+def drawn_data(trainer: Any) -> Any:
+    """The evaluation data of a trainer, the first of several, if their first samples can be drawn; otherwise None."""
+    dataset = trainer.eval_dataset
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()), None)
+    # Where a process holds a part of the weights only, it cannot predict alone.
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return dataset if hasattr(dataset, "__len__") and not is_sharded else None
+
+
 def write_pictures(model: Any, image_processor: Any, dataset: Any, num_pictures: int, folder: Path) -> list[Picture]:
     """Draws the first samples of a data set as `picture_of` does, for a model card.
 

@@ -7,7 +7,6 @@ the paper's everywhere, and so the defaults of the configurations.
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import DetrConfig, PreTrainedConfig, ResNetConfig, SwinConfig
@@ -16,11 +15,14 @@ from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
 from ..configuration_per_pixel_baseline import PerPixelBaselineConfig
 from ..data.labels import LabelSet
+from ..data.layouts import named_labels
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 
-LABEL_NAMES = Path(__file__).parents[1] / "data" / "label_names"
+Config = MaskFormerConfig | PerPixelBaselineConfig
+Model = MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation
+
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/maskformer"
 
 
@@ -61,7 +63,7 @@ class DataSet:
         """Its classes, or None where their names are not known here."""
         if self.label_names is None:
             return None
-        named = LabelSet.from_json(LABEL_NAMES / f"{self.label_names}.json")
+        named = named_labels(self.label_names)
         return LabelSet(named.id2label, self.ignore_index, self.do_reduce_labels, named.thing_ids)
 
 
@@ -189,7 +191,7 @@ class Preset:
             return 640, 2560
         return self.data_set.test_size
 
-    def config(self, labels: LabelSet | None = None) -> MaskFormerConfig | PerPixelBaselineConfig:
+    def config(self, labels: LabelSet | None = None) -> Config:
         """The model's configuration.
 
         Args:
@@ -211,14 +213,10 @@ class Preset:
             **names,
         )
 
-    def model(
-        self, labels: LabelSet | None = None
-    ) -> MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation:
+    def model(self, labels: LabelSet | None = None) -> Model:
         """The model with random weights; `labels` as in `config`."""
         config = self.config(labels)
-        if isinstance(config, PerPixelBaselineConfig):
-            return PerPixelBaselineForSemanticSegmentation(config)
-        return MaskFormerForInstanceSegmentation(config)
+        return model_class(config)(config)
 
     def image_processor(self, labels: LabelSet | None = None) -> MaskFormerImageProcessor:
         """The image processor that goes with the model; `labels` as in `config`."""
@@ -245,6 +243,13 @@ class Preset:
         return labels or self.data_set.labels()
 
 
+def model_class(config: Config) -> Any:
+    """The class of the model that a configuration describes."""
+    if isinstance(config, PerPixelBaselineConfig):
+        return PerPixelBaselineForSemanticSegmentation
+    return MaskFormerForInstanceSegmentation
+
+
 def config_label_fields(labels: LabelSet | None, num_labels: int) -> dict[str, Any]:
     """The fields of a configuration that hold its classes, named LABEL_i where no names are given."""
     if labels is None:
@@ -263,11 +268,10 @@ def label_map_settings(labels: LabelSet | None, ignore_index: int) -> dict[str, 
     """The settings of an image processor that say how label maps are to be read, and which classes are stuff."""
     if labels is None:
         return {"ignore_index": ignore_index}
-    stuff = [label for label in labels.id2label if label not in labels.thing_ids]
     return {
         "ignore_index": labels.ignore_index,
         "do_reduce_labels": labels.do_reduce_labels,
-        "label_ids_to_fuse": stuff if labels.thing_ids else None,
+        "label_ids_to_fuse": list(labels.stuff_ids) if labels.thing_ids else None,
     }
 
 

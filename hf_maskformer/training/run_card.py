@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..evaluation.tasks import MAIN_FIGURES, Task
 from ..hub.model_card import CARD_FILE, Picture, describe, inherited_licence, make_card, starting_point
-from .pictures import write_pictures
+from .pictures import drawn_data, write_pictures
 
 METRIC_NAMES = {"mean_iou": "mean IoU", "pq": "PQ", "ap": "AP"}
 UNNAMED_DATA = "data that it does not name"
@@ -123,11 +123,8 @@ def figures_of_weights(state: TrainerState, is_best_loaded: bool) -> dict[str, f
 
 
 def _pictures(trainer: Any, model: Any, folder: Path) -> list[Picture]:
-    dataset = trainer.eval_dataset
-    if isinstance(dataset, dict):
-        dataset = next(iter(dataset.values()), None)
-    # Where a process holds a part of the weights only, it cannot predict alone.
-    if not hasattr(dataset, "__len__") or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    dataset = drawn_data(trainer)
+    if dataset is None:
         return []
     return write_pictures(model, trainer.processing_class, dataset, trainer.args.num_pictures, folder)
 
@@ -184,15 +181,18 @@ def training_text(trainer: Any, data_name: str, start_name: str | None, loss: st
     length = f"{state.global_step:,} steps of {images} images ({state.epoch or 0:.4g} epochs)"
     hidden = MEANINGLESS_ARGUMENTS[args.paper_schedule]
     values = args.to_dict()
+    # Zero is equal to False, but a value.
     shown = {
-        name: values[name] for name in SHOWN_ARGUMENTS if name not in hidden and values[name] not in (None, False, {})
+        name: values[name]
+        for name in SHOWN_ARGUMENTS
+        if name not in hidden and values[name] is not None and values[name] is not False and values[name] != {}
     }
     rows = "\n".join(f"| `{name}` | {value} |" for name, value in shown.items())
-    size = getattr(trainer.processing_class, "size", None)
+    size = trainer.processing_class.size
     return "\n\n".join(
         [
             f"Trained on {data_name}, beginning with {begins}, for {length}.",
-            f"| argument | value |\n| --- | --- |\n{rows}\n| image size at evaluation | {dict(size) if size else ''} |",
+            f"| argument | value |\n| --- | --- |\n{rows}\n| image size at evaluation | {size} |",
             "All arguments are in `training_args.json`.",
             f"Hardware: {hardware(args)}.{_duration(trainer)}",
             f"Versions: torch {torch.__version__}, transformers {transformers.__version__}, "

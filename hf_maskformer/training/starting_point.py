@@ -21,9 +21,8 @@ from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_maskformer_feature_pyramid import SimpleFeaturePyramid
 from ..modeling_maskformer_swin import SwinBackbone
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
-from .presets import config_label_fields
+from .presets import Model, config_label_fields
 
-Model = MaskFormerForInstanceSegmentation | PerPixelBaselineForSemanticSegmentation
 # The tensors of each model that belong to the classes.
 HEADS: dict[Any, tuple[str, ...]] = {
     MaskFormerForInstanceSegmentation: (
@@ -118,7 +117,9 @@ def load_backbone(model: Model, backbone: str) -> None:
     if isinstance(encoder, SwinBackbone):
         # Our names are those on disk, from which transformers' names in memory differ for a Swin.
         with TemporaryDirectory() as folder:
-            loaded.save_pretrained(folder)
+            # Without what was missing, which would be found under its other name.
+            there = {name: tensor for name, tensor in tensors.items() if name not in loading_info["missing_keys"]}
+            loaded.save_pretrained(folder, state_dict=there)
             stored = load_file(Path(folder) / "model.safetensors")
         tensors = {name.replace("swin.", "model.", 1): tensor for name, tensor in stored.items()}
     own = target.state_dict()

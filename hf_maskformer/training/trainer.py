@@ -45,7 +45,7 @@ from .epochs import EpochCallback
 from .interruption import EXIT_INTERRUPTED, InterruptionCallback
 from .loss_terms import LossTerms
 from .parameter_groups import parameter_groups
-from .pictures import PictureCallback
+from .pictures import PictureCallback, drawn_data
 from .run_card import figures_of_weights, write_run_card
 from .schedules import learning_rate_schedule
 from .starting_point import target_format
@@ -151,6 +151,7 @@ class MaskFormerTrainer(Trainer):
             assert optimizer is not None  # Trainer builds it first
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
+        self.args.complete_scheduler_kwargs()  # the type may have changed, as in a search of hyperparameters
         if self.args.lr_scheduler_type == "polynomial":
             # transformers divides by the steps after the warm-up, of which a short training has none.
             num_training_steps = max(num_training_steps, self.args.get_warmup_steps(num_training_steps) + 1)
@@ -479,12 +480,8 @@ class MaskFormerTrainer(Trainer):
 
     def _add_pictures(self) -> None:
         boards = [each for each in self.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
-        # The first process alone draws them, which it cannot with a share of the weights.
-        is_sharded = self.is_fsdp_enabled
-        if boards and not is_sharded and self.args.num_pictures > 0 and hasattr(self.eval_dataset, "__len__"):
-            dataset = self.eval_dataset
-            if isinstance(dataset, dict):
-                dataset = next(iter(dataset.values()))
+        dataset = drawn_data(self)
+        if boards and dataset is not None and self.args.num_pictures > 0:
             self.add_callback(PictureCallback(dataset, self.processing_class, boards[0], self.args.num_pictures))
 
 
