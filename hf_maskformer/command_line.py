@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import subprocess
 import sys
@@ -119,6 +120,20 @@ class OptionParser(HfArgumentParser):
                 self.error(f"there is no option {name}.{f' Did you mean {nearest[0]}?' if nearest else ''}")
 
 
+def check_output(path: str | Path, option: str = "--output") -> None:
+    """Raises a ValueError if nothing can be written to a path that an option names: at once, not when all is done."""
+    existing = next(place for place in (Path(path), *Path(path).parents) if place.exists())
+    if existing.is_file() and existing != Path(path):
+        raise ValueError(f"{option} is {path}, but {existing} is a file. Name a place in a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{option} is {path}, but {existing} cannot be written. Name another place.")
+
+
+def message_of(error: Exception) -> str:
+    """What an error says, with commands of PROGRAM for scripts where it runs them."""
+    return as_commands(str(error)) if sys.argv[0].startswith(PROGRAM) else str(error)
+
+
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
     """Ends the script with the message of an error of its input, without the way there through the code.
@@ -132,7 +147,7 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        message = as_commands(str(error)) if sys.argv[0].startswith(PROGRAM) else str(error)
+        message = message_of(error)
         if isinstance(error, FileExistsError | NotADirectoryError):
             path = error.filename  # that the system could not make a folder of; there is none in our own messages
             if path and not Path(path).is_dir():

@@ -88,7 +88,12 @@ def serve(arguments: Arguments) -> None:
         from hf_maskformer.demo.page import launch
     except ModuleNotFoundError as error:
         raise ImportError(f"The page needs Gradio ({error}): pip install 'hf-maskformer[demo]'.") from error
-    launch(checkpoint, server_port=arguments.port)
+    try:
+        launch(checkpoint, server_port=arguments.port)
+    except (OSError, OverflowError) as error:  # it is taken, or no number of a port
+        if arguments.port is None:
+            raise
+        raise ValueError(f"The page cannot have --port {arguments.port} ({error}). Give another, or none.") from error
 
 
 def run(script: str, **options: object) -> None:

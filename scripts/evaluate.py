@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from hf_maskformer import MaskFormerImageProcessor
-from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.command_line import OptionParser, check_output, errors_as_messages
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.labels import shorten
 from hf_maskformer.data.opening import open_dataset
@@ -57,6 +57,9 @@ def main(arguments: Arguments) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     if arguments.output is not None and Path(arguments.output).is_dir():
         raise ValueError(f"--output {arguments.output} is a folder. Name a JSON file in it.")
+    for option, path in (("--output", arguments.output), ("--predictions", arguments.predictions)):
+        if path is not None:
+            check_output(path, option)
     dataset = open_dataset(
         arguments.data,
         arguments.split,

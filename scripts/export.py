@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_maskformer import MaskFormerImageProcessor
-from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.command_line import OptionParser, check_output, errors_as_messages
 from hf_maskformer.evaluation.pipeline import THRESHOLDS
 from hf_maskformer.export.exporting import Format, Output, export_model
 from hf_maskformer.training.starting_point import model_class_of
@@ -51,6 +51,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
+    check_output(arguments.output)
     size, output_size = as_size("size", arguments.size), as_size("output_size", arguments.output_size)
     model = model_class_of(arguments.checkpoint).from_pretrained(arguments.checkpoint, dtype=torch.float32)
     thresholds = {name: getattr(arguments, name) for name in THRESHOLDS if getattr(arguments, name) is not None}

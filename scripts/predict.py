@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_maskformer import MaskFormerImageProcessor
-from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.command_line import OptionParser, check_output, errors_as_messages
 from hf_maskformer.evaluation.pipeline import THRESHOLDS
 from hf_maskformer.evaluation.precision import Precision, loading_options
 from hf_maskformer.evaluation.prediction import predict, read_images, write_prediction
@@ -54,6 +54,7 @@ def main(arguments: Arguments) -> None:
         raise ValueError(
             f"The results would lie among the images of {arguments.input}. Name another folder by --output."
         )
+    check_output(arguments.output)
     thresholds = {name: getattr(arguments, name) for name in THRESHOLDS if getattr(arguments, name) is not None}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = loading_options(arguments.precision)

@@ -16,7 +16,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from hf_maskformer.command_line import OptionParser, errors_as_messages
+from hf_maskformer.command_line import OptionParser, errors_as_messages, message_of
 from hf_maskformer.data.check import DataReport, inspect_samples, missing_classes, report_as_json, report_as_table
 from hf_maskformer.data.opening import COLUMN_FORMATS, FORMATS, open_dataset
 from hf_maskformer.data.parquet import write_parquet
@@ -37,8 +37,9 @@ def main(arguments: argparse.Namespace) -> int:
                     print(f"{len(dataset)} samples in {len(paths)} files of {arguments.output}")
                     continue
             except (FileNotFoundError, ValueError) as error:
-                print(error)
-                results[split] = {"problems": [str(error)]}
+                message = message_of(error)
+                print(message)
+                results[split] = {"problems": [message]}
                 if arguments.command == "parquet":
                     print(f"{arguments.output} is not complete: {split}, and what was to follow, is not written.")
                     break

@@ -33,7 +33,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
-from hf_maskformer.command_line import errors_as_messages
+from hf_maskformer.command_line import check_output, errors_as_messages
 from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS, Augmentation, RandomScaleCropFlip
 from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.check import check_samples
@@ -82,6 +82,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.data is None and not self.dry_run:
             raise ValueError("Give --data, a folder or name in one of the layouts of docs/data.md.")
+        if self.image_size * self.min_scale < 1:
+            raise ValueError(
+                f"--image_size is {self.image_size} and --min_scale {self.min_scale}: images would have no pixel left."
+            )
 
     def open(self, split: str, streaming: bool = False) -> Any:
         assert self.data is not None  # only a dry run goes without
@@ -120,9 +124,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     model_arguments.check()
     if data.streaming and training.max_steps <= 0:
         raise ValueError("A stream does not say how long it is. Give --max_steps.")
-    assert training.output_dir is not None  # as transformers fills it in
-    output = Path(training.output_dir)
-    check_output_dir(output, is_new=not training.resume_from_checkpoint)
+    output = output_of(data, training)
     check_reports(training.report_to)
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
     labels, task = train_dataset.labels, data.task or task_of_data(eval_dataset)
@@ -178,6 +180,17 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
         print(f"The model is in {output}.")
 
 
+def output_of(data: DataArguments, training: MaskFormerTrainingArguments) -> Path:
+    """The folder of the results. Raises a ValueError if a training cannot leave them there."""
+    assert training.output_dir is not None  # as transformers fills it in
+    output = Path(training.output_dir)
+    check_output(output, "--output_dir")
+    check_output_dir(output, is_new=not training.resume_from_checkpoint)
+    if data.data is not None and output.resolve() == Path(data.data).resolve():
+        raise ValueError(f"--output_dir is {output}, the folder of the data. Name another.")
+    return output
+
+
 def leave_processes() -> None:
     """Leaves the group of processes, when nothing of the training is left.
 
@@ -192,6 +205,7 @@ def dry_run(
     model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments, sources: dict[str, str]
 ) -> None:
     model_arguments.check(is_training=False)
+    output_of(data, training)
     train_dataset = None if data.data is None else data.open(data.train_split, data.streaming)
     labels = None if train_dataset is None else train_dataset.labels
     if labels is not None:

@@ -115,9 +115,11 @@ def test_an_interruption_ends_with_130_and_no_traceback(capsys):
 
 
 def test_a_message_names_commands_and_the_pages_where_they_are(run, tmp_path):
-    _, _, errors = run("evaluate", "--checkpoint=nowhere", f"--data={tmp_path / 'nowhere'}")
-    (page,) = re.findall(r"\S+data\.md", errors)
-    assert Path(page).is_file()
+    nowhere = str(tmp_path / "nowhere")
+    for words in (["evaluate", "--checkpoint=nowhere", f"--data={nowhere}"], ["check", nowhere, "--split=val"]):
+        _, output, errors = run(*words)
+        (page,) = re.findall(r"\S+data\.md", output + errors)
+        assert Path(page).is_file()
 
 
 def test_files_of_the_user_keep_their_paths_in_messages():

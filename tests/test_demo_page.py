@@ -131,13 +131,17 @@ def test_thresholds_are_for_segments_and_choose_among_them(browser_page):
     browser_page.wait_for_selector("#picture img")
     browser_page.get_by_label("semantic").check()
     browser_page.wait_for_selector("#threshold input[type=number]:disabled")
-    browser_page.get_by_label("panoptic").check()
+    browser_page.get_by_label("instance").check()
     browser_page.wait_for_selector("#threshold input[type=number]:enabled")
+    browser_page.wait_for_selector("#overlap_mask_area_threshold input[type=number]:disabled")
+    browser_page.get_by_label("panoptic").check()
+    browser_page.wait_for_selector("#overlap_mask_area_threshold input[type=number]:enabled")
     browser_page.click("#segment")
     browser_page.wait_for_selector("#overlay img.mask", state="attached")
     browser_page.fill("#threshold input[type=number]", "1")
     browser_page.click("#segment")
     browser_page.wait_for_selector("#overlay img.mask", state="detached")
+    browser_page.get_by_text("No segment was found").wait_for()
 
 
 @pytest.mark.slow

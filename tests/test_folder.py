@@ -62,6 +62,13 @@ def test_what_is_not_read_is_named(root, transformers_log):
     assert "images/train also holds c.gif, city, which is not read" in transformers_log.text
 
 
+def test_a_map_of_numbers_with_a_decimal_point_is_refused_with_the_remedy(root):
+    (root / "annotations/train/a.png").unlink()
+    Image.fromarray(LABELS.astype(np.float32)).save(root / "annotations/train/a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif has mode F .* save numbers with a decimal point as whole ones"):
+        SegmentationFolder(root, "train")[0]
+
+
 def test_a_sample_is_an_rgb_image_and_a_map_of_its_size(root):
     sample = SegmentationFolder(root, "train")[0]
     assert sample["image"].mode == "RGB"

@@ -700,6 +700,7 @@ def test_a_new_training_does_not_mix_with_the_checkpoints_of_another(data, confi
     [
         ({"output_dir": "file"}, ValueError, "but file is a file"),
         ({"output_dir": "file/run"}, ValueError, "but file is a file"),
+        ({"output_dir": "nowhere"}, ValueError, "the folder of the data"),
         ({"report_to": "wandb"}, ImportError, "--report_to wandb: it is not installed"),
         ({"report_to": "tensorbord"}, ValueError, "--report_to tensorbord is unknown"),
     ],
@@ -726,6 +727,29 @@ def test_other_classes_than_the_checkpoint_s_show_before_the_data_are_read(check
     arguments, _ = script.parse_arguments([*command_line, f"--output_dir={tmp_path / 'run'}"])
     with pytest.raises(ValueError, match="classes, but the data has 2"):
         script.main(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train", {"data": "nowhere", "config": "small.json", "output_dir": "closed/run"}),
+        ("train", {"data": "nowhere", "config": "small.json", "output_dir": "closed/run", "dry_run": True}),
+        ("evaluate", {"data": "nowhere", "checkpoint": "nowhere", "output": "closed/figures.json"}),
+        ("evaluate", {"data": "nowhere", "checkpoint": "nowhere", "predictions": "closed/run"}),
+        ("predict", {"input": "nowhere", "checkpoint": "nowhere", "output": "closed/run"}),
+        ("export", {"checkpoint": "nowhere", "output": "closed/run"}),
+    ],
+)
+def test_what_cannot_be_written_shows_before_anything_is_read(tmp_path, monkeypatch, capsys, name, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "closed").mkdir()
+    # The superuser may write anywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != "closed")
+    shutil.copy(SCRIPTS / "configs/small.json", tmp_path)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *(f"--{key}={value}" for key, value in options.items())])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    assert re.search(r"error: --\w+ is closed/\S+, but closed cannot be written", capsys.readouterr().err)
 
 
 def test_predictions_do_not_lie_among_the_images(checkpoint, tmp_path):

@@ -49,8 +49,10 @@ from hf_maskformer.training.checks import check_eval_classes, check_length
 from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.pictures import write_pictures
 from hf_maskformer.training.starting_point import (
+    check_backbone,
     image_processor_for,
     load_backbone_weights,
+    model_class_of,
     model_on_backbone,
     new_model,
     pretrained_model,
@@ -459,6 +461,9 @@ def test_schedules_that_follow_the_figure_take_a_higher_one_for_better(tmp_path,
         ({"backbone_learning_rate_factor": float("inf")}, "backbone_learning_rate_factor is inf"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint must be False: MaskFormerTrainer saves a checkpoint"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; give at least 1"),
+        ({"max_steps": 0}, "max_steps is 0; give at least 1"),
+        ({"max_steps": -2}, "max_steps is -2; give at least 1"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(tmp_path, options, message):
@@ -913,6 +918,18 @@ def test_a_backbone_of_another_width_is_refused(tmp_path):
     ResNetForImageClassification(wider).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks weights of the backbone or has them in another shape: .*stages\.3"):
         load_backbone_weights(tiny_model(), str(tmp_path))
+
+
+def test_a_damaged_configuration_is_not_taken_for_a_misspelt_name(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=f"The configuration of {tmp_path} cannot be read .*not a valid JSON"):
+        model_class_of(str(tmp_path))
+
+
+def test_a_misspelt_backbone_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"The backbone rnx is no folder .* Check the spelling"):
+        check_backbone("rnx")
 
 
 def test_default_names_of_classes_are_no_other_names():

@@ -148,7 +148,8 @@ def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:
     if image.mode not in MODES_OF_SEGMENTATION_MAPS:
         raise ValueError(
             f"{source} has mode {image.mode} ({', '.join(image.getbands())}), but a segmentation map has one integer "
-            "channel that holds the class of each pixel. Convert colours to class indices, or keep one grey channel."
+            "channel that holds the class of each pixel. Convert colours to class indices, keep one grey channel, or "
+            "save numbers with a decimal point as whole ones."
         )
     # uint16 has hardly any operators in torch, hence int32 for whatever exceeds 8 bits.
     return stored_values(image).astype(np.uint8 if image.mode in ("1", "L", "P") else np.int32)

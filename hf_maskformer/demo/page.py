@@ -19,7 +19,12 @@ from ..training.starting_point import model_class_of
 NUM_EXAMPLES = 5
 EXAMPLE_SIDE = 128  # in pixels, that of the scenes which scripts/demo.py trains on
 COLUMNS = ("segment", "score", "area in %")
-NOT_SEMANTIC = "For instance and panoptic segmentation."
+# Of each threshold the title and the tasks that have it.
+SLIDERS = {
+    "threshold": ("Smallest score", ("instance", "panoptic")),
+    "mask_threshold": ("Smallest mask probability of a pixel", ("instance", "panoptic")),
+    "overlap_mask_area_threshold": ("Smallest part of a mask on top", ("panoptic",)),
+}
 DISPLAY_SIDE = 1280  # pixels; what the page shows of a larger picture, whose files keep its size
 OPACITY = 0.6  # of a segment over the picture
 # Gradio shows a picture of the mask of each segment over the image, in the order of the names below.
@@ -61,13 +66,16 @@ def build_page(checkpoint: str) -> gr.Blocks:
     tasks = TASKS[:1] if is_per_pixel_baseline(model) else TASKS
     folder = Path(mkdtemp(prefix="hf-maskformer-"))
 
-    def segment(path: str | None, task: Task, threshold: float, mask_threshold: float) -> tuple[Any, ...]:
+    def segment(
+        path: str | None, task: Task, threshold: float, mask_threshold: float, overlap_mask_area_threshold: float
+    ) -> tuple[Any, ...]:
         if path is None:
             raise gr.Error("Choose a picture first.", print_exception=False)
         try:
             ((name, image),) = read_images(path)
-            thresholds = {} if task == "semantic" else {"threshold": threshold, "mask_threshold": mask_threshold}
-            prediction = predict(model, image_processor, image, task, **thresholds)
+            values = (threshold, mask_threshold, overlap_mask_area_threshold)
+            options = {name: value for name, value in zip(SLIDERS, values, strict=True) if task in SLIDERS[name][1]}
+            prediction = predict(model, image_processor, image, task, **options)
         except (ValueError, OSError) as error:
             message = str(error).replace(path, Path(path).name)
             raise gr.Error(message, duration=None, print_exception=False) from error
@@ -75,6 +83,8 @@ def build_page(checkpoint: str) -> gr.Blocks:
         labels, segments, overlay = write_prediction(prediction, image, names, task, output, name)
         image.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
         masks, colors = annotations(prediction, names, image.size)
+        if not masks:
+            gr.Warning("No segment was found. Lower the smallest score, or the smallest part of a mask on top.")
         files = [gr.DownloadButton(value=file, interactive=True) for file in (overlay, labels, segments)]
         return gr.AnnotatedImage((image, masks), color_map=colors), table(prediction), *files
 
@@ -93,14 +103,20 @@ def build_page(checkpoint: str) -> gr.Blocks:
                 picture.preprocess = lambda file: file and file.path
                 gr.Examples(draw_examples(folder), picture, label="Drawn examples", examples_per_page=NUM_EXAMPLES)
                 task = gr.Radio(tasks, value=image_processor.segmentation_task or tasks[0], label="Task")
-                options: Any = {"step": 0.01, "info": NOT_SEMANTIC, "interactive": task.value != "semantic"}
                 thresholds = panoptic_thresholds(image_processor)
-                threshold = gr.Slider(
-                    0, 1, thresholds["threshold"], label="Smallest score", elem_id="threshold", **options
-                )
-                mask_threshold = gr.Slider(
-                    0, 1, thresholds["mask_threshold"], label="Smallest mask probability of a pixel", **options
-                )
+                sliders = [
+                    gr.Slider(
+                        0,
+                        1,
+                        thresholds[name],
+                        step=0.01,
+                        label=label,
+                        info=f"For {' and '.join(used_by)} segmentation.",
+                        interactive=task.value in used_by,
+                        elem_id=name,
+                    )
+                    for name, (label, used_by) in SLIDERS.items()
+                ]
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column(scale=3):
                 overlay = gr.AnnotatedImage(label="Segments", elem_id="overlay", height=460)
@@ -110,8 +126,10 @@ def build_page(checkpoint: str) -> gr.Blocks:
                         gr.DownloadButton(title, interactive=False, elem_id=name)
                         for title, name in (("Picture (PNG)", "png"), ("Ids (PNG)", "ids"), ("Segments (JSON)", "json"))
                     ]
-        task.change(lambda task: [gr.Slider(interactive=task != "semantic")] * 2, task, [threshold, mask_threshold])
-        button.click(segment, [picture, task, threshold, mask_threshold], [overlay, segments, *files])
+        task.change(
+            lambda task: [gr.Slider(interactive=task in used_by) for _, used_by in SLIDERS.values()], task, sliders
+        )
+        button.click(segment, [picture, task, *sliders], [overlay, segments, *files])
     return page
 
 

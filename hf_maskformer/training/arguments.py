@@ -94,8 +94,11 @@ class MaskFormerTrainingArguments(TrainingArguments):
                 f"backbone_learning_rate_factor is {self.backbone_learning_rate_factor}, but must be at least 0: the "
                 "backbone's share of learning_rate."
             )
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; give at least 1.")
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or leave it out to train by epochs.")
         if self.paper_schedule is not None:
             check_schedule(self.paper_schedule, self.warmup_factor, self.lr_milestones)
         # Trainer takes the loss by default, which evaluation does not compute. The task is known to the trainer only.

@@ -88,7 +88,13 @@ def load_backbone_weights(model: Model, source: str) -> None:
 def check_backbone(source: str) -> None:
     """Raises an OSError or ValueError if there is no backbone of this name, for `load_backbone_weights`."""
     if not source.endswith(FILE_SUFFIXES):
-        AutoConfig.from_pretrained(source)
+        try:
+            AutoConfig.from_pretrained(source)
+        except OSError as error:
+            raise OSError(
+                f"The backbone {source} is no folder with a config.json, and as a name on the Hub it cannot be read "
+                f"({str(error).splitlines()[0]}). Check the spelling of the path or name."
+            ) from error
     elif not Path(source).is_file():
         raise FileNotFoundError(f"{source} does not exist. docs/reproducing.md says which files the paper starts from.")
 
@@ -230,6 +236,10 @@ def model_class_of(checkpoint: str) -> Any:
         content, _ = MaskFormerConfig.get_config_dict(checkpoint)
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
+        if folder.exists():
+            raise ValueError(
+                f"The configuration of {checkpoint} cannot be read ({reason}). Save or copy it again."
+            ) from error
         raise FileNotFoundError(
             f"{checkpoint} is no folder with a config.json, and as a name on the Hub it cannot be read ({reason}). "
             "Check the spelling of the path or name."
