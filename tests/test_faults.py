@@ -267,6 +267,21 @@ def test_what_fails_after_the_writing_of_a_checkpoint_leaves_it(tmp_path):
     assert is_whole(checkpoint)
 
 
+def test_a_worker_that_dies_while_a_checkpoint_is_written_is_no_full_disk(tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"), removed_if_cut_off(checkpoint, str(tmp_path)):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+
+def test_without_a_whole_checkpoint_the_way_on_is_to_start_anew(tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    with pytest.raises(OSError, match="no earlier checkpoint: start anew"), removed_if_cut_off(checkpoint, None):
+        raise OSError("No space left on device")
+    assert not checkpoint.exists()
+
+
 def test_a_checkpoint_that_is_written_anew_is_not_whole_before_its_end(tmp_path, monkeypatch):
     our_trainer(tmp_path, max_steps=1, save_steps=1).train()
     trainer = our_trainer(tmp_path, max_steps=1, save_steps=1)

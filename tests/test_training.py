@@ -565,6 +565,13 @@ def test_the_trainer_says_at_once_what_does_not_fit_together(tmp_path):
         trainer(eval_dataset=other)
     with pytest.raises(ValueError, match="nothing to evaluate on"):
         trainer().evaluate()
+    # An evaluation of one's own may give other figures, and take other data.
+    figure = {"args": MaskFormerTrainingArguments(**arguments(tmp_path, metric_for_best_model="mine"))}
+    panoptic = {"processing_class": image_processor_for(SCENES.labels, image_size=64, task="panoptic")}
+    for changes, message in ((figure, "metric_for_best_model is mine"), (panoptic, "which does not tell panoptic")):
+        trainer(OwnEvaluation, eval_dataset=SCENES, **changes)
+        with pytest.raises(ValueError, match=message):
+            trainer(eval_dataset=SCENES, **changes)
 
 
 def test_two_classes_of_nearly_one_name_are_no_other_order_of_classes(tmp_path):
@@ -924,6 +931,11 @@ def test_a_damaged_configuration_is_not_taken_for_a_misspelt_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=f"The configuration of {tmp_path} cannot be read .*not a valid JSON"):
         model_class_of(str(tmp_path))
+
+
+def test_what_can_be_no_name_of_the_hub_is_called_so():
+    with pytest.raises(FileNotFoundError, match=r"as a name on the Hub it cannot be read .*Check the spelling"):
+        model_class_of("outputs/run/checkpoint")
 
 
 def test_a_misspelt_backbone_is_named(monkeypatch):
