@@ -120,10 +120,10 @@ class OptionParser(HfArgumentParser):
                 self.error(f"there is no option {name}.{f' Did you mean {nearest[0]}?' if nearest else ''}")
 
 
-def check_output(path: str | Path, option: str = "--output") -> None:
-    """Raises a ValueError if nothing can be written to a path that an option names: at once, not when all is done."""
+def check_output(path: str | Path, option: str = "--output", is_folder: bool = True) -> None:
+    """Raises a ValueError if a folder, or file, that an option names cannot be written: before the work for it."""
     existing = next(place for place in (Path(path), *Path(path).parents) if place.exists())
-    if existing.is_file() and existing != Path(path):
+    if existing.is_file() and (is_folder or existing != Path(path)):
         raise ValueError(f"{option} is {path}, but {existing} is a file. Name a place in a folder.")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"{option} is {path}, but {existing} cannot be written. Name another place.")

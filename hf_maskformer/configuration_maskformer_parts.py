@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig, TimmBackboneConfig
 from transformers.activations import ACT2FN
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -308,8 +308,10 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
 
 
 def _check_is_backbone(config: PreTrainedConfig) -> None:
-    known = config.model_type in OWN_TYPES.keys() | {"timm_wrapper"} or type(config) in MODEL_FOR_BACKBONE_MAPPING
-    if not known or config.model_type == MaskFormerTransformerConfig.model_type:
+    """Raises a ValueError for a type of transformers that is no backbone; of other types `AutoBackbone` will know."""
+    is_other = config.model_type in CONFIG_MAPPING_NAMES.keys() - MODEL_FOR_BACKBONE_MAPPING_NAMES.keys()
+    is_other &= config.model_type != "timm_wrapper" and "AutoBackbone" not in (getattr(config, "auto_map", None) or {})
+    if is_other or config.model_type == MaskFormerTransformerConfig.model_type:
         inner = getattr(config, "backbone_config", None)
         remedy = "Give its own backbone_config." if inner is not None else "docs/architectures.md names some."
         raise ValueError(f"backbone_config is of type {config.model_type!r}, which is no backbone. {remedy}")

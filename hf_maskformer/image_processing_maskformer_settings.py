@@ -30,7 +30,7 @@ FIXED_SETTINGS: dict[str, Any] = {
     "default_to_square": False,
     "data_format": "channels_first",
     "crop_size": None,
-    "device": None,
+    "device": "cpu",
     "input_data_format": None,
     "return_tensors": None,
     "image_seq_length": None,
@@ -251,6 +251,6 @@ def plain(value: Any) -> Any:
     """A setting in Python's own types, as JSON has them: not numpy's numbers, nor transformers' `SizeDict`."""
     if isinstance(value, Mapping | SizeDict):
         return {name: plain(number) for name, number in dict(value).items()}
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value, list | tuple):
         return [plain(number) for number in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value

@@ -47,7 +47,8 @@ def take_projection(pixel_embeddings: Tensor) -> Projection | None:
     keeps the pyramid in memory.
     """
     projection = _PROJECTIONS.pop(pixel_embeddings, None)
-    if projection is None or projection.version != pixel_embeddings._version or pixel_embeddings._backward_hooks:
+    is_waited_for = pixel_embeddings._backward_hooks or pixel_embeddings.retains_grad
+    if projection is None or projection.version != pixel_embeddings._version or is_waited_for:
         return None
     return projection
 

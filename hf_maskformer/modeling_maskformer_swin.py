@@ -20,6 +20,7 @@ from .modeling_maskformer_dispatch import (
     is_hooked,
     is_inference,
     is_traced,
+    is_transformed,
     register_operator,
     without_view,
 )
@@ -108,7 +109,9 @@ class WindowSelfAttention(nn.Module):
         bias = bias.to(query.dtype)
         # How torch's own lays out its result differs between the steps of an export to ONNX. On a CPU it spells out
         # attention too if what is added to the scores wants a gradient, and looks at all scores for rows of -inf.
-        needs_gradient_on_cpu = bias.requires_grad and bias.device.type == "cpu" and not torch.compiler.is_compiling()
+        # In a transform of torch.func the bias does not say whether it does.
+        wants_gradient = bias.requires_grad or is_transformed()
+        needs_gradient_on_cpu = wants_gradient and bias.device.type == "cpu" and not torch.compiler.is_compiling()
         if torch.compiler.is_exporting() or needs_gradient_on_cpu:
             scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias

@@ -144,7 +144,8 @@ def _find_instances(
 
     _, highest = tiling.bounds()
     touched = (highest.sigmoid() >= mask_threshold).nonzero()
-    areas, sums = queries.new_zeros(len(queries)), scores.new_zeros(len(queries))
+    # Of each tile by itself: thousands added up one after another would lose the fourth digit of a large image.
+    areas, sums = queries.new_zeros(len(queries)), torch.zeros_like(highest, dtype=scores.dtype)
     pixels = [areas.new_zeros(0, TILE, TILE, dtype=torch.bool)]
     for chunk in tiling.chunks(touched, 1):
         tiles, owners = chunk[:, :2], chunk[:, 2]
@@ -153,10 +154,10 @@ def _find_instances(
         is_in_mask = mask_probabilities >= mask_threshold
         is_in_mask[border] &= tiling.is_inside(tiles[border])
         areas.index_add_(0, owners, is_in_mask.sum(dim=(1, 2)))
-        sums.index_add_(0, owners, mask_probabilities.mul_(is_in_mask).sum(dim=(1, 2)))
+        sums[chunk.unbind(1)] = mask_probabilities.mul_(is_in_mask).sum(dim=(1, 2))
         pixels.append(is_in_mask)
 
-    scores = scores * (sums / areas.clamp(min=1))[mask_of_candidate]
+    scores = scores * (sums.sum(dim=(0, 1)) / areas.clamp(min=1))[mask_of_candidate]
     is_found = (scores >= threshold) & (areas[mask_of_candidate] >= min_area)
     order = scores.masked_fill(~is_found, -1).argsort(descending=True, stable=True)[: int(is_found.sum())]
     masks_of_instances = mask_of_candidate[order]

@@ -78,6 +78,8 @@ def main(arguments: Arguments) -> None:
 
 
 def serve(arguments: Arguments) -> None:
+    if arguments.port is not None and not 0 < arguments.port < 2**16:
+        raise ValueError(f"--port is {arguments.port}; give 1 to 65535, or leave it out.")
     checkpoint = arguments.checkpoint or str(Path(arguments.output) / "checkpoint")
     if arguments.checkpoint is None and not Path(checkpoint).is_dir():
         raise FileNotFoundError(
@@ -88,12 +90,7 @@ def serve(arguments: Arguments) -> None:
         from hf_maskformer.demo.page import launch
     except ModuleNotFoundError as error:
         raise ImportError(f"The page needs Gradio ({error}): pip install 'hf-maskformer[demo]'.") from error
-    try:
-        launch(checkpoint, server_port=arguments.port)
-    except (OSError, OverflowError) as error:  # it is taken, or no number of a port
-        if arguments.port is None:
-            raise
-        raise ValueError(f"The page cannot have --port {arguments.port} ({error}). Give another, or none.") from error
+    launch(checkpoint, server_port=arguments.port)
 
 
 def run(script: str, **options: object) -> None:

@@ -57,9 +57,10 @@ def main(arguments: Arguments) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     if arguments.output is not None and Path(arguments.output).is_dir():
         raise ValueError(f"--output {arguments.output} is a folder. Name a JSON file in it.")
-    for option, path in (("--output", arguments.output), ("--predictions", arguments.predictions)):
-        if path is not None:
-            check_output(path, option)
+    if arguments.output is not None:
+        check_output(arguments.output, is_folder=False)
+    if arguments.predictions is not None:
+        check_output(arguments.predictions, "--predictions")
     dataset = open_dataset(
         arguments.data,
         arguments.split,

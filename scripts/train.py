@@ -39,7 +39,7 @@ from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
 from hf_maskformer.data.check import check_samples
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.evaluation.tasks import Task, check_sample, task_of_data
-from hf_maskformer.training.checkpoints import check_output_dir
+from hf_maskformer.training.checkpoints import check_is_new
 from hf_maskformer.training.checks import check_reports
 from hf_maskformer.training.dry_run import describe_run
 from hf_maskformer.training.model_arguments import ModelArguments
@@ -185,7 +185,8 @@ def output_of(data: DataArguments, training: MaskFormerTrainingArguments) -> Pat
     assert training.output_dir is not None  # as transformers fills it in
     output = Path(training.output_dir)
     check_output(output, "--output_dir")
-    check_output_dir(output, is_new=not training.resume_from_checkpoint)
+    if not training.resume_from_checkpoint:
+        check_is_new(output)
     if data.data is not None and output.resolve() == Path(data.data).resolve():
         raise ValueError(f"--output_dir is {output}, the folder of the data. Name another.")
     return output

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from models import convnext_config, swin_config, swinv2_config, tiny_batch, tiny_config, tiny_model
 from torch import Tensor, nn
-from transformers import BeitConfig, ConvNextConfig, Dinov2Config, DINOv3ViTConfig, ResNetConfig, ViTConfig
+from transformers import BeitConfig, ConvNextConfig, Dinov2Config, DINOv3ViTConfig, ResNetConfig, SwinConfig, ViTConfig
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation
 from hf_maskformer.configuration_maskformer_parts import (
@@ -18,6 +18,7 @@ from hf_maskformer.configuration_maskformer_parts import (
 )
 from hf_maskformer.hub.key_table import from_original, to_original
 from hf_maskformer.modeling_maskformer_resnet import Convolution
+from hf_maskformer.modeling_maskformer_swin import SwinBackbone
 from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
 
 TRANSFORMER = {
@@ -355,6 +356,14 @@ def test_a_backbone_is_built_of_the_defaults_that_transformers_gives_it() -> Non
 def test_what_is_no_backbone_is_refused(config, remedy) -> None:
     with pytest.raises(ValueError, match=f"is of type '{config.model_type}', which is no backbone. {remedy}"):
         MaskFormerConfig.from_backbone(config)
+
+
+def test_a_configuration_derived_from_a_backbone_s_is_one_too() -> None:
+    class OwnSwinConfig(SwinConfig):
+        pass
+
+    own = OwnSwinConfig(**swin_config().to_dict())
+    assert type(tiny_model(own).model.pixel_level_module.encoder) is SwinBackbone
 
 
 def test_our_nested_types_are_written_and_read(tmp_path) -> None:

@@ -125,8 +125,7 @@ def test_a_category_that_is_none_of_the_given_classes_or_one_of_two_is_refused(p
 def test_a_sound_data_set_passes_the_check_and_is_counted(panoptic):
     report = inspect_samples(open_panoptic(panoptic))
     assert (report.num_samples, report.problems, report.empty_segments) == (2, [], [])
-    # Without the two pixels of the crowd.
-    assert (report.pixels.tolist(), report.occurrences.tolist()) == ([1, 1, 2], [1, 1, 1])
+    assert (report.pixels.tolist(), report.occurrences.tolist()) == ([3, 1, 2], [2, 1, 1])
 
 
 def test_samples_come_in_the_order_of_the_images_and_travel_to_workers(panoptic):
@@ -322,17 +321,6 @@ def test_a_data_set_without_any_object_is_a_problem_and_no_single_sample_of_it(t
         check_samples(open_dataset(str(tmp_path), "train"))
     write_instances(tmp_path, sizes | {"b": ((3, 4), [rectangle])})
     check_samples(open_dataset(str(tmp_path), "train"))
-
-
-def test_crowds_alone_give_nothing_to_learn(tmp_path):
-    rectangle = {"category_id": 1, "segmentation": {"size": [3, 4], "counts": [0, 6, 6]}, "iscrowd": 1}
-    write_instances(tmp_path / "instances", {"a": ((3, 4), [rectangle])})
-    segments = [{"id": 4, "category_id": 1, "iscrowd": 1}]
-    write_panoptic(tmp_path / "panoptic", {"a": ([[4, 0]], segments)})
-    for name in ("instances", "panoptic"):
-        report = inspect_samples(open_dataset(str(tmp_path / name), "train"))
-        assert "None of 1 samples has a pixel of any class, crowds aside" in report.problems[0]
-        assert report.pixels.sum() == report.occurrences.sum() == 0
 
 
 def test_void_beside_segments_hides_no_class(tmp_path):

@@ -119,6 +119,7 @@ def test_a_message_names_commands_and_the_pages_where_they_are(run, tmp_path):
     for words in (["evaluate", "--checkpoint=nowhere", f"--data={nowhere}"], ["check", nowhere, "--split=val"]):
         _, output, errors = run(*words)
         (page,) = re.findall(r"\S+data\.md", output + errors)
+        assert Path(page).is_absolute()
         assert Path(page).is_file()
 
 
@@ -191,7 +192,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(run, checkpoint, tmp_path):  #
     options = [f"--checkpoint={checkpoint}", f"--input={tmp_path / 'a.png'}", f"--output={tmp_path / 'file'}"]
     code, _, errors = run("predict", *options)
     assert code == 1
-    assert f"{tmp_path / 'file'} is a file, or lies in one, where a folder is needed" in errors
+    assert f"but {tmp_path / 'file'} is a file. Name a place in a folder" in errors
 
 
 def test_words_that_belong_to_no_option_are_no_command_line(run):

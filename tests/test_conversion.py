@@ -213,6 +213,26 @@ def test_a_wrong_shape_is_found_before_a_model_is_built(tmp_path, monkeypatch):
         convert_checkpoint(write_pkl(tmp_path / "small.pkl", small), tmp_path / "model", config, processor)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(convert, tensors, value):
+    name = "sem_seg_head.pixel_decoder.mask_features.bias"
+    with pytest.raises(ValueError, match=rf"NaN or infinite: {name}"):
+        convert({**tensors, name: torch.full_like(tensors[name], value)})
+
+
+def test_a_tensor_without_plain_values_is_refused(tmp_path):
+    for value in (torch.zeros(2, 2).to_sparse(), torch.zeros(2, device="meta")):
+        torch.save({"sem_seg_head.a": value}, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=r"a\.pth holds 'sem_seg_head\.a', which is no plain tensor with a name"):
+            read_checkpoint(tmp_path / "a.pth")
+
+
+def test_an_empty_file_of_tensors_says_so(tmp_path):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(ValueError, match=r"a\.pth is no file of tensors, .* \(\S.*\)\. Download it again"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 def test_a_tensor_in_both_spellings_is_refused(convert, tensors):
     name = "sem_seg_head.pixel_decoder.mask_features.bias"
     with pytest.raises(ValueError, match=r"two spellings of the same tensor"):
@@ -224,10 +244,10 @@ def test_a_tensor_in_both_spellings_is_refused(convert, tensors):
     [
         ({"model": {}}, "holds no tensors"),
         ([1], "holds no tensors"),
-        ({"model": {"sem_seg_head.a": "text"}}, r"'sem_seg_head\.a', which is no named tensor"),
-        ({1: np.zeros(1)}, "holds 1, which is no named tensor"),
+        ({"model": {"sem_seg_head.a": "text"}}, r"'sem_seg_head\.a', which is no plain tensor with a name"),
+        ({1: np.zeros(1)}, "holds 1, which is no plain tensor with a name"),
         ({"a": np.zeros(1)}, "no checkpoint of MaskFormer"),
-        ({"blobs": {"conv1_w": np.zeros(1)}}, "'blobs', which is no named tensor"),
+        ({"blobs": {"conv1_w": np.zeros(1)}}, "'blobs', which is no plain tensor with a name"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, content, message):

@@ -26,6 +26,12 @@ def test_the_page_asks_for_the_small_model_where_none_is_named(tmp_path):
     assert f"error: {tmp_path / 'checkpoint'} does not exist. Train the small model first" in done.stderr
 
 
+def test_a_port_that_cannot_be_is_refused(tmp_path):
+    command = [sys.executable, SCRIPTS / "demo.py", "--web", "--port=99999"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "\nerror: --port is 99999; give 1 to 65535, or leave it out.\n")
+
+
 @pytest.fixture(scope="module")
 def page():
     return pytest.importorskip("hf_maskformer.demo.page", reason="needs the extra demo", exc_type=ImportError)

@@ -379,6 +379,18 @@ def test_functional_gradients_pass_through_the_windows():
     torch.testing.assert_close(gradients[name], parameters[name].grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+def test_functional_gradients_of_pixels_pass_through_the_windows(is_training):
+    model, pixel_values = tiny_model(swin_config()).train(is_training), torch.randn(1, 3, 64, 64)
+
+    def loss(pixel_values):
+        return model(pixel_values).masks_queries_logits.square().mean()
+
+    found = torch.func.grad(loss)(pixel_values)
+    loss(pixel_values.requires_grad_()).backward()
+    torch.testing.assert_close(found, pixel_values.grad, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_norm_done_to_the_weights_is_the_norm(dtype):
     layer = ConvNorm(3, 8, 3, stride=2, dilation=2).eval()

@@ -258,6 +258,26 @@ def test_a_damaged_label_file_of_coco_stuff_is_named(tmp_path, label_names):
         layouts.CocoStuff10k(tmp_path, "train")[0]
 
 
+def test_the_first_version_of_coco_stuff_is_refused(tmp_path, label_names):
+    write_coco_stuff(tmp_path, [[1, 2]])
+    path = tmp_path / "annotations/a.mat"
+    names = ["unlabeled", *(f"class {number}" for number in range(171))]
+    # As it is, and saved again in a format that is read.
+    header = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
+    for write in (lambda: path.write_bytes(header), lambda: scipy.io.savemat(path, {"S": [[1, 2]], "names": names})):
+        write()
+        with pytest.raises(ValueError, match=r"a\.mat is of version 1\.0 .* Download version 1\.1"):
+            layouts.CocoStuff10k(tmp_path, "train")[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"])
+def test_a_list_of_no_images_is_named(tmp_path, label_names, content):
+    write_coco_stuff(tmp_path, [[1]])
+    (tmp_path / "imageLists/train.txt").write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"train\.txt"):
+        layouts.CocoStuff10k(tmp_path, "train")
+
+
 def test_an_image_of_a_list_that_is_missing_is_named(tmp_path, label_names):
     write_coco_stuff(tmp_path, [[1]])
     (tmp_path / "imageLists/train.txt").write_text("a\nz\n")
@@ -276,6 +296,29 @@ def test_mapillary_vistas_names_its_classes_itself(tmp_path, config, version):
     assert dataset.labels == LabelSet({0: "Bird", 1: "Road"}, ignore_index=2)
     assert dataset[0]["segmentation_map"].tolist() == [[0, 1, 2]]
     check_samples(dataset)
+
+
+def write_vistas(root, version):
+    write_image(root / "training/images/a.jpg", (1, 3))
+    write_map(root / f"training/{version}labels/a.png", np.array([[0, 1, 2]], dtype=np.uint8))
+
+
+@pytest.mark.parametrize("version", ["", "v1.2/"])
+def test_mapillary_vistas_of_given_classes_needs_no_names(tmp_path, version):
+    write_vistas(tmp_path, version)
+    (tmp_path / "other").mkdir()
+    labels = LabelSet({0: "bird", 1: "road"}, ignore_index=2)
+    assert layouts.mapillary_vistas(tmp_path, "train", labels)[0]["segmentation_map"].tolist() == [[0, 1, 2]]
+    with pytest.raises(FileNotFoundError, match=r"config\S*\.json does not exist"):
+        layouts.mapillary_vistas(tmp_path, "train")
+
+
+@pytest.mark.parametrize("names", [["Bird", None], ["Bird", 3], ["Bird", "Bird"], ["Unlabeled"], []])
+def test_names_of_mapillary_vistas_that_are_none_are_refused_with_their_file(tmp_path, names):
+    write_vistas(tmp_path, "")
+    (tmp_path / "config.json").write_text(json.dumps({"labels": [{"readable": name} for name in names]}))
+    with pytest.raises(ValueError, match=r"config\.json has no list .*Download it again"):
+        layouts.mapillary_vistas(tmp_path, "train")
 
 
 def test_sixteen_bit_tiff_maps_as_of_the_whole_of_ade20k_are_read(tmp_path):

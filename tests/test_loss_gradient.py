@@ -233,6 +233,23 @@ def test_a_hook_on_the_projection_sees_its_gradient():
     assert_same_gradients(around, through)
 
 
+def test_the_gradient_of_pixel_embeddings_may_be_retained_in_the_model():
+    batch, model = tiny_batch(), tiny_model(mask_feature_size=32).train()
+    kept, seen = [], []
+    projection = model.model.pixel_level_module.decoder.mask_projection
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        kept.append(output)
+
+    hook = projection.register_forward_hook(keep)
+    model(**batch).loss.backward()
+    hook.remove()
+    projection.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    model(**batch).loss.backward()
+    torch.testing.assert_close(kept[0].grad, seen[0])
+
+
 @pytest.mark.parametrize("change", [Tensor.tanh, Tensor.tanh_], ids=["replaced", "in place"])
 def test_what_changes_the_pixel_embeddings_has_its_part_in_the_gradient(change):
     """A hook of the pixel decoder; the loss by its definition takes what comes out."""

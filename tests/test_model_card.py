@@ -34,7 +34,14 @@ from hf_maskformer.hub.model_card import (
 from hf_maskformer.hub.publishing import publish
 from hf_maskformer.training import trainer as trainer_module
 from hf_maskformer.training.presets import PRESETS
-from hf_maskformer.training.run_card import LOSS_CURVE, eval_results, figures_of_weights, results_text, write_loss
+from hf_maskformer.training.run_card import (
+    LOSS_CURVE,
+    eval_results,
+    figures_of_weights,
+    results_text,
+    training_text,
+    write_loss,
+)
 from hf_maskformer.training.starting_point import load_backbone_weights
 
 __all__ = ["hub"]  # a fixture
@@ -143,6 +150,16 @@ LOG = [
 def test_figures_are_those_of_the_weights_that_are_saved(log, is_best_loaded, checkpoint, expected):
     state = SimpleNamespace(log_history=log, global_step=2, best_global_step=1, best_model_checkpoint=checkpoint)
     assert figures_of_weights(state, is_best_loaded).get("eval_mean_iou") == expected
+
+
+def test_the_card_says_which_weights_a_run_has_and_knows_no_epochs_of_a_stream(tmp_path):
+    trainer = our_trainer(tmp_path, num_pictures=0)
+    trainer.state.log_history, trainer.state.global_step, trainer.state.epoch = LOG, 2, 1.0
+    assert "for 2 steps of 2 images (1 epochs).\n" in training_text(trainer, "scenes", None, "")
+    trainer.args.load_best_model_at_end, trainer.state.best_model_checkpoint = True, "out/checkpoint-1"
+    trainer.train_dataset = iter([])
+    text = training_text(trainer, "scenes", None, "")
+    assert "for 2 steps of 2 images. The weights are those of step 1, the best evaluation.\n" in text
 
 
 def test_each_of_several_data_sets_has_an_entry():
@@ -449,7 +466,7 @@ def shown_arguments(tmp_path, **options):
 
 def test_the_card_shows_the_arguments_that_have_a_meaning(tmp_path):
     shown = shown_arguments(tmp_path)
-    assert shown["lr_scheduler_type"] == "polynomial"
+    assert (shown["lr_scheduler_type"], shown["warmup_steps"]) == ("polynomial", "0")
     assert not shown.keys() & {"paper_schedule", "lr_milestones", "warmup_factor", "bf16", "fp16"}
     shown = shown_arguments(tmp_path, paper_schedule="steps", lr_milestones=[0.5])
     assert (shown["paper_schedule"], shown["lr_milestones"], shown["warmup_factor"]) == ("steps", "[0.5]", "1e-06")

@@ -201,6 +201,13 @@ def test_zero_is_void_where_labels_are_reduced_unless_it_has_a_label(tmp_path, t
     assert labels == [table.get(0), 1, None]
 
 
+def test_masks_of_reduced_labels_can_be_opened_again(tmp_path):
+    sample = OneSample(None, masks=np.ones((1, 1, 3), bool), labels=np.array([1]), image=Image.new("RGB", (3, 1)))
+    sample.labels = LabelSet({0: "sky", 1: "road"}, do_reduce_labels=True)
+    write_parquet(sample, tmp_path / "out", "train")
+    assert open_dataset(str(tmp_path / "out"), "train")[0]["labels"].tolist() == [1]
+
+
 def test_an_id_without_label_is_refused(tmp_path):
     sample = OneSample(np.array([[3]]), instance_id_to_semantic_id={4: 0})
     with pytest.raises(ValueError, match="a contains ids that instance_id_to_semantic_id lacks"):

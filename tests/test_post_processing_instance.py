@@ -1,5 +1,7 @@
 """Instances worked out by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -36,6 +38,14 @@ def test_instances_overlap_and_come_surest_first():
     assert result["segmentation"].int().tolist() == [[[0, 1, 1, 1]], [[1, 1, 1, 0]]]
     assert [(entry["id"], entry["label_id"]) for entry in result["segments_info"]] == [(1, PERSON), (2, SKY)]
     assert [entry["score"] for entry in result["segments_info"]] == pytest.approx([0.9, 0.7], abs=1e-4)
+
+
+def test_the_score_of_a_large_instance_is_as_exact_as_that_of_a_small_one():
+    masks = torch.full((1, 1, 256, 512), -0.2)
+    size = torch.tensor([[1024, 2048]])
+    options = {"mask_threshold": 0.4, "threshold": 0.0}
+    (result,) = instance_segmentation(torch.tensor([[[30.0, 0.0]]]), masks, size, size, **options)
+    assert result["segments_info"][0]["score"] == pytest.approx(1 / (1 + math.exp(0.2)), abs=1e-6)
 
 
 def test_in_an_id_map_the_surest_instance_lies_on_top():

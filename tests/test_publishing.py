@@ -178,6 +178,14 @@ def test_an_expired_token_is_named_and_nothing_is_published(hub, tmp_path):
     assert hub.repositories == {}
 
 
+def test_a_token_that_is_missing_is_not_called_wrong(hub, tmp_path, monkeypatch):
+    save(tmp_path)
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
+    with pytest.raises(PermissionError, match="There is no token for the Hub, so nothing was published"):
+        publish(tmp_path, "ada/name")
+    assert hub.repositories == {}
+
+
 @pytest.mark.parametrize("request_path", ["/preupload/", "objects/batch", "/commit/"])
 def test_a_token_that_expires_on_the_way_publishes_nothing(hub, tmp_path, request_path):
     save(tmp_path)

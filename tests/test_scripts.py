@@ -752,6 +752,16 @@ def test_what_cannot_be_written_shows_before_anything_is_read(tmp_path, monkeypa
     assert re.search(r"error: --\w+ is closed/\S+, but closed cannot be written", capsys.readouterr().err)
 
 
+def test_a_file_in_the_place_of_a_folder_shows_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output is file, but file is a file"):
+        call("predict", checkpoint="nowhere", input="nowhere", output="file")
+    for option in ({"predictions": "file"}, {"output": "file/figures.json"}):
+        with pytest.raises(ValueError, match="but file is a file"):
+            call("evaluate", checkpoint="nowhere", data="nowhere", **option)
+
+
 def test_predictions_do_not_lie_among_the_images(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="The results would lie among the images"):
         call("predict", checkpoint=checkpoint, input=tmp_path, output=f"{tmp_path}/.")

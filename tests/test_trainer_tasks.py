@@ -25,7 +25,7 @@ from hf_maskformer.evaluation.compute_metrics import ComputeMetrics
 from hf_maskformer.evaluation.prediction import Prediction
 from hf_maskformer.evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, metric_for, reference_of
 from hf_maskformer.training import pictures
-from hf_maskformer.training.pictures import PictureCallback, _as_id_map
+from hf_maskformer.training.pictures import PictureCallback, _as_id_map, drawn_data
 from hf_maskformer.training.starting_point import image_processor_for
 
 PANOPTIC = GeneratedScenes(4, image_size=(64, 64), task="panoptic")
@@ -140,8 +140,11 @@ def test_weights_that_became_nan_end_training_too(tmp_path):
 class Stream(IterableDataset):
     labels = SCENES.labels
 
+    def __init__(self, data=SCENES):
+        self.data = data
+
     def __iter__(self):
-        return iter([SCENES[0]])
+        return (self.data[index] for index in range(4))
 
 
 class Writer:
@@ -179,6 +182,14 @@ def test_data_of_which_no_sample_can_be_picked_has_no_pictures(tmp_path, eval_da
         callbacks=[board],
     )
     assert not any(isinstance(each, PictureCallback) for each in trainer.callback_handler.callbacks)
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_process_without_all_weights_draws_nothing(sharding):
+    trainer = SimpleNamespace(eval_dataset=SCENES, is_fsdp_enabled=False, is_deepspeed_enabled=False)
+    assert drawn_data(trainer) is SCENES
+    setattr(trainer, sharding, True)
+    assert drawn_data(trainer) is None
 
 
 def test_the_smallest_of_overlapping_objects_is_drawn_on_top():
@@ -260,14 +271,6 @@ def test_ready_made_metrics_refuse_lists_of_masks_on_several_processes(monkeypat
     metrics.logits(outputs, (torch.zeros(1, 64, 64), labels[1]))
     with pytest.raises(ValueError, match="in one process, or by MaskFormerTrainer"):
         metrics.logits(outputs, labels)
-
-
-class Stream(IterableDataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __iter__(self):
-        return (self.data[index] for index in range(4))
 
 
 @pytest.mark.parametrize("data", ["instance", "panoptic"])
@@ -378,13 +381,7 @@ def trainer_with_board(tmp_path, eval_dataset, **options):
 
 
 @pytest.mark.parametrize("data", ["one", "several", "stream"])
-def test_an_evaluation_shows_the_samples_of_the_first_data_set_that_has_a_length(tmp_path, data):
-    class Stream(IterableDataset):
-        labels = SCENES.labels
-
-        def __iter__(self):
-            return iter([SCENES[0], SCENES[1]])
-
+def test_an_evaluation_shows_the_samples_of_the_first_data_set_if_it_has_a_length(tmp_path, data):
     eval_dataset = {"one": SCENES, "several": {"a": SCENES, "b": SCENES}, "stream": Stream()}[data]
     trainer, images = trainer_with_board(tmp_path, eval_dataset, num_pictures=9)
     trainer.train()

@@ -429,6 +429,12 @@ def test_another_schedule_has_its_own_defaults(tmp_path):
     assert rates_of(trainer) == pytest.approx(polynomial)
     trainer.args = replace(trainer.args, lr_scheduler_type="linear")
     assert rates_of(trainer) == pytest.approx(linear)
+    trainer.args.lr_scheduler_type = "reduce_lr_on_plateau"
+    with pytest.raises(ValueError, match="follows metric_for_best_model, which is None"):
+        rates_of(trainer)
+    following = MaskFormerTrainingArguments(**arguments(tmp_path, lr_scheduler_type="greedy", eval_strategy="epoch"))
+    trainer.args = replace(following, lr_scheduler_type="linear")
+    assert rates_of(trainer) == pytest.approx(linear)
 
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
@@ -931,6 +937,8 @@ def test_a_damaged_configuration_is_not_taken_for_a_misspelt_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=f"The configuration of {tmp_path} cannot be read .*not a valid JSON"):
         model_class_of(str(tmp_path))
+    with pytest.raises(ValueError, match=f"The configuration of {tmp_path} cannot be read .*not a valid JSON"):
+        check_backbone(str(tmp_path))
 
 
 def test_what_can_be_no_name_of_the_hub_is_called_so():
@@ -940,7 +948,7 @@ def test_what_can_be_no_name_of_the_hub_is_called_so():
 
 def test_a_misspelt_backbone_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"The backbone rnx is no folder .* Check the spelling"):
+    with pytest.raises(OSError, match=r"rnx is no folder .* Check the spelling"):
         check_backbone("rnx")
 
 

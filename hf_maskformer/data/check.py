@@ -37,7 +37,7 @@ class DataReport:
         problems: what training would stop at, one line each.
         empty_segments: segments that are listed but have no pixel, one line for each sample with such. They are left
             out of training.
-        pixels: pixels of each class, (K,) int64. Those of crowds do not count: they are not trained.
+        pixels: pixels of each class, (K,) int64.
         num_ignored: pixels of maps of classes that hold the value `ignore_index`.
         occurrences: samples in which each class occurs, (K,) int64.
     """
@@ -110,8 +110,8 @@ def _problems_of_the_whole(report: DataReport, labels: LabelSet) -> Iterator[str
     """What no single sample shows, although each is well formed."""
     if report.num_samples and not report.pixels.any():
         yield (
-            f"None of {report.num_samples} samples has a pixel of any class, crowds aside: there is nothing to learn "
-            "or to score. Look for annotations that are missing, or for an ignore_index in the place of a class."
+            f"None of {report.num_samples} samples has a pixel of any class, so there is nothing to learn or to score. "
+            "Look for annotations that are missing, or for an ignore_index in the place of a class."
         )
     elif labels.num_labels == 2 and _is_background_alone(report):
         yield f"No sample has a pixel of class 1 ({labels.id2label[1]!r}). {_hint_at_masks(report, labels)}"
@@ -213,8 +213,8 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
         if without_pixel:
             empty.append(f"{source} has no pixel of segments {shorten(without_pixel)} of its list, counted from 0.")
         has_label = np.array([value in id_to_label and value != labels.ignore_index for value in present], dtype=bool)
-        counts = np.where(np.isin(values, sample.get("crowd_ids", ())), 0, counts)[has_label]
         values = np.array([id_to_label[value] for value in values[has_label].tolist()], dtype=np.int64)
+        counts = counts[has_label]
     _check_labels(values, source, labels, label_source)
     classes = labels.class_map(values)
     is_class = classes != labels.ignore_index
@@ -243,7 +243,7 @@ def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: 
     line = f"{source} has no pixel of objects {shorten(empty)} of its list, counted from 0."
     return DataReport(
         empty_segments=[line] if empty else [],
-        pixels=np.bincount(sample["labels"], areas * ~is_crowd, minlength=labels.num_labels).astype(np.int64),
+        pixels=np.bincount(sample["labels"], areas, minlength=labels.num_labels).astype(np.int64),
     )
 
 

@@ -118,17 +118,15 @@ def mapillary_vistas(root: str | Path, split: str, labels: LabelSet | None = Non
     Without `labels`, the classes are those of config.json, and its "Unlabeled" is ignored.
     """
     part = Path(root) / LONG_NAMES.get(split, split)
-    config = Path(root) / "config.json"
-    version = ""
-    if not config.is_file():
-        config, version = Path(root) / "config_v1.2.json", "v1.2"
+    version = "v1.2" if (part / "v1.2").is_dir() else ""
+    config = Path(root) / (f"config_{version}.json" if version else "config.json")
     images = _files(part / "images", IMAGE_SUFFIXES)
     maps = _files(part / version / "labels", MAP_SUFFIXES)
     return SegmentationFiles(images, maps, labels or _mapillary_labels(config), str(config))
 
 
 class CocoStuff10k(SegmentationFiles):
-    """COCO-Stuff 10k, 171 classes: images/*.jpg, annotations/*.mat and imageLists/{train,test}.txt.
+    """COCO-Stuff 10k in version 1.1, 171 classes: images/*.jpg, annotations/*.mat and imageLists/{train,test}.txt.
 
     "val" is its test list. Pixels of a map are classes from 0, and `ignore_index` where there is none.
 
@@ -142,7 +140,9 @@ class CocoStuff10k(SegmentationFiles):
             raise FileNotFoundError(
                 f"{list_path} does not exist. COCO-Stuff 10k has a list for train and one for test."
             )
-        names = set(list_path.read_text().split())
+        names = set(list_path.read_text(errors="replace").split())
+        if not names:
+            raise ValueError(f"{list_path} lists no image. Unpack it again.")
         images = _chosen(_files(Path(root) / "images", IMAGE_SUFFIXES), names, list_path)
         maps = _chosen(_files(Path(root) / "annotations", (".mat",)), names, list_path)
         super().__init__(images, maps, labels or named_labels("coco_stuff_10k"), "COCO-Stuff's classes")
@@ -153,9 +153,16 @@ class CocoStuff10k(SegmentationFiles):
         from scipy.io import loadmat
 
         try:
-            ids = loadmat(path)["S"]
+            content = loadmat(path)
+            ids = content["S"]
+            if np.size(content.get("names", ())) == 172:  # with "unlabeled" as the first
+                raise NotImplementedError
             if ids.ndim != 2 or ids.dtype.kind not in "iu":
                 raise ValueError(f"it holds {ids.dtype} of shape {ids.shape}, not a map of integers")
+        except NotImplementedError as error:  # scipy's, of the later format of MATLAB in which version 1.0 is
+            raise ValueError(
+                f"{path} is of version 1.0 of COCO-Stuff 10k, which numbers classes otherwise. Download version 1.1."
+            ) from error
         # A damaged file meets scipy's reader with many kinds of error.
         except Exception as error:
             raise ValueError(f"{path} is no label file of COCO-Stuff ({error}). Download it again.") from error
@@ -197,9 +204,12 @@ def _mapillary_labels(config: Path) -> LabelSet:
     try:
         entries: Sequence[dict[str, str]] = json.loads(config.read_text(encoding="utf-8"))["labels"]
         names = [entry["readable"] for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{config} has no "labels", each with its "readable" name. Download it again.') from error
-    # The last entry is what the annotators left unlabelled.
-    if names and names[-1].lower() == "unlabeled":
-        return LabelSet(dict(enumerate(names[:-1])), ignore_index=len(names) - 1)
-    return LabelSet(dict(enumerate(names)))
+        # The last entry is what the annotators left unlabelled.
+        if names and names[-1].lower() == "unlabeled":
+            return LabelSet(dict(enumerate(names[:-1])), ignore_index=len(names) - 1)
+        return LabelSet(dict(enumerate(names)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{config} has no list "labels" whose "readable" names are those of the classes ({error}). Download it '
+            "again."
+        ) from error

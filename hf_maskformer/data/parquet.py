@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samp
         raise ValueError(f"The {split} split is empty, so there is nothing to write.")
     if not re.fullmatch(r"\w+(\.\w+)*", split) or split == "all":
         raise ValueError(f"`datasets` reads no split called {split!r}: name it by letters, digits and _, and not all.")
+    if "masks" in dataset[0]:  # whose labels count from 0 in any case
+        labels = replace(labels, do_reduce_labels=False)
     folder = Path(folder)
     _check_is_for_parquet(folder)
     classes = folder / "classes.json"

@@ -84,7 +84,8 @@ def build_page(checkpoint: str) -> gr.Blocks:
         image.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
         masks, colors = annotations(prediction, names, image.size)
         if not masks:
-            gr.Warning("No segment was found. Lower the smallest score, or the smallest part of a mask on top.")
+            titles = [f'"{title}"' for title, used_by in SLIDERS.values() if task in used_by]
+            gr.Warning(f"No segment was found. Try lower values of {' and '.join(titles)}.")
         files = [gr.DownloadButton(value=file, interactive=True) for file in (overlay, labels, segments)]
         return gr.AnnotatedImage((image, masks), color_map=colors), table(prediction), *files
 

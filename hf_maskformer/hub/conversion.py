@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -137,20 +138,28 @@ def _check(checkpoint: OriginalCheckpoint, expected: Mapping[str, Tensor]) -> No
         for name, tensor in expected.items()
         if name in given and _describe(given[name]) != _describe(tensor)
     ]
+    broken = [names[name] for name, value in given.items() if not _is_finite(value)]
     problems = [
         f"{problem} {shorten(found)}"
         for problem, found in (
             ("unknown to the model:", unknown),
             ("missing in the file:", missing),
             ("of another shape:", misshapen),
+            ("NaN or infinite:", broken),
         )
         if found
     ]
     if problems:
         raise ValueError(
             f"{checkpoint.path} does not fit the configuration. Tensors {'; '.join(problems)}. Is it the configuration "
-            "of this very checkpoint?"
+            "of this very checkpoint, and the file whole?"
         )
+
+
+def _is_finite(value: np.ndarray | Tensor) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    return value.dtype.kind != "f" or bool(np.isfinite(value).all())
 
 
 def _describe(tensor: Any) -> str:

@@ -69,10 +69,10 @@ def read_checkpoint(path: str | Path) -> OriginalCheckpoint:
     others = [
         name
         for name, value in tensors.items()
-        if not (isinstance(name, str) and isinstance(value, np.ndarray | Tensor))
+        if not (isinstance(name, str) and (isinstance(value, np.ndarray) or _is_plain(value)))
     ]
     if others:
-        raise ValueError(f"{path} holds {others[0]!r}, which is no named tensor; a checkpoint holds nothing else.")
+        raise ValueError(f"{path} holds {others[0]!r}, which is no plain tensor with a name.")
     rename, is_backbone = _spelling(path, tensors)
 
     checkpoint = OriginalCheckpoint(path, {}, {}, is_backbone, [])
@@ -88,6 +88,10 @@ def read_checkpoint(path: str | Path) -> OriginalCheckpoint:
         checkpoint.tensors[name] = value
         checkpoint.source_names[name] = source_name
     return checkpoint
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def as_tensor(value: np.ndarray | Tensor) -> Tensor:
@@ -107,7 +111,10 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no file of tensors, or asks for more than torch.load allows: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} is no file of tensors, or asks for more than torch.load allows ({reason}). Download it again."
+        ) from error
 
 
 def _spelling(path: Path, names: Mapping[str, Any]) -> tuple[Callable[[str], str], bool]:

@@ -165,6 +165,8 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise
     except HfHubHTTPError as error:
         status = error.response.status_code
+        if status == 401 and "authorization" not in error.response.request.headers:
+            raise PermissionError(f"There is no token for the Hub, so nothing was published. {login}") from error
         if status == 401:
             raise PermissionError(
                 f"The Hub does not accept the token: it has expired or is wrong. Nothing was published. {login}"

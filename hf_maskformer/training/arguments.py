@@ -132,6 +132,11 @@ class MaskFormerTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "polynomial":
             given = polynomial | given
         if self.lr_scheduler_type in FOLLOWING_SCHEDULES:
+            if self.metric_for_best_model is None:  # it was set afterwards, when the task's figure is no longer chosen
+                raise ValueError(
+                    f"lr_scheduler_type {self.lr_scheduler_type} follows metric_for_best_model, which is None. Give it "
+                    "when the arguments are made."
+                )
             given = following | given
         self.lr_scheduler_kwargs = given
 

@@ -40,16 +40,9 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"output_dir {folder} cannot be written ({error}). Nothing was trained; name another.") from error
 
 
-def check_output_dir(folder: Path, is_new: bool) -> None:
-    """Raises a ValueError if a training cannot have a folder.
-
-    Because it is a file, or lies in one; or for a new training, because it holds checkpoints of another, which would
-    mix with its own.
-    """
-    for path in (folder, *folder.parents):
-        if path.is_file():
-            raise ValueError(f"output_dir is {folder}, but {path} is a file. Name a folder.")
-    checkpoint = last_whole_checkpoint(str(folder)) if is_new else None
+def check_is_new(folder: Path) -> None:
+    """Raises a ValueError if a folder holds checkpoints of another training, with which a new one's would mix."""
+    checkpoint = last_whole_checkpoint(str(folder))
     if checkpoint is not None:
         raise ValueError(
             f"{folder} holds checkpoints of another run, such as {checkpoint}. Go on with it by "

@@ -11,6 +11,7 @@ import torch
 import transformers
 from huggingface_hub import EvalResult
 from transformers import TrainerState
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..evaluation.tasks import MAIN_FIGURES, Task
@@ -104,22 +105,32 @@ def figures_of_weights(state: TrainerState, is_best_loaded: bool) -> dict[str, f
         state: of the trainer. Evaluations after the training come before those during it.
         is_best_loaded: whether the training ends by loading its best checkpoint.
     """
-    ends = [index for index, entry in enumerate(state.log_history) if "train_runtime" in entry]
+    ends = _ends(state)
     after = state.log_history[ends[-1] + 1 :] if ends else state.log_history
-    # Not the step of the best evaluation, which may have left no checkpoint.
-    loaded = state.best_model_checkpoint if is_best_loaded and ends else None
-    step = str(state.global_step) if loaded is None else Path(loaded).name.rpartition("-")[2]
-    for entries, step_of_weights in ((after, str(state.global_step)), (state.log_history, step)):
+    for entries, step in ((after, state.global_step), (state.log_history, step_of_weights(state, is_best_loaded))):
         figures = {
             name: value
             for entry in entries
-            if str(entry.get("step")) == step_of_weights
+            if entry.get("step") == step
             for name, value in entry.items()
             if name.startswith("eval_")
         }
         if figures:
             return figures
     return {}
+
+
+def step_of_weights(state: TrainerState, is_best_loaded: bool) -> int:
+    """The step after which a training had the weights that it ended with; see `figures_of_weights`."""
+    # Not the step of the best evaluation, which may have left no checkpoint.
+    loaded = state.best_model_checkpoint if is_best_loaded and _ends(state) else None
+    step = None if loaded is None else Path(loaded).name.rpartition("-")[2]
+    return int(step) if step and step.isdecimal() else state.global_step
+
+
+def _ends(state: TrainerState) -> list[int]:
+    """Where in the log trainings ended."""
+    return [index for index, entry in enumerate(state.log_history) if "train_runtime" in entry]
 
 
 def _pictures(trainer: Any, model: Any, folder: Path) -> list[Picture]:
@@ -178,7 +189,11 @@ def training_text(trainer: Any, data_name: str, start_name: str | None, loss: st
     args, state = trainer.args, trainer.state
     begins = "random weights" if start_name is None else f"`{start_name}`"
     images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1)
-    length = f"{state.global_step:,} steps of {images} images ({state.epoch or 0:.4g} epochs)"
+    length = f"{state.global_step:,} steps of {images} images"
+    if trainer.train_dataset is None or has_length(trainer.train_dataset):  # of a stream nobody knows
+        length += f" ({state.epoch or 0:.4g} epochs)"
+    step = step_of_weights(state, args.load_best_model_at_end)
+    chosen = "" if step == state.global_step else f" The weights are those of step {step:,}, the best evaluation."
     hidden = MEANINGLESS_ARGUMENTS[args.paper_schedule]
     values = args.to_dict()
     # Zero is equal to False, but a value.
@@ -191,7 +206,7 @@ def training_text(trainer: Any, data_name: str, start_name: str | None, loss: st
     size = trainer.processing_class.size
     return "\n\n".join(
         [
-            f"Trained on {data_name}, beginning with {begins}, for {length}.",
+            f"Trained on {data_name}, beginning with {begins}, for {length}.{chosen}",
             f"| argument | value |\n| --- | --- |\n{rows}\n| image size at evaluation | {size} |",
             "All arguments are in `training_args.json`.",
             f"Hardware: {hardware(args)}.{_duration(trainer)}",

@@ -91,10 +91,7 @@ def check_backbone(source: str) -> None:
         try:
             AutoConfig.from_pretrained(source)
         except OSError as error:
-            raise OSError(
-                f"The backbone {source} is no folder with a config.json, and as a name on the Hub it cannot be read "
-                f"({str(error).splitlines()[0]}). Check the spelling of the path or name."
-            ) from error
+            raise _unreadable(source, error) from error
     elif not Path(source).is_file():
         raise FileNotFoundError(f"{source} does not exist. docs/reproducing.md says which files the paper starts from.")
 
@@ -235,15 +232,7 @@ def model_class_of(checkpoint: str) -> Any:
     try:
         content, _ = MaskFormerConfig.get_config_dict(checkpoint)
     except (OSError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
-        if folder.exists():
-            raise ValueError(
-                f"The configuration of {checkpoint} cannot be read ({reason}). Save or copy it again."
-            ) from error
-        raise FileNotFoundError(
-            f"{checkpoint} is no folder with a config.json, and as a name on the Hub it cannot be read ({reason}). "
-            "Check the spelling of the path or name."
-        ) from error
+        raise _unreadable(checkpoint, error) from error
     for model_class in HEADS:
         if model_class.config_class.model_type == content.get("model_type"):
             return model_class
@@ -251,6 +240,17 @@ def model_class_of(checkpoint: str) -> Any:
     raise ValueError(
         f"{checkpoint} has model_type {content.get('model_type')!r}, but must have {known}. Name a configuration or "
         "checkpoint of one of these."
+    )
+
+
+def _unreadable(source: str, error: Exception) -> Exception:
+    """The error to raise where the configuration of a folder or of a name on the Hub cannot be read."""
+    reason = str(error).splitlines()[0]
+    if (Path(source) / "config.json").is_file():
+        return ValueError(f"The configuration of {source} cannot be read ({reason}). Save or copy it again.")
+    return FileNotFoundError(
+        f"{source} is no folder with a config.json, and as a name on the Hub it cannot be read ({reason}). Check the "
+        "spelling of the path or name."
     )
 
 
