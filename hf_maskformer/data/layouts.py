@@ -154,18 +154,18 @@ class CocoStuff10k(SegmentationFiles):
 
         try:
             content = loadmat(path)
-            ids = content["S"]
-            if np.size(content.get("names", ())) == 172:  # with "unlabeled" as the first
-                raise NotImplementedError
+            ids, is_first_version = content["S"], np.size(content.get("names", ())) == 172  # with "unlabeled"
             if ids.ndim != 2 or ids.dtype.kind not in "iu":
                 raise ValueError(f"it holds {ids.dtype} of shape {ids.shape}, not a map of integers")
-        except NotImplementedError as error:  # scipy's, of the later format of MATLAB in which version 1.0 is
-            raise ValueError(
-                f"{path} is of version 1.0 of COCO-Stuff 10k, which numbers classes otherwise. Download version 1.1."
-            ) from error
+        except NotImplementedError:  # how scipy answers the later format of MATLAB, in which version 1.0 is
+            is_first_version = True
         # A damaged file meets scipy's reader with many kinds of error.
         except Exception as error:
             raise ValueError(f"{path} is no label file of COCO-Stuff ({error}). Download it again.") from error
+        if is_first_version:
+            raise ValueError(
+                f"{path} is of version 1.0 of COCO-Stuff 10k, which numbers classes otherwise. Download version 1.1."
+            )
         unknown = np.setdiff1d(ids, np.setdiff1d(np.arange(183), COCO_STUFF_UNUSED_IDS))
         if unknown.size:
             raise ValueError(f"{path} contains the id {unknown[0]}, which is none of COCO-Stuff's. Download it again.")

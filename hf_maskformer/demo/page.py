@@ -84,7 +84,9 @@ def build_page(checkpoint: str) -> gr.Blocks:
         image.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
         masks, colors = annotations(prediction, names, image.size)
         if not masks:
-            titles = [f'"{title}"' for title, used_by in SLIDERS.values() if task in used_by]
+            # A lower mask threshold enlarges all masks, which then hide each other.
+            helpful = (SLIDERS[name] for name in ("threshold", "overlap_mask_area_threshold"))
+            titles = [f'"{title}"' for title, used_by in helpful if task in used_by]
             gr.Warning(f"No segment was found. Try lower values of {' and '.join(titles)}.")
         files = [gr.DownloadButton(value=file, interactive=True) for file in (overlay, labels, segments)]
         return gr.AnnotatedImage((image, masks), color_map=colors), table(prediction), *files
