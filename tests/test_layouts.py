@@ -185,6 +185,15 @@ def test_cityscapes_without_train_ids_says_how_to_make_them(tmp_path, label_name
         layouts.cityscapes(tmp_path, "train")
 
 
+def test_a_missing_map_of_one_city_is_not_looked_for_in_another(tmp_path, label_names):
+    write_cityscapes(tmp_path)
+    write_image(tmp_path / "leftImg8bit/train/ulm/ulm_1_leftImg8bit.png", (2, 3))
+    with pytest.raises(
+        ValueError, match=r"\S*leftImg8bit/train have .* in \S*gtFine/train: ulm/ulm_1_leftImg8bit\.png"
+    ):
+        layouts.cityscapes(tmp_path, "train")
+
+
 def write_panoptic_cityscapes(root, ending=""):
     json_path = write_panoptic(root, {"ulm_0_1": ([[4, 0]], [{"id": 4, "category_id": 90}])})
     content = json.loads(json_path.read_text())

@@ -395,6 +395,24 @@ def test_a_training_is_published_at_its_end_alone_unless_told_otherwise(hub, tmp
     assert "training_args.bin" not in commit.files
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "token", "error", "message"),
+    [
+        ("http://127.0.0.1:9", "ada's", ConnectionError, "ada/run broke off"),
+        (None, "unknown", PermissionError, "does not accept the token"),
+        (None, "reads", PermissionError, "may not write to ada/run"),
+    ],
+)
+def test_a_training_that_cannot_be_published_does_not_begin(
+    hub, tmp_path, monkeypatch, endpoint, token, error, message
+):
+    hub.add_token("reads", user="ada", may_write=False)
+    if endpoint is not None:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    with pytest.raises(error, match=message):
+        our_trainer(tmp_path, push_to_hub=True, hub_model_id="ada/run", hub_token=token)
+
+
 def test_the_card_counts_images_that_are_accumulated(tmp_path):
     trainer = our_trainer(tmp_path, gradient_accumulation_steps=3, num_pictures=0)
     trainer.create_model_card()

@@ -141,9 +141,12 @@ class PackedStrings(Sequence[str]):
 def _check_pairs(images: Mapping[str, Path], maps: Mapping[str, Path]) -> None:
     if not images or not maps:
         raise FileNotFoundError(f"There are {len(images)} images and {len(maps)} label files. Both are needed.")
-    image_folder, map_folder = (next(iter(files.values())).parent for files in (images, maps))
-    without_map = [images[name].name for name in sorted(set(images) - set(maps))]
-    without_image = [maps[name].name for name in sorted(set(maps) - set(images))]
+    # Some layouts have folders in these.
+    image_folder, map_folder = (
+        Path(os.path.commonpath([path.parent for path in files.values()])) for files in (images, maps)
+    )
+    without_map = [str(images[name].relative_to(image_folder)) for name in sorted(set(images) - set(maps))]
+    without_image = [str(maps[name].relative_to(map_folder)) for name in sorted(set(maps) - set(images))]
     if without_map and without_image:
         raise ValueError(
             f"Images and label files must have the same names before the suffix, but in {image_folder} there are only "
@@ -152,7 +155,7 @@ def _check_pairs(images: Mapping[str, Path], maps: Mapping[str, Path]) -> None:
         )
     if without_map:
         raise ValueError(
-            f"{len(without_map)} of {len(images)} images in {image_folder} have no label file NAME.png in "
+            f"{len(without_map)} of {len(images)} images in {image_folder} have no label file in "
             f"{map_folder}: {shorten(without_map)}. Add the label files or move these images away."
         )
     if without_image:

@@ -75,7 +75,7 @@ def publish(
     paths = published_files(folder)
     card = read_card(folder / CARD_FILE)
     api = HfApi(library_name="hf_maskformer")
-    with _explained(repo_id):
+    with explained_errors(repo_id):
         # `create_repo` gives the name with the owner's, which the examples of the card need.
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id, token=token).private:
@@ -154,7 +154,7 @@ def _is_published(path: str) -> bool:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def explained_errors(repo_id: str) -> Iterator[None]:
     """Says of the errors of the Hub what they mean for who publishes."""
     login = "Log in by `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
     try:

@@ -21,7 +21,7 @@ from ..data.workers import dead_workers_named
 from ..evaluation.evaluation import evaluate
 from ..evaluation.report import scalars
 from ..evaluation.tasks import MAIN_FIGURES, Task, check_model, task_for
-from ..hub.publishing import publish
+from ..hub.publishing import explained_errors, publish
 from ..loss_maskformer import count_items
 from .arguments import MaskFormerTrainingArguments
 from .checkpoints import (
@@ -118,6 +118,10 @@ class MaskFormerTrainer(Trainer):
     def _folder(self) -> Path:
         assert self.args.output_dir is not None  # the arguments have a default for it
         return Path(self.args.output_dir)
+
+    @property
+    def _repo_id(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or self._folder.absolute().name
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimiser that the arguments name, or `optimizer_cls_and_kwargs`, over `parameter_groups`.
@@ -425,6 +429,11 @@ class MaskFormerTrainer(Trainer):
                 split=split,
             )
 
+    def init_hf_repo(self, *arguments: Any, **options: Any) -> None:
+        """Makes the repository of `push_to_hub`, before the training. Raises the errors of `publish` for it."""
+        with explained_errors(self._repo_id):
+            super().init_hf_repo(*arguments, **options)
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -451,7 +460,7 @@ class MaskFormerTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        repo_id = self.hub_model_id or self.args.hub_model_id or self._folder.absolute().name
+        repo_id = self._repo_id
         figures = figures_of_weights(self.state, self.args.load_best_model_at_end)
         if figures:
             self.save_metrics("eval", figures)
