@@ -151,20 +151,23 @@ class ImageProcessorSettings:
 
 SETTINGS = {setting.name for setting in fields(ImageProcessorSettings)}
 OLD_SETTINGS = {"reduce_labels", "size_divisibility", "max_size"}
+_MAY_BE_NONE = {setting.name for setting in fields(ImageProcessorSettings) if setting.default is None}
 
 
 def current_settings(given: Mapping[str, Any], known_size: Mapping[str, int]) -> dict[str, Any]:
     """Translates settings from files of any year to those of today, dropping what has one value only.
 
     Args:
-        given: settings by name; None stands for "not given", and for 0 in size_divisor.
+        given: settings by name. None stands for "not given" where it has no meaning of its own, and for 0 in
+            size_divisor.
         known_size: the `size` of which an integer `size` or a `max_size` changes one edge.
 
     Raises:
         ValueError: a setting is unknown, not supported or contradicts another.
     """
     _check_names(given)
-    settings = {name: value for name, value in given.items() if name in SETTINGS | OLD_SETTINGS and value is not None}
+    known = SETTINGS | OLD_SETTINGS
+    settings = {name: given[name] for name in given.keys() & known if given[name] is not None or name in _MAY_BE_NONE}
     if "size_divisor" in given:
         settings.setdefault("size_divisor", 0)
     _take_old_name(settings, "reduce_labels", "do_reduce_labels", default=False)

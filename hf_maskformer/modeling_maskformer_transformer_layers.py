@@ -58,6 +58,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads = num_heads
+        # Not read from the configuration in each pass: torch.compile takes such a number for one that may change, and
+        # has no place for it where layers are computed anew (gradient checkpointing).
+        self.dropout = config.attention_dropout
         self.q_proj = AttentionProjection(dim, num_stacked=3)
         self.k_proj = AttentionProjection(dim, num_stacked=3)
         self.v_proj = AttentionProjection(dim, num_stacked=3)
@@ -90,7 +93,7 @@ class Attention(nn.Module):
                 implementation = "sdpa"
             mask = mask_for(implementation, memory_mask, query)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         attended, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=query.shape[-1] ** -0.5)
         return self.out_proj(attended.flatten(2)), weights if output_attentions else None
 
@@ -148,8 +151,8 @@ class TransformerLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PreTrainedConfig, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.config = config
         self.pre_norm = has_pre_norm(config)
+        self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
         self.self_attn_layer_norm = nn.LayerNorm(dim)
         self.fc1 = FeedForwardLinear(dim, ffn_dim)
         self.fc2 = FeedForwardLinear(ffn_dim, dim)
@@ -162,12 +165,12 @@ class TransformerLayer(GradientCheckpointingLayer):
 
     def after(self, norm: nn.LayerNorm, states: Tensor, update: Tensor) -> Tensor:
         """The states after a sublayer whose output is `update`."""
-        states = states + F.dropout(update, self.config.dropout, self.training)
+        states = states + F.dropout(update, self.dropout, self.training)
         return states if self.pre_norm else norm(states)
 
     def feed_forward(self, states: Tensor) -> Tensor:
         hidden = self.activation(self.fc1(self.before(self.final_layer_norm, states)))
-        hidden = F.dropout(hidden, self.config.activation_dropout, self.training)
+        hidden = F.dropout(hidden, self.activation_dropout, self.training)
         return self.after(self.final_layer_norm, states, self.fc2(hidden))
 
 

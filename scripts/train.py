@@ -32,7 +32,12 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from hf_maskformer import MaskFormerDataCollator, MaskFormerTrainer, MaskFormerTrainingArguments
+from hf_maskformer import (
+    MaskFormerDataCollator,
+    MaskFormerImageProcessor,
+    MaskFormerTrainer,
+    MaskFormerTrainingArguments,
+)
 from hf_maskformer.command_line import check_output, errors_as_messages
 from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS, Augmentation, RandomScaleCropFlip
 from hf_maskformer.data.augmented import AugmentedDataset, AugmentedStream
@@ -119,6 +124,17 @@ class DataArguments:
             return replace(augmentation, change_colors=False)  # the others never do
         return augmentation
 
+    def training_processor(self, image_processor: MaskFormerImageProcessor) -> MaskFormerImageProcessor:
+        """The processor of the batches. The paper's code fills smaller images up to the size of its crops."""
+        augmentation = self.build_augmentation()
+        if self.augmentation is None or not isinstance(augmentation, RandomScaleCropFlip):
+            return image_processor
+        assert augmentation.crop_size is not None  # as all of the paper's
+        height, width = augmentation.crop_size
+        return MaskFormerImageProcessor.from_dict(
+            image_processor.to_dict(), pad_size={"height": height, "width": width}
+        )
+
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments) -> None:
     model_arguments.check()
@@ -156,7 +172,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
         args=training,
         train_dataset=augmented(train_dataset, data.build_augmentation(), training.seed),
         eval_dataset=eval_dataset,
-        data_collator=MaskFormerDataCollator(image_processor, do_resize=False, target_format=target_format(model)),
+        data_collator=MaskFormerDataCollator(
+            data.training_processor(image_processor), do_resize=False, target_format=target_format(model)
+        ),
         processing_class=image_processor,
     )
     resume = training.resume_from_checkpoint

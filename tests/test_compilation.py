@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -118,6 +119,22 @@ def test_a_graph_for_training_serves_every_batch_and_size(name):
     model.model.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     for batch_size, *size in [(2, 141, 173), (3, 128, 224), (2, 205, 139), (2, 256, 160)]:
         model(**tiny_batch(batch_size, size)).loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_graph_in_which_layers_are_computed_anew_serves_every_size():
+    config = MaskFormerTransformerConfig(d_model=16, encoder_attention_heads=2, encoder_ffn_dim=32, dropout=0.0)
+    encoder = TransformerEncoder(config, 8, num_layers=2).train()
+    for layer in encoder.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in [(2, 8, 5, 7), (3, 8, 6, 4)]:
+        features = torch.randn(size)
+        losses = [one(features).cos().sum() for one in (encoder, compiled)]
+        torch.testing.assert_close(*[torch.autograd.grad(loss, list(encoder.parameters())) for loss in losses])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -54,6 +54,19 @@ def test_a_file_of_2022_loads_with_its_meaning(tmp_path):
     assert not {"reduce_labels", "max_size", "size_divisibility", "feature_extractor_type"} & processor.to_dict().keys()
 
 
+def test_none_turns_a_setting_off_that_may_be_none(tmp_path):
+    pad_size = {"height": 128, "width": 128}
+    processor = MaskFormerImageProcessor(size={"height": 64, "width": 64}, ignore_index=255, pad_size=pad_size)
+    image, segmentation_map = random_image(64, 64), np.repeat(np.array([[3, 255]], np.uint8), 32).reshape(1, 64)
+    batch = processor([image], [segmentation_map.repeat(64, 0)], ignore_index=None, pad_size=None)
+    assert batch["class_labels"][0].tolist() == [3, 255]
+    assert batch["pixel_values"].shape[-2:] == (64, 64)
+    processor.save_pretrained(tmp_path)
+    loaded = MaskFormerImageProcessor.from_pretrained(tmp_path, ignore_index=None)
+    assert (loaded.ignore_index, loaded.pad_size) == (None, pad_size)
+    assert MaskFormerImageProcessor(do_resize=None, size=None).do_resize is True  # has no meaning there
+
+
 def test_a_file_of_2022_that_transformers_saved_again_keeps_its_meaning(tmp_path):
     old = FILE_OF_2022.replace('"size_divisibility": 32', '"size_divisibility": 0')
     StockImageProcessor.from_pretrained(saved_file(tmp_path, old)).save_pretrained(tmp_path)

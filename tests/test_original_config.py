@@ -1,5 +1,6 @@
 """Configuration files of the paper's code: what they say is read, and what nobody here can build is refused."""
 
+import json
 import os
 import re
 
@@ -195,6 +196,35 @@ def test_known_data_sets_name_their_classes_if_they_are_as_many(read):
     assert fewer.config().id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
+@pytest.mark.parametrize("names", ['("ade20k_sem_seg_val",)', "['ade20k_sem_seg_val']", "[ade20k_sem_seg_val]"])
+def test_names_of_data_sets_may_be_written_as_python_does(tmp_path, names):
+    """Which is no list in yaml: detectron2 reads such texts once more."""
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(SMALLEST))
+    (tmp_path / "config.yaml").write_text(f"_BASE_: base.yaml\nDATASETS:\n  TEST: {names}\n")
+    original = OriginalConfig(tmp_path / "config.yaml")
+    assert original.config().id2label[2] == "sky"
+    assert original.image_processor().do_reduce_labels is True
+
+
+def test_sizes_of_the_augmentation_that_are_computed_are_passed_over_and_not_run(tmp_path):
+    """So the paper's files write them."""
+    trace = tmp_path / "trace"
+    code = f"[open({str(trace)!r}, 'w')]"
+    sizes = f"MIN_SIZE_TRAIN: !!python/object/apply:eval [{json.dumps(code)}]"
+    (tmp_path / "base.yaml").write_text(f"{yaml.safe_dump(SMALLEST)}\n".replace("INPUT:", f"INPUT:\n  {sizes}"))
+    (tmp_path / "config.yaml").write_text("_BASE_: base.yaml\nMODEL: {RESNETS: {DEPTH: 101}}\n")
+    original = OriginalConfig(tmp_path / "config.yaml")
+    assert original.config().backbone_config.depths == [3, 4, 23, 3]
+    assert original.values["INPUT.MIN_SIZE_TRAIN"] == [code]
+    assert not trace.exists()
+
+
+def test_files_of_the_first_version_say_how_masks_become_labels(read):
+    assert read(MODEL__MASK_FORMER__TEST__SEMANTIC_INFERENCE_METHOD="probabilistic").config()
+    with pytest.raises(ValueError, match="SEMANTIC_INFERENCE_METHOD 'other'"):
+        read(MODEL__MASK_FORMER__TEST__SEMANTIC_INFERENCE_METHOD="other")
+
+
 def test_given_classes_name_the_labels(read):
     original = read(MODEL__SEM_SEG_HEAD__NUM_CLASSES=2)
     labels = LabelSet({0: "sky", 1: "bird"}, ignore_index=9, thing_ids=(1,))
@@ -230,6 +260,7 @@ def test_a_missing_base_names_the_file_that_wants_it(tmp_path):
     [
         "A: !!python/object/apply:os.system ['id']",
         "A: !!python/name:os.system",
+        "A: !!python/object/apply:eval {args: ['1']}",
         "A: [1",
         "- 1",
         "",

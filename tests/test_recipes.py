@@ -21,6 +21,7 @@ from hf_maskformer import (
     MaskFormerImageProcessor,
     MaskFormerTrainingArguments,
 )
+from hf_maskformer.data import layouts
 from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS
 from hf_maskformer.data.generated_scenes import GeneratedScenes, write_generated_scenes
 from hf_maskformer.data.labels import LabelSet
@@ -181,6 +182,26 @@ def test_colours_can_be_left_as_they_are_without_another_change(preset, caplog):
     assert "gives way" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("options", "pad_size"),
+    [
+        (["--preset=ade20k-r50"], (512, 512)),
+        (["--preset=cityscapes-r101"], (512, 1024)),
+        (["--preset=ade20k-panoptic-r50"], (640, 640)),
+        (["--preset=coco-panoptic-r50"], None),
+        (["--preset=ade20k-r50", "--image_size=64"], None),
+        (["--config=c", "--image_size=64"], None),
+    ],
+)
+def test_images_of_a_recipe_are_filled_up_to_its_crops_in_training_alone(options, pad_size):
+    """As by the paper's code, so that positions and the share of padding are those of its training."""
+    _, data, _, _ = parse(*options)
+    processor = MaskFormerImageProcessor(ignore_index=255)
+    found = data.training_processor(processor).pad_size
+    assert found == (pad_size and dict(zip(("height", "width"), pad_size, strict=True)))
+    assert processor.pad_size is None
+
+
 def test_sizes_that_take_the_place_of_the_recipe_s_augmentation_are_told_of(caplog):
     _, data, _, _ = parse("--preset=cityscapes-r101", "--max_scale=1.5")
     assert "--max_scale: the recipe's augmentation 'cityscapes' gives way to --image_size, --min_scale" in caplog.text
@@ -264,6 +285,19 @@ def test_data_must_fit_a_preset():
     for sample in (segments, {"name": "b", "masks": None}):
         with pytest.raises(ValueError, match=r"ade20k-r50 learns semantic .* but b has a mask for each object"):
             check_data(ade20k, Samples([sample], 150))
+
+
+def test_synonyms_of_classes_are_the_same_names(caplog):
+    labels = layouts.named_labels("ade20k")
+    synonyms = replace(labels, id2label=labels.id2label | {6: "road, route", 8: "windowpane, window "})
+    assert synonyms.id2label != labels.id2label
+    dataset = Samples([{"name": "a", "segmentation_map": None}], 150)
+    dataset.labels = synonyms
+    check_data(PRESETS["ade20k-r50"], dataset)
+    assert "other names" not in caplog.text
+    dataset.labels = replace(labels, id2label=labels.id2label | {6: "route"})
+    check_data(PRESETS["ade20k-r50"], dataset)
+    assert "class 6 is 'route' in the data and 'road' there" in caplog.text
 
 
 def test_a_preset_has_its_own_task():

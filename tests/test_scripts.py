@@ -309,9 +309,9 @@ def test_evaluate_names_every_damaged_sample_before_it_begins(checkpoint, data, 
 
 
 def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path, monkeypatch):
-    options = {"config": config, "data": data, "max_steps": 1, "output_dir": tmp_path / "run"}
+    options = {"config": config, "data": data, "max_steps": 1, "image_size": 64, "per_device_train_batch_size": 1}
     with pytest.raises(ValueError, match="augmentation is 'imagenet'; known are ade20k"):
-        call("train", augmentation="imagenet", **options)
+        call("train", augmentation="imagenet", output_dir=tmp_path / "none", **options)
     sizes = []
     compute_loss = MaskFormerTrainer.compute_loss
 
@@ -320,8 +320,10 @@ def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path, mo
         return compute_loss(trainer, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(MaskFormerTrainer, "compute_loss", observe)
-    call("train", augmentation="coco-panoptic", image_size=64, per_device_train_batch_size=1, **options)
-    assert min(sizes[0]) >= 480  # as augmented, which is not the size at evaluation
+    call("train", augmentation="coco-panoptic", output_dir=tmp_path / "coco", **options)
+    assert min(sizes.pop()) >= 480  # as augmented, which is not the size at evaluation
+    call("train", augmentation="ade20k", output_dir=tmp_path / "ade20k", **options)
+    assert sizes == [(512, 512)]  # of scenes that are smaller at most scales
 
 
 def test_train_takes_whole_images(config, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Reads detectron2's yaml files, complete ones and those that change the values of another."""
 
+import ast
 import os
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor(
     "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
 )
+# The paper's files compute the sizes of their augmentation in Python. That is not read, so the text of it will do.
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/object/apply:eval", lambda loader, node: loader.construct_sequence(node, deep=True)
+)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -44,6 +49,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Gives `{"MODEL": {"MASK_ON": x}}` as `{"MODEL.MASK_ON": x}`.
 
+    Texts that are a literal of Python become its value, as in detectron2: `("name",)` is no list in yaml.
+
     Raises:
         ValueError: It is nested deeper than any configuration, as by an alias of itself.
     """
@@ -51,8 +58,17 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         raise ValueError(f"the configuration is nested more than {MAX_DEPTH} deep at {prefix[:80]}...")
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: _decoded(value)})
     return flat
+
+
+def _decoded(value: Any) -> Any:
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    # RecursionError, MemoryError: brackets within brackets.
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return value
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:

@@ -222,7 +222,8 @@ def _warn_of_other_names(preset: Preset, labels: LabelSet) -> None:
     others = [
         f"class {label} is {labels.id2label[label]!r} in the data and {name!r} there"
         for label, name in known.id2label.items()
-        if labels.id2label[label] != name
+        # Some files list synonyms.
+        if labels.id2label[label].partition(",")[0].strip() != name
     ]
     if others:
         logger.warning(
