@@ -7,7 +7,7 @@ from models import NUM_LABELS, Operations, as_mask_list, tiny_batch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_maskformer import MaskFormerLoss, loss_maskformer, loss_maskformer_masks
+from hf_maskformer import MaskFormerLoss, loss_maskformer, loss_maskformer_masks, loss_maskformer_points
 from hf_maskformer.loss_maskformer_logits import (
     _PROJECTIONS,
     _layers_at_once,
@@ -106,12 +106,108 @@ def test_costs_that_are_not_finite_match_last():
     assert dict(zip(rows, columns, strict=True)) == {0: 1, 1: 0}
 
 
+def test_costs_that_are_not_finite_match_after_large_ones():
+    cost = torch.tensor([[float("nan"), float("inf")], [2000.0, 1000.0], [1000.0, 3000.0]])
+    with pytest.warns(UserWarning, match="not finite"):
+        cost = finite_costs(cost, {"mask cost": False}, set())
+    (((rows, columns),),) = assign(cost[None, None], [2])
+    assert dict(zip(rows, columns, strict=True)) == {1: 1, 2: 0}
+
+
 def test_a_cost_of_minus_infinity_matches_last_too():
     cost = torch.tensor([[float("-inf"), float("-inf")], [2.0, 1.0], [1.0, 3.0]])
     with pytest.warns(UserWarning, match="not finite"):
         cost = finite_costs(cost, {"mask cost": False}, set())
     (((rows, columns),),) = assign(cost[None, None], [2])
     assert dict(zip(rows, columns, strict=True)) == {1: 1, 2: 0}
+
+
+def test_each_cost_has_a_weight_of_its_own():
+    logits, targets = random_logits(), prepare_targets(*labels_of(tiny_batch(size=(16, 24))), 2)
+    plain = MaskFormerLoss(NUM_LABELS, class_cost=1.0, mask_cost=1.0, dice_cost=1.0).matching_costs(*logits, targets)
+    costs = {"class_cost": 2.0, "mask_cost": 3.0, "dice_cost": 5.0}
+    weights = {"cross_entropy_weight": 7.0, "mask_weight": 11.0, "dice_weight": 13.0}
+    found = MaskFormerLoss(NUM_LABELS, **costs, **weights).matching_costs(*logits, targets)
+    for name, cost in costs.items():
+        name = name.replace("_", " ")
+        torch.testing.assert_close(found[name], cost * plain[name])
+
+
+@pytest.mark.parametrize("points", [None, 10])
+def test_fixed_matching_is_the_same_on_points(points):
+    loss, batch = MaskFormerLoss(NUM_LABELS, matching="fixed", train_num_points=points), tiny_batch(size=(16, 24))
+    logits, targets = random_logits(num_queries=NUM_LABELS), prepare_targets(*labels_of(batch), 2)
+    assert loss.match(*logits, targets)[0] == [[([0, 2], [0, 1]), ([3, 1], [0, 1])]] * 2
+
+
+@pytest.mark.parametrize("points", [None, 64])
+def test_a_multiple_of_the_loss_has_that_multiple_of_the_gradient(points):
+    """As accumulation of gradients and the scaling of the loss in half precision ask for."""
+    batch, logits, gradients = tiny_batch(size=(16, 24)), random_logits(), []
+    for factor in (1.0, 8.0):
+        torch.manual_seed(0)
+        loss, _ = MaskFormerLoss(NUM_LABELS, train_num_points=points)(*logits, *labels_of(batch))
+        gradients.append(torch.autograd.grad(factor * loss, logits))
+    for one, multiple in zip(*gradients, strict=True):
+        torch.testing.assert_close(multiple, 8 * one)
+
+
+def test_how_many_points_are_in_work_at_once_does_not_matter(monkeypatch):
+    monkeypatch.setattr(loss_maskformer_points, "MANY_POINTS", 16)
+    labels, logits = labels_of(tiny_batch(size=(32, 48))), random_logits(size=(8, 12))
+    expected = MaskFormerLoss(NUM_LABELS)(*logits, *labels)[1]
+    found = MaskFormerLoss(NUM_LABELS, train_num_points=4000, importance_sample_ratio=0.0)(*logits, *labels)[1]
+    for name, term in expected.items():
+        assert found[name].item() == pytest.approx(term.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_index_maps_and_labels_of_any_integer_type_mean_the_same(dtype):
+    batch, logits, loss = tiny_batch(size=(16, 24)), random_logits(), MaskFormerLoss(NUM_LABELS)
+    batch["mask_labels"].clamp_(min=0)  # some types have no -1
+    expected = loss(*logits, *labels_of(batch))[0].item()
+    assert loss(*logits, batch["mask_labels"].to(dtype), batch["class_labels"])[0].item() == expected
+    assert loss(*logits, batch["mask_labels"], batch["class_labels"].to(dtype))[0].item() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_masks_of_negative_integers_are_inside_too(dtype):
+    batch, logits, loss = as_mask_list(tiny_batch(size=(16, 24))), random_logits(), MaskFormerLoss(NUM_LABELS)
+    expected = loss(*logits, *labels_of(batch))[0].item()
+    batch["mask_labels"] = [(-masks).to(dtype) for masks in batch["mask_labels"]]
+    assert loss(*logits, *labels_of(batch))[0].item() == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "image", "value", "message"),
+    [
+        ("mask_labels", 1, torch.ones(1, 16, 24), "Image 1 has 1 masks, but 2 labels"),
+        ("class_labels", 0, torch.tensor([-1, 2]), r"Image 0 has the class labels \[-1, 2\]"),
+        ("class_labels", 1, torch.tensor([True, False]), "image 1 are torch.bool of shape"),
+        ("class_labels", 1, torch.tensor([[1], [2]]), r"of shape \(2, 1\), but must be"),
+    ],
+)
+def test_targets_of_a_list_that_do_not_fit_are_refused(field, image, value, message):
+    batch = as_mask_list(tiny_batch(size=(16, 24)))
+    batch[field][image] = value
+    with pytest.raises(ValueError, match=message):
+        MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch))
+
+
+def test_an_empty_tensor_of_labels_may_have_the_type_that_torch_gives_it():
+    batch, logits, losses = as_mask_list(tiny_batch(size=(16, 24))), random_logits(), []
+    batch["mask_labels"][1] = torch.zeros(0, 16, 24)
+    for empty in (torch.tensor([]), torch.zeros(0, dtype=torch.int64)):
+        batch["class_labels"][1] = empty
+        losses.append(MaskFormerLoss(NUM_LABELS)(*logits, *labels_of(batch))[0].item())
+    assert losses[0] == losses[1]
+
+
+def test_an_index_map_may_have_as_many_segments_as_its_indices_count():
+    index_map, labels = torch.zeros(1, 8, 8, dtype=torch.int32), torch.zeros(1, 2**15 - 1, dtype=torch.int64)
+    index_map[0, 4:] = 2**15 - 2
+    logits = random_logits(num_layers=1, batch_size=1, size=(2, 2))
+    assert MaskFormerLoss(NUM_LABELS)(*logits, index_map, labels)[0].isfinite()
 
 
 def test_more_segments_than_queries_leave_some_unmatched():

@@ -71,6 +71,23 @@ def overlapping(batch):
     return batch
 
 
+@pytest.mark.parametrize("form", [dict, as_mask_list])
+def test_segments_without_a_query_count_in_the_number_of_masks(form):
+    """As in the paper's code, which divides by the number of all segments; classes by the weights of the queries."""
+    class_logits = torch.randn(2, 2, 3, NUM_LABELS + 1, requires_grad=True)
+    mask_logits = torch.randn(2, 2, 3, 16, 24, requires_grad=True)
+    index_map = torch.arange(16 * 24).view(1, 16, 24).repeat(2, 1, 1) % 10
+    labels = {"mask_labels": index_map, "class_labels": torch.randint(NUM_LABELS, (2, 10))}
+    batch = form({"pixel_values": None, **labels})
+    loss, targets = MaskFormerLoss(NUM_LABELS), (batch["mask_labels"], batch["class_labels"])
+    found = loss(class_logits, mask_logits, *targets)[0]
+    expected = plain_loss(loss, class_logits, mask_logits, *targets)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    logits = {"classes": class_logits, "masks": mask_logits}
+    gradients = (torch.autograd.grad(total, list(logits.values())) for total in (found, expected))
+    assert_same_gradients(*(dict(zip(logits, each, strict=True)) for each in gradients))
+
+
 @pytest.mark.parametrize("form", [dict, as_mask_list, overlapping])
 @pytest.mark.parametrize("backbone", [resnet_config, swin_config])
 @pytest.mark.parametrize("void_in_loss", ["background", "ignore"])

@@ -341,3 +341,58 @@ def test_gradient_checkpointing_and_swin() -> None:
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_mean_the_same(dtype):
+    model, batch = tiny_baseline(), batch_of_labels()
+    expected = model(**batch).loss.item()
+    assert model(batch["pixel_values"], batch["labels"].to(dtype)).loss.item() == expected
+
+
+@pytest.mark.parametrize("size", [(61, 90), (33, 50)])
+@pytest.mark.parametrize("decoder_config", KINDS)
+def test_the_loss_is_that_of_the_enlarged_logits_whatever_the_size(decoder_config, size):
+    """Logits of odd sizes reach beyond the image when they are enlarged four times; what does is cut off."""
+    model, labels = tiny_baseline(decoder_config).eval(), torch.randint(NUM_LABELS, (2, *size))
+    labels[:, :10] = 255
+    output = model(torch.randn(2, 3, *size), labels)
+    enlarged = torch.nn.functional.interpolate(output.logits, scale_factor=4, mode="bilinear")
+    expected = torch.nn.functional.cross_entropy(enlarged[..., : size[0], : size[1]], labels, ignore_index=255)
+    assert output.loss_dict["loss_sem_seg"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, -100, NUM_LABELS])
+def test_a_label_below_0_is_refused_like_one_above_the_classes(label):
+    batch = batch_of_labels()
+    batch["labels"][1, 40, 50] = label
+    with pytest.raises(ValueError, match=f"labels contain {label}, but the model has 4 classes"):
+        tiny_baseline()(**batch)
+
+
+@pytest.mark.parametrize("change", [lambda labels: labels[:1], lambda labels: labels[:, None]])
+def test_labels_of_another_number_of_images_are_refused(change):
+    batch = batch_of_labels()
+    with pytest.raises(ValueError, match="give one label for each pixel"):
+        tiny_baseline()(batch["pixel_values"], change(batch["labels"]))
+
+
+@pytest.mark.parametrize("decoder_config", KINDS)
+def test_what_is_not_asked_for_is_not_returned(decoder_config):
+    model, pixel_values = tiny_baseline(decoder_config).eval(), torch.randn(1, 3, 64, 96)
+    plain = model(pixel_values)
+    assert plain.hidden_states is None
+    assert plain.attentions is None
+    output = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == (7 if decoder_config is None else 10)
+    if decoder_config is not None:
+        assert [weights.shape for weights in output.attentions] == [(1, 2, NUM_LABELS, 2 * 3)] * 2
+    logits, *_ = model(pixel_values, return_dict=False)
+    assert torch.equal(logits, plain.logits)
+
+
+def test_classes_replaced_in_a_configuration_have_a_query_each():
+    config = tiny_baseline(TRANSFORMER).config
+    config.id2label = {label: str(label) for label in range(7)}
+    output = PerPixelBaselineForSemanticSegmentation(config).eval()(torch.randn(1, 3, 64, 64))
+    assert output.logits.shape[1] == 7

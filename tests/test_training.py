@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from golden import Golden
 from huggingface_hub import ModelCard
 from models import NUM_LABELS, convnext_config, resnet_config, swin_config, tiny_config, tiny_model
@@ -46,6 +47,7 @@ from hf_maskformer.hub.key_table import to_original
 from hf_maskformer.modeling_maskformer_outputs import MaskFormerForInstanceSegmentationOutput
 from hf_maskformer.modeling_maskformer_pixel_level import sizes_in_batch
 from hf_maskformer.training.checks import check_eval_classes, check_length
+from hf_maskformer.training.loss_terms import LossTerms
 from hf_maskformer.training.parameter_groups import parameter_groups
 from hf_maskformer.training.pictures import write_pictures
 from hf_maskformer.training.starting_point import (
@@ -998,3 +1000,10 @@ def test_batches_that_are_torn_apart_for_several_gpus_have_losses_of_their_own(t
     assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) is not None
     monkeypatch.setattr(MaskFormerTrainingArguments, "n_gpu", 2, raising=False)
     assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) is None
+
+
+def test_terms_of_several_gpus_are_averaged():
+    terms = LossTerms()
+    for both in ([1.0, 3.0], [2.0, 6.0]):  # as DataParallel gives them
+        terms.add({"loss_mask": torch.tensor(both)}, 0.5, step=0)
+    assert terms.take_means(1, Accelerator(cpu=True)) == {"loss_mask": 3.0}
