@@ -216,6 +216,10 @@ def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -
     if not is_pair and not isinstance(size, Mapping):
         raise ValueError(f"size is {str(size)[:60]!r}; give an integer, (height, width) or a dictionary of edges.")
     edges = {"height": size[0], "width": size[1]} if is_pair else dict(size)
+    if edges.keys() == {"height", "width"} and max_size == DEFAULT_SIZE["longest_edge"]:
+        return edges  # files of 2022 have this beside any size, which meant nothing there
+    if edges.keys() == {"shortest_edge"} and max_size is not None:
+        return {**edges, "longest_edge": max_size}
     if max_size is not None and edges.get("longest_edge") != max_size:
         raise ValueError(f"max_size={max_size} contradicts size={edges}; give it as the longest_edge of size instead.")
     return edges

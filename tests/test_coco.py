@@ -84,6 +84,80 @@ def test_labels_are_the_categories_in_the_order_of_their_ids(panoptic):
     assert (labels.thing_ids, labels.category_ids, labels.ignore_index) == ((0, 1), (1, 90, 184), 255)
 
 
+def test_the_project_of_a_roboflow_export_is_no_class(tmp_path):
+    categories = [
+        {"id": 0, "name": "ball", "supercategory": "none"},
+        {"id": 1, "name": "ball", "supercategory": "ball"},
+        {"id": 2, "name": "bat", "supercategory": "ball"},
+    ]
+    annotations = [{"category_id": 1, "segmentation": SQUARE}]
+    dataset = open_instances(write_instances(tmp_path / "a", {"a": ((2, 4), annotations)}, categories))
+    assert (dataset.labels.id2label, dataset.labels.category_ids) == ({0: "ball", 1: "bat"}, (1, 2))
+    assert dataset[0]["labels"].tolist() == [0]
+    annotations[0]["category_id"] = 0
+    categories[0]["name"] = categories[1]["supercategory"] = categories[2]["supercategory"] = "sport"
+    used = open_instances(write_instances(tmp_path / "b", {"a": ((2, 4), annotations)}, categories))
+    assert used.labels.id2label == {0: "sport", 1: "ball", 2: "bat"}
+
+
+@pytest.mark.parametrize(
+    ("listed", "stored"),
+    [
+        ("train/a.png", "a.png"),
+        (r"train\a.png", "a.png"),
+        (r"sub\a.png", "sub/a.png"),
+        ("caf\u00e9.png", "cafe\u0301.png"),
+        ("cafe\u0301.png", "caf\u00e9.png"),
+    ],
+)
+def test_images_are_found_under_the_names_that_tools_list(tmp_path, listed, stored):
+    """With the folder before them, as Windows writes paths, and in another form of Unicode."""
+    json_path = write_instances(tmp_path, {"a": ((2, 4), [{"category_id": 1, "segmentation": SQUARE}])})
+    edit(json_path, lambda content: content["images"][0].update(file_name=listed))
+    place = tmp_path / "images/train" / stored
+    place.parent.mkdir(exist_ok=True)
+    (tmp_path / "images/train/a.png").rename(place)
+    dataset = open_instances(json_path)
+    assert dataset.image_path(0) == place
+    assert dataset[0]["name"] == listed.removesuffix(".png").replace("\\", "/")
+    place.unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 images .* names are relative to it"):
+        open_instances(json_path)
+
+
+def test_objects_that_are_all_crowds_are_found_by_the_check(tmp_path):
+    """As tools export them that write iscrowd 1 beside every RLE."""
+    crowd = {"category_id": 1, "iscrowd": 1, "segmentation": {"size": [2, 4], "counts": [2, 2, 4]}}
+    images = {"a": ((2, 4), [crowd]), "b": ((2, 4), [crowd, crowd])}
+    with pytest.raises(ValueError, match=r"All of the 3 objects are crowds .* Set iscrowd to 0"):
+        check_samples(open_instances(write_instances(tmp_path / "all", images)))
+    images["b"][1][1] = {**crowd, "iscrowd": 0}
+    report = inspect_samples(open_instances(write_instances(tmp_path / "some", images)))
+    assert (report.problems, report.num_crowds, report.pixels.tolist()) == ([], 2, [2, 0, 0])
+
+
+@pytest.mark.parametrize("value", ["0", "false", 2, []])
+def test_crowds_are_told_by_0_and_1(tmp_path, value):
+    annotations = [{"category_id": 1, "segmentation": SQUARE, "iscrowd": value}]
+    dataset = open_instances(write_instances(tmp_path / "instances", {"a": ((2, 4), annotations)}))
+    with pytest.raises(ValueError, match=r"instances_train\.json, image 7 has the iscrowd .* Give 0 or 1"):
+        dataset[0]
+    segments = [{"id": 4, "category_id": 1, "iscrowd": value}]
+    with pytest.raises(ValueError, match=r"a\.png: segment 4 has the iscrowd .* Give 0 or 1"):
+        open_panoptic(write_panoptic(tmp_path / "panoptic", {"a": ([[0, 4]], segments)}))[0]
+
+
+def test_polygons_of_two_corners_beside_others_cover_nothing(tmp_path):
+    annotations = [
+        {"category_id": 1, "segmentation": polygons} for polygons in (SQUARE, [*SQUARE, [0, 0, 1, 1], [2, 2]])
+    ]
+    dataset = open_instances(write_instances(tmp_path / "a", {"a": ((2, 4), annotations)}))
+    assert np.array_equal(*dataset[0]["masks"])
+    alone = [{"category_id": 1, "segmentation": [[0, 0, 1, 1]]}]
+    with pytest.raises(ValueError, match=r"polygon of shape \(4,\)"):
+        open_instances(write_instances(tmp_path / "b", {"a": ((2, 4), alone)}))[0]
+
+
 def test_categories_that_do_not_say_so_are_things(tmp_path):
     categories = [{"id": 4, "name": "person"}, {"id": 2, "name": "sky", "isthing": 0}]  # instances have no "isthing"
     labels = open_instances(write_instances(tmp_path, {"a": ((2, 2), [])}, categories)).labels

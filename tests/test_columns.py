@@ -66,6 +66,17 @@ def test_a_transform_that_would_not_be_called_is_refused():
             SegmentationColumns(changed, labels=LabelSet(ID2LABEL))
 
 
+@pytest.mark.parametrize("mode", [None, "L"])
+def test_label_maps_in_jpeg_are_refused(mode):
+    file = io.BytesIO()
+    Image.fromarray(LABELS).save(file, "JPEG")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image(mode=mode)})
+    columns = {"image": [Image.new("RGB", (3, 2))], "label": [{"bytes": file.getvalue(), "path": None}]}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    with pytest.raises(ValueError, match="row 0, column 'label' is a JPEG, which changes labels"):
+        SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
+
+
 def test_sixteen_bit_labels_keep_their_values():
     labels = np.array([[0, 1, 65535], [300, 0, 0]], dtype=np.uint16)
     columns = SegmentationColumns(make_dataset(labels=labels), labels=LabelSet(ID2LABEL))

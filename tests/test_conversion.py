@@ -277,8 +277,35 @@ class Evil:
 
 def test_a_pth_that_asks_for_more_is_refused_and_not_run(tmp_path):
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"asks for more than torch\.load allows"):
+    with pytest.raises(ValueError, match=r"evil\.pth asks for \S+, which is refused and was not run\. Take another"):
         run_script(tmp_path / "evil.pth", tmp_path / "model", "--preset", "ade20k-r50")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda tensors: {"model": tensors, "scheduler": {"_last_lr": [np.float64(1e-4)]}, "iteration": 5},
+        lambda tensors: {"state_dict": tensors},
+        lambda tensors: {"model": {f"module.{name}": tensor for name, tensor in tensors.items()}},
+    ],
+)
+def test_what_training_programs_put_around_the_tensors_is_taken_off(tmp_path, wrapped):
+    config = tiny_config(ResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128]))
+    original, _ = backbone_files(config)
+    torch.save(wrapped(original), tmp_path / "whole.pth")
+    found = read_checkpoint(tmp_path / "whole.pth")
+    assert not found.is_backbone
+    assert found.tensors.keys() == original.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in original.items())
+
+
+def test_a_pickle_of_torch_s_tensors_names_the_file_to_take(tmp_path):
+    """As some tools make of the Swins."""
+    (tmp_path / "swin.pkl").write_bytes(pickle.dumps({"model": {"patch_embed.proj.weight": torch.ones(2)}}))
+    with pytest.raises(
+        ValueError, match=r"asks for torch\.\S+, which is refused .* Give the \.pth that it was made from"
+    ):
+        read_checkpoint(tmp_path / "swin.pkl")
 
 
 def test_a_folder_with_something_in_it_is_not_touched(tmp_path):

@@ -218,6 +218,13 @@ def test_label_files_of_another_format_are_named(root):
         SegmentationFolder(root, "train")
 
 
+def test_a_label_map_that_is_a_jpeg_under_the_name_of_a_png_is_refused(root):
+    path = root / "annotations/train/a.png"
+    Image.open(path).convert("L").save(path, "JPEG")
+    with pytest.raises(ValueError, match=r"a\.png is a JPEG, which changes labels .* as PNG"):
+        SegmentationFolder(root, "train")[0]
+
+
 def test_a_missing_classes_json_is_named(root):
     (root / "classes.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"classes.json does not exist. Write the classes there"):

@@ -67,6 +67,19 @@ def test_none_turns_a_setting_off_that_may_be_none(tmp_path):
     assert MaskFormerImageProcessor(do_resize=None, size=None).do_resize is True  # has no meaning there
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("[64, 96]", {"height": 64, "width": 96}),
+        ('{"height": 64, "width": 96}', {"height": 64, "width": 96}),
+        ('{"shortest_edge": 64}', {"shortest_edge": 64, "longest_edge": 1333}),
+    ],
+)
+def test_a_file_of_2022_has_a_max_size_beside_any_size(tmp_path, size, expected):
+    content = f'{{"size": {size}, "max_size": 1333}}'
+    assert MaskFormerImageProcessor.from_pretrained(saved_file(tmp_path, content)).size == expected
+
+
 def test_a_file_of_2022_that_transformers_saved_again_keeps_its_meaning(tmp_path):
     old = FILE_OF_2022.replace('"size_divisibility": 32', '"size_divisibility": 0')
     StockImageProcessor.from_pretrained(saved_file(tmp_path, old)).save_pretrained(tmp_path)

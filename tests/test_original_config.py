@@ -196,7 +196,10 @@ def test_known_data_sets_name_their_classes_if_they_are_as_many(read):
     assert fewer.config().id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
-@pytest.mark.parametrize("names", ['("ade20k_sem_seg_val",)', "['ade20k_sem_seg_val']", "[ade20k_sem_seg_val]"])
+@pytest.mark.parametrize(
+    "names",
+    ['("ade20k_sem_seg_val", "mine")', '("ade20k_sem_seg_val",)', "['ade20k_sem_seg_val']", "[ade20k_sem_seg_val]"],
+)
 def test_names_of_data_sets_may_be_written_as_python_does(tmp_path, names):
     """Which is no list in yaml: detectron2 reads such texts once more."""
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(SMALLEST))

@@ -37,7 +37,8 @@ class DataReport:
         problems: what training would stop at, one line each.
         empty_segments: segments that are listed but have no pixel, one line for each sample with such. They are left
             out of training.
-        pixels: pixels of each class, (K,) int64.
+        pixels: pixels of each class, (K,) int64; of masks without those of crowds.
+        num_crowds: masks of crowds.
         num_ignored: pixels of maps of classes that hold the value `ignore_index`.
         occurrences: samples in which each class occurs, (K,) int64.
     """
@@ -46,6 +47,7 @@ class DataReport:
     problems: list[str] = field(default_factory=list)
     empty_segments: list[str] = field(default_factory=list)
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    num_crowds: int = 0
     num_ignored: int = 0
     occurrences: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -85,6 +87,7 @@ def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataRepor
         report.num_samples += 1
         report.problems.extend(finding.problems)
         report.empty_segments.extend(finding.empty_segments)
+        report.num_crowds += finding.num_crowds
         if len(finding.pixels):
             report.pixels += finding.pixels
             report.num_ignored += finding.num_ignored
@@ -108,7 +111,12 @@ def missing_classes(report: DataReport, labels: LabelSet) -> str:
 
 def _problems_of_the_whole(report: DataReport, labels: LabelSet) -> Iterator[str]:
     """What no single sample shows, although each is well formed."""
-    if report.num_samples and not report.pixels.any():
+    if report.num_crowds and not report.pixels.any():
+        yield (
+            f"All of the {report.num_crowds} objects are crowds (iscrowd 1), which training leaves out and no metric "
+            "scores. Set iscrowd to 0 where an object is drawn by itself: some tools write 1 with every mask."
+        )
+    elif report.num_samples and not report.pixels.any():
         yield (
             f"None of {report.num_samples} samples has a pixel of any class, so there is nothing to learn or to score. "
             "Look for annotations that are missing, or for an ignore_index in the place of a class."
@@ -243,7 +251,8 @@ def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: 
     line = f"{source} has no pixel of objects {shorten(empty)} of its list, counted from 0."
     return DataReport(
         empty_segments=[line] if empty else [],
-        pixels=np.bincount(sample["labels"], areas, minlength=labels.num_labels).astype(np.int64),
+        num_crowds=int(is_crowd.sum()),
+        pixels=np.bincount(sample["labels"], areas * ~is_crowd, minlength=labels.num_labels).astype(np.int64),
     )
 
 

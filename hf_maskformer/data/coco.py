@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .coco_file import CocoFile
+from .coco_file import CocoFile, listed_file
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, empty_masks, fit_image, load_image, read_areas
+from .sample import Sample, empty_masks, fit_image, load_image, read_areas, read_crowd
 from .segments import number_segments, read_ids
 
 
@@ -74,7 +74,7 @@ class CocoPanoptic(_CocoDataset):
         """Reads one sample. Raises a ValueError that names the file if it is damaged or the files disagree."""
         image_path = self.image_path(index)
         annotation = self._file.annotations(index)[0]
-        map_path = self._png_folder / annotation["file_name"]
+        map_path = listed_file(self._png_folder, annotation["file_name"])
         ids = read_ids(load_image(map_path), annotation["segments_info"], str(map_path))
         segmentation_map, id_to_label, crowd_ids = number_segments(
             ids, annotation["segments_info"], self.labels, str(map_path)
@@ -89,7 +89,7 @@ class CocoPanoptic(_CocoDataset):
 
     def map_source(self, index: int) -> str:
         """Says where the segmentation map of a sample comes from, for messages."""
-        return str(self._png_folder / self._file.annotations(index)[0]["file_name"])
+        return str(listed_file(self._png_folder, self._file.annotations(index)[0]["file_name"]))
 
 
 class CocoInstances(_CocoDataset):
@@ -132,7 +132,7 @@ class CocoInstances(_CocoDataset):
             "name": self._file.sample_name(index),
             "masks": masks,
             "labels": np.array(labels, dtype=np.int64),
-            "iscrowd": np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool),
+            "iscrowd": np.array([read_crowd(each, self.map_source(index)) for each in annotations], dtype=bool),
         }
         areas = read_areas(annotations, self.map_source(index))
         if areas is not None:

@@ -1,9 +1,10 @@
 """The JSON files of COCO, panoptic and instances: which image has which annotations, and where they lie in the file."""
 
 import os
+import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ class CocoFile:
 
     def image_path(self, index: int) -> Path:
         """Where an image lies."""
-        return self.image_folder / self._image_name(self.image(index)["file_name"])
+        return listed_file(self.image_folder, self._image_name(self.image(index)["file_name"]))
 
     def sample_name(self, index: int) -> str:
         """What tells a sample from others: its image's name, after the folder that the file says, if any."""
-        file_name = self.image(index)["file_name"]
+        file_name = self.image(index)["file_name"].replace("\\", "/")
         return Path(file_name).with_name(Path(self._image_name(file_name)).stem).as_posix()
 
     def annotations(self, index: int) -> list[Any]:
@@ -140,6 +141,7 @@ class _Contents:
 
     def labels(self, given: LabelSet | None) -> LabelSet:
         """The classes, after checking that every category in use is listed."""
+        self._categories = _without_root(self._categories, self._use_of_category)
         names = _category_names(self._categories, self._path)
         for category_id, image_id in self._use_of_category.items():
             if category_id not in names:
@@ -175,20 +177,53 @@ class _FileList:
         check_file_name(name, self._folder, str(self._json_path))
         name = self._rename(name)
         check_file_name(name, self._folder, str(self._json_path))
+        self._num_listed += 1
+        if not any(self._has(spelling) for spelling in _spellings(self._folder, name)):
+            self._missing.append(name)
+
+    def _has(self, name: str) -> bool:
         parent, base = os.path.split(name)
         if parent not in self._names_in:
             folder = self._folder / parent
             self._names_in[parent] = set(os.listdir(folder)) if folder.is_dir() else set()
-        self._num_listed += 1
-        if base not in self._names_in[parent]:
-            self._missing.append(name)
+        return base in self._names_in[parent]
 
     def require_all(self) -> None:
         if self._missing:
             raise FileNotFoundError(
                 f"{len(self._missing)} of {self._num_listed} {self._kind} that {self._json_path} lists are not in "
-                f"{self._folder}: {shorten(self._missing)}. Complete the folder, or name another one."
+                f"{self._folder}: {shorten(self._missing)}. Complete the folder; names are relative to it."
             )
+
+
+def listed_file(folder: Path, name: str) -> Path:
+    """Where a file lies that a JSON file lists in a folder."""
+    places = (folder / spelling for spelling in _spellings(folder, name))
+    return next((place for place in places if place.is_file()), folder / name)
+
+
+def _spellings(folder: Path, name: str) -> Iterator[str]:
+    """The name that a file has in a folder as it may be listed: with the folder before it, or as Windows writes it.
+
+    File systems and tools also spell accents in two ways.
+    """
+    yield name
+    for form in ("NFC", "NFD"):
+        path = unicodedata.normalize(form, name).replace("\\", "/")
+        yield path
+        yield path.removeprefix(f"{folder.name}/")
+
+
+def _without_root(categories: Any, used: Collection[Any]) -> Any:
+    """The categories without the one of id 0 by which Roboflow names its project, parent of all and of no object."""
+    if not isinstance(categories, list) or 0 in used or not all(isinstance(entry, dict) for entry in categories):
+        return categories
+    parents = {str(entry.get("supercategory")) for entry in categories}
+    is_root = [
+        entry.get("id") == 0 and entry.get("supercategory") == "none" and str(entry.get("name")) in parents
+        for entry in categories
+    ]
+    return [entry for entry, leave_out in zip(categories, is_root, strict=True) if not leave_out]
 
 
 def _category_names(categories: Any, path: Path) -> dict[int, str]:

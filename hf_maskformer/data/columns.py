@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, decode_image, empty_masks, fit_image, make_sample, read_areas
+from .sample import Sample, check_is_exact, decode_image, empty_masks, fit_image, make_sample, read_areas, read_crowd
 from .segments import number_segments, read_ids, split_class_and_instance
 
 if TYPE_CHECKING:
@@ -234,6 +234,8 @@ class _RowReader:
             raise ValueError(
                 f"row {index}, column '{column}' cannot be decoded ({error}). Remove the row from the data set."
             ) from error
+        if column == self._label_column:
+            check_is_exact(image, f"row {index}, column '{column}'")
         return image.convert(feature.mode) if feature.mode and image.mode != feature.mode else image
 
     def _masks(self, row: dict[str, Any], name: str, image_source: str, source: str) -> Sample:
@@ -258,7 +260,7 @@ class _RowReader:
             "name": name,
             "masks": masks,
             "labels": np.array([entry["label"] for entry in objects], dtype=np.int64),
-            "iscrowd": np.array([bool(entry.get("iscrowd")) for entry in objects], dtype=bool),
+            "iscrowd": np.array([read_crowd(entry, source) for entry in objects], dtype=bool),
         }
         areas = read_areas(objects, source)
         if areas is not None:

@@ -61,11 +61,14 @@ def encode_rle(mask: np.ndarray) -> str:
 def draw_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
     """Draws polygons, each [x1, y1, x2, y2, ...] in pixels, as the union of what COCO's own tools draw.
 
-    Returns (H, W) bool. Raises a ValueError for a polygon without area or far outside the image.
+    Polygons of one or two corners, which tools leave beside others, cover nothing.
+
+    Returns (H, W) bool. Raises a ValueError if there is no other, and for one far outside the image.
     """
     mask = np.zeros(size, dtype=bool)
     if not polygons:
         raise ValueError("has no polygon")
+    polygons = [each for each in polygons if not isinstance(each, list) or len(each) not in (2, 4)] or polygons
     for polygon in polygons:
         positions = np.sort(_column_crossings(_corners(polygon, size), size))
         mask |= _fill(np.diff(np.concatenate([[0], positions, [mask.size]])), size)

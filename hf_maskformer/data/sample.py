@@ -49,6 +49,14 @@ def crowds_of(sample: Sample) -> np.ndarray:
     return np.asarray(sample.get("iscrowd", np.zeros(len(sample["labels"]))), dtype=bool)
 
 
+def read_crowd(entry: Mapping[str, Any], source: str) -> bool:
+    """Whether an entry's `iscrowd` says that it is one. Raises a ValueError for what is neither true nor false."""
+    value = entry.get("iscrowd")
+    if value not in (None, 0, 1):
+        raise ValueError(f"{source} has the iscrowd {value!r}. Give 0 or 1.")
+    return bool(value)
+
+
 def read_areas(objects: Sequence[Mapping[str, Any]], source: str) -> np.ndarray | None:
     """The `area` of each object, (N,) float64; None unless all have one.
 
@@ -144,7 +152,16 @@ def to_rgb(image: Image.Image, source: str) -> Image.Image:
         raise ValueError(f"{source} cannot be taken as a picture: {error}") from error
 
 
+def check_is_exact(image: Image.Image, source: str) -> None:
+    """Raises a ValueError for a label map in a format that changes numbers, whatever the name of its file says."""
+    if image.format in ("JPEG", "MPO"):
+        raise ValueError(
+            f"{source} is a JPEG, which changes labels where they meet. Export the label maps again, as PNG."
+        )
+
+
 def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:
+    check_is_exact(image, source)
     if image.mode not in MODES_OF_SEGMENTATION_MAPS:
         raise ValueError(
             f"{source} has mode {image.mode} ({', '.join(image.getbands())}), but a segmentation map has one integer "

@@ -9,6 +9,7 @@ from PIL import Image
 from ..image_processing_maskformer_images import stored_values
 from ..image_processing_maskformer_targets import ids_of_colors
 from .labels import LabelSet, shorten
+from .sample import read_crowd
 
 # The first id in the map of a sample lies above every 8-bit value, of which the ignored one mostly is.
 _FIRST_ID = 256
@@ -60,7 +61,7 @@ def number_segments(
         number_of_id[segment_id] = number
         category_id = _integer(segment, "category_id", source)
         label_of_number[number] = labels.label_of(category_id, f"{source}: segment {segment_id}")
-        if segment.get("iscrowd"):
+        if read_crowd(segment, f"{source}: segment {segment_id}"):
             crowd_ids.append(number)
     number_of_id.setdefault(0, labels.ignore_index)
 

@@ -27,6 +27,14 @@ TORCHVISION_RESNET = [
         )
     ],
 ]
+OF_SEVERAL_GPUS = "module."  # what DistributedDataParallel puts before each name
+# The state of a schedule holds learning rates as numbers of numpy, which has called the module of these by two names.
+_SCALAR = np.float64(0).__reduce__()[0]
+NUMBERS: list[Any] = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    type(np.dtype(np.float64)),
+]
 # What a checkpoint may hold although the model has no place for it.
 LEFTOVERS = re.compile(r"pixel_mean|pixel_std|.*\.num_batches_tracked")
 # In ImageNet backbones also: the classifier, Swin's norm before it, and Swin's attention masks, computed here.
@@ -63,9 +71,9 @@ def read_checkpoint(path: str | Path) -> OriginalCheckpoint:
     path = Path(path)
     content = _load(path)
     # Training writes the state of optimiser and schedule beside the model.
-    tensors = content.get("model", content) if isinstance(content, Mapping) else None
+    tensors = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping) or not tensors:
-        raise ValueError(f"{path} holds no tensors by name, neither under 'model' nor at its top.")
+        raise ValueError(f"{path} holds no tensors by name, neither under 'model' or 'state_dict' nor at its top.")
     others = [
         name
         for name, value in tensors.items()
@@ -73,6 +81,8 @@ def read_checkpoint(path: str | Path) -> OriginalCheckpoint:
     ]
     if others:
         raise ValueError(f"{path} holds {others[0]!r}, which is no plain tensor with a name.")
+    if all(name.startswith(OF_SEVERAL_GPUS) for name in tensors):
+        tensors = {name.removeprefix(OF_SEVERAL_GPUS): tensor for name, tensor in tensors.items()}
     rename, is_backbone = _spelling(path, tensors)
 
     checkpoint = OriginalCheckpoint(path, {}, {}, is_backbone, [])
@@ -109,9 +119,16 @@ def _load(path: Path) -> Any:
     if path.suffix not in (".pth", ".pt"):
         raise ValueError(f"{path} is neither a .pkl (arrays) nor a .pth (tensors) file.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error) or type(error).__name__
+        refused = re.search(r"Unsupported \w+: GLOBAL (\S+)", reason)
+        if refused:
+            raise ValueError(
+                f"{path} asks for {refused[1]}, which is refused and was not run. Take another copy, or save the "
+                "tensors alone where you trust it."
+            ) from error
         raise ValueError(
             f"{path} is no file of tensors, or asks for more than torch.load allows ({reason}). Download it again."
         ) from error

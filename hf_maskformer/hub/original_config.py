@@ -146,9 +146,9 @@ class OriginalConfig:
 
     @property
     def labels(self) -> LabelSet | None:
-        """The classes of the data set that the file names, if they are known here and as many."""
+        """The classes of a data set that the file names, if they are known here and as many."""
         for data_set in DATA_SETS.values():
-            if self._takes("DATASETS.TEST", [data_set.original_name]) and data_set.num_labels == self._num_labels:
+            if data_set.original_name in self["DATASETS.TEST"] and data_set.num_labels == self._num_labels:
                 return data_set.labels()
         return None
 

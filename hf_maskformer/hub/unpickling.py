@@ -196,9 +196,10 @@ class _RestrictedUnpickler(_Unpickler):
         if type(module) is not str or type(name) is not str:
             raise RefusedPickleError("it asks for something whose name is no text, which is refused.")
         if (module, name) not in STAND_INS:
+            remedy = "Give the .pth that it was made from. " if module.partition(".")[0] == "torch" else ""
             raise RefusedPickleError(
-                f"it asks for {module}.{name}, which is refused and was not run. A checkpoint needs only numpy arrays, "
-                "numbers, strings, dictionaries and lists."
+                f"it asks for {module}.{name}, which is refused and was not run. {remedy}A .pkl needs only numpy "
+                "arrays, numbers, strings, dictionaries and lists."
             )
         return STAND_INS[module, name]
 
