@@ -17,6 +17,7 @@ from hf_maskformer import (
 )
 from hf_maskformer.evaluation.scale_averaging import augmented_semantic_scores
 from hf_maskformer.export.exporting import build_head
+from hf_maskformer.training.starting_point import model_class_of
 
 LORA_TARGETS = {
     "resnet": r".*(q_proj|v_proj|convolution)",
@@ -45,6 +46,8 @@ def test_low_rank_adapters_train_in_decoder_and_backbone_and_travel(architecture
     assert not torch.allclose(after, before)
 
     adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter holds adapters without their model\. Merge them"):
+        model_class_of(str(tmp_path / "adapter"))
     base = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "model")
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(masks(again, pixel_values), after)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from golden import CONFIGS, FIXTURES, Golden
-from models import tiny_config
+from models import ARCHITECTURES, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoConfig, ResNetConfig, SwinConfig
 
@@ -506,3 +506,30 @@ def test_numbers_of_another_byte_order_are_read(tmp_path, tensors):
     config = OriginalConfig(FIXTURES / "resnet_semantic" / "config.yaml").config()
     weights = load_original(read_checkpoint(tmp_path / "big.pkl"), config).state_dict()
     assert torch.equal(weights["class_predictor.bias"], tensors["sem_seg_head.predictor.class_embed.bias"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_names_travel_both_ways_in_whatever_order_tensors_come(name):
+    """Files of safetensors, say, are in the order of the alphabet: keys before queries."""
+    ours = ARCHITECTURES[name]().state_dict()
+    expected, found = to_original(ours), to_original(dict(sorted(ours.items())))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[there], tensor) for there, tensor in expected.items())
+    back = from_original(found)
+    assert back.keys() == ours.keys()
+    assert all(back[here].dtype == tensor.dtype for here, tensor in ours.items())
+
+
+def test_two_of_query_key_and_value_have_no_name_there_either():
+    layer = "model.transformer_module.decoder.layers.0.self_attn"
+    tensors = {f"{layer}.{name}_proj.weight": torch.zeros(2, 2) for name in "qv"}
+    with pytest.raises(ValueError, match="in_proj_weight is made of query, key and value, but only 2 of them"):
+        to_original(tensors)
+
+
+def test_a_name_with_another_sign_in_place_of_a_dot_is_refused():
+    name = "sem_seg_head.predictor.query_embed.weight"
+    assert from_original({name: torch.zeros(1)})
+    for place in [index for index, sign in enumerate(name) if sign == "."]:
+        with pytest.raises(ValueError, match="is no tensor of a MaskFormer checkpoint"):
+            from_original({f"{name[:place]}_{name[place + 1 :]}": torch.zeros(1)})

@@ -648,3 +648,15 @@ def test_images_are_mapped_by_vmap(backbone, has_gradients):
         expected = model(pixel_values).masks_queries_logits
         found = torch.func.vmap(lambda image: model(image[None]).masks_queries_logits[0])(pixel_values)
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_every_parameter_has_its_part_in_predict_as_in_forward(name):
+    """At construction biases are 0: what leaves them out would be seen by trained models only."""
+    model, pixel_values = ARCHITECTURES[name]().eval(), torch.randn(2, 3, 64, 96)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    expected, found = model(pixel_values), model.predict(pixel_values)
+    for field in ("class_queries_logits", "masks_queries_logits"):
+        torch.testing.assert_close(found[field], expected[field], rtol=1e-4, atol=1e-4)

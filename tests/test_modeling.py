@@ -12,15 +12,19 @@ from models import (
     NUM_LABELS,
     NUM_QUERIES,
     as_mask_list,
+    convnext_config,
     resnet_config,
     swin_config,
+    swinv2_config,
     tiny_batch,
     tiny_config,
     tiny_model,
 )
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hf_maskformer import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerModel
+from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig, MaskFormerTransformerConfig
 from hf_maskformer.modeling_maskformer_pixel_level import covered_part
 from hf_maskformer.modeling_maskformer_swin import SwinBlock
 from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
@@ -569,3 +573,57 @@ def test_a_pass_copies_no_numbers_to_the_device(backbone, mask_padding):
     assert numbers.found == []
     assert outputs.padded_sizes.tolist() == [[64, 96], [64, 96]]
     assert outputs.image_sizes.tolist() == [[64, 96], [40, 96]]
+
+
+def test_frozen_norms_have_no_gradient_before_train_is_called():
+    norms = [module for module in tiny_model(freeze_batch_norm=True).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training or norm.weight.requires_grad or norm.bias.requires_grad for norm in norms)
+
+
+def test_attention_weights_are_those_before_dropout_in_training_too():
+    transformer = MaskFormerTransformerConfig(
+        d_model=16, num_queries=6, decoder_layers=2, dropout=0.0, attention_dropout=0.5
+    )
+    model = tiny_model(decoder_config=transformer).train()
+    for weights in model(torch.randn(2, 3, 64, 96), output_attentions=True).attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 64), (2, 3, 64, 0), (0, 3, 64, 64)])
+def test_images_without_pixels_are_refused(shape):
+    with pytest.raises(ValueError, match=r"pixel_values have the shape .* none of them 0"):
+        tiny_model().eval()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("backbone", [convnext_config, swinv2_config])
+@pytest.mark.parametrize("size", [(75, 101), (97, 66)])
+@torch.no_grad()
+def test_backbones_of_transformers_may_round_sides_down_or_up(backbone, size):
+    assert tiny_model(backbone()).eval()(torch.randn(1, 3, *size)).masks_queries_logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["swin", "deep stem"])
+@torch.no_grad()
+def test_images_of_other_channels_are_taken(kind):
+    backbone = (
+        swin_config()
+        if kind == "swin"
+        else MaskFormerResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 3], deep_stem=True)
+    )
+    backbone.num_channels = 5
+    assert tiny_model(backbone).eval()(torch.randn(1, 5, 64, 64)).masks_queries_logits.shape[-2:] == (16, 16)
+
+
+@torch.no_grad()
+def test_an_image_of_the_smallest_size_passes_a_backbone_of_transformers():
+    assert tiny_model(swinv2_config(), fpn_feature_size=64).eval()(
+        torch.randn(1, 3, 32, 32)
+    ).masks_queries_logits.shape[-2:] == (8, 8)
+
+
+def test_a_swin_without_biases_has_none():
+    config = swin_config()
+    config.qkv_bias = False
+    names = [name for name, _ in tiny_model(config).named_parameters()]
+    assert not [name for name in names if name.endswith((".query.bias", ".key.bias", ".value.bias"))]

@@ -14,7 +14,7 @@ from hf_maskformer.configuration_maskformer_parts import MaskFormerResNetConfig,
 from hf_maskformer.configuration_per_pixel_baseline import PerPixelBaselineConfig
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.hub.original_config import OriginalConfig
-from hf_maskformer.hub.yaml_files import read_yaml
+from hf_maskformer.hub.yaml_files import flatten, read_yaml
 
 # What a file has to say, because detectron2's own defaults are for other models.
 SMALLEST = {
@@ -419,3 +419,183 @@ def test_a_mapping_that_is_used_twice_by_alias_is_refused(tmp_path):
     path.write_text("MODEL: &again {DEPTH: 50}\nINPUT: *again\n")
     with pytest.raises(ValueError, match="a mapping is used twice by alias"):
         read_yaml(path)
+
+
+def test_every_weight_of_the_loss_and_deep_supervision_have_their_place(read):
+    fields = {"MASK_WEIGHT": 5.0, "DICE_WEIGHT": 3.0, "NO_OBJECT_WEIGHT": 0.4, "DEEP_SUPERVISION": False}
+    config = read(MODEL__MASK_FORMER=fields).config()
+    found = (config.mask_weight, config.dice_weight, config.no_object_weight, config.deep_supervision)
+    assert found == tuple(fields.values())
+
+
+@pytest.mark.parametrize(("depth", "depths"), [(50, [3, 4, 6, 3]), (101, [3, 4, 23, 3]), (152, [3, 8, 36, 3])])
+def test_each_depth_of_a_resnet_has_its_layers(read, depth, depths):
+    assert read(MODEL__RESNETS__DEPTH=depth).config().backbone_config.depths == depths
+
+
+DEEPLAB = {"MODEL__BACKBONE__NAME": "build_resnet_deeplab_backbone"}
+
+
+@pytest.mark.parametrize("deep_stem", [False, True])
+@pytest.mark.parametrize("dilations", [[1, 1, 1], [1, 2, 4], (1, 2, 4)])
+def test_stem_and_dilations_are_read_one_without_the_other(tmp_path, deep_stem, dilations):
+    content = changed(**DEEPLAB, MODEL__RESNETS__STEM_TYPE="deeplab" if deep_stem else "basic")
+    content["MODEL"]["RESNETS"]["RES5_MULTI_GRID"] = str(dilations)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    backbone = OriginalConfig(tmp_path / "config.yaml").config().backbone_config
+    assert getattr(backbone, "deep_stem", False) == deep_stem
+    assert getattr(backbone, "last_stage_dilations", [1, 1, 1]) == list(dilations)
+
+
+SILENT = {
+    ("INPUT", "FORMAT"): r"INPUT\.FORMAT 'BGR'",
+    ("MODEL", "RESNETS", "OUT_FEATURES"): r"MODEL\.RESNETS\.OUT_FEATURES \['res4'\]",
+    ("MODEL", "SEM_SEG_HEAD", "IN_FEATURES"): r"MODEL\.SEM_SEG_HEAD\.IN_FEATURES \['p2', 'p3', 'p4', 'p5'\]",
+}
+
+
+@pytest.mark.parametrize("field", SILENT)
+def test_where_detectron2s_own_value_is_none_of_ours_silence_is_refused(tmp_path, field):
+    content = changed()
+    target = content
+    for section in field[:-1]:
+        target = target[section]
+    del target[field[-1]]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=SILENT[field]):
+        OriginalConfig(tmp_path / "config.yaml")
+
+
+def test_sizes_normalisation_and_widths_that_a_file_does_not_say_are_detectron2s(tmp_path):
+    content = changed()
+    del content["INPUT"]["MIN_SIZE_TEST"], content["MODEL"]["PIXEL_MEAN"]
+    del content["MODEL"]["SEM_SEG_HEAD"]["NUM_CLASSES"], content["MODEL"]["SEM_SEG_HEAD"]["CONVS_DIM"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    original = OriginalConfig(tmp_path / "config.yaml")
+    config, processor = original.config(), original.image_processor()
+    assert processor.size["shortest_edge"] == 800
+    assert processor.image_mean == pytest.approx([103.53 / 255, 116.28 / 255, 123.675 / 255])
+    assert (config.num_labels, processor.num_labels, config.fpn_feature_size) == (54, 54, 128)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"MODEL__SEM_SEG_HEAD__IN_FEATURES": ["res3", "res4", "res5"]}, r"SEM_SEG_HEAD\.IN_FEATURES"),
+        ({"MODEL__RESNETS__RES4_DILATION": 2}, r"RES4_DILATION 2"),
+        ({"MODEL__RESNETS__STEM_TYPE": "other", **DEEPLAB}, r"STEM_TYPE 'other'"),
+        (
+            {"MODEL__BACKBONE__NAME": "D2SwinTransformer", "MODEL__SWIN__OUT_FEATURES": ["res3", "res4", "res5"]},
+            r"SWIN\.OUT_FEATURES",
+        ),
+        (
+            {
+                "MODEL__META_ARCHITECTURE": "SemanticSegmentor",
+                "MODEL__SEM_SEG_HEAD__NAME": "PerPixelBaselineHead",
+                "MODEL__SEM_SEG_HEAD__LOSS_WEIGHT": 2.0,
+            },
+            r"LOSS_WEIGHT 2\.0",
+        ),
+    ],
+)
+def test_more_that_no_model_here_has_is_refused_by_name(read, values, message):
+    with pytest.raises(ValueError, match=message):
+        read(**values)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("MODEL__MASK_FORMER__DEC_LAYERS", True),
+        ("MODEL__MASK_FORMER__DEC_LAYERS", 2.5),
+        ("MODEL__MASK_FORMER__DEC_LAYERS", -(10**12)),
+        ("MODEL__MASK_FORMER__DROPOUT", "much"),
+        ("MODEL__SWIN__DEPTHS", [2, 2, "six", 2]),
+        ("MODEL__PIXEL_MEAN", [1.0, None, 1.0]),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_its_field(read, field, value):
+    with pytest.raises(ValueError, match=rf"{field.replace('__', '.')} .* but something like .* belongs there"):
+        read(**{field: value})
+
+
+def test_a_whole_number_may_stand_where_a_fraction_belongs(read):
+    assert read(MODEL__MASK_FORMER__MASK_WEIGHT=5, MODEL__PIXEL_STD=[58, 57, 57]).config().mask_weight == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "width"),
+    [
+        ({"MODEL__BACKBONE__NAME": "D2SwinTransformer"}, 768),
+        ({"MODEL__BACKBONE__NAME": "D2SwinTransformer", "MODEL__SWIN__EMBED_DIM": 192}, 1536),
+        (
+            {
+                "MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME": "TransformerEncoderPixelDecoder",
+                "MODEL__SEM_SEG_HEAD__TRANSFORMER_ENC_LAYERS": 1,
+                "MODEL__MASK_FORMER__TRANSFORMER_IN_FEATURE": "transformer_encoder",
+            },
+            256,
+        ),
+    ],
+)
+def test_a_forced_projection_is_refused_at_the_width_of_what_it_projects(read, values, width):
+    forced = {**values, "MODEL__MASK_FORMER__ENFORCE_INPUT_PROJ": True}
+    read(**forced, MODEL__MASK_FORMER__HIDDEN_DIM=2048)
+    with pytest.raises(ValueError, match="ENFORCE_INPUT_PROJ"):
+        read(**forced, MODEL__MASK_FORMER__HIDDEN_DIM=width)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A: 2001-99-99",
+        "A: !!int x",
+        "A: !!bool maybe",
+        "A: !!int ''",
+        "A: !!timestamp x",
+        "? !!python/tuple [[1]]\n: 2",
+        "A: " + "[" * 3000,
+    ],
+)
+def test_values_that_yaml_cannot_make_are_refused_with_the_file(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.yaml is no yaml file of plain data"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["{[]: 1}", "-" * 100_000 + "1", "(" * 5000, "1 +", "name", "f(1)", "\0"])
+def test_a_text_that_is_no_literal_of_python_stays_a_text(text):
+    assert flatten({"A": {"B": text}}) == {"A.B": text}
+
+
+def test_a_configuration_nested_deeper_than_any_is_refused():
+    values = {"A": 1}
+    for _ in range(12):
+        values = {"A": values}
+    with pytest.raises(ValueError, match=r"nested more than 8 deep at A\.A\."):
+        flatten(values)
+
+
+def test_a_circle_by_a_roundabout_way_is_refused(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.yaml").write_text("_BASE_: ../here/a.yaml\n")
+    with pytest.raises(ValueError, match="in a circle"):
+        read_yaml(tmp_path / "here" / "a.yaml")
+
+
+def test_a_section_takes_the_place_of_an_empty_one_and_the_other_way_round(tmp_path):
+    (tmp_path / "base.yaml").write_text("MODEL:\nINPUT: {FORMAT: RGB}\n")
+    (tmp_path / "a.yaml").write_text("_BASE_: base.yaml\nMODEL: {A: 1}\nINPUT:\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"MODEL": {"A": 1}, "INPUT": None}
+
+
+def test_encoder_layers_count_only_where_the_pixel_decoder_has_them(read):
+    config = read(MODEL__SEM_SEG_HEAD__TRANSFORMER_ENC_LAYERS=6).config()
+    assert type(config.decoder_config).__name__ == "DetrConfig"
+
+
+def test_a_baseline_without_queries_has_no_encoder_layers(read):
+    head = {**SMALLEST["MODEL"]["SEM_SEG_HEAD"], "NAME": "PerPixelBaselineHead", "TRANSFORMER_ENC_LAYERS": 6}
+    head["PIXEL_DECODER_NAME"] = "TransformerEncoderPixelDecoder"
+    with pytest.raises(ValueError, match="PIXEL_DECODER_NAME 'TransformerEncoderPixelDecoder'"):
+        read(MODEL__META_ARCHITECTURE="SemanticSegmentor", MODEL__SEM_SEG_HEAD=head)

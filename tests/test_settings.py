@@ -177,3 +177,10 @@ def test_a_configuration_of_transformers_keeps_its_attention():
     config = transformers.MaskFormerConfig(**{name: fields[name] for name in names})
     config._attn_implementation = "eager"
     assert MaskFormerModel(config).config._attn_implementation == "eager"
+
+
+def test_stochastic_depth_leaves_out_a_block_for_whole_images_each_by_itself():
+    block = SwinBlock(swin_config(), dim=8, num_heads=2, shift=0, drop_path=0.5).train()
+    factors = block._drop_path(torch.ones(64, 3, 4, 8)).flatten(1)
+    assert torch.equal(factors, factors[:, :1].expand_as(factors))
+    assert set(factors[:, 0].tolist()) == {0.0, 2.0}

@@ -221,7 +221,13 @@ def model_class_of(checkpoint: str) -> Any:
             f"{checkpoint} does not exist. Name a configuration file, a folder with one or a checkpoint."
         )
     folder = Path(checkpoint)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{checkpoint} holds adapters without their model. Merge them, "
+                "PeftModel.from_pretrained(model, FOLDER).merge_and_unload(), save that and the image processor, and "
+                "name the folder of these."
+            )
         inside = next(iter(sorted(folder.glob("*/config.json"))), None)
         raise FileNotFoundError(
             f"{checkpoint} has no config.json{'' if inside is None else f', but {inside.parent} has'}. Name the folder "
