@@ -24,6 +24,7 @@ help of --help_all has them. --push_to_hub true --hub_model_id user/name publish
 """
 
 import gc
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,7 +131,8 @@ class DataArguments:
         if self.augmentation is None or not isinstance(augmentation, RandomScaleCropFlip):
             return image_processor
         assert augmentation.crop_size is not None  # as all of the paper's
-        height, width = augmentation.crop_size
+        divisor = image_processor.size_divisor or 1  # of a plain vision transformer its patches
+        height, width = (math.ceil(edge / divisor) * divisor for edge in augmentation.crop_size)
         return MaskFormerImageProcessor.from_dict(
             image_processor.to_dict(), pad_size={"height": height, "width": width}
         )

@@ -202,6 +202,12 @@ def test_images_of_a_recipe_are_filled_up_to_its_crops_in_training_alone(options
     assert processor.pad_size is None
 
 
+def test_images_of_a_recipe_are_filled_up_to_whole_patches():
+    _, data, _, _ = parse("--preset=ade20k-r50")
+    processor = data.training_processor(MaskFormerImageProcessor(size_divisor=14))
+    assert processor.pad_size == {"height": 518, "width": 518}
+
+
 def test_sizes_that_take_the_place_of_the_recipe_s_augmentation_are_told_of(caplog):
     _, data, _, _ = parse("--preset=cityscapes-r101", "--max_scale=1.5")
     assert "--max_scale: the recipe's augmentation 'cityscapes' gives way to --image_size, --min_scale" in caplog.text

@@ -218,12 +218,12 @@ def _without_root(categories: Any, used: Collection[Any]) -> Any:
     """The categories without the one of id 0 by which Roboflow names its project, parent of all and of no object."""
     if not isinstance(categories, list) or 0 in used or not all(isinstance(entry, dict) for entry in categories):
         return categories
-    parents = {str(entry.get("supercategory")) for entry in categories}
-    is_root = [
-        entry.get("id") == 0 and entry.get("supercategory") == "none" and str(entry.get("name")) in parents
+    parents = [entry.get("supercategory") for entry in categories]
+    return [
+        entry
         for entry in categories
+        if entry.get("id") != 0 or entry.get("supercategory") != "none" or entry.get("name") not in parents
     ]
-    return [entry for entry, leave_out in zip(categories, is_root, strict=True) if not leave_out]
 
 
 def _category_names(categories: Any, path: Path) -> dict[int, str]:

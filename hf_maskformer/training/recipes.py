@@ -223,7 +223,7 @@ def _warn_of_other_names(preset: Preset, labels: LabelSet) -> None:
         f"class {label} is {labels.id2label[label]!r} in the data and {name!r} there"
         for label, name in known.id2label.items()
         # Some files list synonyms.
-        if labels.id2label[label].partition(",")[0].strip() != name
+        if name not in (labels.id2label[label], labels.id2label[label].partition(",")[0].strip())
     ]
     if others:
         logger.warning(
