@@ -125,11 +125,29 @@ def test_images_are_found_under_the_names_that_tools_list(tmp_path, listed, stor
         open_instances(json_path)
 
 
+@pytest.mark.parametrize("name", ["{folder}/{there}", "{backslashes}", "{folder}\\{backslashes}", "{there}"])
+def test_no_spelling_of_a_name_leads_out_of_the_folder(tmp_path, name):
+    json_path = write_instances(tmp_path / "data", {"a": ((2, 4), [])})
+    there = tmp_path / "elsewhere/a.png"
+    write_image(there, (2, 4))
+    name = name.format(folder="train", there=there, backslashes=str(there).replace("/", "\\"))
+    edit(json_path, lambda content: content["images"][0].update(file_name=name))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"is not one inside|1 of 1 images"):
+        open_instances(json_path)
+
+
+def test_a_map_of_ids_in_jpeg_is_refused(panoptic):
+    path = panoptic.with_suffix("") / "a.png"
+    Image.open(path).save(path, "JPEG")
+    with pytest.raises(ValueError, match=r"a\.png is a JPEG, which changes labels"):
+        open_panoptic(panoptic)[0]
+
+
 def test_objects_that_are_all_crowds_are_found_by_the_check(tmp_path):
     """As tools export them that write iscrowd 1 beside every RLE."""
     crowd = {"category_id": 1, "iscrowd": 1, "segmentation": {"size": [2, 4], "counts": [2, 2, 4]}}
     images = {"a": ((2, 4), [crowd]), "b": ((2, 4), [crowd, crowd])}
-    with pytest.raises(ValueError, match=r"All of the 3 objects are crowds .* Set iscrowd to 0"):
+    with pytest.raises(ValueError, match=r"All objects with pixels are crowds \(3 with .* Set iscrowd to 0"):
         check_samples(open_instances(write_instances(tmp_path / "all", images)))
     images["b"][1][1] = {**crowd, "iscrowd": 0}
     report = inspect_samples(open_instances(write_instances(tmp_path / "some", images)))

@@ -69,7 +69,7 @@ def test_a_transform_that_would_not_be_called_is_refused():
 @pytest.mark.parametrize("mode", [None, "L"])
 def test_label_maps_in_jpeg_are_refused(mode):
     file = io.BytesIO()
-    Image.fromarray(LABELS).save(file, "JPEG")
+    Image.fromarray(LABELS).convert("RGB" if mode else "L").save(file, "JPEG")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image(mode=mode)})
     columns = {"image": [Image.new("RGB", (3, 2))], "label": [{"bytes": file.getvalue(), "path": None}]}
     dataset = datasets.Dataset.from_dict(columns, features=features)

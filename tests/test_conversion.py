@@ -284,7 +284,7 @@ def test_a_pth_that_asks_for_more_is_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     "wrapped",
     [
-        lambda tensors: {"model": tensors, "scheduler": {"_last_lr": [np.float64(1e-4)]}, "iteration": 5},
+        lambda tensors: {"model": tensors, "lr": [np.float64(1e-4)], "score": np.float32(0.5), "step": np.int64(5)},
         lambda tensors: {"state_dict": tensors},
         lambda tensors: {"model": {f"module.{name}": tensor for name, tensor in tensors.items()}},
     ],
@@ -296,6 +296,8 @@ def test_what_training_programs_put_around_the_tensors_is_taken_off(tmp_path, wr
     found = read_checkpoint(tmp_path / "whole.pth")
     assert not found.is_backbone
     assert found.tensors.keys() == original.keys()
+    content = wrapped(original)
+    assert set(found.source_names.values()) == set(content.get("model", content.get("state_dict")))
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in original.items())
 
 

@@ -398,7 +398,7 @@ def test_a_training_is_published_at_its_end_alone_unless_told_otherwise(hub, tmp
 @pytest.mark.parametrize(
     ("endpoint", "token", "error", "message"),
     [
-        ("http://127.0.0.1:9", "ada's", ConnectionError, "ada/run broke off"),
+        ("http://127.0.0.1:9", "ada's", ConnectionError, "cannot be reached to make ada/run"),
         (None, "unknown", PermissionError, "does not accept the token"),
         (None, "reads", PermissionError, "may not write to ada/run"),
     ],

@@ -209,6 +209,11 @@ def test_names_of_data_sets_may_be_written_as_python_does(tmp_path, names):
     assert original.image_processor().do_reduce_labels is True
 
 
+@pytest.mark.parametrize("value", [None, "None", 5, True, "...", "not_ade20k_sem_seg_val_2"])
+def test_other_data_sets_have_no_classes_here(read, value):
+    assert read(DATASETS__TEST=value).config().id2label[2] == "LABEL_2"
+
+
 def test_sizes_of_the_augmentation_that_are_computed_are_passed_over_and_not_run(tmp_path):
     """So the paper's files write them."""
     trace = tmp_path / "trace"

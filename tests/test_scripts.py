@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from hf_maskformer import (
     MaskFormerTrainer,
     MaskFormerTrainingArguments,
 )
+from hf_maskformer.data.augmentation import PAPER_AUGMENTATIONS
 from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.opening import open_dataset
@@ -322,8 +324,10 @@ def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path, mo
     monkeypatch.setattr(MaskFormerTrainer, "compute_loss", observe)
     call("train", augmentation="coco-panoptic", output_dir=tmp_path / "coco", **options)
     assert min(sizes.pop()) >= 480  # as augmented, which is not the size at evaluation
+    crop = PAPER_AUGMENTATIONS["ade20k"]
+    monkeypatch.setitem(PAPER_AUGMENTATIONS, "ade20k", replace(crop, short_edges=[crop.crop_size[0] // 2]))
     call("train", augmentation="ade20k", output_dir=tmp_path / "ade20k", **options)
-    assert sizes == [(512, 512)]  # of scenes that are smaller at most scales
+    assert sizes == [crop.crop_size]
 
 
 def test_train_takes_whole_images(config, tmp_path, monkeypatch):

@@ -113,8 +113,8 @@ def _problems_of_the_whole(report: DataReport, labels: LabelSet) -> Iterator[str
     """What no single sample shows, although each is well formed."""
     if report.num_crowds and not report.pixels.any():
         yield (
-            f"All of the {report.num_crowds} objects are crowds (iscrowd 1), which training leaves out and no metric "
-            "scores. Set iscrowd to 0 where an object is drawn by itself: some tools write 1 with every mask."
+            f"All objects with pixels are crowds ({report.num_crowds} with iscrowd 1), which training leaves out and "
+            "no metric scores. Set iscrowd to 0 where an object is drawn by itself: some tools write 1 with every mask."
         )
     elif report.num_samples and not report.pixels.any():
         yield (

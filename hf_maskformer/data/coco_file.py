@@ -211,7 +211,7 @@ def _spellings(folder: Path, name: str) -> Iterator[str]:
     for form in ("NFC", "NFD"):
         path = unicodedata.normalize(form, name).replace("\\", "/")
         yield path
-        yield path.removeprefix(f"{folder.name}/")
+        yield path.removeprefix(f"{folder.name}/").lstrip("/")  # no path from the root, which would leave the folder
 
 
 def _without_root(categories: Any, used: Collection[Any]) -> Any:

@@ -141,6 +141,8 @@ class PackedStrings(Sequence[str]):
 def _check_pairs(images: Mapping[str, Path], maps: Mapping[str, Path]) -> None:
     if not images or not maps:
         raise FileNotFoundError(f"There are {len(images)} images and {len(maps)} label files. Both are needed.")
+    if images.keys() == maps.keys():
+        return
     # Some layouts have folders in these.
     image_folder, map_folder = (
         Path(os.path.commonpath([path.parent for path in files.values()])) for files in (images, maps)

@@ -15,7 +15,7 @@ from PIL import Image
 from .coco import CocoPanoptic
 from .folder import IMAGE_SUFFIXES, MAP_SUFFIXES, SegmentationFiles, files_by_name
 from .labels import LabelSet
-from .sample import load_image
+from .sample import check_is_exact, load_image
 
 LABEL_NAMES = Path(__file__).parent / "label_names"
 ON_LAYOUTS = "docs/data.md shows the folders that are read."
@@ -70,6 +70,7 @@ class Ade20kFull(SegmentationFiles):
 
     def _load_map(self, path: Path) -> Image.Image:
         image = load_image(path)
+        check_is_exact(image, str(path))
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(
                 f"{path} has mode {image.mode}, but maps of ADE20K-Full number objects by red and green. Unpack it "

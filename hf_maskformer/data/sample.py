@@ -130,8 +130,8 @@ def empty_masks(num_masks: int, size: tuple[int, int], source: str) -> np.ndarra
 
 def check_file_name(name: Any, folder: Path, source: str) -> None:
     """Raises a ValueError unless a file name that a data set lists stays inside its folder."""
-    is_inside = isinstance(name, str) and name and "\0" not in name and not os.path.isabs(name)
-    if not is_inside or ".." in name.replace("\\", "/").split("/"):
+    path = name.replace("\\", "/") if isinstance(name, str) else ""
+    if not path or "\0" in path or os.path.isabs(path) or ".." in path.split("/"):
         raise ValueError(f"{source} has the file name {name!r}, which is not one inside {folder}.")
 
 

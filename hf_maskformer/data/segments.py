@@ -9,7 +9,7 @@ from PIL import Image
 from ..image_processing_maskformer_images import stored_values
 from ..image_processing_maskformer_targets import ids_of_colors
 from .labels import LabelSet, shorten
-from .sample import read_crowd
+from .sample import check_is_exact, read_crowd
 
 # The first id in the map of a sample lies above every 8-bit value, of which the ignored one mostly is.
 _FIRST_ID = 256
@@ -22,6 +22,7 @@ def read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], sou
 
     Of a palette the colours are ids, if all of them are listed; otherwise the palette is there for viewing only.
     """
+    check_is_exact(image, source)
     values = stored_values(image)
     if image.mode == "P":
         ids = ids_of_colors(np.asarray(image.convert("RGB")))

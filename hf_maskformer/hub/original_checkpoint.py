@@ -1,7 +1,7 @@
 """Reads the files that weights come in: the paper's model zoo and training runs, and backbones trained on ImageNet."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ TORCHVISION_RESNET = [
     ],
 ]
 OF_SEVERAL_GPUS = "module."  # what DistributedDataParallel puts before each name
-# The state of a schedule holds learning rates as numbers of numpy, which has called the module of these by two names.
+# Learning rates and scores beside the tensors may be numbers of numpy, which has called their module by two names.
 _SCALAR = np.float64(0).__reduce__()[0]
 NUMBERS: list[Any] = [
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.dtype,
-    type(np.dtype(np.float64)),
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
 ]
 # What a checkpoint may hold although the model has no place for it.
 LEFTOVERS = re.compile(r"pixel_mean|pixel_std|.*\.num_batches_tracked")
@@ -81,13 +81,12 @@ def read_checkpoint(path: str | Path) -> OriginalCheckpoint:
     ]
     if others:
         raise ValueError(f"{path} holds {others[0]!r}, which is no plain tensor with a name.")
-    if all(name.startswith(OF_SEVERAL_GPUS) for name in tensors):
-        tensors = {name.removeprefix(OF_SEVERAL_GPUS): tensor for name, tensor in tensors.items()}
-    rename, is_backbone = _spelling(path, tensors)
+    prefix = OF_SEVERAL_GPUS if all(name.startswith(OF_SEVERAL_GPUS) for name in tensors) else ""
+    rename, is_backbone = _spelling(path, {name.removeprefix(prefix) for name in tensors})
 
     checkpoint = OriginalCheckpoint(path, {}, {}, is_backbone, [])
     for source_name, value in tensors.items():
-        name = rename(source_name)
+        name = rename(source_name.removeprefix(prefix))
         if LEFTOVERS.fullmatch(name) or (is_backbone and BACKBONE_LEFTOVERS.fullmatch(name)):
             checkpoint.left_out.append(source_name)
             continue
@@ -134,7 +133,7 @@ def _load(path: Path) -> Any:
         ) from error
 
 
-def _spelling(path: Path, names: Mapping[str, Any]) -> tuple[Callable[[str], str], bool]:
+def _spelling(path: Path, names: Collection[str]) -> tuple[Callable[[str], str], bool]:
     """How names become those of the training code, and whether the file is a backbone only."""
     if any(name.startswith("sem_seg_head.") for name in names):
         return training_spelling, False

@@ -147,8 +147,10 @@ class OriginalConfig:
     @property
     def labels(self) -> LabelSet | None:
         """The classes of a data set that the file names, if they are known here and as many."""
+        given = self["DATASETS.TEST"]
+        names = given if isinstance(given, list | tuple) else [given]
         for data_set in DATA_SETS.values():
-            if data_set.original_name in self["DATASETS.TEST"] and data_set.num_labels == self._num_labels:
+            if data_set.original_name in names and data_set.num_labels == self._num_labels:
                 return data_set.labels()
         return None
 

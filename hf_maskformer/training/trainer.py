@@ -430,9 +430,20 @@ class MaskFormerTrainer(Trainer):
             )
 
     def init_hf_repo(self, *arguments: Any, **options: Any) -> None:
-        """Makes the repository of `push_to_hub`, before the training. Raises the errors of `publish` for it."""
-        with explained_errors(self._repo_id):
-            super().init_hf_repo(*arguments, **options)
+        """Makes the repository of `push_to_hub`, before the training.
+
+        Raises:
+            PermissionError: there is no token, it has expired, or it may not write there.
+            ConnectionError: the Hub cannot be reached.
+        """
+        try:
+            with explained_errors(self._repo_id):
+                super().init_hf_repo(*arguments, **options)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"The Hub cannot be reached to make {self._repo_id} ({error.__cause__}), so nothing was trained. Train "
+                "without push_to_hub and publish the result later (scripts/push_to_hub.py), or see to the connection."
+            ) from error
 
     def push_to_hub(
         self,
