@@ -5,9 +5,10 @@
     python scripts/prepare_dataset.py parquet DATA OUT
 
 `check` reads every sample and reports missing and damaged files, sizes that differ, labels out of range, segments
-without a pixel, how often each class occurs and which never does; it ends with status 1 if training would stop at
-something. `parquet` writes OUT/data/*.parquet and OUT/classes.json, which train.py, evaluate.py and the Hub read. DATA
-is a folder in a layout of docs/data.md, or with --image_column a data set of the Hub.
+without a pixel, how often each class occurs and which never does, and classes that the splits number otherwise; it ends
+with status 1 if training would stop at something. `parquet` writes OUT/data/*.parquet and OUT/classes.json, which
+train.py, evaluate.py and the Hub read. DATA is a folder in a layout of docs/data.md, or with --image_column a data set
+of the Hub.
 """
 
 import argparse
@@ -20,12 +21,14 @@ from hf_maskformer.command_line import OptionParser, errors_as_messages, message
 from hf_maskformer.data.check import DataReport, inspect_samples, missing_classes, report_as_json, report_as_table
 from hf_maskformer.data.opening import COLUMN_FORMATS, FORMATS, open_dataset
 from hf_maskformer.data.parquet import write_parquet
+from hf_maskformer.training.checks import check_eval_classes
 
 MAX_LINES = 50
 
 
 def main(arguments: argparse.Namespace) -> int:
     results: dict[str, Any] = {}
+    first: Any = None
     # With --json, what there is to read meanwhile goes where it does not disturb.
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         for split in arguments.split:
@@ -45,6 +48,11 @@ def main(arguments: argparse.Namespace) -> int:
                     break
                 continue
             report = inspect_samples(dataset, arguments.num_workers)
+            first = dataset if first is None else first
+            try:
+                check_eval_classes(first, dataset)
+            except ValueError as error:
+                report.problems.append(str(error))
             print(report_as_table(report, dataset.labels))
             print_findings(report, missing_classes(report, dataset.labels))
             results[split] = report_as_json(report, dataset.labels)

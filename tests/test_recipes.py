@@ -202,6 +202,15 @@ def test_images_of_a_recipe_are_filled_up_to_its_crops_in_training_alone(options
     assert processor.pad_size is None
 
 
+def test_sizes_that_a_named_augmentation_does_not_use_are_told_of(caplog):
+    parse("--config=c", "--augmentation=ade20k", "--image_size=64", "--min_scale=1", "--crop=false")
+    assert "--min_scale, --crop: not used, as the augmentation 'ade20k' has its own" in caplog.text
+    caplog.clear()
+    parse("--config=c", "--image_size=64", "--min_scale=1")
+    parse("--config=c", "--augmentation=ade20k", "--image_size=64")
+    assert not caplog.text
+
+
 def test_images_of_a_recipe_are_filled_up_to_whole_patches():
     _, data, _, _ = parse("--preset=ade20k-r50")
     processor = data.training_processor(MaskFormerImageProcessor(size_divisor=14))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coco_files import write_instances
 from huggingface_hub import ModelCard
 from models import tiny_config
 from PIL import Image
@@ -243,6 +244,16 @@ def test_the_check_lists_problems_and_fails(data, tmp_path, capsys):
 def test_the_check_names_a_data_set_that_is_not_there(tmp_path, capsys):
     assert prepare("check", tmp_path / "nowhere", "--split", "train") == 1
     assert "nowhere is no folder" in capsys.readouterr().out
+
+
+def test_check_finds_classes_that_splits_number_otherwise(tmp_path, capsys):
+    square = [{"category_id": 1, "segmentation": [[0, 0, 2, 0, 2, 2]]}]
+    for split, names in (("train", "ab"), ("val", "ba")):
+        categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+        write_instances(tmp_path, {"a": ((4, 4), square)}, categories, split)
+    assert prepare("check", tmp_path, "--split", "train") == 0
+    assert prepare("check", tmp_path) == 1
+    assert "'b' is class 0 in eval_dataset, but class 1 in train_dataset" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -74,6 +74,9 @@ def parse_with_recipe(
                 f"{', '.join(beside)}: the recipe's augmentation {recipe.augmentation!r} gives way to --image_size, "
                 "--min_scale, --max_scale and --crop as a whole; see --dry_run for their values."
             )
+    unused = [f"--{name}" for name in YIELDS_TO["augmentation"] if name in given and name != "image_size"]
+    if unused and given.get("augmentation") is not None:
+        logger.warning(f"{', '.join(unused)}: not used, as the augmentation {given['augmentation']!r} has its own.")
     return parsed, sources | dict.fromkeys(given, COMMAND_LINE)
 
 
