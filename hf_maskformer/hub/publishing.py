@@ -37,6 +37,16 @@ PUBLISHED = (
     "pictures/*.png",
 )
 
+BROKEN_OFF = (
+    "The upload to {repo_id} broke off ({reason}). All files go there in one commit, so the repository is as it was "
+    "before, unless that commit had just arrived. Run the same again: what has arrived is not sent twice."
+)
+# Where the repository is made before a training.
+BROKEN_OFF_BEFORE = (
+    "The Hub cannot be reached to make {repo_id} ({reason}), so nothing was trained. Train without push_to_hub and "
+    "publish the result later (scripts/push_to_hub.py), or see to the connection."
+)
+
 
 def publish(
     folder: str | Path,
@@ -154,8 +164,8 @@ def _is_published(path: str) -> bool:
 
 
 @contextmanager
-def explained_errors(repo_id: str) -> Iterator[None]:
-    """Says of the errors of the Hub what they mean for who publishes."""
+def explained_errors(repo_id: str, broken_off: str = BROKEN_OFF) -> Iterator[None]:
+    """Says of the errors of the Hub what they mean for who publishes; `broken_off` of a connection that fails."""
     login = "Log in by `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
     try:
         yield
@@ -175,17 +185,14 @@ def explained_errors(repo_id: str) -> Iterator[None]:
             raise PermissionError(f"The token may not write to {repo_id}; nothing was published. {login}") from error
         if status < 500:
             raise
-        raise _broken_off(repo_id, error) from error
+        raise _connection_error(broken_off, repo_id, error) from error
     except PermissionError as error:  # of hf_xet
         raise PermissionError(f"{error}. Nothing was published. {login}") from error
     # HTTPError: what broke on the way. RuntimeError: how huggingface_hub wraps it, for a file.
     except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-        raise _broken_off(repo_id, error) from error
+        raise _connection_error(broken_off, repo_id, error) from error
 
 
-def _broken_off(repo_id: str, error: Exception) -> ConnectionError:
+def _connection_error(text: str, repo_id: str, error: Exception) -> ConnectionError:
     reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
-    return ConnectionError(
-        f"The upload to {repo_id} broke off ({reason}). All files go there in one commit, so the repository is as "
-        "it was before, unless that commit had just arrived. Run the same again: what has arrived is not sent twice."
-    )
+    return ConnectionError(text.format(repo_id=repo_id, reason=reason))

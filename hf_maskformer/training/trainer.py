@@ -21,7 +21,7 @@ from ..data.workers import dead_workers_named
 from ..evaluation.evaluation import evaluate
 from ..evaluation.report import scalars
 from ..evaluation.tasks import MAIN_FIGURES, Task, check_model, task_for
-from ..hub.publishing import explained_errors, publish
+from ..hub.publishing import BROKEN_OFF_BEFORE, explained_errors, publish
 from ..loss_maskformer import count_items
 from .arguments import MaskFormerTrainingArguments
 from .checkpoints import (
@@ -436,14 +436,8 @@ class MaskFormerTrainer(Trainer):
             PermissionError: there is no token, it has expired, or it may not write there.
             ConnectionError: the Hub cannot be reached.
         """
-        try:
-            with explained_errors(self._repo_id):
-                super().init_hf_repo(*arguments, **options)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"The Hub cannot be reached to make {self._repo_id} ({error.__cause__}), so nothing was trained. Train "
-                "without push_to_hub and publish the result later (scripts/push_to_hub.py), or see to the connection."
-            ) from error
+        with explained_errors(self._repo_id, BROKEN_OFF_BEFORE):
+            super().init_hf_repo(*arguments, **options)
 
     def push_to_hub(
         self,
