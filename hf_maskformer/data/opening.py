@@ -8,7 +8,7 @@ from .check import LabelledDataset
 from .coco import CocoInstances, CocoPanoptic
 from .columns import StreamedColumns, load_columns
 from .folder import SegmentationFolder
-from .labels import LabelSet
+from .labels import LabelSet, shorten
 from .layouts import ON_LAYOUTS, Ade20kFull, CocoStuff10k, ade20k, cityscapes, cityscapes_panoptic, mapillary_vistas
 
 COLUMN_FORMATS = ("columns", "instance-columns")
@@ -150,7 +150,9 @@ def _existing(root: Path, patterns: tuple[str, ...], split: str, *others: str) -
     for name in names:
         if (root / name).exists():
             return root / name
-    raise FileNotFoundError(f"{root} has none of {', '.join(names)}. {ON_LAYOUTS}")
+    present = sorted({str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern.format("*"))})
+    others = f" It has {shorten(present)}; --train_split, --eval_split and --split choose others." if present else ""
+    raise FileNotFoundError(f"{root} has none of {', '.join(names)}.{others} {ON_LAYOUTS}")
 
 
 FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
