@@ -82,6 +82,11 @@ def test_classes_json_gives_the_labels(root):
     assert dataset.labels == LabelSet({0: "sky", 1: "road"}, ignore_index=9, do_reduce_labels=True, thing_ids=(1,))
 
 
+def test_an_id2label_json_of_the_hub_gives_the_names_alone(root):
+    (root / "classes.json").write_text(json.dumps({"0": "sky", "1": "road"}))
+    assert SegmentationFolder(root, "train").labels == LabelSet({0: "sky", 1: "road"})
+
+
 def test_what_classes_json_leaves_out_has_a_default(root):
     dataset = SegmentationFolder(root, "train")
     assert dataset.labels == LabelSet({0: "sky", 1: "road"}, ignore_index=255, do_reduce_labels=False, thing_ids=())
@@ -236,6 +241,9 @@ def test_a_missing_classes_json_is_named(root):
     [
         ("{", "Expecting property name"),
         ("[]", 'there is no object "id2label"'),
+        ("{}", 'there is no object "id2label"'),
+        ('{"0": "sky", "palette": []}', 'there is no object "id2label"'),
+        ('{"0": "sky", "2": "road"}', "has the ids 0, 2, but ids must be 0 to K - 1"),
         ('{"id2label": ["sky"]}', 'there is no object "id2label"'),
         ('{"id2label": {}}', r"id2label has the ids \(none\)"),
         ('{"id2label": {"0": "sky", "2": "road"}}', "has the ids 0, 2, but ids must be 0 to K - 1"),

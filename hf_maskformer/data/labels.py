@@ -68,8 +68,9 @@ class LabelSet:
         """Reads a `classes.json`.
 
         The file holds `{"id2label": {"0": "sky", ...}}` and optionally `ignore_index`, `do_reduce_labels`,
-        `thing_ids`, `category_ids` and `palette` (unused here). Classes that share a name, as two of ADE20K may, get
-        their ids added to it, with a warning. Raises FileNotFoundError or ValueError, both naming the file.
+        `thing_ids`, `category_ids` and `palette` (unused here), or `{"0": "sky", ...}` alone, as an `id2label.json`
+        of the Hub does. Classes that share a name, as two of ADE20K may, get their ids added to it, with a warning.
+        Raises FileNotFoundError or ValueError, both naming the file.
         """
         path = Path(path)
         if not path.is_file():
@@ -194,6 +195,8 @@ def labels_of(dataset: Any) -> LabelSet:
 
 
 def _fields(content: Any) -> dict[str, Any]:
+    if isinstance(content, dict) and content and all(key.isdecimal() for key in content):
+        content = {"id2label": content}  # an id2label.json, as many data sets of the Hub have it
     if not isinstance(content, dict) or not isinstance(content.get("id2label"), dict):
         raise ValueError('there is no object "id2label". Write it as {"id2label": {"0": "sky", "1": "road"}}.')
     # A misspelt field would be lost in silence, and the labels read with another meaning.

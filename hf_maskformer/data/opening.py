@@ -151,8 +151,8 @@ def _existing(root: Path, patterns: tuple[str, ...], split: str, *others: str) -
         if (root / name).exists():
             return root / name
     present = sorted({str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern.format("*"))})
-    others = f" It has {shorten(present)}; --train_split, --eval_split and --split choose others." if present else ""
-    raise FileNotFoundError(f"{root} has none of {', '.join(names)}.{others} {ON_LAYOUTS}")
+    hint = f" It has {shorten(present)}; --train_split, --eval_split and --split choose others." if present else ""
+    raise FileNotFoundError(f"{root} has none of {', '.join(names)}.{hint} {ON_LAYOUTS}")
 
 
 FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
