@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from .coco_file import CocoFile, listed_file
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, empty_masks, fit_image, load_image, read_areas, read_crowd
-from .segments import number_segments, read_ids
+from .sample import Sample, empty_masks, fit_image, load_image, make_sample_of_masks
+from .segments import make_sample_of_segments, number_segments
 
 
 class _CocoDataset(Dataset[Sample]):
@@ -72,20 +72,11 @@ class CocoPanoptic(_CocoDataset):
 
     def __getitem__(self, index: int) -> Sample:
         """Reads one sample. Raises a ValueError that names the file if it is damaged or the files disagree."""
-        image_path = self.image_path(index)
-        annotation = self._file.annotations(index)[0]
+        image_path, annotation = self.image_path(index), self._file.annotations(index)[0]
         map_path = listed_file(self._png_folder, annotation["file_name"])
-        ids = read_ids(load_image(map_path), annotation["segments_info"], str(map_path))
-        segmentation_map, id_to_label, crowd_ids = number_segments(
-            ids, annotation["segments_info"], self.labels, str(map_path)
-        )
-        return {
-            "image": fit_image(load_image(image_path), ids.shape, str(image_path), str(map_path)),
-            "name": self._file.sample_name(index),
-            "segmentation_map": segmentation_map,
-            "instance_id_to_semantic_id": id_to_label,
-            "crowd_ids": crowd_ids,
-        }
+        segments = number_segments(load_image(map_path), annotation["segments_info"], self.labels, str(map_path))
+        name = self._file.sample_name(index)
+        return make_sample_of_segments(name, load_image(image_path), segments, str(image_path), str(map_path))
 
     def map_source(self, index: int) -> str:
         """Says where the segmentation map of a sample comes from, for messages."""
@@ -116,28 +107,17 @@ class CocoInstances(_CocoDataset):
 
     def __getitem__(self, index: int) -> Sample:
         """Reads one sample. Raises a ValueError that names file and annotation if something is wrong with it."""
-        entry = self._file.image(index)
-        image_path = self.image_path(index)
+        entry, source, image_path = self._file.image(index), self.map_source(index), self.image_path(index)
         size = entry.get("height"), entry.get("width")
         if not all(isinstance(edge, int) and edge > 0 for edge in size):
-            raise ValueError(f"{self.map_source(index)} has height and width {size}; they must be positive integers.")
-        image = fit_image(load_image(image_path), size, str(image_path), self.map_source(index))
+            raise ValueError(f"{source} has height and width {size}; they must be positive integers.")
+        image = fit_image(load_image(image_path), size, str(image_path), source)
         annotations = self._file.annotations(index)
-        masks = empty_masks(len(annotations), size, self.map_source(index))
+        masks = empty_masks(len(annotations), size, source)
         for mask, annotation in zip(masks, annotations, strict=True):
             mask[:] = self._mask(annotation, size)
         labels = [self.labels.label_of(annotation["category_id"], self.label_source) for annotation in annotations]
-        sample: Sample = {
-            "image": image,
-            "name": self._file.sample_name(index),
-            "masks": masks,
-            "labels": np.array(labels, dtype=np.int64),
-            "iscrowd": np.array([read_crowd(each, self.map_source(index)) for each in annotations], dtype=bool),
-        }
-        areas = read_areas(annotations, self.map_source(index))
-        if areas is not None:
-            sample["area"] = areas
-        return sample
+        return make_sample_of_masks(self._file.sample_name(index), image, masks, labels, annotations, source)
 
     def map_source(self, index: int) -> str:
         """Says where the masks of a sample come from, for messages."""

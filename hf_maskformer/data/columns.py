@@ -9,15 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 from transformers.utils import logging
 
 from .labels import LabelSet
 from .rle import decode_mask
-from .sample import Sample, check_is_exact, decode_image, empty_masks, fit_image, make_sample, read_areas, read_crowd
-from .segments import number_segments, read_ids, split_class_and_instance
+from .sample import (
+    Sample,
+    check_is_exact,
+    decode_image,
+    empty_masks,
+    fit_image,
+    make_sample,
+    make_sample_of_masks,
+)
+from .segments import make_sample_of_segments, number_segments, split_class_and_instance
 
 if TYPE_CHECKING:
     import datasets
@@ -196,21 +203,12 @@ class _RowReader:
             return self._masks(row, name, image_source, source)
         label_image = row[self._label_column]
         if self._extra_column == SEGMENTS_COLUMN:
-            segments_info = _as_rows(row[SEGMENTS_COLUMN])
-            ids = read_ids(label_image, segments_info, source)
-            segments = number_segments(ids, segments_info, self._labels, source)
+            segments = number_segments(label_image, _as_rows(row[SEGMENTS_COLUMN]), self._labels, source)
         elif self._instance_maps:
             segments = split_class_and_instance(label_image, self._labels.ignore_index, source)
         else:
             return make_sample(name, image, label_image, image_source, source)
-        segmentation_map, id_to_label, crowd_ids = segments
-        return {
-            "image": fit_image(image, segmentation_map.shape, image_source, source),
-            "name": name,
-            "segmentation_map": segmentation_map,
-            "instance_id_to_semantic_id": id_to_label,
-            "crowd_ids": crowd_ids,
-        }
+        return make_sample_of_segments(name, image, segments, image_source, source)
 
     def _decoded(self, cell: Any, column: str, index: int) -> Image.Image:
         from datasets import DownloadConfig
@@ -255,17 +253,7 @@ class _RowReader:
                 mask[:] = decode_mask(entry, size)
             except ValueError as error:
                 raise ValueError(f"{source}: object {number} {error}.") from error
-        sample: Sample = {
-            "image": image,
-            "name": name,
-            "masks": masks,
-            "labels": np.array([entry["label"] for entry in objects], dtype=np.int64),
-            "iscrowd": np.array([read_crowd(entry, source) for entry in objects], dtype=bool),
-        }
-        areas = read_areas(objects, source)
-        if areas is not None:
-            sample["area"] = areas
-        return sample
+        return make_sample_of_masks(name, image, masks, [entry["label"] for entry in objects], objects, source)
 
 
 def load_columns(

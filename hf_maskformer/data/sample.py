@@ -57,20 +57,6 @@ def read_crowd(entry: Mapping[str, Any], source: str) -> bool:
     return bool(value)
 
 
-def read_areas(objects: Sequence[Mapping[str, Any]], source: str) -> np.ndarray | None:
-    """The `area` of each object, (N,) float64; None unless all have one.
-
-    `source` says in error messages where they come from. Raises a ValueError for one that is no number of pixels.
-    """
-    areas = [entry.get("area") for entry in objects]
-    for number, area in enumerate(areas):
-        if area is not None and (not isinstance(area, int | float) or not 0 <= area < math.inf):
-            raise ValueError(
-                f"{source}: object {number} has the area {area!r}. Give its pixels, or leave the area out."
-            )
-    return None if None in areas else np.array(areas, dtype=np.float64)
-
-
 def load_image(path: Path) -> Image.Image:
     """Reads and decodes an image file completely, or raises a ValueError that names it."""
     try:
@@ -97,6 +83,37 @@ def make_sample(name: str, image: Image.Image, label_image: Image.Image, image_s
     segmentation_map = _to_segmentation_map(label_image, map_source)
     image = fit_image(image, segmentation_map.shape, image_source, map_source)
     return {"image": image, "segmentation_map": segmentation_map, "name": name}
+
+
+def make_sample_of_masks(
+    name: str,
+    image: Image.Image,
+    masks: np.ndarray,
+    labels: Sequence[int],
+    objects: Sequence[Mapping[str, Any]],
+    source: str,
+) -> Sample:
+    """Builds a sample from an RGB image, masks (N, H, W), their labels, and the list of the objects.
+
+    That one has `iscrowd` and `area`, and `source` says in error messages where it comes from. Raises a ValueError for
+    what is none of these.
+    """
+    sample: Sample = {
+        "image": image,
+        "name": name,
+        "masks": masks,
+        "labels": np.array(labels, dtype=np.int64),
+        "iscrowd": np.array([read_crowd(entry, source) for entry in objects], dtype=bool),
+    }
+    areas = [entry.get("area") for entry in objects]
+    for number, area in enumerate(areas):
+        if area is not None and (not isinstance(area, int | float) or not 0 <= area < math.inf):
+            raise ValueError(
+                f"{source}: object {number} has the area {area!r}. Give its pixels, or leave the area out."
+            )
+    if None not in areas:
+        sample["area"] = np.array(areas, dtype=np.float64)
+    return sample
 
 
 def fit_image(image: Image.Image, size: tuple[int, ...], image_source: str, map_source: str) -> Image.Image:

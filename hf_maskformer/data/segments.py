@@ -9,7 +9,7 @@ from PIL import Image
 from ..image_processing_maskformer_images import stored_values
 from ..image_processing_maskformer_targets import ids_of_colors
 from .labels import LabelSet, shorten
-from .sample import check_is_exact, read_crowd
+from .sample import Sample, check_is_exact, fit_image, read_crowd
 
 # The first id in the map of a sample lies above every 8-bit value, of which the ignored one mostly is.
 _FIRST_ID = 256
@@ -17,7 +17,21 @@ _FIRST_ID = 256
 Segments = tuple[np.ndarray, dict[int, int], tuple[int, ...]]
 
 
-def read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], source: str) -> np.ndarray:
+def make_sample_of_segments(
+    name: str, image: Image.Image, segments: Segments, image_source: str, map_source: str
+) -> Sample:
+    """Builds a sample from an image as it is stored and its segments; otherwise as `make_sample`."""
+    segmentation_map, label_of_number, crowd_ids = segments
+    return {
+        "image": fit_image(image, segmentation_map.shape, image_source, map_source),
+        "name": name,
+        "segmentation_map": segmentation_map,
+        "instance_id_to_semantic_id": label_of_number,
+        "crowd_ids": crowd_ids,
+    }
+
+
+def _read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], source: str) -> np.ndarray:
     """The ids (H, W) in an image of one integer channel, or of colours: red + 256 green + 65536 blue, as in COCO.
 
     Of a palette the colours are ids, if all of them are listed; otherwise the palette is there for viewing only.
@@ -36,22 +50,23 @@ def read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], sou
 
 
 def number_segments(
-    ids: np.ndarray, segments_info: Sequence[Mapping[str, Any]], labels: LabelSet, source: str
+    image: Image.Image, segments_info: Sequence[Mapping[str, Any]], labels: LabelSet, source: str
 ) -> Segments:
-    """Numbers the segments of an image in the order in which they are listed, from 256 or a little above on.
+    """Numbers the segments of an image of ids in the order in which they are listed, from 256 or a little above on.
 
     Args:
-        ids: (H, W) integers; 0 is void unless it is listed.
+        image: the ids in one integer channel or as colours; 0 is void unless it is listed.
         segments_info: `id` and `category_id` of each segment, and optionally `iscrowd`.
         labels: tells the label of a category, and the value of void in the result.
-        source: where the ids come from, for messages.
+        source: where the image comes from, for messages.
 
     Returns:
         The map (H, W) int32, the label of each of its ids, and the ids of crowds.
 
     Raises:
-        ValueError: an id is missing in the list or listed twice, or a category is unknown.
+        ValueError: the image holds no ids, one is missing in the list or listed twice, or a category is unknown.
     """
+    ids = _read_ids(image, segments_info, source)
     number_of_id: dict[int, int] = {}
     label_of_number: dict[int, int] = {}
     crowd_ids = []
