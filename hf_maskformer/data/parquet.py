@@ -15,6 +15,7 @@ from .check import LabelledDataset
 from .labels import LabelSet, labels_of
 from .rle import encode_rle
 from .sample import Sample, crowds_of
+from .segments import renumber
 
 if TYPE_CHECKING:
     import datasets
@@ -132,27 +133,25 @@ def _row(dataset: Any, index: int) -> dict[str, Any]:
 def _segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Numbers the segments of a map from 1, in the order of their list; 0 is void."""
     id_to_label = sample["instance_id_to_semantic_id"]
-    void = {labels.ignore_index}
+    number_of_id = {segment_id: number for number, segment_id in enumerate(id_to_label, start=1)}
+    void = {labels.ignore_index: 0}
     if labels.do_reduce_labels and 0 not in id_to_label:
-        void.add(0)
-    known = np.array(sorted({*id_to_label, *void}))
-    positions = np.minimum(np.searchsorted(known, sample["segmentation_map"]), len(known) - 1)
-    if (known[positions] != sample["segmentation_map"]).any():
+        void[0] = 0
+    numbers, unknown = renumber(sample["segmentation_map"], number_of_id | void)
+    if unknown:
         raise ValueError(
             f"{sample['name']} contains ids that instance_id_to_semantic_id lacks. Add them, or set their pixels to "
             "ignore_index."
         )
-    numbers = {segment_id: number for number, segment_id in enumerate(id_to_label, start=1)}
-    number_at = np.array([0 if value in void else numbers[value] for value in known.tolist()])
     segments_info = [
         {
-            "id": numbers[segment_id],
+            "id": number_of_id[segment_id],
             "category_id": labels.category_ids[label] if labels.category_ids else label,
             "iscrowd": segment_id in sample.get("crowd_ids", ()),
         }
         for segment_id, label in id_to_label.items()
     ]
-    return number_at[positions], segments_info
+    return numbers, segments_info
 
 
 def _as_image(segmentation_map: np.ndarray, name: str) -> Image.Image:

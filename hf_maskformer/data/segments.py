@@ -81,17 +81,21 @@ def number_segments(
             crowd_ids.append(number)
     number_of_id.setdefault(0, labels.ignore_index)
 
-    known = np.array(sorted(number_of_id))
-    numbers = np.array([number_of_id[segment_id] for segment_id in known.tolist()], dtype=np.int32)
-    positions = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-    is_unknown = known[positions] != ids
-    if is_unknown.any():
-        unknown = np.unique(ids[is_unknown]).tolist()
+    numbers, unknown = renumber(ids, number_of_id)
+    if unknown:
         raise ValueError(
             f"{source} contains the ids {shorten(unknown)}, which its segments_info does not list. List them, or set "
             "their pixels to 0 if they are void."
         )
-    return numbers[positions], label_of_number, tuple(crowd_ids)
+    return numbers, label_of_number, tuple(crowd_ids)
+
+
+def renumber(ids: np.ndarray, number_of_id: Mapping[int, int]) -> tuple[np.ndarray, list[int]]:
+    """The number of each id in a map (H, W), int32, and the ids that have none, whose pixels then mean nothing."""
+    known = np.array(sorted(number_of_id))
+    numbers = np.array([number_of_id[segment_id] for segment_id in known.tolist()], dtype=np.int32)
+    positions = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return numbers[positions], np.unique(ids[known[positions] != ids]).tolist()
 
 
 def split_class_and_instance(image: Image.Image, ignore_index: int, source: str) -> Segments:
