@@ -19,19 +19,13 @@ def walk_json(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any, S
     """
     with path.open("rb") as file:
         cursor = _Cursor(path, file)
-        cursor.expect("{")
-        is_first = True
-        while cursor.next_item("}", is_first):
-            is_first = False
+        for _ in cursor.items("{", "}"):
             key, _ = cursor.value()
             cursor.expect(":")
-            if key not in arrays:
-                yield key, *cursor.value()
-                continue
-            cursor.expect("[")
-            is_first_element = True
-            while cursor.next_item("]", is_first_element):
-                is_first_element = False
+            if key in arrays:
+                for _ in cursor.items("[", "]"):
+                    yield key, *cursor.value()
+            else:
                 yield key, *cursor.value()
 
 
@@ -84,14 +78,15 @@ class _Cursor:
         self._place = end
         return value, span
 
-    def next_item(self, closing: str, is_first: bool) -> bool:
-        """Steps over what separates items; False at the end of the list or object."""
-        if self._peek() == closing:
-            self._place += 1
-            return False
-        if not is_first:
+    def items(self, opening: str, closing: str) -> Iterator[None]:
+        """Stops before each item of a list or object, which is to be read then."""
+        self.expect(opening)
+        if self._peek() != closing:
+            yield
+        while self._peek() != closing:
             self.expect(",")
-        return True
+            yield
+        self.expect(closing)
 
     def expect(self, character: str) -> None:
         if self._peek() != character:
