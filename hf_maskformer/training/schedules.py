@@ -6,7 +6,6 @@ begins at a share of the learning rate instead of 0.
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal, get_args
 
 ScheduleName = Literal["poly", "steps"]
@@ -25,11 +24,16 @@ def learning_rate_schedule(
         warmup_steps, warmup_factor: see `warmup`.
         milestones: of "steps", as shares of the run.
     """
-    warmup_of = partial(warmup, warmup_steps=warmup_steps, warmup_factor=warmup_factor)
-    if name == "poly":
-        return partial(_poly, num_steps=num_steps, warmup_of=warmup_of)
-    at = [round(milestone * num_steps) for milestone in milestones]
-    return partial(_steps, milestones=at, warmup_of=warmup_of)
+    falls = [round(milestone * num_steps) for milestone in milestones]
+
+    def factor(step: int) -> float:
+        rise = warmup(step, warmup_steps, warmup_factor)
+        if name == "steps":
+            return rise * STEP_FACTOR ** bisect_right(falls, step)
+        # The scheduler is asked once more after the last step.
+        return rise * max(1 - step / num_steps, 0.0) ** POWER
+
+    return factor
 
 
 def check_schedule(name: str, warmup_factor: float, milestones: Sequence[float]) -> None:
@@ -50,12 +54,3 @@ def warmup(step: int, warmup_steps: int, warmup_factor: float) -> float:
         return 1.0
     share = step / warmup_steps
     return warmup_factor * (1 - share) + share
-
-
-def _poly(step: int, num_steps: int, warmup_of: Callable[[int], float]) -> float:
-    # The scheduler is asked once more after the last step.
-    return warmup_of(step) * max(1 - step / num_steps, 0.0) ** POWER
-
-
-def _steps(step: int, milestones: list[int], warmup_of: Callable[[int], float]) -> float:
-    return warmup_of(step) * STEP_FACTOR ** bisect_right(milestones, step)
