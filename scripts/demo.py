@@ -21,8 +21,7 @@ from hf_maskformer import MaskFormerForInstanceSegmentation, MaskFormerImageProc
 from hf_maskformer.command_line import OptionParser, errors_as_messages
 from hf_maskformer.data.folder import SegmentationFolder
 from hf_maskformer.data.generated_scenes import color_classifier_mean_iou, write_generated_scenes
-from hf_maskformer.evaluation.drawing import draw_comparison, draw_segmentation, legend_labels
-from hf_maskformer.evaluation.prediction import predict
+from hf_maskformer.training.pictures import draw_samples
 
 SCRIPTS = Path(__file__).parent
 SIDE = 128  # of the scenes, in pixels
@@ -105,17 +104,9 @@ def draw_pictures(checkpoint: Path, data: Path, folder: Path) -> list[Path]:
     image_processor = MaskFormerImageProcessor.from_pretrained(checkpoint)
     folder.mkdir()
     paths = []
-    scenes = SegmentationFolder(data, "val")
-    id2label = scenes.labels.id2label
-    for sample in (scenes[index] for index in range(min(NUM_PICTURES, len(scenes)))):
-        image, truth = sample["image"], sample["segmentation_map"]
-        predicted = predict(model, image_processor, image, "semantic").segmentation
-        panels = [
-            ("ground truth", draw_segmentation(image, truth, id2label)),
-            ("prediction", draw_segmentation(image, predicted, id2label)),
-        ]
-        paths.append(folder / f"{sample['name']}.png")
-        draw_comparison(image, panels, legend_labels([truth, predicted], id2label)).save(paths[-1])
+    for name, picture in draw_samples(model, image_processor, SegmentationFolder(data, "val"), NUM_PICTURES):
+        paths.append(folder / f"{name}.png")
+        picture.save(paths[-1])
     return paths
 
 

@@ -1,5 +1,6 @@
 """Pictures of predictions in TensorBoard, after every evaluation."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,9 @@ class PictureCallback(TrainerCallback):
         writer: Any = self._tensorboard.tb_writer
         if writer is None or not state.is_world_process_zero:
             return
-        model: Any = kwargs["model"]
-        was_training = model.training
-        model.eval()
-        for index in range(min(self._num_pictures, len(self._dataset))):
-            sample = self._dataset[index]
-            picture = picture_of(model, self._image_processor, sample, labels_of(self._dataset))
-            writer.add_image(f"eval/{sample['name']}", np.asarray(picture), state.global_step, dataformats="HWC")
-        model.train(was_training)
+        drawn = draw_samples(kwargs["model"], self._image_processor, self._dataset, self._num_pictures)
+        for name, picture in drawn:
+            writer.add_image(f"eval/{name}", np.asarray(picture), state.global_step, dataformats="HWC")
 
 
 def drawn_data(trainer: Any) -> Any:
@@ -75,18 +71,26 @@ def write_pictures(model: Any, image_processor: Any, dataset: Any, num_pictures:
     """
     for path in (folder / FOLDER).glob("sample_*.jpg"):
         path.unlink()
-    was_training = model.training
-    model.eval()
     pictures = []
-    for index in range(min(num_pictures, len(dataset))):
-        drawn = picture_of(model, image_processor, dataset[index], labels_of(dataset))
+    # Without the names of samples, which may say more than their owner wants to tell.
+    for number, (_, drawn) in enumerate(draw_samples(model, image_processor, dataset, num_pictures), start=1):
         drawn.thumbnail((MAX_SIDE, MAX_SIDE))
-        # The names of samples may say more than their owner wants to tell.
-        pictures.append(Picture("Image, truth and prediction", f"{FOLDER}/sample_{index + 1}.jpg"))
+        pictures.append(Picture("Image, truth and prediction", f"{FOLDER}/sample_{number}.jpg"))
         (folder / FOLDER).mkdir(exist_ok=True)
         drawn.save(folder / pictures[-1].file, quality=90)
-    model.train(was_training)
     return pictures
+
+
+def draw_samples(
+    model: Any, image_processor: Any, dataset: Any, num_pictures: int
+) -> Iterator[tuple[str, Image.Image]]:
+    """The names of the first samples of a data set and their pictures (`picture_of`); restores the model's mode."""
+    was_training = model.training
+    model.eval()
+    for index in range(min(num_pictures, len(dataset))):
+        sample = dataset[index]
+        yield sample["name"], picture_of(model, image_processor, sample, labels_of(dataset))
+    model.train(was_training)
 
 
 @torch.no_grad()
