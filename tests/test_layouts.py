@@ -465,7 +465,8 @@ def test_classes_of_ones_own_take_the_place_of_any_data_sets(tmp_path, label_nam
     own = LabelSet({0: "sky", 1: "ship"}, category_ids=(2978, 312) if format == "ade20k-full" else ())
     classes = tmp_path / "mine.json"
     own.to_json(classes)
-    assert open_dataset(str(tmp_path / "data"), "train", classes=str(classes), format=format).labels == own
+    dataset = open_dataset(str(tmp_path / "data"), "train", classes=str(classes), format=format)
+    assert (dataset.labels, dataset.label_source) == (own, str(classes))
 
 
 def test_classes_given_to_panoptic_cityscapes_order_its_categories(tmp_path):

@@ -116,7 +116,7 @@ class CocoInstances(_CocoDataset):
         masks = empty_masks(len(annotations), size, source)
         for mask, annotation in zip(masks, annotations, strict=True):
             mask[:] = self._mask(annotation, size)
-        labels = [self.labels.label_of(annotation["category_id"], self.label_source) for annotation in annotations]
+        labels = [self.labels.label_of(annotation["category_id"], source) for annotation in annotations]
         return make_sample_of_masks(self._file.sample_name(index), image, masks, labels, annotations, source)
 
     def map_source(self, index: int) -> str:

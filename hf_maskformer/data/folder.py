@@ -90,7 +90,7 @@ class SegmentationFolder(SegmentationFiles):
     Args:
         root: the folder.
         split: name of its part.
-        classes: another file than root/classes.json.
+        labels: other classes than those of root/classes.json.
 
     Attributes:
         names: file names without suffix, sorted; the order of the samples.
@@ -102,7 +102,7 @@ class SegmentationFolder(SegmentationFiles):
         ValueError: an image without a label file or the reverse, two files of one name, a malformed `classes.json`.
     """
 
-    def __init__(self, root: str | Path, split: str, classes: str | Path | None = None) -> None:
+    def __init__(self, root: str | Path, split: str, labels: LabelSet | None = None) -> None:
         image_folder = _split_folder(Path(root), "images", split)
         map_folder = _split_folder(Path(root), "annotations", split)
         image_files = files_by_name(image_folder, IMAGE_SUFFIXES)
@@ -115,8 +115,8 @@ class SegmentationFolder(SegmentationFiles):
                 "formats, such as JPEG, would change labels."
             )
         _warn_of_unread(image_folder, image_files.values())
-        label_source = str(classes or Path(root) / "classes.json")
-        super().__init__(image_files, map_files, LabelSet.from_json(label_source), label_source)
+        label_source = str(Path(root) / "classes.json")
+        super().__init__(image_files, map_files, labels or LabelSet.from_json(label_source), label_source)
 
 
 class PackedStrings(Sequence[str]):

@@ -91,7 +91,11 @@ def open_dataset(
         raise ValueError(f"Only columns of a `datasets` data set can be streamed; {path} is read as {format}.")
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; known are {', '.join((*FORMATS, *COLUMN_FORMATS))}.")
-    return FORMATS[format](Path(path), split, classes)
+    labels = None if classes is None else LabelSet.from_json(classes)
+    dataset = FORMATS[format](Path(path), split, labels)
+    if classes is not None:
+        dataset.label_source = classes
+    return dataset
 
 
 def _detect(root: Path, classes: str | None) -> str:
@@ -127,19 +131,11 @@ def _own_classes(path: str) -> str:
     )
 
 
-def _labels(classes: str | None) -> LabelSet | None:
-    return None if classes is None else LabelSet.from_json(classes)
-
-
-def _with_labels(reader: Callable[..., Any]) -> Callable[[Path, str, str | None], Any]:
-    return lambda root, split, classes: reader(root, split, _labels(classes))
-
-
-def _coco(reader: Callable[..., Any], files: tuple[str, ...]) -> Callable[[Path, str, str | None], Any]:
-    def read(root: Path, split: str, classes: str | None) -> Any:
+def _coco(reader: Callable[..., Any], files: tuple[str, ...]) -> Callable[[Path, str, LabelSet | None], Any]:
+    def read(root: Path, split: str, labels: LabelSet | None) -> Any:
         # One's own data often has one folder of images for all splits.
         json_path, image_folder = _existing(root, files, split), _existing(root, IMAGE_FOLDERS, split, "images")
-        return reader(json_path, image_folder, labels=_labels(classes))
+        return reader(json_path, image_folder, labels=labels)
 
     return read
 
@@ -155,16 +151,16 @@ def _existing(root: Path, patterns: tuple[str, ...], split: str, *others: str) -
     raise FileNotFoundError(f"{root} has none of {', '.join(names)}.{hint} {ON_LAYOUTS}")
 
 
-FORMATS: dict[str, Callable[[Path, str, str | None], Any]] = {
+FORMATS: dict[str, Callable[[Path, str, LabelSet | None], Any]] = {
     "folder": SegmentationFolder,
-    "ade20k": _with_labels(ade20k),
-    "ade20k-full": _with_labels(Ade20kFull),
-    "cityscapes": _with_labels(cityscapes),
-    "cityscapes-panoptic": _with_labels(cityscapes_panoptic),
+    "ade20k": ade20k,
+    "ade20k-full": Ade20kFull,
+    "cityscapes": cityscapes,
+    "cityscapes-panoptic": cityscapes_panoptic,
     "coco-instances": _coco(CocoInstances, INSTANCE_FILES),
     "coco-panoptic": _coco(CocoPanoptic, PANOPTIC_FILES),
-    "coco-stuff-10k": _with_labels(CocoStuff10k),
-    "mapillary-vistas": _with_labels(mapillary_vistas),
+    "coco-stuff-10k": CocoStuff10k,
+    "mapillary-vistas": mapillary_vistas,
 }
 # Files and folders of which one gives a layout away.
 MARKS = {
