@@ -6,7 +6,6 @@ measures how little a colour gives away.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +99,7 @@ def write_generated_scenes(
     scenes = GeneratedScenes(num_val + num_train, seed, image_size)
     for split, indices in (("train", range(num_val, num_val + num_train)), ("val", range(num_val))):
         _write_split(root, split, scenes, indices)
-    (root / "classes.json").write_text(json.dumps(asdict(LABELS), indent=1))
+    LABELS.to_json(root / "classes.json")
 
 
 def _write_split(root: Path, split: str, scenes: GeneratedScenes, indices: range) -> None:
