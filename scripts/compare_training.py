@@ -260,12 +260,10 @@ def write_figures(curves: dict[str, list[dict[str, float]]], arguments: Argument
 
 def draw_curves(curves: dict[str, list[dict[str, float]]], metric: str, path: str) -> None:
     """Draws the metric against the time and the steps of training."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, unit in zip(axes, ("minutes", "steps"), strict=True):
         for name, points in curves.items():
             axis.plot([point[unit] for point in points], [point[metric] for point in points], marker="o", label=name)

@@ -79,12 +79,10 @@ def criteria(arguments: argparse.Namespace, with_stock: bool = True) -> Peers:
 
 def draw_growth(figures: dict[str, Figures], path: str) -> None:
     """Draws the processor time against the number of pixels and of segments."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, (setting, values) in zip(axes, SWEEPS.items(), strict=True):
         positions = [value**2 / 1e6 for value in values] if setting == "size" else values
         for name in figures[f"{setting} {values[0]}"]:

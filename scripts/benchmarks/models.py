@@ -120,12 +120,10 @@ def onnx_session(model: MaskFormerForInstanceSegmentation) -> "InferenceSession"
 
 def draw_latency(figures: dict[str, Figures], path: str) -> None:
     """Draws the time of a pass against the side of the images."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(5.5, 3.5), layout="constrained")
+    figure = Figure(figsize=(5.5, 3.5), layout="constrained")
+    axis = figure.subplots()
     for name in next(iter(figures.values())):
         axis.plot(PLOT_SIZES, [peers[name]["median_ms"] for peers in figures.values()], marker="o", label=name)
     axis.set(xlabel="side of the image, pixels", ylabel="milliseconds", ylim=0, xticks=PLOT_SIZES)
