@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "model_cards"
 def card(preset: Preset) -> ModelCard:
     """The card of a preset with the weights of the paper's authors, converted into a folder of the preset's name."""
     config = preset.config()
-    task = "panoptic" if preset.data_set.panoptic_thresholds else "semantic"
+    task = preset.data_set.task
     return make_card(
         config,
         task,
@@ -51,7 +51,7 @@ def training_text(preset: Preset) -> str:
     """The recipe, and the command that repeats it."""
     recipe = RECIPES[preset.name]
     options = {"images in a step": recipe.data.batch_size} | recipe.options()
-    layout = " --format coco-panoptic" if preset.data_set.panoptic_thresholds else ""
+    layout = " --format coco-panoptic" if preset.data_set.task == "panoptic" else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in options.items() if value is not False)
     return (
         f"As the paper trained it:\n\n| setting | value |\n| --- | --- |\n{rows}\n\n"

@@ -62,7 +62,7 @@ def row(preset: Preset) -> str:
 
 def image_size(preset: Preset) -> int:
     """Side of the image, in pixels, for which the original's operations are known."""
-    if preset.data_set.panoptic_thresholds:
+    if preset.data_set.task == "panoptic":
         return 800
     return 640 if preset.name in ("ade20k-swin-base", "ade20k-swin-large") else 512
 

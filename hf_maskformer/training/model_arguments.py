@@ -7,7 +7,7 @@ from ..configuration_maskformer import MaskFormerConfig
 from ..data.labels import LabelSet
 from ..evaluation.tasks import Task
 from ..image_processing_maskformer import MaskFormerImageProcessor
-from .presets import Config, Model, config_label_fields, find_preset, task_settings
+from .presets import Config, Model, config_label_fields, find_preset
 from .recipes import check_data, recipe_image_processor
 from .starting_point import (
     check_backbone,
@@ -94,7 +94,7 @@ class ModelArguments:
         if self.preset is None:
             return
         preset = find_preset(self.preset)
-        own_task = task_settings(preset.data_set.panoptic_thresholds)["segmentation_task"]
+        own_task = preset.data_set.task
         if task not in (None, own_task):
             raise ValueError(f"--task is {task}, but {preset.name} learns {own_task} segmentation. Leave --task out.")
         check_data(preset, dataset, is_fine_tuning=self.checkpoint is not None)

@@ -55,9 +55,14 @@ class DataSet:
     panoptic_thresholds: dict[str, float] | None = None
 
     @property
+    def task(self) -> str:
+        """What a model learns from it."""
+        return "semantic" if self.panoptic_thresholds is None else "panoptic"
+
+    @property
     def metric(self) -> str:
         """What its results are measured in."""
-        return "PQ" if self.panoptic_thresholds else "mIoU"
+        return {"semantic": "mIoU", "panoptic": "PQ"}[self.task]
 
     def labels(self) -> LabelSet | None:
         """Its classes, or None where their names are not known here."""
@@ -157,6 +162,7 @@ class Preset:
     """One model of the paper's model zoo; `config` and `image_processor` build its two parts.
 
     Attributes:
+        data_set_name: of its data, in `DATA_SETS`.
         method: which of the paper's three architectures.
         reported, reported_multi_scale: mIoU or PQ in percent as the paper's authors report it for their weights, the
             second with several scales and flips at inference.
@@ -165,7 +171,7 @@ class Preset:
     """
 
     name: str
-    data_set: DataSet
+    data_set_name: str
     backbone: str
     method: str
     reported: float
@@ -174,9 +180,9 @@ class Preset:
     weights_url: str
 
     @property
-    def data_set_name(self) -> str:
-        """The short name of its data, in `DATA_SETS`."""
-        return next(name for name, data_set in DATA_SETS.items() if data_set is self.data_set)
+    def data_set(self) -> DataSet:
+        """What it must know of its data."""
+        return DATA_SETS[self.data_set_name]
 
     @property
     def weights_file(self) -> str:
@@ -202,7 +208,7 @@ class Preset:
         backbone = config_class(**fields)
         if self.method == MASKFORMER:
             decoder: PreTrainedConfig = DetrConfig(**DROPOUT)
-            if self.data_set.panoptic_thresholds and self.backbone in ("r50", "r101"):
+            if self.data_set.task == "panoptic" and self.backbone in ("r50", "r101"):
                 decoder = MaskFormerTransformerConfig(pixel_decoder_layers=PIXEL_DECODER_LAYERS, **DROPOUT)
             return MaskFormerConfig(backbone_config=backbone, decoder_config=decoder, **names)
         queries = MaskFormerTransformerConfig(num_queries=self.data_set.num_labels, **DROPOUT)
@@ -335,7 +341,7 @@ def _presets() -> Iterator[Preset]:
         for (method, backbone), (reported, multi_scale, parameters, folder, identifier) in rows.items():
             name = "-".join(part for part in (data_set, method, backbone) if part)
             url = f"{WEIGHTS_URL}/{DATA_SETS[data_set].folder}/{folder}/model_final_{identifier}.pkl"
-            yield Preset(name, DATA_SETS[data_set], backbone, method, reported, multi_scale, parameters, url)
+            yield Preset(name, data_set, backbone, method, reported, multi_scale, parameters, url)
 
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _presets()}

@@ -203,12 +203,12 @@ def check_data(preset: Preset, dataset: Any, is_fine_tuning: bool = False) -> No
     _warn_of_other_names(preset, dataset.labels)
     sample = dataset[0]
     has_segments = "instance_id_to_semantic_id" in sample
-    if preset.data_set.panoptic_thresholds and not has_segments:
+    if preset.data_set.task == "panoptic" and not has_segments:
         raise ValueError(
             f"{preset.name} learns panoptic segmentation, but {sample['name']} has no segments with classes, as "
             "panoptic data do (--format coco-panoptic, or columns with segments_info; see docs/data.md)."
         )
-    if not preset.data_set.panoptic_thresholds and (has_segments or "masks" in sample):
+    if preset.data_set.task == "semantic" and (has_segments or "masks" in sample):
         raise ValueError(
             f"{preset.name} learns semantic segmentation, one mask for each class, but {sample['name']} has a mask for "
             "each object. Name data with maps of classes (see docs/data.md), or a panoptic preset."
