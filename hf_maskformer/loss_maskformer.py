@@ -16,13 +16,14 @@ from transformers import initialization as init
 from .configuration_maskformer_parts import check_loss
 from .loss_maskformer_logits import mask_logits_of_image, matched_mask_logits
 from .loss_maskformer_masks import (
-    DenseMaskLosses,
     MasksOfImage,
     MasksOfSegment,
+    WithGradient,
+    dense_mask_losses,
     works_in_cache,
 )
 from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask_costs
-from .loss_maskformer_points import PointSampling, SampledMaskLosses
+from .loss_maskformer_points import PointSampling, sampled_mask_losses
 from .loss_maskformer_targets import (
     NO_LABEL,
     Targets,
@@ -205,19 +206,21 @@ class MaskFormerLoss(nn.Module):
                 class_queries_logits.float(), targets.labels, layers, images, queries, segments
             )
             cross_entropy = self.cross_entropy_weight * cross_entropy / class_weight
-            weights = self.mask_weight, self.dice_weight
+            needs_gradient = torch.is_grad_enabled() and mask_logits.requires_grad
+            weights = self.mask_weight if needs_gradient else None, self.dice_weight
             if self.point_sampling is None:
                 groups: Iterator[MasksOfSegment | MasksOfImage] = (
                     self.masks_of_segments(pairs, targets, starts)
                     if is_by_segment
                     else self.masks_of_images(counts, segments, targets)
                 )
-                mask_loss, focal, dice = DenseMaskLosses.apply(mask_logits, groups, targets.size, *weights)
+                focal, dice, gradient = dense_mask_losses(mask_logits, groups, targets.size, *weights)
             else:
-                mask_loss, focal, dice = SampledMaskLosses.apply(
+                focal, dice, gradient = sampled_mask_losses(
                     mask_logits, self.point_sampling, counts, segments, targets, self.ignores_void, *weights
                 )
-            loss = cross_entropy.sum() + mask_loss / num_masks
+            mask_loss = self.mask_weight * focal.sum() + self.dice_weight * dice.sum()
+            loss = cross_entropy.sum() + WithGradient.apply(mask_logits, mask_loss, gradient) / num_masks
 
             mask_terms = torch.stack((self.mask_weight * focal, self.dice_weight * dice)) / num_masks
             mask_terms = mask_terms.new_zeros(2, num_layers).index_add_(1, layers, mask_terms)

@@ -66,53 +66,61 @@ class MasksOfImage:
     counted: Tensor | None = None
 
 
-class DenseMaskLosses(torch.autograd.Function):
-    """Focal and dice loss on all H x W pixels, with logits enlarged bilinearly, a few masks at a time.
-
-    The gradient at h x w is made in the forward pass, on a CPU while the pixels of a mask are in the cache, and nothing
-    of size H x W outlives its mask.
+class WithGradient(torch.autograd.Function):
+    """A sum of losses of masks whose gradient is known already: it is made where their pixels are at hand.
 
     Shapes:
-        logits: (M, h, w), any floating type; computed in float32.
-        returns: the weighted sum over masks, differentiable once; focal (mean over pixels) and dice of each mask, (M,).
+        logits: (M, h, w), any floating type.
+        total: The sum, without gradient.
+        gradient: That of the sum by the logits, float32; None where nobody wants it.
+        returns: the sum, differentiable once.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        groups: Iterable[MasksOfSegment | MasksOfImage],
-        size: tuple[int, int],
-        focal_weight: float,
-        dice_weight: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits, dtype=torch.float32) if needs_gradient else None
-        enlargement = Enlargement(logits.shape[-2:], size, logits.device)
-        masks_per_chunk = rows_at_once(logits.device, size[0] * size[1])
-        for group in groups:
-            for start in range(group.rows.start, group.rows.stop, masks_per_chunk):
-                rows = slice(start, min(start + masks_per_chunk, group.rows.stop))
-                pixels = enlargement(logits[rows].float()).flatten(1)
-                weights = focal_weight if needs_gradient else None, dice_weight
-                if isinstance(group, MasksOfSegment):
-                    focal[rows], dice[rows] = _losses_of_segment(pixels, group, *weights)
-                else:
-                    inside = masks_at(group.masks, group.segments[rows])
-                    focal[rows], dice[rows] = mask_losses(pixels, inside, group.counted, *weights)
-                if gradient is not None:
-                    gradient[rows] = enlargement.transposed(pixels.unflatten(1, size))
+    def forward(ctx: Any, logits: Tensor, total: Tensor, gradient: Tensor | None) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
-        ctx.mark_non_differentiable(focal, dice)
-        return focal_weight * focal.sum() + dice_weight * dice.sum(), focal, dice
+        return total.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, total_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, total_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * total_gradient).to(ctx.dtype), None, None, None, None
+        return (gradient * total_gradient).to(ctx.dtype), None, None
+
+
+@torch.no_grad()
+def dense_mask_losses(
+    logits: Tensor,
+    groups: Iterable[MasksOfSegment | MasksOfImage],
+    size: tuple[int, int],
+    focal_weight: float | None,
+    dice_weight: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Focal and dice loss on all H x W pixels, with logits enlarged bilinearly, a few masks at a time.
+
+    The gradient at h x w is made on the way, on a CPU while the pixels of a mask are in the cache, and nothing of size
+    H x W outlives its mask.
+
+    Takes logits (M, h, w) of any floating type, computed in float32. Returns focal (mean over pixels) and dice of each
+    mask, (M,), and the gradient of their weighted sum by the logits; without `focal_weight` None.
+    """
+    focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
+    gradient = None if focal_weight is None else torch.empty_like(logits, dtype=torch.float32)
+    enlargement = Enlargement(logits.shape[-2:], size, logits.device)
+    masks_per_chunk = rows_at_once(logits.device, size[0] * size[1])
+    for group in groups:
+        for start in range(group.rows.start, group.rows.stop, masks_per_chunk):
+            rows = slice(start, min(start + masks_per_chunk, group.rows.stop))
+            pixels = enlargement(logits[rows].float()).flatten(1)
+            if isinstance(group, MasksOfSegment):
+                focal[rows], dice[rows] = _losses_of_segment(pixels, group, focal_weight, dice_weight)
+            else:
+                inside = masks_at(group.masks, group.segments[rows])
+                focal[rows], dice[rows] = mask_losses(pixels, inside, group.counted, focal_weight, dice_weight)
+            if gradient is not None:
+                gradient[rows] = enlargement.transposed(pixels.unflatten(1, size))
+    return focal, dice, gradient
 
 
 def _losses_of_segment(

@@ -6,7 +6,6 @@ Letters: M masks, m of them in work at once, P points; h x w is the size of the 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,67 +77,53 @@ class PointSampling:
         return torch.cat((uncertain, others.expand(len(logits), -1)), dim=1)
 
 
-class SampledMaskLosses(torch.autograd.Function):
-    """Focal and dice loss on sampled points, a few masks at a time, whose gradient is made at once.
+@torch.no_grad()
+def sampled_mask_losses(
+    logits: Tensor,
+    sampling: PointSampling,
+    counts: list[int],
+    segments: Tensor,
+    targets: Targets,
+    ignores_void: bool,
+    focal_weight: float | None,
+    dice_weight: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Focal and dice loss on sampled points, a few masks at a time, and their gradient: as `dense_mask_losses`.
 
-    Shapes:
-        logits: (M, h, w), any floating type, sorted by image; computed in float32.
-        returns: as `DenseMaskLosses`, focal being the mean over points.
+    Takes logits (M, h, w) sorted by image, of which image i has `counts[i]`, and the segment of each, (M,). The focal
+    loss is the mean over points.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        sampling: PointSampling,
-        counts: list[int],
-        segments: Tensor,
-        targets: Targets,
-        ignores_void: bool,
-        focal_weight: float,
-        dice_weight: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits, dtype=torch.float32) if needs_gradient else None
-        focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
-        masks_per_draw = max(1, MANY_POINTS // sampling.num_drawn)
-        masks_per_chunk = rows_at_once(logits.device, sampling.num_points)
-        ends = itertools.accumulate(counts)
-        for end, count, masks in zip(ends, counts, targets.masks, strict=True):
-            is_owned = are_owned(masks).flatten() if ignores_void else None
-            for start in range(end - count, end, masks_per_draw):
-                stop = min(start + masks_per_draw, end)
-                positions = torch.rand(2, sampling.num_drawn, dtype=torch.float32, device=logits.device)
-                points = Points(positions, logits.shape[-2:])
-                pixels = _pixels_at(positions, targets.size)
-                counted = None if is_owned is None else is_owned[pixels]
-                at_points = points(logits[start:stop].float())
-                for first in range(0, stop - start, masks_per_chunk):
-                    chunk = at_points[first : first + masks_per_chunk]
-                    rows = slice(start + first, start + first + len(chunk))
-                    chosen = sampling.choose_points(chunk, counted)
-                    logits_at_chosen = chunk.gather(1, chosen)
-                    focal[rows], dice[rows] = mask_losses(
-                        logits_at_chosen,
-                        masks_at(masks, segments[rows], pixels).gather(1, chosen),
-                        None if counted is None else counted[chosen],
-                        focal_weight if needs_gradient else None,
-                        dice_weight,
-                    )
-                    if needs_gradient:
-                        chunk.zero_().scatter_(1, chosen, logits_at_chosen)
+    focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
+    gradient = None if focal_weight is None else torch.empty_like(logits, dtype=torch.float32)
+    masks_per_draw = max(1, MANY_POINTS // sampling.num_drawn)
+    masks_per_chunk = rows_at_once(logits.device, sampling.num_points)
+    ends = itertools.accumulate(counts)
+    for end, count, masks in zip(ends, counts, targets.masks, strict=True):
+        is_owned = are_owned(masks).flatten() if ignores_void else None
+        for start in range(end - count, end, masks_per_draw):
+            stop = min(start + masks_per_draw, end)
+            positions = torch.rand(2, sampling.num_drawn, dtype=torch.float32, device=logits.device)
+            points = Points(positions, logits.shape[-2:])
+            pixels = _pixels_at(positions, targets.size)
+            counted = None if is_owned is None else is_owned[pixels]
+            at_points = points(logits[start:stop].float())
+            for first in range(0, stop - start, masks_per_chunk):
+                chunk = at_points[first : first + masks_per_chunk]
+                rows = slice(start + first, start + first + len(chunk))
+                chosen = sampling.choose_points(chunk, counted)
+                logits_at_chosen = chunk.gather(1, chosen)
+                focal[rows], dice[rows] = mask_losses(
+                    logits_at_chosen,
+                    masks_at(masks, segments[rows], pixels).gather(1, chosen),
+                    None if counted is None else counted[chosen],
+                    focal_weight,
+                    dice_weight,
+                )
                 if gradient is not None:
-                    gradient[start:stop] = points.transposed(at_points)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logits.dtype
-        ctx.mark_non_differentiable(focal, dice)
-        return focal_weight * focal.sum() + dice_weight * dice.sum(), focal, dice
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, total_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * total_gradient).to(ctx.dtype), *(None,) * 7
+                    chunk.zero_().scatter_(1, chosen, logits_at_chosen)
+            if gradient is not None:
+                gradient[start:stop] = points.transposed(at_points)
+    return focal, dice, gradient
 
 
 class Points:

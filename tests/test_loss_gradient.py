@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_maskformer import MaskFormerLoss
 from hf_maskformer.loss_maskformer_logits import matched_mask_logits
 from hf_maskformer.loss_maskformer_masks import (
-    DenseMaskLosses,
     Enlargement,
     MasksOfSegment,
+    dense_mask_losses,
     plain_mask_losses,
 )
-from hf_maskformer.loss_maskformer_points import Points, PointSampling, SampledMaskLosses
+from hf_maskformer.loss_maskformer_points import Points, PointSampling, sampled_mask_losses
 from hf_maskformer.loss_maskformer_targets import are_owned, prepare_targets
 from hf_maskformer.modeling_maskformer_pixel_decoder import MaskProjection
 
@@ -139,9 +139,7 @@ def test_dense_losses_of_a_chunk_are_the_plain_ones(scale, left_out):
     logits = (scale * torch.randn(4, 8, 8)).requires_grad_()
     inside = [torch.arange(5), torch.arange(100, 400)]
     groups = [MasksOfSegment(slice(0, 3), inside[0], left_out), MasksOfSegment(slice(3, 4), inside[1], left_out)]
-    total, focal, dice = DenseMaskLosses.apply(logits, groups, (32, 32), 20.0, 1.0)
-    total.backward()
-    found, logits.grad = logits.grad, None
+    focal, dice, found = dense_mask_losses(logits, groups, (32, 32), 20.0, 1.0)
 
     masks = torch.zeros(4, 32 * 32, dtype=torch.bool)
     for group in groups:
@@ -423,9 +421,7 @@ def test_sampled_losses_and_their_gradient_are_the_plain_ones_on_the_same_points
     counts, segments = [3, 2], torch.tensor([0, 1, 1, 0, 1])
     logits, sampling = (scale * torch.randn(5, 8, 16)).requires_grad_(), PointSampling(40)
     torch.manual_seed(0)
-    total, *found = SampledMaskLosses.apply(logits, sampling, counts, segments, targets, ignores_void, 20.0, 1.0)
-    total.backward()
-    gradient, logits.grad = logits.grad, None
+    *found, gradient = sampled_mask_losses(logits, sampling, counts, segments, targets, ignores_void, 20.0, 1.0)
 
     torch.manual_seed(0)
     expected, start = [], 0
