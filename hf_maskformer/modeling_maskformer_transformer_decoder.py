@@ -16,9 +16,8 @@ from .modeling_maskformer_transformer_layers import (
     Attention,
     TransformerEncoder,
     TransformerLayer,
+    as_memory,
     has_pre_norm,
-    positions_inside,
-    sine_positions,
 )
 
 
@@ -137,10 +136,7 @@ class TransformerModule(nn.Module):
             memory = self.input_projection(memory)
         if self.encoder is not None:
             memory = self.encoder(memory, memory_sizes)
-        size = memory.shape[-2:]
-        memory = memory.flatten(2).transpose(1, 2)  # (B, P, D)
-        memory_positions = sine_positions(size, memory.shape[-1], memory.device, memory_sizes).to(memory.dtype)
-        memory_mask = None if memory_sizes is None else positions_inside(size, memory_sizes)
+        memory, memory_positions, memory_mask = as_memory(memory, memory_sizes)  # (B, P, D)
         # Through the module, since weights that are offloaded or sharded come back when their module is called.
         numbers = torch.arange(self.num_queries, device=memory.device)
         query_positions = self.queries_embedder(numbers)

@@ -205,20 +205,29 @@ class TransformerEncoder(nn.Module):
 
     def forward(self, features: Tensor, memory_sizes: Tensor | None = None) -> Tensor:
         """With `memory_sizes` (B, 2), how many rows and columns hold an image, nothing attends to the others."""
-        size = features.shape[-2:]
-        memory = features.flatten(2).transpose(1, 2)
-        positions = sine_positions(size, memory.shape[-1], memory.device, memory_sizes).to(memory.dtype)
-        memory_mask = None if memory_sizes is None else positions_inside(size, memory_sizes)
+        memory, memory_positions, memory_mask = as_memory(features, memory_sizes)
         for layer in self.layers:
-            memory = layer(memory, positions, memory_mask)
+            memory = layer(memory, memory_positions, memory_mask)
         if self.layernorm is not None:
             memory = self.layernorm(memory)
-        return without_view(memory.transpose(1, 2).unflatten(2, size))
+        return without_view(memory.transpose(1, 2).unflatten(2, features.shape[-2:]))
 
 
 def has_pre_norm(config: PreTrainedConfig) -> bool:
     """Whether the layers normalise their input; those of type `detr` never do."""
     return is_of_type(config, MaskFormerTransformerConfig) and config.pre_norm
+
+
+def as_memory(features: Tensor, memory_sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What attention to a feature map (B, D, h, w) takes: it as (B, P, D), its sine positions, and the memory mask.
+
+    The mask, (B, P) bool, leaves out all but the `memory_sizes` (B, 2) rows and columns that hold an image; without
+    these there is none.
+    """
+    size = features.shape[-2:]
+    memory = features.flatten(2).transpose(1, 2)
+    positions = sine_positions(size, memory.shape[-1], memory.device, memory_sizes).to(memory.dtype)
+    return memory, positions, None if memory_sizes is None else positions_inside(size, memory_sizes)
 
 
 def sine_positions(size: Sequence[int], width: int, device: torch.device, memory_sizes: Tensor | None = None) -> Tensor:
