@@ -4,8 +4,6 @@ Letters: B images, Q queries, L decoder layers, K classes, N segments in one ima
 width; H x W is the padded image, h x w = H/4 x W/4.
 """
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 
@@ -20,20 +18,16 @@ from .modeling_maskformer_pretrained import MaskFormerPreTrainedModel, first_set
 from .modeling_maskformer_transformer_decoder import TransformerModule
 
 
-class MaskEmbedder(nn.Module):
+class MaskEmbedder(nn.Sequential):
     """Three-layer perceptron from a query (D) to its mask embedding (C)."""
 
     def __init__(self, hidden_size: int, mask_feature_size: int) -> None:
-        super().__init__()
-        sizes = (hidden_size, hidden_size, hidden_size, mask_feature_size)
-        for index, (size, next_size) in enumerate(itertools.pairwise(sizes)):
-            # Each layer sits in a container of its own because checkpoints name it `mask_embedder.0.0`.
-            self.add_module(str(index), nn.Sequential(nn.Linear(size, next_size)))
-
-    def forward(self, queries: Tensor) -> Tensor:
-        for index, layer in enumerate(self.children()):
-            queries = layer(queries) if index == 0 else layer(queries.relu())
-        return queries
+        # Each layer sits in a container of its own, the last one too, because checkpoints name it `mask_embedder.0.0`.
+        super().__init__(
+            nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU()),
+            nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU()),
+            nn.Sequential(nn.Linear(hidden_size, mask_feature_size)),
+        )
 
 
 class MaskFormerModel(MaskFormerPreTrainedModel):
