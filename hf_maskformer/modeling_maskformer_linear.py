@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .modeling_maskformer_dispatch import (
     HAS_MKL_AND_ONEDNN,
-    PLAIN_TYPES,
     is_exported,
+    is_plain,
     is_transformed,
     register_operator,
 )
@@ -75,12 +75,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def convolution_pays(states: Tensor, weight: Tensor) -> bool:
     """Whether a product of states (..., C) and a matrix (O, C) is faster as a 1 x 1 convolution."""
-    # Exported graphs are read by others: they get the plain operator.
-    if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    if type(weight) not in PLAIN_TYPES:
-        return False
-    if not states.dtype == weight.dtype == torch.float32 or not IS_MKL_SLOW:
+    if not IS_MKL_SLOW or not is_plain(states, weight):
         return False
     if torch.compiler.is_compiling():
         return not torch.is_grad_enabled() and not is_transformed()
@@ -97,11 +92,11 @@ def products_with_pixels(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor
 
     Takes (L, B, Q, C) and (B, C, h, w); gives (L, B, Q, h, w).
     """
-    is_plain = torch.is_grad_enabled() or is_transformed() or is_exported()
-    if not is_plain and computes_in_bfloat16(embeddings, pixel_embeddings):
+    is_fixed = not (torch.is_grad_enabled() or is_transformed() or is_exported())
+    if is_fixed and computes_in_bfloat16(embeddings, pixel_embeddings):
         embeddings, pixel_embeddings = embeddings.bfloat16(), pixel_embeddings.bfloat16()
         products = products_one_by_one
-    elif not is_plain and convolution_pays(pixel_embeddings.movedim(1, -1), embeddings):
+    elif is_fixed and convolution_pays(pixel_embeddings.movedim(1, -1), embeddings):
         products = products_by_convolutions
     else:
         return torch.einsum("lbqc,bchw->lbqhw", embeddings, pixel_embeddings)
