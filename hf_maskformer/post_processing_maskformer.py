@@ -243,8 +243,7 @@ def _compete(mask_logits: Tensor, sizes: ImageSizes, scores: Tensor, mask_thresh
         probabilities = masks.resized_logits_by_query(tiles, queries).sigmoid_()
         # Comparisons that give numbers are several times as fast as those that give bools.
         is_in_mask = torch.ge(probabilities, mask_threshold, out=torch.empty_like(probabilities))
-        edge = masks.at_border(tiles)
-        is_in_mask[edge] *= masks.is_inside(tiles[edge])[:, None]
+        masks.clear_outside(is_in_mask, tiles)
         found_areas = is_in_mask.flatten(2).sum(dim=2).long()
         mask_areas.index_add_(0, queries, (found_areas * borders.index_select(1, queries)).sum(dim=0))
         owners.append(queries[_first_of_largest(probabilities.mul_(scores[queries, None, None]))])

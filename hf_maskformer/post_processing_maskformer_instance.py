@@ -150,9 +150,8 @@ def _find_instances(
     for chunk in tiling.chunks(touched, 1):
         tiles, owners = chunk[:, :2], chunk[:, 2]
         mask_probabilities = tiling.resized_logits_of(owners, tiles).sigmoid_()
-        border = tiling.at_border(tiles)
         is_in_mask = mask_probabilities >= mask_threshold
-        is_in_mask[border] &= tiling.is_inside(tiles[border])
+        tiling.clear_outside(is_in_mask[:, None], tiles)
         areas.index_add_(0, owners, is_in_mask.sum(dim=(1, 2)))
         sums[chunk.unbind(1)] = mask_probabilities.mul_(is_in_mask).sum(dim=(1, 2))
         pixels.append(is_in_mask)

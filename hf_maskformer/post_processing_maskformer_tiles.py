@@ -10,7 +10,7 @@ by row and column. A tile depends on S x S' grid points and takes the sigmoid at
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -75,14 +75,14 @@ class TiledMasks:
         """How many pixels of the target each tile has, (R, C) int64."""
         return self.rows.is_inside.sum(1)[:, None] * self.columns.is_inside.sum(1)
 
-    def is_inside(self, tiles: Tensor) -> Tensor:
-        """Whether each pixel of these tiles (n, 2) belongs to the target, (n, T, T)."""
-        return self.rows.is_inside[tiles[:, 0], :, None] & self.columns.is_inside[tiles[:, 1], None, :]
-
-    def at_border(self, tiles: Tensor) -> Tensor:
-        """Which of these tiles (n, 2) may reach beyond the target, as indices: those of the last row and column."""
+    def clear_outside(self, pixels: Tensor, tiles: Tensor) -> None:
+        """Sets the pixels (n, q, T, T) of tiles (n, 2) that lie beyond the target to 0."""
+        # Only the last row and column of tiles may reach that far.
         last = tiles.new_tensor([len(self.rows.support) - 1, len(self.columns.support) - 1])
-        return (tiles == last).any(dim=1).nonzero().flatten()
+        border = (tiles == last).any(dim=1).nonzero().flatten()
+        rows, columns = tiles[border].unbind(1)
+        is_inside = self.rows.is_inside[rows, :, None] & self.columns.is_inside[columns, None, :]
+        pixels[border] *= is_inside[:, None]
 
     def chunks(self, tiles: Tensor, numbers_per_pixel: int) -> Iterator[Tensor]:
         """Splits tiles so that a chunk with so many numbers per pixel takes little memory."""
@@ -95,23 +95,16 @@ class TiledMasks:
         return _apply(self.rows.before, self.columns.before, tiles, self._at_grid_points(tiles))
 
     def resized_logits_by_query(self, tiles: Tensor, queries: Tensor) -> Tensor:
-        """As `resized_logits` for some queries (q,), in the order of one map each, (n, q, M, M')."""
+        """As `resized_logits` in mode "direct", for some queries (q,) in the order of one map each, (n, q, T, T)."""
         logits = self._at_grid_points(tiles).permute(0, 3, 1, 2).index_select(1, queries)
-        if self.rows.before is None or self.columns.before is None:
-            return logits
-        rows = self.rows.before.index_select(0, tiles[:, 0])
-        columns = self.columns.before.index_select(0, tiles[:, 1])
+        rows, columns = self._matrices(tiles)
         return rows[:, None] @ (logits.flatten(1, 2) @ columns.mT).unflatten(1, logits.shape[1:3])
 
     def resized_logits_of(self, queries: Tensor, tiles: Tensor) -> Tensor:
-        """As `resized_logits` with one query (n,) for each tile, (n, M, M')."""
+        """As `resized_logits` in mode "direct", with one query (n,) for each tile, (n, T, T)."""
         points = self._grid_points(tiles) * self.logits.shape[2] + queries[:, None, None]
-        logits = self.logits.take(points)
-        if self.rows.before is None or self.columns.before is None:
-            return logits
-        rows = self.rows.before.index_select(0, tiles[:, 0])
-        columns = self.columns.before.index_select(0, tiles[:, 1])
-        return rows @ logits @ columns.mT
+        rows, columns = self._matrices(tiles)
+        return rows @ self.logits.take(points) @ columns.mT
 
     def at_pixels(self, values: Tensor, tiles: Tensor) -> Tensor:
         """Takes values (n, M, M', any) to the pixels of their tiles, (n, T, T, any)."""
@@ -145,6 +138,11 @@ class TiledMasks:
         """Makes a map (..., H, W) of the target from one of its tiles (..., R, T, C, T)."""
         height, width = self.target_size
         return canvas.flatten(-4, -3).flatten(-2)[..., :height, :width].contiguous()
+
+    def _matrices(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """In mode "direct": those from the grid points of tiles to their pixels, (n, T, S) and (n, T, S')."""
+        rows, columns = (cast(Tensor, axis.before) for axis in (self.rows, self.columns))
+        return rows.index_select(0, tiles[:, 0]), columns.index_select(0, tiles[:, 1])
 
     def _at_grid_points(self, tiles: Tensor) -> Tensor:
         """The logits at the grid points of tiles, (n, S, S', Q)."""
