@@ -190,25 +190,20 @@ def summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, Any]:
         precision: (T, R, K, A), of the most predictions.
         recall: (T, K, A, M).
     """
-    at50, at75 = 0, 5
-    figures: dict[str, Any] = {
-        "ap": _mean(precision[..., 0]),
-        "ap50": _mean(precision[at50, ..., 0]),
-        "ap75": _mean(precision[at75, ..., 0]),
-    }
+    figures: dict[str, Any] = _average_precisions(precision[..., 0])
     sizes = ("small", "medium", "large")
     figures |= {f"ap_{size}": _mean(precision[..., index]) for index, size in enumerate(sizes, start=1)}
     figures |= {f"ar{most}": _mean(recall[:, :, 0, index]) for index, most in enumerate(MOST)}
     figures |= {f"ar_{size}": _mean(recall[:, :, index, -1]) for index, size in enumerate(sizes, start=1)}
     figures["per_category"] = {
-        label: {
-            "ap": _mean(precision[:, :, label, 0]),
-            "ap50": _mean(precision[at50, :, label, 0]),
-            "ap75": _mean(precision[at75, :, label, 0]),
-        }
-        for label in range(precision.shape[2])
+        label: _average_precisions(precision[:, :, label, 0]) for label in range(precision.shape[2])
     }
     return figures
+
+
+def _average_precisions(precision: np.ndarray) -> dict[str, float]:
+    """Over all IoU thresholds, the first dimension, and at 0.50 and 0.75 alone."""
+    return {"ap": _mean(precision), "ap50": _mean(precision[0]), "ap75": _mean(precision[5])}
 
 
 def _mean(values: np.ndarray) -> float:
