@@ -134,7 +134,5 @@ def _category(label_id: int, category_ids: Mapping[int, int] | None) -> int:
 
 def _box(mask: np.ndarray) -> list[int]:
     """Left, top, width and height."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return [0, 0, 0, 0]
-    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+    left, top, right, bottom = Image.fromarray(mask.view(np.uint8)).getbbox() or (0, 0, 0, 0)
+    return [left, top, right - left, bottom - top]

@@ -220,12 +220,13 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         ]
 
     def _segment(self, mask: Tensor, label_id: int, score: float) -> dict[str, Any]:
-        rows, columns = (mask.any(dim=dim).nonzero().flatten().tolist() or [0, -1] for dim in (1, 0))
+        picture = Image.fromarray(mask.to(torch.uint8).mul_(255).numpy())
+        left, top, right, bottom = picture.getbbox() or (0, 0, 0, 0)
         return {
-            "mask": Image.fromarray(mask.to(torch.uint8).mul_(255).numpy()),
+            "mask": picture,
             "label": self.model.config.id2label[label_id],
             "score": score,
-            "box": {"xmin": columns[0], "ymin": rows[0], "xmax": columns[-1] + 1, "ymax": rows[-1] + 1},
+            "box": {"xmin": left, "ymin": top, "xmax": right, "ymax": bottom},
             "area": int(mask.sum()),
         }
 
