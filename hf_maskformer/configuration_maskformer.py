@@ -5,28 +5,9 @@ from typing import Any, ClassVar, Literal, Self
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_maskformer_parts import (
-    MaskFormerTransformerConfig,
-    check_labels,
-    check_loss,
-    check_num_labels,
-    check_sizes,
-    make_backbone_config,
-    nested_config,
-    refuse_backbone_by_name,
-)
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, check_loss, check_sizes, nested_config
 from .configuration_with_code import ConfigWithCode
 
-# Swin-B, window 12, as transformers' own MaskFormer: a file without a backbone means the same model in both.
-DEFAULT_BACKBONE = {
-    "model_type": "swin",
-    "image_size": 384,
-    "embed_dim": 128,
-    "depths": [2, 2, 18, 2],
-    "num_heads": [4, 8, 16, 32],
-    "window_size": 12,
-    "drop_path_rate": 0.3,
-}
 DETR = {"model_type": "detr"}
 LOSS_FIELDS = (  # beside the matching costs
     "cross_entropy_weight",
@@ -89,10 +70,17 @@ class MaskFormerConfig(ConfigWithCode):
     """
 
     model_type = "maskformer"
-    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "mask_feature_size"}
-    # Per-image sizes and loss terms are no predictions: Trainer must not gather them.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
+    # Swin-B, window 12, as transformers' own MaskFormer: a file without a backbone means the same model in both.
+    default_backbone: ClassVar[dict[str, Any]] = {
+        "model_type": "swin",
+        "image_size": 384,
+        "embed_dim": 128,
+        "depths": [2, 2, 18, 2],
+        "num_heads": [4, 8, 16, 32],
+        "window_size": 12,
+        "drop_path_rate": 0.3,
+    }
     files_of_auto_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_maskformer.MaskFormerConfig",
         "AutoModel": "modeling_maskformer.MaskFormerModel",
@@ -101,8 +89,6 @@ class MaskFormerConfig(ConfigWithCode):
         "AutoModelForUniversalSegmentation": "modeling_maskformer.MaskFormerForInstanceSegmentation",
     }
 
-    backbone_config: Any = None
-    decoder_config: Any = None
     fpn_feature_size: int = 256
     mask_feature_size: int = 256
     cross_entropy_weight: float | int = 1.0
@@ -126,9 +112,6 @@ class MaskFormerConfig(ConfigWithCode):
     init_xavier_std: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_num_labels(kwargs.get("num_labels"))
-        refuse_backbone_by_name(self.backbone_config, kwargs)
-        self.backbone_config = make_backbone_config(self.backbone_config, DEFAULT_BACKBONE)
         self.decoder_config = _decoder_config(self.decoder_config)
         if self.use_auxiliary_loss:
             if not self.deep_supervision:
@@ -189,7 +172,6 @@ class MaskFormerConfig(ConfigWithCode):
 
     def _check(self) -> None:
         check_loss(self.loss_settings)
-        check_labels(self.id2label)
         check_sizes(self)
         if self.matching == "fixed" and self.decoder_config.num_queries != self.num_labels:
             raise ValueError(

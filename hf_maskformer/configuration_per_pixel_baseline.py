@@ -3,17 +3,8 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
 
-from .configuration_maskformer_parts import (
-    MaskFormerTransformerConfig,
-    check_labels,
-    check_num_labels,
-    check_sizes,
-    make_backbone_config,
-    nested_config,
-    refuse_backbone_by_name,
-)
+from .configuration_maskformer_parts import MaskFormerTransformerConfig, check_sizes, nested_config
 from .configuration_with_code import ConfigWithCode
 
 # In files, in place of None, for which transformers' MaskFormer would put a decoder with random weights.
@@ -45,15 +36,12 @@ class PerPixelBaselineConfig(ConfigWithCode):
     """
 
     model_type = "per-pixel-baseline"
-    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
+    default_backbone: ClassVar[dict[str, Any]] = {"model_type": "resnet"}
     files_of_auto_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_per_pixel_baseline.PerPixelBaselineConfig",
         "AutoModelForSemanticSegmentation": "modeling_per_pixel_baseline.PerPixelBaselineForSemanticSegmentation",
     }
 
-    backbone_config: Any = None
-    decoder_config: Any = None
     fpn_feature_size: int = 256
     mask_feature_size: int = 256
     semantic_loss_ignore_index: int = 255
@@ -61,9 +49,6 @@ class PerPixelBaselineConfig(ConfigWithCode):
     freeze_batch_norm: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_num_labels(kwargs.get("num_labels"))
-        refuse_backbone_by_name(self.backbone_config, kwargs)
-        self.backbone_config = make_backbone_config(self.backbone_config, {"model_type": "resnet"})
         if self.decoder_config == NO_DECODER:
             self.decoder_config = None
         if self.decoder_config is not None:
@@ -74,7 +59,6 @@ class PerPixelBaselineConfig(ConfigWithCode):
                     f"{MaskFormerTransformerConfig.model_type!r}."
                 )
         super().__post_init__(**kwargs)
-        check_labels(self.id2label)
         num_labels: int = self.num_labels  # type: ignore[assignment]  # there are labels
         if self.decoder_config is not None:
             self.decoder_config.num_queries = num_labels

@@ -1,13 +1,17 @@
-"""What both configurations share: fields that outweigh a file, and the code that a checkpoint may carry."""
+"""What both configurations share: backbone and labels, fields that outweigh a file, and code that comes with it."""
 
 from os import PathLike
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_maskformer_parts import (
     ATTENTION_FIELDS,
+    check_labels,
+    check_num_labels,
     errors_as_value_errors,
+    make_backbone_config,
+    refuse_backbone_by_name,
     warn_of_misplaced_fields,
     warn_of_misspelt_fields,
 )
@@ -17,15 +21,26 @@ LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new
 
 
 class ConfigWithCode(PreTrainedConfig):
-    """A configuration that names, once it is registered for saving with its code, the class of every Auto class.
+    """A configuration with a backbone and labels, both checked.
 
-    transformers' `register_for_auto_class` alone would name one for each of our classes.
+    Once it is registered for saving with its code, it names the class of every Auto class: transformers'
+    `register_for_auto_class` alone would name one for each of our classes.
     """
 
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
+    # Per-image sizes and loss terms are no predictions: Trainer must not gather them.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
+    default_backbone: ClassVar[dict[str, Any]] = {}
     # "file.Class" for each Auto class.
     files_of_auto_classes: ClassVar[dict[str, str]] = {}
 
+    backbone_config: Any = None
+    decoder_config: Any = None
+
     def __post_init__(self, **kwargs: Any) -> None:
+        check_num_labels(kwargs.get("num_labels"))
+        refuse_backbone_by_name(self.backbone_config, kwargs)
+        self.backbone_config = make_backbone_config(self.backbone_config, self.default_backbone)
         for labels in ("id2label", "label2id"):
             value = getattr(self, labels)
             if not isinstance(value, dict | None):
@@ -39,6 +54,7 @@ class ConfigWithCode(PreTrainedConfig):
         if self.label2id is None and self.id2label:
             label2id: dict[Any, Any] = {name: label for label, name in self.id2label.items()}
             self.label2id = label2id
+        check_labels(self.id2label)
         warn_of_misspelt_fields(self, kwargs)
         warn_of_misplaced_fields(self, kwargs)
 
