@@ -56,7 +56,8 @@ def read_image(image: Any, index: int, input_data_format: str | None = None) -> 
     if isinstance(image, str | Path | Image.Image):
         source = "" if isinstance(image, Image.Image) else f" ({image})"
         try:
-            decoded = _decode(image)
+            opened = image if isinstance(image, Image.Image) else read_upright(image)
+            decoded = np.array(to_rgb(opened))  # (h, w, 3) uint8
         # Decoders meet damage with OSError, SyntaxError, struct.error and more, clients with errors of their own.
         except Exception as error:
             raise ValueError(f"Image {index}{source} cannot be read: {error}") from error
@@ -114,11 +115,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # Pillow knows the way to LA only
         image = image.convert("LA")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _decode(image: str | Path | Image.Image) -> np.ndarray:
-    """(h, w, 3) uint8."""
-    return np.array(to_rgb(read_upright(image) if isinstance(image, str | Path) else image))
 
 
 def read_upright(source: str | Path) -> Image.Image:

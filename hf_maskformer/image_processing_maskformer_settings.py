@@ -126,26 +126,22 @@ class ImageProcessorSettings:
 
     def padded_size(self, sizes: Sequence[Size]) -> Size:
         """The size of a batch that holds images of these sizes. Raises a ValueError if there is none."""
-        height, width = self._padded_size(sizes)
+        if self.pad_size is None:
+            divisor = self.size_divisor or 1
+            height, width = (math.ceil(max(edges) / divisor) * divisor for edges in zip(*sizes, strict=True))
+        else:
+            height, width = self.pad_size["height"], self.pad_size["width"]
+            for index, size in enumerate(sizes):
+                if size[0] > height or size[1] > width:
+                    raise ValueError(
+                        f"Image {index} is {size[0]} x {size[1]} after resizing and does not fit into pad_size "
+                        f"{height} x {width} (height x width); give a larger pad_size or a smaller size."
+                    )
         if height * width > MAX_PIXELS:
             raise ValueError(
                 f"Images would be {height} x {width} after resizing and padding, more than {MAX_PIXELS} pixels. Give a "
                 "smaller size, with a longest_edge, or leave out images that are lines."
             )
-        return height, width
-
-    def _padded_size(self, sizes: Sequence[Size]) -> Size:
-        if self.pad_size is None:
-            divisor = self.size_divisor or 1
-            height, width = (math.ceil(max(edges) / divisor) * divisor for edges in zip(*sizes, strict=True))
-            return height, width
-        height, width = self.pad_size["height"], self.pad_size["width"]
-        for index, size in enumerate(sizes):
-            if size[0] > height or size[1] > width:
-                raise ValueError(
-                    f"Image {index} is {size[0]} x {size[1]} after resizing and does not fit into pad_size "
-                    f"{height} x {width} (height x width); give a larger pad_size or a smaller size."
-                )
         return height, width
 
 
