@@ -191,9 +191,8 @@ class MaskFormerLoss(nn.Module):
         num_masks, class_weight = self._normalisers(targets.labels, num_queries, num_items_in_batch)
         matches, starts = self.match(class_queries_logits, masks_queries_logits, targets, embeddings)
         pairs = matched_pairs(matches)
-        images, segments, layers, queries = (
-            torch.tensor(pairs, dtype=torch.long).view(-1, 4).T.to(class_queries_logits.device)
-        )
+        device = class_queries_logits.device
+        images, segments, layers, queries = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 4).T
         counts = [sum(len(layer_matches[image][0]) for layer_matches in matches) for image in range(batch_size)]
         if embeddings is not None:
             mask_logits = matched_mask_logits(embeddings[0][layers, images, queries], embeddings[1], counts)

@@ -270,6 +270,11 @@ def test_counting_goes_on_outside_of_the_inference_mode_it_began_in():
     assert metric.confusion_matrix.tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
+def test_arrays_are_counted_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert scores([[0, 1], [1, 1]], [[0, 0], [1, 1]])["mean_accuracy"] == 0.75
+
+
 @pytest.mark.skipif(not (DATA / "metric_reference").is_dir(), reason="the reference data is not here")
 def test_stored_reference_values_are_met():
     expected = json.loads((DATA / "metric_reference/expected.json").read_text())["semantic"]

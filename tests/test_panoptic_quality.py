@@ -66,6 +66,12 @@ def test_two_labels_worked_out_by_hand():
     assert result["rq"] == pytest.approx(1 / 3)
 
 
+def test_arrays_are_counted_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        perfect = image([[1, 1, 2, 2]], {1: THING, 2: STUFF})
+        assert metric_of(perfect, perfect).compute()["pq"] == 1
+
+
 def test_an_iou_of_one_half_is_no_match():
     reference = image([[1, 1, 0, 0]], {1: THING})
     assert counts(image([[1, 0, 0, 0]], {1: THING}), reference) == [0, 0, 1, 1]

@@ -46,7 +46,7 @@ class MeanIoU:
 
     def reset(self) -> None:
         """Forgets all images."""
-        self.confusion_matrix = torch.zeros(self.num_labels, self.num_labels + 1, dtype=torch.int64)
+        self.confusion_matrix = torch.zeros(self.num_labels, self.num_labels + 1, dtype=torch.int64, device="cpu")
 
     def add(self, *, prediction: SegmentationMap, reference: SegmentationMap) -> None:
         """Counts one image.
@@ -123,7 +123,8 @@ class MeanIoU:
         columns[columns < 0] = self.num_labels
         rows[is_ignored] = self.num_labels
         size = self.num_labels + 1
-        places = torch.as_tensor(rows * size + columns).long()
+        places = rows * size + columns
+        places = (torch.from_numpy(places) if isinstance(places, np.ndarray) else places).long()
         if counts is None:
             counts = torch.ones_like(places)
         matrix = counts.new_zeros(size * size).scatter_add_(0, places, counts)

@@ -46,7 +46,7 @@ class PanopticQuality:
 
     def reset(self) -> None:
         """Forgets all images."""
-        self.totals = torch.zeros(self.num_labels, 4, dtype=torch.float64)
+        self.totals = torch.zeros(self.num_labels, 4, dtype=torch.float64, device="cpu")
 
     def add(self, *, prediction: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
         """Counts one image.
