@@ -265,6 +265,19 @@ def test_a_resnet_trains_with_channels_side_by_side_unless_dilated_in_half_preci
     assert is_channels_last == [dilation == 1 or dtype == torch.float32] * 2
 
 
+def test_a_backbone_of_transformers_trains_without_channels_side_by_side() -> None:
+    """It may have the convolutions whose backward pass in that layout writes beyond its memory on a CPU."""
+    model, is_channels_last = tiny_model(convnext_config()), []
+    model.model.pixel_level_module.encoder.register_forward_pre_hook(
+        lambda module, inputs: is_channels_last.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    pixel_values = torch.randn(1, 3, 32, 64)
+    model(pixel_values)
+    with torch.no_grad():
+        model(pixel_values)
+    assert is_channels_last == [False, True]
+
+
 OTHER_BACKBONES = {
     "convnext": convnext_config,
     "swinv2": swinv2_config,
@@ -319,9 +332,23 @@ def test_a_backbone_without_the_four_strides_is_refused() -> None:
         tiny_config(ConvNextConfig(depths=[1, 1, 1], hidden_sizes=[8, 16, 32]))
 
 
-def test_an_image_too_small_for_a_backbone_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"31 x 45 pixels, but a ConvNextBackbone needs at least 32.*size_divisor=32"):
-        tiny_model(convnext_config())(torch.randn(1, 3, 31, 45))
+@pytest.mark.parametrize(("height", "width"), [(31, 45), (45, 31)])
+def test_an_image_too_small_for_a_backbone_is_refused_with_the_remedy(height: int, width: int) -> None:
+    message = rf"{height} x {width} pixels, but a ConvNextBackbone needs at least 32.*size_divisor=32"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(convnext_config())(torch.randn(1, 3, height, width))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("channels", "is_projected"), [(8, True), (16, False), (32, True)])
+def test_features_of_another_width_than_the_queries_are_projected(channels: int, is_projected: bool) -> None:
+    """As in the paper's code, those of the same width are not."""
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, channels], depths=[1, 1, 1, 1])
+    backbone.layer_type = "basic"
+    model = tiny_model(backbone).eval()
+    assert model.config.decoder_config.d_model == 16
+    assert (model.model.transformer_module.input_projection is not None) == is_projected
+    assert model(torch.randn(1, 3, 32, 64)).class_queries_logits.isfinite().all()
 
 
 def test_a_plain_vision_transformer_gets_four_strides() -> None:

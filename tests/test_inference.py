@@ -21,10 +21,11 @@ from models import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import ResNetConfig
 
-from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin
+from hf_maskformer import MaskFormerImageProcessor, modeling_maskformer_swin, modeling_maskformer_swin_windows
 from hf_maskformer.modeling_maskformer import likely_queries
 from hf_maskformer.modeling_maskformer_dispatch import HAS_ONEDNN_OPERATORS
 from hf_maskformer.modeling_maskformer_pixel_decoder import FeaturePyramid, FeaturePyramidLayer
@@ -607,6 +608,38 @@ def test_windows_are_cut_once_for_a_size_and_serve_every_kind_of_pass():
     found.sum().backward()
     assert _cached_grid.cache_info().misses == made > 0
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 8), (5, 8), (6, 7), (5, 7)])
+def test_a_level_of_the_pyramid_is_the_same_without_gradient_at_odd_sizes(height, width):
+    layer, coarse, lateral = FeaturePyramidLayer(32, 8), torch.randn(2, 32, 3, 4), torch.randn(2, 8, height, width)
+    expected = layer(coarse, lateral)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(coarse, lateral), expected, **CLOSE)
+
+
+def test_windows_of_a_run_without_values_do_not_serve_others():
+    backbone, pixel_values = SwinBackbone(swin_config()).eval(), torch.randn(1, 3, 44, 52)
+    expected = backbone(pixel_values)[-1]
+    _cached_grid.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        backbone(mode.from_tensor(pixel_values))
+    found = backbone(pixel_values)[-1]
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_windows_of_large_maps_are_not_kept(monkeypatch):
+    """Their attention masks would take gigabytes."""
+    monkeypatch.setattr(modeling_maskformer_swin_windows, "MAX_CACHED_PAIRS", 8 * 8 * 4**2)
+    backbone = SwinBackbone(swin_config()).eval()
+    _cached_grid.cache_clear()
+    backbone(torch.randn(1, 3, 32, 32))  # the first map is 8 x 8
+    made = _cached_grid.cache_info().misses
+    backbone(torch.randn(1, 3, 36, 32))  # the first is 9 x 8, which is not kept, the others 5 x 4, 3 x 2 and 2 x 1
+    assert made == 8  # of four stages with and without shift
+    assert _cached_grid.cache_info().misses == made + 6
 
 
 @torch.no_grad()

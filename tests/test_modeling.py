@@ -189,6 +189,19 @@ def test_a_tuple_begins_with_the_fields_of_transformers_in_their_order(tmp_path,
         assert len(ours) > len(theirs) >= 3
 
 
+@torch.no_grad()
+def test_hidden_states_of_the_queries_begin_with_zeros_and_end_with_the_norm():
+    model = tiny_model().eval()
+    output = model.model(torch.randn(2, 3, 64, 96), output_hidden_states=True)
+    first, *inside, last = output.transformer_decoder_hidden_states
+    assert first.shape == (2, NUM_QUERIES, 16)
+    assert not first.any()
+    of_layers = output.transformer_decoder_intermediate_states
+    assert len(inside) == len(of_layers) - 1 == 1
+    assert torch.equal(model.model.transformer_module.decoder.layernorm(inside[0]), of_layers[0])
+    assert torch.equal(last, of_layers[1])
+
+
 def test_one_kind_of_label_without_the_other_is_refused():
     batch = tiny_batch()
     del batch["class_labels"]
@@ -389,6 +402,18 @@ def test_batch_norm_stays_frozen_after_loading(tmp_path):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+def test_statistics_of_a_file_without_their_counter_are_kept(tmp_path):
+    model = tiny_model()
+    for name, values in model.named_buffers():
+        if "running" in name:
+            values.uniform_(1.0, 2.0)
+    weights = {name: values for name, values in model.state_dict().items() if "num_batches_tracked" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    loaded, loading_info = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.rpartition(".")[2] for name in loading_info["missing_keys"]} == {"num_batches_tracked"}
+    torch.testing.assert_close(dict(loaded.named_buffers()), dict(model.named_buffers()))
+
+
 def test_every_trainable_parameter_has_a_gradient_even_without_any_segment():
     model, batch = tiny_model(swin_config()).train(), tiny_batch()
     batch["mask_labels"].fill_(-1)
@@ -524,6 +549,18 @@ def test_masked_padding_has_no_part_in_the_decoder(attention):
     is_padding = torch.ones(4, 5, dtype=torch.bool)
     is_padding[:2, :3] = False
     assert all((weights[..., is_padding.flatten()] == 0).all() for weights in in_batch.attentions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masked_padding_is_left_out_in_half_precision_too(attention):
+    decoder = tiny_model(mask_padding=True, attn_implementation=attention).bfloat16().eval().model.transformer_module
+    features = torch.randn(1, 64, 2, 3, dtype=torch.bfloat16)
+    padded = torch.full((1, 64, 4, 5), 9.0, dtype=torch.bfloat16)
+    padded[:, :, :2, :3] = features
+    alone, in_batch = decoder(features), decoder(padded, memory_sizes=torch.tensor([[2, 3]]))
+    assert in_batch.last_hidden_state.dtype == torch.bfloat16
+    torch.testing.assert_close(in_batch.last_hidden_state, alone.last_hidden_state, rtol=0, atol=0.1)  # of about 1
 
 
 def test_masked_padding_needs_a_mask_and_changes_nothing_without_padding():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from models import resnet_config, swin_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_maskformer import modeling_maskformer_packing as packing
@@ -93,6 +94,8 @@ LAYERS = {
     "convolution without bias": (lambda: XavierConv2d(8, 16, 3, padding=1, bias=False), (1, 8, 9, 10)),
     "wide convolution": (lambda: XavierConv2d(192, 192, 3, padding=1), (1, 192, 32, 32)),
     "wide convolution and norm": (lambda: with_statistics(ConvNorm(192, 192, 3)), (2, 192, 32, 30)),
+    "wide convolution with a stride": (lambda: with_statistics(ConvNorm(192, 192, 3, stride=2)), (1, 192, 32, 32)),
+    "wide dilated convolution": (lambda: with_statistics(ConvNorm(192, 192, 3, dilation=2)), (1, 192, 32, 32)),
     "linear": (lambda: Linear(8, 16), (2, 5, 8)),
     "linear without bias": (lambda: Linear(8, 16, bias=False), (5, 8)),
 }
@@ -453,6 +456,7 @@ def test_queries_keys_and_values_are_one_product_and_follow_each_of_their_weight
 
 def test_hooks_and_adapters_among_queries_keys_and_values_take_part():
     attention, windows = WindowSelfAttention(swin_config(), 8, 2).eval(), torch.randn(3, 16, 8)
+    torch.nn.init.normal_(attention.value.weight)  # else the adapter, small as they all begin, is lost in the rounding
     seen = []
     handle = attention.key.register_forward_hook(lambda module, inputs, output: seen.append(output))
     run(lambda states: attention(states, None), windows)
@@ -462,6 +466,7 @@ def test_hooks_and_adapters_among_queries_keys_and_values_take_part():
         peft.LoraConfig(target_modules=["value"], init_lora_weights=False), torch.nn.ModuleDict({"own": attention})
     )
     assert type(wrapped["own"].value) is not SwinLinear
+    wrapped.eval()  # in training nothing would be kept of the adapter anyway
     found = run(lambda states: wrapped["own"](states, None), windows)
     expected = run_plainly(lambda states: wrapped["own"](states, None), windows)
     torch.testing.assert_close(found, expected, **CLOSE)
@@ -609,6 +614,21 @@ def test_what_counts_or_turns_off_operators_sees_plain_ones(reorders):
     assert not reorders
 
 
+@pytest.mark.parametrize("backbone", [resnet_config, swin_config])
+def test_tools_that_look_at_operators_see_no_packed_ones(backbone, numbers):
+    namespaces = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            namespaces.add(function.namespace)
+            return function(*args, **(kwargs or {}))
+
+    model, pixel_values = prepared(tiny_model(backbone()), numbers), torch.randn(1, 3, 32, 64)
+    with Recorder():
+        run(model, pixel_values, numbers=numbers)
+    assert namespaces == {"aten"}
+
+
 def test_a_residual_in_another_layout_is_added_too(numbers):
     layer = prepared(with_statistics(ConvNorm(8, 16, 1, activation=None)), numbers)
     states, residual = torch.randn(2, 8, 9, 10), torch.randn(2, 16, 9, 10).bfloat16()
@@ -660,6 +680,12 @@ def test_what_is_kept_goes_with_its_module():
     assert len(packing._CACHE) == count - 1
 
 
+def test_products_with_pixels_are_mapped_by_vmap(numbers):
+    embeddings, pixels = torch.randn(3, 2, 1, 6, 8), torch.randn(3, 1, 8, 9, 10)
+    found = run(torch.func.vmap(products_with_pixels), embeddings, pixels, numbers=numbers)
+    torch.testing.assert_close(found.float(), torch.einsum("elbqc,ebchw->elbqhw", embeddings, pixels), rtol=0, atol=0.1)
+
+
 @BFLOAT16
 @pytest.mark.parametrize("numbers", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -696,6 +722,13 @@ def test_what_is_wrong_with_an_image_is_seen_in_its_results_alone(kind, value):
     for name in ("class_queries_logits", "masks_queries_logits"):
         assert torch.equal(found[name][0], expected[name][0])
         assert found[name][1].isnan().all()
+
+
+@torch.no_grad()
+def test_a_bright_image_in_float16_is_not_taken_for_a_damaged_one():
+    model = tiny_model().eval().half()
+    pixel_values = torch.full((1, 3, 128, 192), 2.0, dtype=torch.float16)  # whose sum is beyond what float16 holds
+    assert model(pixel_values).masks_queries_logits.isfinite().all()
 
 
 @pytest.mark.parametrize("channels", [8, 192])  # the latter by Winograd's way in float32
