@@ -1,6 +1,6 @@
-# Verbs are the targets with a "##" comment; `make` alone prints them.
+# Targets with a "##" comment are commands; `make` alone prints them.
 PYTHON ?= python3
-# An environment and what it is pinned to: "make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt" takes the
+# An environment and its constraints: "make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt" tests with the
 # oldest versions that the package allows.
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -9,22 +9,22 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: help demo test slow page check format docs benchmark clean
 
-help: ## Print these verbs
+help: ## Print these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
 demo: $(INSTALLED) ## Train a small model on drawn scenes, evaluate it, draw its predictions (outputs/demo)
 	rm -rf outputs/demo
 	$(BIN)/python scripts/demo.py --output outputs/demo
 
-# A process on each core (eight at most), with one thread: the small models of the tests leave the others idle.
+# One process per core (at most eight), each with one thread: the tests' small models would leave more threads idle.
 test: $(INSTALLED) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 
 slow: $(INSTALLED) ## Run the tests that take minutes: several processes, thousands of random cases, the demo's score
 	$(BIN)/python -m pytest -m slow
 
-# Gradio does not take the Pillow of the other environments.
-page: ## Test the page for the browser in Chromium, in an environment of its own (.venv-page)
+# Gradio does not accept the Pillow version of the other environments.
+page: ## Test the web page in Chromium, in its own environment (.venv-page)
 	$(PYTHON) -m venv .venv-page
 	.venv-page/bin/python -m pip install --quiet "$$(grep '^torch==' $(CONSTRAINTS))"
 	sed 's/^pillow==.*/pillow==12.3.0/' $(CONSTRAINTS) > .venv-page/constraints.txt
@@ -35,14 +35,14 @@ check: $(INSTALLED) ## Lint, check formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	# The scripts by themselves: scripts/evaluate.py would be taken for the package evaluate.
+	# The scripts separately: scripts/evaluate.py would be mistaken for the package evaluate.
 	$(BIN)/mypy scripts
 
 format: $(INSTALLED) ## Format the code and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## Build the pages in docs/ into a site (build/docs); a warning is an error
+docs: $(INSTALLED) ## Build the pages in docs/ into a site (build/docs); warnings are errors
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
@@ -60,7 +60,7 @@ benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
 clean: ## Remove the environment, caches and outputs
 	rm -rf .venv .venv-oldest .venv-page outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-# torch goes first and by its exact version, so that no other package chooses a build of it.
+# torch is installed first and at its exact version, so that no other package selects its build.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' $(CONSTRAINTS))"

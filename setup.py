@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the installed package has the scripts, for its command, and the pages they name."""
+"""What pyproject.toml cannot express: the package includes the scripts, for its command, and the docs they refer to."""
 
 from setuptools import find_packages, setup
 

@@ -42,11 +42,11 @@ __all__ = [
     "register_remote_code",
 ]
 
-# Only types that are ours alone: "maskformer" stays with transformers.
+# Only our own model types: "maskformer" remains transformers'.
 AutoConfig.register(PerPixelBaselineConfig.model_type, PerPixelBaselineConfig)
 AutoModelForSemanticSegmentation.register(PerPixelBaselineConfig, PerPixelBaselineForSemanticSegmentation)
 
-# Training and evaluation bring Trainer and its libraries along; who only predicts should not wait for them.
+# Training and evaluation import Trainer and its libraries; prediction alone should not wait for them.
 _SIDE_ROOMS = {
     "AveragePrecision": "evaluation.average_precision",
     "MaskFormerDataCollator": "data.collator",

@@ -1,6 +1,6 @@
-"""The command `hf-maskformer`: runs the scripts by name, also where only the package is installed.
+"""The command `hf-maskformer`: runs the scripts by name, even if only the package is installed.
 
-`python -m hf_maskformer` is the same, for `accelerate launch -m hf_maskformer train ...` too.
+`python -m hf_maskformer` does the same, also in `accelerate launch -m hf_maskformer train ...`.
 """
 
 import ast
@@ -13,9 +13,9 @@ from .command_line import COMMANDS, PROGRAM, SCRIPTS, as_commands, errors_as_mes
 
 
 def main() -> int:
-    """Runs what the command line asks for as `python scripts/NAME.py` would.
+    """Runs the given command as `python scripts/NAME.py` would.
 
-    Exit codes: 0, 1 for an error in what was given, 2 for a command line that cannot be understood.
+    Exit codes: 0 for success, 1 for invalid input, 2 for an invalid command line.
     """
     name, *options = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
@@ -32,15 +32,15 @@ def main() -> int:
         return 2
     else:
         script, *first = COMMANDS[name].split()
-        # What the help of a script calls it: one that has commands of its own adds the name itself.
+        # The program name in a script's help: one with its own commands adds the command itself.
         sys.argv = [PROGRAM if first else f"{PROGRAM} {name}", *first, *options]
         run(SCRIPTS / script)
     return 0
 
 
 def run(script: Path) -> None:
-    """Runs a script as the main module, where processes that it starts look for its classes."""
-    # runpy.run_path would do so too, but put the script's path in place of the command's name for the help.
+    """Runs a script as the main module, where its child processes look for its classes."""
+    # runpy.run_path would do so too, but show the script's path instead of the command's name in the help.
     module = ModuleType("__main__")
     module.__file__ = str(script)
     sys.modules["__main__"] = module
@@ -50,7 +50,7 @@ def run(script: Path) -> None:
 
 
 def overview() -> str:
-    """Every command, what it does and an example of it, as its script says them."""
+    """Lists every command with its purpose and an example, from its script's docstring."""
     lines = [f"usage: {PROGRAM} COMMAND ...", ""]
     for name, words in COMMANDS.items():
         text = as_commands(ast.get_docstring(ast.parse((SCRIPTS / words.split()[0]).read_text())) or "")

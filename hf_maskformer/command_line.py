@@ -1,4 +1,4 @@
-"""How scripts read their options, and end when something is wrong with what they were given."""
+"""How scripts parse their options, and how they exit on invalid input."""
 
 import argparse
 import difflib
@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 PROGRAM = "hf-maskformer"
-# A wheel has the scripts inside the package; in a checkout they lie beside it.
+# A wheel has the scripts inside the package; in a checkout they are next to it.
 SCRIPTS = next(root / "scripts" for root in Path(__file__).parents if (root / "scripts").is_dir())
-# The commands of PROGRAM, each with its script and, where that has commands of its own, the one of the same name.
+# The commands of PROGRAM, each with its script and, if that has its own commands, the one of the same name.
 COMMANDS = {
     "train": "train.py",
     "evaluate": "evaluate.py",
@@ -30,7 +30,7 @@ COMMANDS = {
     "benchmark": "benchmark.py",
 }
 
-# What other programs call options of these.
+# Names of these options in other programs.
 SYNONYMS = {
     "--batch_size": "--per_device_train_batch_size",
     "--epochs": "--num_train_epochs",
@@ -39,11 +39,11 @@ SYNONYMS = {
     "--num_steps": "--max_steps",
 }
 
-_WHOLE = r"(?<![\w./\\-])"  # what follows is no part of a longer path, which a message may quote
+_WHOLE = r"(?<![\w./\\-])"  # the match is not a part of a longer path, which a message may quote
 
 
 def as_commands(text: str) -> str:
-    """The text of a script with commands of PROGRAM for scripts, and where configurations and pages of docs/ are."""
+    """A script's text with scripts replaced by commands of PROGRAM, and with full paths of configurations and docs."""
     for name, words in COMMANDS.items():
         text = text.replace(f"accelerate launch scripts/{words} ", f"accelerate launch -m hf_maskformer {name} ")
         text = re.sub(rf"(python )?{_WHOLE}scripts/{re.escape(words)}", f"{PROGRAM} {name}", text)
@@ -53,22 +53,22 @@ def as_commands(text: str) -> str:
 
 
 class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves the examples of a description as they are, and names the defaults that there are."""
+    """Keeps the formatting of examples in a description, and shows defaults that are not None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if isinstance(action, argparse._StoreFalseAction):  # --no_NAME, beside a --NAME that is true by default
-            return f"The same as --{action.dest} false."
+        if isinstance(action, argparse._StoreFalseAction):  # --no_NAME, in addition to a --NAME that is true by default
+            return f"Same as --{action.dest} false."
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class OptionParser(HfArgumentParser):
-    """A parser for dataclasses or plain options that names the option nearest to one that it does not know.
+    """A parser for dataclasses or plain options that suggests the closest match for an unknown option.
 
-    Where PROGRAM runs a script, the description shows PROGRAM's commands instead of scripts.
+    If PROGRAM runs a script, the description shows PROGRAM's commands instead of scripts.
 
     Args:
         dataclass_types: As for `HfArgumentParser`.
-        hidden: Options that only `--help_all` shows.
+        hidden: Options that are shown only by `--help_all`.
         kwargs: As for `argparse.ArgumentParser`.
     """
 
@@ -96,11 +96,11 @@ class OptionParser(HfArgumentParser):
         self._prepare(sys.argv[1:] if args is None else args)
         *parsed, rest = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
         if rest:
-            self.error(f"there is no use for {' '.join(rest)}.")
+            self.error(f"unexpected arguments: {' '.join(rest)}.")
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:
-        """Ends without the usage, which would hide the message: it can be longer than a screen."""
+        """Exits without printing the usage, which can be longer than a screen and would hide the message."""
         self.exit(2, f"\nerror: {message}\n{self.prog} --help shows the options.\n")
 
     def _prepare(self, command_line: Collection[str]) -> None:
@@ -114,32 +114,32 @@ class OptionParser(HfArgumentParser):
                 known += [option for parser in action.choices.values() for option in parser._option_string_actions]
         for word in command_line:
             name = word.partition("=")[0]
-            # Options may be shortened.
+            # Options may be abbreviated.
             if word.startswith("--") and not any(option.startswith(name) for option in known):
                 nearest = difflib.get_close_matches(name, known, n=1)
                 self.error(f"there is no option {name}.{f' Did you mean {nearest[0]}?' if nearest else ''}")
 
 
 def check_output(path: str | Path, option: str = "--output", is_folder: bool = True) -> None:
-    """Raises a ValueError if a folder, or file, that an option names cannot be written: before the work for it."""
+    """Raises a ValueError, before the work starts, if the folder or file that an option names is not writable."""
     existing = next(place for place in (Path(path), *Path(path).parents) if place.exists())
     if existing.is_file() and (is_folder or existing != Path(path)):
-        raise ValueError(f"{option} is {path}, but {existing} is a file. Name a place in a folder.")
+        raise ValueError(f"{option} is {path}, but {existing} is a file. Choose another path.")
     if not os.access(existing, os.W_OK):
-        raise ValueError(f"{option} is {path}, but {existing} cannot be written. Name another place.")
+        raise ValueError(f"{option} is {path}, but {existing} is not writable. Choose another path.")
 
 
 def message_of(error: Exception) -> str:
-    """What an error says, with commands of PROGRAM for scripts where it runs them."""
+    """The message of an error, with scripts replaced by commands of PROGRAM if that is running."""
     return as_commands(str(error)) if sys.argv[0].startswith(PROGRAM) else str(error)
 
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Ends the script with the message of an error of its input, without the way there through the code.
+    """Exits the script with the message of an error in its input, without a traceback.
 
-    Exit codes: 1 for such an error, that of a failed script for the one that ran it, 130 for an interruption. With
-    `python -X dev` errors keep their traceback.
+    Exit codes: 1 for such an error, that of a child script if it failed, 130 for an interruption. With `python -X dev`
+    errors keep their traceback.
     """
     if sys.flags.dev_mode:
         yield
@@ -149,9 +149,9 @@ def errors_as_messages() -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         message = message_of(error)
         if isinstance(error, FileExistsError | NotADirectoryError):
-            path = error.filename  # that the system could not make a folder of; there is none in our own messages
+            path = error.filename  # that the system could not create as a folder; our own errors have none
             if path and not Path(path).is_dir():
-                message = f"{path} is a file, or lies in one, where a folder is needed. Name another."
+                message = f"{path} is a file, or inside one, where a folder is needed. Choose another path."
         print(f"\nerror: {message}", file=sys.stderr)
         sys.exit(1)
     except subprocess.CalledProcessError as error:

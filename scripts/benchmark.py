@@ -16,8 +16,8 @@
     python scripts/benchmark.py data --threads 1
     python scripts/benchmark.py metric --repeats 20
 
-`SUBJECT --help` lists the options of a subject. A ratio says how many times faster a peer is than the first one of its
-comparison, which is transformers ("stock"). Peak memory is what a call holds at most above what was held before it.
+`SUBJECT --help` lists the options of a subject. A ratio is the speed-up of a peer over the first one of its comparison,
+which is transformers ("stock"). Peak memory is the increase during a call.
 """
 
 import argparse
@@ -54,19 +54,19 @@ SUBJECTS: dict[str, tuple[Subject, dict[str, Any]]] = {  # each with its options
 OPTIONS: dict[str, dict[str, Any]] = {
     "backbone": {"choices": models.BACKBONES},
     "size": {"type": int, "help": "side of the square images, or height of those that are not square, in pixels"},
-    "width": {"type": int, "nargs": "+", "help": "widths of the images, in turn, where they are not the height"},
+    "width": {"type": int, "nargs": "+", "help": "widths of the images, in turn, if not the height"},
     "edges": {"type": int, "nargs": "+", "help": "shorter edges that images are resized to, in pixels"},
-    "batch": {"type": int, "help": "images"},
+    "batch": {"type": int, "help": "images per batch"},
     "segments": {"type": int, "help": "segments per image, at most 256"},
     "points": {"type": int, "help": "points per mask of the point-sampled criterion"},
     "kept": {"type": int, "help": "measure `predict` too, with a threshold that keeps this many queries, 1 to 99"},
     "freeze_batch_norm": {"action": "store_true", "help": "freeze the backbone's batch norm in both"},
-    "bf16": {"action": "store_true", "help": "run all under bfloat16 autocast"},
+    "bf16": {"action": "store_true", "help": "run everything under bfloat16 autocast"},
     "compile": {"action": "store_true", "help": "measure both under torch.compile too"},
     "onnx": {"action": "store_true", "help": "measure ONNX Runtime on the CPU too"},
-    "profile": {"action": "store_true", "help": "tell where the time goes, and the share of the speed of a product"},
+    "profile": {"action": "store_true", "help": "show where the time goes, and the share of peak matmul speed"},
     "device": {"help": "cpu or cuda"},
-    "plot": {"help": "measure at several sizes (the criterion: and numbers of segments), draw this file (matplotlib)"},
+    "plot": {"help": "measure at several sizes (criterion: and segment counts) and plot to this file (matplotlib)"},
 }
 PLOTS = {"forward": models.draw_latency, "criterion": criterion.draw_growth}
 
@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
         for option, default in defaults.items():
             options.add_argument(f"--{option}", default=default, **OPTIONS[option])
         options.add_argument("--threads", type=int, default=2, help="CPU threads; 0 leaves the choice to torch")
-        options.add_argument("--repeats", type=int, default=7, help="rounds that count")
+        options.add_argument("--repeats", type=int, default=7, help="measured rounds")
         options.add_argument("--json", help="file to write the figures to")
     arguments = parser.parse_args()
     if getattr(arguments, "kept", None) not in (None, *range(1, NUM_QUERIES)):

@@ -1,12 +1,12 @@
-"""Trains transformers' MaskFormer and this package's from scratch with the same budget, and evaluates both on the way.
+"""Trains transformers' MaskFormer and this package's from scratch with the same budget, evaluating both in between.
 
     python scripts/compare_training.py --config scripts/configs/small.json --data DATA --minutes 30 --plot curves.png
 
-Both begin with the same random weights, read the same augmented batches, and have the same optimiser, rates, matching
-costs and weights of the losses, with deep supervision if the configuration asks for it. They take many short turns, so
-that a slow moment hits both. The budget is time or steps; its clock counts training, reading of batches included, and
-not evaluation. Both are evaluated alike, by this package with the weights of each, so that the curves differ by
-training alone. --json has what is known so far after each evaluation.
+Both start from the same random weights, read the same augmented batches, and have the same optimiser, learning rates,
+matching costs and loss weights, with deep supervision if the configuration has it. They take many short turns, so that
+a slow moment affects both. The budget is time or steps; its clock counts training, including data loading, but not
+evaluation. Both are evaluated in the same way, by this package with each model's weights, so that the curves differ by
+training alone. The --json file is updated after each evaluation.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from hf_maskformer.training.schedules import POWER, warmup
 from hf_maskformer.training.starting_point import image_processor_for, new_model
 
 TURNS_PER_EVALUATION = 10
-# Settings that transformers does not know, and what it does instead.
+# Settings that transformers does not have, and the values that match its behaviour.
 OURS_ALONE = {"train_num_points": None, "void_in_loss": "background", "matching": "bipartite", "mask_padding": False}
 
 
@@ -48,30 +48,30 @@ class Arguments:
     config: str = field(metadata={"help": "Configuration of the model: a file, a folder or a Hub name."})
     data: str = field(metadata={"help": "Folder data set."})
     minutes: float | None = field(default=None, metadata={"help": "Budget of each model: minutes of training."})
-    max_steps: int | None = field(default=None, metadata={"help": "Or: steps of training."})
-    num_evaluations: int = field(default=8, metadata={"help": "How often to evaluate after the beginning, evenly."})
+    max_steps: int | None = field(default=None, metadata={"help": "Or: training steps."})
+    num_evaluations: int = field(default=8, metadata={"help": "Evaluations after the initial one, evenly spaced."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="val", metadata={"help": "Split to evaluate on."})
     image_size: int = field(default=512, metadata={"help": "Shorter side at evaluation, and side of the crops."})
-    batch_size: int = field(default=8, metadata={"help": "Images in a batch."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read batches, for each model."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Rate after the warm-up; it falls to 0 as in ADE20K."})
-    backbone_learning_rate_factor: float = field(default=0.1, metadata={"help": "The backbone's share of it."})
+    batch_size: int = field(default=8, metadata={"help": "Images per batch."})
+    num_workers: int = field(default=0, metadata={"help": "Data-loading workers for each model."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Rate after the warm-up; decays to 0 as for ADE20K."})
+    backbone_learning_rate_factor: float = field(default=0.1, metadata={"help": "Factor on it for the backbone."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps in which the rate rises from 0."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW, except norms and embeddings."})
-    max_grad_norm: float = field(default=0.01, metadata={"help": "Norm to which the whole gradient is clipped."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, except for norms and embeddings."})
+    max_grad_norm: float = field(default=0.01, metadata={"help": "Norm to which the full model gradient is clipped."})
     bf16: bool = field(default=False, metadata={"help": "Train and evaluate under bfloat16 autocast."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    seed: int = field(default=0, metadata={"help": "Of weights, order and augmentation."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
     json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
-    plot: str | None = field(default=None, metadata={"help": "File to draw the curves in (matplotlib)."})
+    plot: str | None = field(default=None, metadata={"help": "File to plot the curves to (matplotlib)."})
 
     def __post_init__(self) -> None:
         budgets = [budget for budget in (self.minutes, self.max_steps) if budget is not None]
         if len(budgets) != 1 or budgets[0] <= 0:
-            raise ValueError("Give one budget above 0: --minutes or --max_steps.")
+            raise ValueError("Give one positive budget: --minutes or --max_steps.")
         if not 1 <= self.num_evaluations <= (self.max_steps or self.num_evaluations):
-            raise ValueError(f"--num_evaluations is {self.num_evaluations}; give 1 or more, and not more than steps.")
+            raise ValueError(f"--num_evaluations is {self.num_evaluations}; it must be 1 to the number of steps.")
         for file in (self.json, self.plot):
             if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
                 raise ValueError(f"{file} cannot be written: it is a folder, or its folder does not exist.")
@@ -83,13 +83,13 @@ class Arguments:
 
 
 class Run:
-    """A model in training, with a clock that stands still while others train.
+    """A model in training, with a clock that is paused while others train.
 
     Args:
         name: Of the model, for messages.
         model: The model in training mode, on its device.
         loss: The loss of a batch.
-        batches: Batches without end.
+        batches: An endless iterator of batches.
         arguments: Budget, rates and device.
     """
 
@@ -122,7 +122,7 @@ class Run:
             self.seconds = before + time.perf_counter() - start
 
     def spent(self) -> float:
-        """The share of the budget."""
+        """The share of the budget that is spent."""
         if self.arguments.max_steps is not None:
             return self.steps / self.arguments.max_steps
         assert self.arguments.minutes is not None  # one of both is given
@@ -144,7 +144,7 @@ class Run:
 
 def main(arguments: Arguments) -> None:
     if arguments.plot:
-        import matplotlib  # noqa: F401 - if it is missing, better before the minutes of training
+        import matplotlib  # noqa: F401 - fails now if it is missing, not after minutes of training
     train_dataset = open_dataset(arguments.data, arguments.train_split)
     eval_dataset = open_dataset(arguments.data, arguments.eval_split)
     task = task_of_data(eval_dataset)
@@ -155,7 +155,7 @@ def main(arguments: Arguments) -> None:
         raise ValueError(f"{arguments.config} describes a {type(ours).__name__}, which transformers does not have.")
     ignored = [name for name, value in OURS_ALONE.items() if getattr(ours.config, name) != value]
     if ignored:
-        raise ValueError(f"{arguments.config} sets {', '.join(ignored)}, which transformers ignores. Leave that out.")
+        raise ValueError(f"{arguments.config} sets {', '.join(ignored)}, which transformers ignores. Leave it out.")
     image_processor = image_processor_for(train_dataset.labels, arguments.image_size, model=ours, task=task)
     runs = start_runs(ours, train_dataset, image_processor, arguments)
     for dataset in (train_dataset, eval_dataset):
@@ -164,7 +164,7 @@ def main(arguments: Arguments) -> None:
     print(f"{'model':<14}{'minutes':>8}{'steps':>8}{metric:>12}", flush=True)
     num_turns = TURNS_PER_EVALUATION * arguments.num_evaluations
     with dead_workers_named(arguments.num_workers):
-        for turn in range(num_turns + 1):  # the first one trains nothing
+        for turn in range(num_turns + 1):  # turn 0 trains nothing
             for run in runs if turn % 2 else reversed(runs):
                 run.train(turn / num_turns)
             if turn % TURNS_PER_EVALUATION:
@@ -190,7 +190,7 @@ def main(arguments: Arguments) -> None:
 def start_runs(
     ours: MaskFormerForInstanceSegmentation, dataset: Any, image_processor: Any, arguments: Arguments
 ) -> tuple[Run, Run]:
-    """transformers' model and ours with its weights; each gets its own best form of the same targets."""
+    """Our model, and transformers' with its weights; each gets the same targets in its own best form."""
     stock = stock_of(ours).train().to(arguments.device)
     if ours.config.freeze_batch_norm:
         freeze_batch_norm_of_stock(stock)
@@ -219,9 +219,9 @@ def start_runs(
 def endless_batches(
     dataset: Any, image_processor: Any, target_format: Any, arguments: Arguments
 ) -> Iterator[dict[str, Any]]:
-    """Epoch after epoch, whose order and augmentation depend on the seed alone."""
+    """Endless epochs whose order and augmentation depend on the seed alone."""
     if len(dataset) < arguments.batch_size:
-        raise ValueError(f"{arguments.data} has {len(dataset)} images to train on, so --batch_size can be no larger.")
+        raise ValueError(f"{arguments.data} has {len(dataset)} training images, so --batch_size cannot be larger.")
     augmented = AugmentedDataset(
         dataset, RandomScaleCropFlip.from_scales(arguments.image_size, 0.5, 2.0, True, True), arguments.seed
     )
@@ -244,7 +244,7 @@ def epoch_of(loader: DataLoader[Any], augmented: AugmentedDataset, epoch: int) -
 
 
 def as_ours(model: Any, arguments: Arguments) -> MaskFormerForInstanceSegmentation:
-    """The model of this package with these weights."""
+    """This package's model with these weights."""
     if isinstance(model, MaskFormerForInstanceSegmentation):
         return model
     with TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""Converts a checkpoint of the paper's code into a folder that `from_pretrained` loads.
+"""Converts a checkpoint of the paper's code to a folder that `from_pretrained` loads.
 
-With the model's own configuration file, or by the name of a model of the paper (docs/model_zoo.md lists them):
+With the model's own configuration file, or the name of a model of the paper (docs/model_zoo.md lists them):
 
     python scripts/convert_checkpoint.py model_final.pkl OUTPUT --config config.yaml
     python scripts/convert_checkpoint.py model_final_d8dbeb.pkl OUTPUT --preset ade20k-r50
 
-SOURCE may also be a backbone trained on ImageNet (torchvision's or detectron2's ResNets, Swin): the other weights of
-the model are random then. Nothing that the file asks for is run.
+SOURCE may also be a backbone trained on ImageNet (torchvision's or detectron2's ResNets, Swin): then the other weights
+of the model are random. No code from the file is executed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     parser.add_argument("source", help="Checkpoint: a .pkl or .pth file.")
     parser.add_argument("output", help="Folder for the result, new or empty.")
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--config", help="Its yaml file, complete or with _BASE_.")
+    model.add_argument("--config", help="Its YAML file, complete or with _BASE_.")
     model.add_argument("--preset", help="Name of a model of the paper.")
     parser.add_argument("--classes", help="classes.json with the names of the classes.")
     return parser.parse_args(command_line)

@@ -1,14 +1,14 @@
-"""Draws a data set, trains a small MaskFormer on it from scratch, evaluates it and shows what it predicts.
+"""Draws a data set, trains a small MaskFormer on it from scratch, evaluates it and shows its predictions.
 
     python scripts/demo.py --output outputs/demo
     python scripts/demo.py --web
     python scripts/demo.py --web --checkpoint facebook/maskformer-swin-tiny-ade
 
-With --web, opens a page for the browser instead, which segments pictures with that model or another checkpoint; it
-needs the extra `demo`.
+With --web, serves a web page instead, which segments images with that model or another checkpoint; it needs the extra
+`demo`.
 
-Without, needs no download and takes a few minutes on two CPU cores. The output folder gets data/ (the drawn scenes),
-checkpoint/, metrics.json and pictures/ (input, ground truth and prediction side by side).
+Otherwise it needs no download and takes a few minutes on two CPU cores. The output folder gets data/ (the drawn
+scenes), checkpoint/, metrics.json and pictures/ (input, ground truth and prediction side by side).
 """
 
 import json
@@ -48,18 +48,18 @@ class Arguments:
     num_train: int = field(default=1000, metadata={"help": "Scenes to train on."})
     num_val: int = field(default=100, metadata={"help": "Held-out scenes to evaluate on."})
     max_steps: int = field(default=700, metadata={"help": "Training steps."})
-    web: bool = field(default=False, metadata={"help": "Serve a page that segments pictures."})
+    web: bool = field(default=False, metadata={"help": "Serve a web page that segments images."})
     checkpoint: str | None = field(
         default=None,
-        metadata={"help": "With --web: a folder or a Hub name; by default what is in --output."},
+        metadata={"help": "With --web: a folder or a Hub name; by default the one in --output."},
     )
-    port: int | None = field(default=None, metadata={"help": "With --web: of the page; by default the next free one."})
+    port: int | None = field(default=None, metadata={"help": "With --web: port of the page; by default a free one."})
 
 
 def main(arguments: Arguments) -> None:
     output = Path(arguments.output)
     if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty. Remove what is in it, or name another folder by --output.")
+        raise FileExistsError(f"{output} is not empty. Empty it, or choose another folder with --output.")
     data, checkpoint, metrics_file = output / "data", output / "checkpoint", output / "metrics.json"
     write_generated_scenes(data, arguments.num_train, arguments.num_val, image_size=(SIDE, SIDE))
     steps = {"max_steps": arguments.max_steps, "warmup_steps": min(100, arguments.max_steps // 2)}
@@ -78,12 +78,12 @@ def main(arguments: Arguments) -> None:
 
 def serve(arguments: Arguments) -> None:
     if arguments.port is not None and not 0 < arguments.port < 2**16:
-        raise ValueError(f"--port is {arguments.port}; give 1 to 65535, or leave it out.")
+        raise ValueError(f"--port is {arguments.port}; it must be 1 to 65535, or left out.")
     checkpoint = arguments.checkpoint or str(Path(arguments.output) / "checkpoint")
     if arguments.checkpoint is None and not Path(checkpoint).is_dir():
         raise FileNotFoundError(
-            f"{checkpoint} does not exist. Train the small model first, by the same command without --web, or name a "
-            "model by --checkpoint."
+            f"{checkpoint} does not exist. Train the small model first, with the same command without --web, or give "
+            "a model with --checkpoint."
         )
     try:
         from hf_maskformer.demo.page import launch

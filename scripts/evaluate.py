@@ -2,10 +2,10 @@
 
     python scripts/evaluate.py --checkpoint OUTPUT --data DATA --output OUTPUT/metrics.json
 
-The labels say what the task is, unless --task does. --tta averages over scales and mirror images (semantic). With
---predictions FOLDER, predictions are written as PNGs of classes, as panopticapi wants them, or as COCO results.
+The labels determine the task, unless --task does. --tta averages over scales and flips (semantic). With
+--predictions FOLDER, predictions are written as PNGs of classes, in panopticapi's format, or as COCO results.
 
-Runs on all processes of `accelerate launch scripts/evaluate.py ...` too.
+Also runs on several processes with `accelerate launch scripts/evaluate.py ...`.
 """
 
 import json
@@ -33,30 +33,30 @@ from hf_maskformer.training.starting_point import model_class_of, renamed_classe
 class Arguments:
     checkpoint: str = field(metadata={"help": "A folder or a Hub name."})
     data: str = field(metadata={"help": "Folder data set; with --image_column a `datasets` folder or Hub name."})
-    format: str | None = field(default=None, metadata={"help": "Layout of the data, where a folder leaves it open."})
+    format: str | None = field(default=None, metadata={"help": "Layout of the data, if a folder is ambiguous."})
     split: str = field(default="val", metadata={"help": "Split to evaluate on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
     classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
-    task: Task | None = field(default=None, metadata={"help": "What to evaluate; the labels tell."})
-    tta: bool = field(default=False, metadata={"help": "Average over scales of 0.5 to 1.75 and mirror images."})
+    task: Task | None = field(default=None, metadata={"help": "What to evaluate; by default that of the labels."})
+    tta: bool = field(default=False, metadata={"help": "Average over scales of 0.5 to 1.75 and flips."})
     precision: Precision | None = field(
         default=None,
-        metadata={"help": "By default that of the checkpoint. Integers need torchao."},
+        metadata={"help": "By default that of the checkpoint. The int8 ones need torchao."},
     )
-    batch_size: int = field(default=1, metadata={"help": "Images in a batch, of each process."})
-    num_workers: int = field(default=0, metadata={"help": "Worker processes that read and prepare images."})
-    check_data: bool = field(default=True, metadata={"help": "Read every sample once before."})
+    batch_size: int = field(default=1, metadata={"help": "Batch size per process."})
+    num_workers: int = field(default=0, metadata={"help": "Worker processes that read and preprocess images."})
+    check_data: bool = field(default=True, metadata={"help": "Read every sample once beforehand."})
     output: str | None = field(default=None, metadata={"help": "JSON file to write the figures to."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of the table."})
     predictions: str | None = field(default=None, metadata={"help": "Folder to write the predictions to."})
 
 
 def main(arguments: Arguments) -> None:
-    # Accelerate takes a process without a GPU for one of several only if it is told so.
+    # Without a GPU, Accelerate joins several processes only with cpu=True.
     state = PartialState(cpu=not torch.accelerator.is_available())
     if arguments.output is not None and Path(arguments.output).is_dir():
-        raise ValueError(f"--output {arguments.output} is a folder. Name a JSON file in it.")
+        raise ValueError(f"--output {arguments.output} is a folder. Give a JSON file in it.")
     if arguments.output is not None:
         check_output(arguments.output, is_folder=False)
     if arguments.predictions is not None:
@@ -80,11 +80,11 @@ def main(arguments: Arguments) -> None:
         )
     renamed = renamed_classes(model.config.id2label, dataset.labels)
     if renamed and state.is_main_process:
-        print(f"warning: {arguments.checkpoint} names its classes otherwise: {shorten(renamed)}.", file=sys.stderr)
+        print(f"warning: {arguments.checkpoint} names its classes differently: {shorten(renamed)}.", file=sys.stderr)
     if arguments.check_data and state.is_main_process:
         check_samples(dataset)
     image_processor = MaskFormerImageProcessor.from_pretrained(arguments.checkpoint)
-    if image_processor.label_ids_to_fuse is None:  # transformers' files do not hold it
+    if image_processor.label_ids_to_fuse is None:  # transformers does not save it
         image_processor.label_ids_to_fuse = list(dataset.labels.stuff_ids)
     writer = None if arguments.predictions is None else PredictionWriter(arguments.predictions, task, dataset)
     figures = evaluate(
@@ -103,7 +103,7 @@ def main(arguments: Arguments) -> None:
         if arguments.output is not None:
             Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.output).write_text(content)
-    if writer is not None:  # last, since the figures are right even if predictions have replaced each other
+    if writer is not None:  # last, since the figures are correct even if predictions overwrote each other
         writer.finish()
     state.destroy_process_group()
 

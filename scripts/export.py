@@ -5,7 +5,7 @@
     python scripts/export.py --checkpoint OUTPUT --output exported --format torch_export --size 512 512
 
 The folder gets model.onnx or model.pt2, config.json (the names of the labels) and preprocessor_config.json (how images
-become the input). docs/export.md shows how to run it.
+are preprocessed). docs/export.md shows how to run it.
 """
 
 from dataclasses import dataclass, field
@@ -26,26 +26,26 @@ class Arguments:
     format: Format = field(default="onnx", metadata={"help": "What the file is for."})
     task: Output = field(
         default="logits",
-        metadata={"help": "What the file computes: the model's logits, or with post-processing inside, segmentations."},
+        metadata={"help": "What the file computes: the model's logits, or, including post-processing, segmentations."},
     )
     size: list[int] | None = field(
-        default=None, metadata={"help": "Height and width of all images, in pixels. By default any, from 33 on."}
+        default=None, metadata={"help": "Height and width of all images, in pixels. By default any, at least 33."}
     )
     output_size: list[int] | None = field(
         default=None, metadata={"help": "Height and width of the segmentation. By default those of the image."}
     )
     threshold: float | None = field(
         default=None,
-        metadata={"help": "Panoptic: how sure a query must be of its label. By default the checkpoint's, or 0.5."},
+        metadata={"help": "Panoptic: minimum score of a query. By default the checkpoint's, or 0.5."},
     )
     mask_threshold: float | None = field(
         default=None,
-        metadata={"help": "Panoptic: from where on a pixel is in a mask. By default the checkpoint's, or 0.5."},
+        metadata={"help": "Panoptic: minimum mask probability of a pixel. By default the checkpoint's, or 0.5."},
     )
     overlap_mask_area_threshold: float | None = field(
         default=None,
         metadata={
-            "help": "Panoptic: smallest part of its mask that a query must win. By default the checkpoint's, or 0.8."
+            "help": "Panoptic: minimum share of its mask that a query must win. By default the checkpoint's, or 0.8."
         },
     )
 

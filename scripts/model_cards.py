@@ -1,8 +1,8 @@
-"""Writes model_cards/NAME.md, a card for each model of the paper, with what its authors report.
+"""Writes model_cards/NAME.md, a card for each model of the paper, with its authors' results.
 
     python scripts/model_cards.py
 
-The figures are theirs and are marked so; nothing is measured. Run it again after a change of presets or template.
+The figures are theirs and are marked as such; nothing is measured. Run it again after changing presets or template.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "model_cards"
 
 
 def card(preset: Preset) -> ModelCard:
-    """The card of a preset with the weights of the paper's authors, converted into a folder of the preset's name."""
+    """The card of a preset with the weights of the paper's authors, converted to a folder with the preset's name."""
     config = preset.config()
     task = preset.data_set.task
     return make_card(
@@ -41,21 +41,21 @@ def origin(preset: Preset, description: str) -> str:
     """What it is, and how to get it."""
     return (
         f"{description} ({preset.backbone}), with {preset.reported_parameters:.1f} million parameters, for "
-        f"{preset.data_set.title}.\n\nThe weights are those of the paper's authors and no part of this package. "
-        f"Download [{preset.weights_file}]({preset.weights_url}) and convert it into the folder that the examples load:"
+        f"{preset.data_set.title}.\n\nThe weights are those of the paper's authors and not part of this package. "
+        f"Download [{preset.weights_file}]({preset.weights_url}) and convert it to the folder that the examples load:"
         f"\n\n    python scripts/convert_checkpoint.py {preset.weights_file} {preset.name} --preset {preset.name}"
     )
 
 
 def training_text(preset: Preset) -> str:
-    """The recipe, and the command that repeats it."""
+    """The recipe, and the command that reproduces it."""
     recipe = RECIPES[preset.name]
-    options = {"images in a step": recipe.data.batch_size} | recipe.options()
+    options = {"images per step": recipe.data.batch_size} | recipe.options()
     layout = " --format coco-panoptic" if preset.data_set.task == "panoptic" else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in options.items() if value is not False)
     return (
         f"As the paper trained it:\n\n| setting | value |\n| --- | --- |\n{rows}\n\n"
-        "To train it anew (docs/reproducing.md):\n\n"
+        "To train it again (docs/reproducing.md):\n\n"
         f"    accelerate launch scripts/train.py --preset {preset.name} --data DATA{layout} \\\n"
         "        --backbone_weights BACKBONE --output_dir OUTPUT"
     )

@@ -1,4 +1,4 @@
-"""Prints the table of docs/model_zoo.md: what the models of the paper cost here and there, and their reported results.
+"""Prints the table of docs/model_zoo.md: parameters and FLOPs of the models, ours and the paper's, and its results.
 
     python scripts/model_zoo.py
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_maskformer.command_line import OptionParser
 from hf_maskformer.training.presets import MASKFORMER, PRESETS, Preset, model_class
 
-# Billions of multiply-adds of the paper's own implementation, as fvcore counts them.
+# Billions of multiply-adds of the paper's own implementation, counted by fvcore.
 ORIGINAL_FLOPS = {
     "ade20k-r50": 50.9,
     "ade20k-r101": 70.4,
@@ -36,7 +36,7 @@ HEADER = """\
 
 
 def row(preset: Preset) -> str:
-    """One line of the table."""
+    """One row of the table."""
     config = preset.config()
     size = image_size(preset)
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def row(preset: Preset) -> str:
 
 
 def image_size(preset: Preset) -> int:
-    """Side of the image, in pixels, for which the original's operations are known."""
+    """Side of the image, in pixels, for which the original's FLOPs are known."""
     if preset.data_set.task == "panoptic":
         return 800
     return 640 if preset.name in ("ade20k-swin-base", "ade20k-swin-large") else 512
@@ -69,10 +69,10 @@ def image_size(preset: Preset) -> int:
 
 @torch.no_grad()
 def multiply_adds(model: torch.nn.Module, image: torch.Tensor, **arguments: bool) -> float:
-    """Multiplications with an addition, in matrix products, convolutions and attention."""
+    """Multiply-adds in matrix products, convolutions and attention."""
     with FlopCounterMode(display=False) as counter:
         model(image, **arguments)
-    return counter.get_total_flops() / 2  # torch counts the two apart
+    return counter.get_total_flops() / 2  # torch counts both separately
 
 
 def main() -> None:

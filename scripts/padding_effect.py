@@ -1,11 +1,11 @@
-"""Measures how far the prediction for an image moves when the image shares a padded batch with another.
+"""Measures how much the prediction for an image changes when the image shares a padded batch with another.
 
     python scripts/padding_effect.py --checkpoint OUTPUT --input photographs
 
-Each image is predicted alone, and in a batch with itself turned on its side, so that both are padded: by transformers,
-by this package, and by this package with `mask_padding`. Printed are the part of the pixels that get another label
-(mean over the images, and the largest) and how far the probability of a label and the logit of a mask move at most
-(mean over the images).
+Each image is predicted alone, and in a batch with itself rotated by 90 degrees, so that both are padded: by
+transformers, by this package, and by this package with `mask_padding`. Prints the share of pixels that change label
+(mean over the images, and maximum) and the largest change of a label probability and of a mask logit (mean over the
+images).
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ class Arguments:
 
 
 class Prediction(NamedTuple):
-    """What a model says about one image."""
+    """The outputs of a model for one image."""
 
     labels: Tensor  # (H, W)
     label_probabilities: Tensor  # (Q, K + 1)
@@ -63,7 +63,7 @@ def main(arguments: Arguments) -> None:
 
 
 def moves_in_a_batch(model: Any, image_processor: Any, image: Image.Image) -> tuple[float, float, float]:
-    """The part of the pixels that change, and the largest moves of a label's probability and of a mask logit."""
+    """The share of pixels that change, and the largest changes of a label probability and of a mask logit."""
     alone = predict_first(model, image_processor, [image])
     padded = predict_first(model, image_processor, [image, image.transpose(Image.Transpose.ROTATE_90)])
     return (

@@ -1,10 +1,10 @@
-"""Segments an image, a folder of images or an image behind a URL.
+"""Segments an image, a folder of images or an image at a URL.
 
     python scripts/predict.py --checkpoint facebook/maskformer-swin-tiny-ade --input photo.jpg --output segments
 
-For every image NAME the output folder gets NAME_labels.png (the segment of each pixel), NAME_segments.json (what
-the segments are) and NAME_overlay.png (to look at). Images of a folder that cannot be read are skipped; the exit code
-is then 1. --json prints the segments of all images, their files and what was skipped.
+For every image NAME the output folder gets NAME_labels.png (the segment of each pixel), NAME_segments.json (a
+description of the segments) and NAME_overlay.png (for viewing). Unreadable images in a folder are skipped; the exit
+code is then 1. --json prints the segments of all images, their files and the skipped images.
 """
 
 import json
@@ -30,29 +30,29 @@ class Arguments:
     input: str = field(metadata={"help": "An image, a folder of images, or an http(s) URL."})
     output: str = field(metadata={"help": "Folder for the results."})
     task: Task | None = field(
-        default=None, metadata={"help": "What to predict; by default what the model was trained for."}
+        default=None, metadata={"help": "What to predict; by default the task of the checkpoint."}
     )
     json: bool = field(default=False, metadata={"help": "Print the results as JSON."})
     precision: Precision | None = field(
         default=None,
-        metadata={"help": "By default that of the checkpoint. Integers need torchao."},
+        metadata={"help": "By default that of the checkpoint. The int8 ones need torchao."},
     )
     threshold: float | None = field(
-        default=None, metadata={"help": "Instance and panoptic: how sure a query must be. By default the checkpoint's."}
+        default=None, metadata={"help": "Instance and panoptic: minimum score of a query. By default the checkpoint's."}
     )
     mask_threshold: float | None = field(
-        default=None, metadata={"help": "Instance and panoptic: from where on a pixel is in a mask. By default 0.5."}
+        default=None, metadata={"help": "Instance and panoptic: minimum mask probability of a pixel. By default 0.5."}
     )
     overlap_mask_area_threshold: float | None = field(
         default=None,
-        metadata={"help": "Smallest part of its mask that must be on top. By default the checkpoint's for panoptic."},
+        metadata={"help": "Minimum share of its mask that must be on top. By default the checkpoint's for panoptic."},
     )
 
 
 def main(arguments: Arguments) -> None:
     if Path(arguments.input).is_dir() and Path(arguments.input).resolve() == Path(arguments.output).resolve():
         raise ValueError(
-            f"The results would lie among the images of {arguments.input}. Name another folder by --output."
+            f"The results would be among the images in {arguments.input}. Choose another folder with --output."
         )
     check_output(arguments.output)
     thresholds = {name: getattr(arguments, name) for name in THRESHOLDS if getattr(arguments, name) is not None}
@@ -73,7 +73,7 @@ def main(arguments: Arguments) -> None:
         print(json.dumps({"images": images, "skipped": [str(path) for path in failed]}, indent=1))
     if failed:
         raise ValueError(
-            f"Images that could not be read: {len(failed)}, see above. The others are in {arguments.output}."
+            f"Images that could not be read: {len(failed)}, see above. The other results are in {arguments.output}."
         )
     if not arguments.json:
         print(f"The results are in {arguments.output}.")

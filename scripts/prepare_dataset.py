@@ -4,11 +4,10 @@
     python scripts/prepare_dataset.py check DATA --split train val --format coco-panoptic
     python scripts/prepare_dataset.py parquet DATA OUT
 
-`check` reads every sample and reports missing and damaged files, sizes that differ, labels out of range, segments
-without a pixel, how often each class occurs and which never does, and classes that the splits number otherwise; it ends
-with status 1 if training would stop at something. `parquet` writes OUT/data/*.parquet and OUT/classes.json, which
-train.py, evaluate.py and the Hub read. DATA is a folder in a layout of docs/data.md, or with --image_column a data set
-of the Hub.
+`check` reads every sample and reports missing and damaged files, mismatched sizes, labels out of range, empty segments,
+how often each class occurs and which never do, and classes that the splits number differently; it exits with status 1
+if anything would stop training. `parquet` writes OUT/data/*.parquet and OUT/classes.json, which train.py, evaluate.py
+and the Hub read. DATA is a folder in a layout of docs/data.md, or with --image_column a data set on the Hub.
 """
 
 import argparse
@@ -29,7 +28,7 @@ MAX_LINES = 50
 def main(arguments: argparse.Namespace) -> int:
     results: dict[str, Any] = {}
     first: Any = None
-    # With --json, what there is to read meanwhile goes where it does not disturb.
+    # With --json, the human-readable output goes to stderr.
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         for split in arguments.split:
             print(f"{arguments.data}, {split}")
@@ -44,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
                 print(message)
                 results[split] = {"problems": [message]}
                 if arguments.command == "parquet":
-                    print(f"{arguments.output} is not complete: {split}, and what was to follow, is not written.")
+                    print(f"{arguments.output} is incomplete: {split} and any later splits were not written.")
                     break
                 continue
             report = inspect_samples(dataset, arguments.num_workers)
@@ -90,17 +89,17 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     helps = {"check": "reads every sample and reports what is wrong", "parquet": "writes a compact Parquet version"}
     for name, text in helps.items():
         command = commands.add_parser(name, description=__doc__, help=text)
-        command.add_argument("data", help="folder or name of the data set")
+        command.add_argument("data", help="folder or Hub name of the data set")
         if name == "parquet":
             command.add_argument("output", help="folder to write to")
         command.add_argument("--split", nargs="+", default=["train", "val"], help="splits")
-        command.add_argument("--format", choices=(*FORMATS, *COLUMN_FORMATS), help="layout, where it is left open")
+        command.add_argument("--format", choices=(*FORMATS, *COLUMN_FORMATS), help="layout, if a folder is ambiguous")
         command.add_argument("--image_column", help="column of images of a `datasets` data set")
         command.add_argument("--label_column", default="label", help="column of label maps")
         command.add_argument("--classes", help="classes.json, if the data has none of its own")
         command.set_defaults(streaming=False, json=False)
-    commands.choices["check"].add_argument("--num_workers", type=int, default=8, help="threads that read at a time")
-    commands.choices["check"].add_argument("--streaming", action="store_true", help="read columns as they come")
+    commands.choices["check"].add_argument("--num_workers", type=int, default=8, help="threads that read in parallel")
+    commands.choices["check"].add_argument("--streaming", action="store_true", help="stream the columns")
     commands.choices["check"].add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser.parse_args(command_line)
 

@@ -2,9 +2,9 @@
 
     python scripts/push_to_hub.py OUTPUT user/name --private
 
-OUTPUT is the folder of a training or of scripts/convert_checkpoint.py. --with_code takes the modelling files along, so
-that the model runs where this package is not installed. Log in before by `hf auth login`, or set HF_TOKEN. Should the
-upload break off, the repository stays as it was; run the same again.
+OUTPUT is the output folder of training or of scripts/convert_checkpoint.py. --with_code includes the modelling files,
+so that the model runs where this package is not installed. Log in first with `hf auth login`, or set HF_TOKEN. If the
+upload is interrupted, the repository stays as it was; run the same again.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from hf_maskformer.training.starting_point import model_class_of
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = OptionParser(description=__doc__)
     parser.add_argument("folder", help="The saved model.")
-    parser.add_argument("repo_id", help="user/name, or name for the user that is logged in; made if there is none.")
-    parser.add_argument("--private", action="store_true", help="Only its owner can see a new repository.")
-    parser.add_argument("--with_code", action="store_true", help="Take the modelling files along.")
+    parser.add_argument("repo_id", help="user/name, or name for the logged-in user; created if it does not exist.")
+    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument("--with_code", action="store_true", help="Include the modelling files.")
     parser.add_argument("--max_shard_size", default="5GB", help="Split the weights into files of at most this size.")
-    parser.add_argument("--revision", help="Branch, made if there is none.")
-    parser.add_argument("--message", default="Upload model", help="Message of the commit.")
+    parser.add_argument("--revision", help="Branch, created if it does not exist.")
+    parser.add_argument("--message", default="Upload model", help="Commit message.")
     return parser.parse_args(command_line)
 
 
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def prepare(folder: Path, copy: Path, has_code: bool, max_shard_size: str) -> None:
-    """Saves the model anew, which also shows that it loads, and copies what belongs to it."""
+    """Saves the model again, which also checks that it loads, and copies its other files."""
     for name in published_files(folder):
         if name.endswith((".safetensors", ".safetensors.index.json", ".py")):
             continue

@@ -1,26 +1,26 @@
-r"""Trains a MaskFormer on labelled images and evaluates it by mean IoU, PQ or AP, as the labels say.
+r"""Trains a MaskFormer on labelled images and evaluates it by mean IoU, PQ or AP, depending on the labels.
 
 From scratch, on a folder with images/{train,val}, annotations/{train,val} and classes.json:
 
     python scripts/train.py --config scripts/configs/small.json --data DATA --image_size 256 --output_dir OUTPUT
 
-Fine-tuning a checkpoint on columns of a `datasets` data set, on all processes of `accelerate config`:
+Fine-tuning a checkpoint on columns of a `datasets` data set, with the processes of `accelerate config`:
 
     accelerate launch scripts/train.py --checkpoint facebook/maskformer-swin-tiny-ade --reinitialize_head true \
         --data USER/NAME --image_column image --label_column label --classes classes.json --output_dir OUTPUT
 
-As the paper trained one of its models (docs/reproducing.md); --dry_run prints what would be done:
+With the recipe of one of the paper's models (docs/reproducing.md); --dry_run prints what would be done:
 
     accelerate launch scripts/train.py --preset ade20k-r50 --data DATA --backbone_weights resnet50.pth \
         --output_dir OUTPUT
 
-With --resume_from_checkpoint auto the same command starts a run and goes on with it. On SIGTERM a run saves a
-checkpoint and ends with exit code 75 (docs/distributed.md).
+With --resume_from_checkpoint auto the same command starts or resumes a run. On SIGTERM a run saves a checkpoint and
+exits with code 75 (docs/distributed.md).
 
-A folder in another layout of docs/data.md is recognised; where it can be read in two ways, --format says how.
+Folders in the other layouts of docs/data.md are recognised; --format resolves ambiguities.
 
-Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ... The
-help of --help_all has them. --push_to_hub true --hub_model_id user/name publishes the result (docs/publishing.md).
+Every option of transformers' TrainingArguments works too: --max_steps, --eval_strategy, --bf16, --report_to, ...;
+--help_all lists them. --push_to_hub true --hub_model_id user/name publishes the result (docs/publishing.md).
 """
 
 import gc
@@ -59,16 +59,16 @@ class DataArguments:
     data: str | None = field(
         default=None, metadata={"help": "Folder data set; with --image_column a `datasets` folder or Hub name."}
     )
-    format: str | None = field(default=None, metadata={"help": "Layout of the data, where a folder leaves it open."})
+    format: str | None = field(default=None, metadata={"help": "Layout of the data, if a folder is ambiguous."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="val", metadata={"help": "Split to evaluate on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
     classes: str | None = field(default=None, metadata={"help": "classes.json, if the data has none of its own."})
     task: Task | None = field(
-        default=None, metadata={"help": "What to evaluate and save as the checkpoint's task; the labels tell."}
+        default=None, metadata={"help": "What to evaluate, and the checkpoint's task; by default that of the labels."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Train on columns as they come; needs --max_steps."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the training columns; needs --max_steps."})
     check_data: bool = field(default=True, metadata={"help": "Read every sample once before training."})
     image_size: int = field(default=512, metadata={"help": "Shorter side at evaluation, and side of the crops."})
     min_scale: float = field(default=0.5, metadata={"help": "Smallest scale in training, relative to image_size."})
@@ -78,12 +78,10 @@ class DataArguments:
     change_colors: bool = field(default=True, metadata={"help": "Change colours at random in training."})
     augmentation: str | None = field(
         default=None,
-        metadata={
-            "help": f"In place of sizes, scales and crop above, the paper's for {', '.join(PAPER_AUGMENTATIONS)}."
-        },
+        metadata={"help": f"The paper's, replacing size, scales and crop above, for {', '.join(PAPER_AUGMENTATIONS)}."},
     )
 
-    dry_run: bool = field(default=False, metadata={"help": "Print settings, optimiser, length and memory; then end."})
+    dry_run: bool = field(default=False, metadata={"help": "Print settings, optimiser, length and memory, and exit."})
 
     def __post_init__(self) -> None:
         if self.data is None and not self.dry_run:
@@ -94,7 +92,7 @@ class DataArguments:
             )
 
     def open(self, split: str, streaming: bool = False) -> Any:
-        assert self.data is not None  # only a dry run goes without
+        assert self.data is not None  # only a dry run works without it
         return open_dataset(
             self.data,
             split,
@@ -106,7 +104,7 @@ class DataArguments:
         )
 
     def card(self) -> dict[str, Any]:
-        """What the model card says about the data; of a folder on this machine only its own name."""
+        """The model card's fields about the data; for a local folder only its own name."""
         assert self.data is not None  # as above
         path = Path(self.data)
         source = {"dataset": path.absolute().name} if path.exists() else {"dataset_tags": self.data}
@@ -119,19 +117,19 @@ class DataArguments:
             )
         if self.augmentation not in PAPER_AUGMENTATIONS:
             known = ", ".join(PAPER_AUGMENTATIONS)
-            raise ValueError(f"augmentation is {self.augmentation!r}; known are {known}.")
+            raise ValueError(f"augmentation is {self.augmentation!r}; it must be one of {known}.")
         augmentation = PAPER_AUGMENTATIONS[self.augmentation]
         if isinstance(augmentation, RandomScaleCropFlip) and not self.change_colors:
             return replace(augmentation, change_colors=False)  # the others never do
         return augmentation
 
     def training_processor(self, image_processor: MaskFormerImageProcessor) -> MaskFormerImageProcessor:
-        """The processor of the batches. The paper's code fills smaller images up to the size of its crops."""
+        """The image processor for training. The paper's code pads smaller images to the size of its crops."""
         augmentation = self.build_augmentation()
         if self.augmentation is None or not isinstance(augmentation, RandomScaleCropFlip):
             return image_processor
         assert augmentation.crop_size is not None  # as all of the paper's
-        divisor = image_processor.size_divisor or 1  # of a plain vision transformer its patches
+        divisor = image_processor.size_divisor or 1  # the patch size of a plain vision transformer
         height, width = (math.ceil(edge / divisor) * divisor for edge in augmentation.crop_size)
         return MaskFormerImageProcessor.from_dict(
             image_processor.to_dict(), pad_size={"height": height, "width": width}
@@ -141,7 +139,7 @@ class DataArguments:
 def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFormerTrainingArguments) -> None:
     model_arguments.check()
     if data.streaming and training.max_steps <= 0:
-        raise ValueError("A stream does not say how long it is. Give --max_steps.")
+        raise ValueError("The length of a stream is unknown. Give --max_steps.")
     output = output_of(data, training)
     check_reports(training.report_to)
     train_dataset, eval_dataset = data.open(data.train_split, data.streaming), data.open(data.eval_split)
@@ -157,8 +155,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
 
     if training.process_index == 0 and not training.resume_from_checkpoint and (output / "config.json").is_file():
         print(
-            f"warning: {output} holds a model already, which this run replaces, and removes its metrics.json. Name "
-            "another folder by --output_dir.",
+            f"warning: {output} already holds a model, which this run replaces, removing its metrics.json. Choose "
+            "another folder with --output_dir to keep it.",
             file=sys.stderr,
         )
     if data.streaming:
@@ -186,9 +184,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
     if trainer.state.global_step > trainer.first_step:
         trainer.save_metrics("train", result.metrics)
         if training.process_index == 0:
-            (output / "metrics.json").unlink(missing_ok=True)  # what evaluate.py wrote of the model before
+            (output / "metrics.json").unlink(missing_ok=True)  # written by evaluate.py for the previous model
     elif training.process_index == 0:
-        print(f"The training was complete: {trainer.first_step} steps.", file=sys.stderr)
+        print(f"Training was already complete: {trainer.first_step} steps.", file=sys.stderr)
     metrics = figures_of_weights(trainer.state, training.load_best_model_at_end) or trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.log_metrics("eval", metrics)
@@ -201,22 +199,22 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: MaskFor
 
 
 def output_of(data: DataArguments, training: MaskFormerTrainingArguments) -> Path:
-    """The folder of the results. Raises a ValueError if a training cannot leave them there."""
+    """The folder for the results. Raises a ValueError if training cannot write them there."""
     assert training.output_dir is not None  # as transformers fills it in
     output = Path(training.output_dir)
     check_output(output, "--output_dir")
     if not training.resume_from_checkpoint:
         check_is_new(output)
     if data.data is not None and output.resolve() == Path(data.data).resolve():
-        raise ValueError(f"--output_dir is {output}, the folder of the data. Name another.")
+        raise ValueError(f"--output_dir is {output}, the folder of the data. Choose another.")
     return output
 
 
 def leave_processes() -> None:
-    """Leaves the group of processes, when nothing of the training is left.
+    """Destroys the process group once no training objects are left.
 
-    torch ends the threads that sent gradients when their last holder is gone. If that is the trained model, or Python
-    at its end, they may wait for the interpreter, and it for them.
+    torch joins the threads that send gradients when their last reference is gone. If that is the trained model, or at
+    the interpreter's exit, both may deadlock.
     """
     gc.collect()
     PartialState().destroy_process_group()
@@ -255,7 +253,7 @@ if __name__ == "__main__":
             code = None
             try:
                 main(*arguments)
-            except SystemExit as end:  # interrupted, in all processes alike
+            except SystemExit as end:  # interrupted, in all processes
                 code = end.code
             leave_processes()
             sys.exit(code)

@@ -307,8 +307,8 @@ def test_sizes_are_those_of_the_paper_for_each_data_set():
         ({"early_short_edges": ()}, "must hold at least one length"),
         ({"short_edges": (-3,)}, r"short_edges \[-3\], .* must be at least one pixel"),
         ({"max_size": 0}, "max_size 0, .* must be at least one pixel"),
-        ({"crop_probability": -0.5}, "crop_probability is -0.5; it must lie between 0 and 1"),
-        ({"flip_probability": 2.0}, "flip_probability is 2.0; it must lie between 0 and 1"),
+        ({"crop_probability": -0.5}, "crop_probability is -0.5; it must be between 0 and 1"),
+        ({"flip_probability": 2.0}, "flip_probability is 2.0; it must be between 0 and 1"),
     ],
 )
 def test_impossible_settings_of_the_panoptic_augmentation_are_refused(arguments, message):

@@ -156,7 +156,7 @@ BAD = [
     ({"masks": [FIRST], "labels": [0]}, "The prediction has no scores, but masks, labels"),
     (objects([FIRST], scores=[math.nan]), "score that is not finite"),
     ({"masks": np.full((1, *SIZE), 0.3), "labels": [0], "scores": [1.0]}, "values other than 0 and 1"),
-    ({"masks": FIRST, "labels": [0], "scores": [1.0]}, r"shape \(40, 40\), but \(N, height, width\) is due"),
+    ({"masks": FIRST, "labels": [0], "scores": [1.0]}, r"shape \(40, 40\); it must be \(N, height, width\)"),
     ({"masks": np.ones((1, 4, 4)), "labels": [0], "scores": [1.0]}, r"predicted masks are \(4, 4\)"),
     (
         {"masks": run_lengths([FIRST, np.ones((4, 4))]), "labels": [0, 0], "scores": [1.0, 1.0]},

@@ -139,7 +139,7 @@ def test_no_spelling_of_a_name_leads_out_of_the_folder(tmp_path, name):
 def test_a_map_of_ids_in_jpeg_is_refused(panoptic):
     path = panoptic.with_suffix("") / "a.png"
     Image.open(path).save(path, "JPEG")
-    with pytest.raises(ValueError, match=r"a\.png is a JPEG, which changes labels"):
+    with pytest.raises(ValueError, match=r"a\.png is a JPEG, which is lossy and changes labels"):
         open_panoptic(panoptic)[0]
 
 
@@ -203,7 +203,7 @@ def test_given_classes_of_other_names_are_refused(panoptic, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tree", r"panoptic_train\.json names several categories tree"),
+        ("tree", r"panoptic_train\.json has several categories named tree"),
         ("comb", "only the file has comb, only the classes have none"),
     ],
 )
@@ -310,10 +310,10 @@ def test_numbers_are_read_whole_wherever_a_piece_ends(tmp_path, monkeypatch, chu
         ("", "byte 0 is the end of the file"),
         ("[]", r"byte 0 should be '\{'"),
         ('{"images": [{"id": 1}', "byte 21 is the end of the file"),
-        ('{"images": [{"id": ', r"byte 12 is no complete JSON value"),
+        ('{"images": [{"id": ', r"byte 12 is not a complete JSON value"),
         ('{"images": {"id": 1}}', r"byte 11 should be '\['"),
         ('{"images": [] "x": 1}', "byte 14 should be ','"),
-        ('{"x": ' + "[" * 100_000, "byte 6 is (nested too deeply|no complete JSON value)"),
+        ('{"x": ' + "[" * 100_000, "byte 6 is (nested too deeply|not a complete JSON value)"),
     ],
 )
 def test_a_damaged_json_file_is_named_with_the_place(tmp_path, text, message):
@@ -350,14 +350,14 @@ def test_a_file_that_changed_after_opening_is_named(panoptic):
         (lambda c: c["annotations"][0].update(image_id=[1]), r"an annotation has the image_id \[1\]"),
         (lambda c: c["annotations"].pop(), "1 of 2 images do not have exactly one panoptic annotation; image 7 has 0"),
         (lambda c: c["annotations"].append(c["annotations"][0]), "1 of 2 images .*; image 8 has 2"),
-        (lambda c: c["annotations"][0].update(segments_info={}), "segments_info of image 8 is no list"),
+        (lambda c: c["annotations"][0].update(segments_info={}), "segments_info of image 8 is not a list"),
         (
             lambda c: c["annotations"][0]["segments_info"][0].update(category_id=3),
             "a segment of image 8 has the category_id 3, which its categories do not list",
         ),
         (lambda c: c.update(categories=[]), "has no list of categories"),
-        (lambda c: c["categories"].append(c["categories"][0]), "lists 4 categories under 3 ids"),
-        (lambda c: c["categories"].append({"id": "x", "name": "y"}), "has categories whose ids are no integers"),
+        (lambda c: c["categories"].append(c["categories"][0]), "lists 4 categories with only 3 ids"),
+        (lambda c: c["categories"].append({"id": "x", "name": "y"}), "has categories whose ids are not integers"),
         (lambda c: c["categories"].append({"id": 5, "name": "tree"}), "id2label names several classes tree"),
     ],
 )
@@ -402,7 +402,7 @@ def test_a_segment_without_a_pixel_is_reported_but_no_problem(tmp_path):
     report = inspect_samples(open_panoptic(write_panoptic(tmp_path, {"a": ([[4]], segments)})))
     assert report.problems == []
     assert len(report.empty_segments) == 1
-    assert "a.png has no pixel of segments 1 of its list, counted from 0" in report.empty_segments[0]
+    assert "a.png has no pixel of segments 1 in its list, counted from 0" in report.empty_segments[0]
 
 
 def test_a_data_set_without_any_object_is_a_problem_and_no_single_sample_of_it(tmp_path):
@@ -451,7 +451,7 @@ def test_areas_that_do_not_fit_are_found_in_any_data_set(tmp_path, areas, monkey
     dataset = open_instances(write_instances(tmp_path, {"a": ((3, 4), [entry, entry])}))
     sample = {**dataset[0], "area": np.array(areas)}
     monkeypatch.setattr(CocoInstances, "__getitem__", lambda self, index: sample)
-    with pytest.raises(ValueError, match=r"for 2 masks\. Give the pixels of each"):
+    with pytest.raises(ValueError, match=r"for 2 masks\. Give one pixel count each"):
         check_samples(dataset)
 
 

@@ -52,7 +52,7 @@ def test_samples_with_and_without_id_table_do_not_mix():
     "samples", [[], {}, None, "abc", [None], [[make_sample("a")]], make_sample("a"), iter([make_sample("a")])]
 )
 def test_what_is_no_list_of_samples_is_refused(samples):
-    with pytest.raises(ValueError, match=r"The batch is .*; give a list of samples"):
+    with pytest.raises(ValueError, match=r"The batch is .*; pass a list of samples"):
         MaskFormerDataCollator(RecordingProcessor())(samples)
 
 
@@ -85,7 +85,7 @@ def test_a_label_outside_the_classes_is_named_with_its_sample():
 
 
 def test_samples_whose_fields_the_trainer_removed_are_named():
-    with pytest.raises(ValueError, match=r"no segmentation_map, name, but image\. Open the data by a reader"):
+    with pytest.raises(ValueError, match=r"no segmentation_map, name, but image\. Open the data with a reader"):
         MaskFormerDataCollator(MaskFormerImageProcessor())([{"image": None}])
 
 
@@ -182,7 +182,7 @@ def test_masks_without_labels_are_not_said_to_lie_beside_maps():
 
 
 def test_masks_make_no_label_map():
-    with pytest.raises(ValueError, match=r"masks may overlap, so they make no label_map"):
+    with pytest.raises(ValueError, match=r"masks may overlap, so they give no label_map"):
         collate([make_masks("a", [[[1, 0]]], [0])], target_format="label_map")
 
 

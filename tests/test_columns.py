@@ -73,7 +73,7 @@ def test_label_maps_in_jpeg_are_refused(mode):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image(mode=mode)})
     columns = {"image": [Image.new("RGB", (3, 2))], "label": [{"bytes": file.getvalue(), "path": None}]}
     dataset = datasets.Dataset.from_dict(columns, features=features)
-    with pytest.raises(ValueError, match="row 0, column 'label' is a JPEG, which changes labels"):
+    with pytest.raises(ValueError, match="row 0, column 'label' is a JPEG, which is lossy and changes labels"):
         SegmentationColumns(dataset, labels=LabelSet(ID2LABEL))[0]
 
 
@@ -147,7 +147,7 @@ def test_streams_that_were_filtered_or_mapped_are_read():
 
 def test_a_stream_of_images_without_features_says_how_to_name_them():
     stream = make_stream().map(lambda row: {"image": row["image"].rotate(180)})
-    with pytest.raises(ValueError, match=r"columns of the stream cannot be told .* features=datasets\.Features"):
+    with pytest.raises(ValueError, match=r"columns of the stream cannot be inferred .* features=datasets\.Features"):
         StreamedColumns(stream, labels=LabelSet(ID2LABEL))
 
 
@@ -449,7 +449,7 @@ def test_a_stream_that_breaks_off_says_after_how_many_rows():
     stream = StreamedColumns(
         datasets.IterableDataset.from_generator(rows, features=features), labels=LabelSet(ID2LABEL)
     )
-    with pytest.raises(ValueError, match=r"cannot be read on after 1 rows \(the shard ends early\)"):
+    with pytest.raises(ValueError, match=r"cannot be read any further after 1 rows \(the shard ends early\)"):
         list(stream)
     assert "after 1 rows" in inspect_samples(stream).problems[0]
 

@@ -63,8 +63,8 @@ def test_the_help_of_a_command_shows_an_example_and_its_options(run, command):
 def test_the_help_says_of_both_forms_of_an_option_what_they_do(run):
     _, output, _ = run("evaluate", "--help")
     words = " ".join(output.split())
-    assert "--check-data [CHECK_DATA] Read every sample once before. (default: True)" in words
-    assert "--no-check-data The same as --check_data false." in words
+    assert "--check-data [CHECK_DATA] Read every sample once beforehand. (default: True)" in words
+    assert "--no-check-data Same as --check_data false." in words
 
 
 @pytest.mark.parametrize(
@@ -192,13 +192,13 @@ def test_a_file_in_the_place_of_a_folder_is_named(run, checkpoint, tmp_path):  #
     options = [f"--checkpoint={checkpoint}", f"--input={tmp_path / 'a.png'}", f"--output={tmp_path / 'file'}"]
     code, _, errors = run("predict", *options)
     assert code == 1
-    assert f"but {tmp_path / 'file'} is a file. Name a place in a folder" in errors
+    assert f"but {tmp_path / 'file'} is a file. Choose another path" in errors
 
 
 def test_words_that_belong_to_no_option_are_no_command_line(run):
     code, _, errors = run("evaluate", "--checkpoint=x", "--data=y", "--split", "train", "val")
     assert code == 2
-    assert "there is no use for val." in errors
+    assert "unexpected arguments: val." in errors
 
 
 @pytest.mark.parametrize(("option", "meant"), SYNONYMS.items())
@@ -270,7 +270,7 @@ def test_a_path_below_a_file_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit), errors_as_messages():
         (tmp_path / "file" / "out").mkdir()
-    assert f"{tmp_path / 'file' / 'out'} is a file, or lies in one, where a folder is needed" in capsys.readouterr().err
+    assert f"{tmp_path / 'file' / 'out'} is a file, or inside one, where a folder is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])

@@ -153,15 +153,15 @@ def test_a_loss_that_is_not_finite_ends_the_comparison(script, arguments):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_steps": None}, "Give one budget above 0: --minutes or --max_steps"),
-        ({"minutes": 1.0}, "Give one budget above 0"),
-        ({"max_steps": 0}, "Give one budget above 0"),
+        ({"max_steps": None}, "Give one positive budget: --minutes or --max_steps"),
+        ({"minutes": 1.0}, "Give one positive budget"),
+        ({"max_steps": 0}, "Give one positive budget"),
         ({"num_evaluations": 0}, "--num_evaluations is 0"),
-        ({"num_evaluations": 4}, "--num_evaluations is 4; give 1 or more, and not more than steps"),
+        ({"num_evaluations": 4}, "--num_evaluations is 4; it must be 1 to the number of steps"),
         ({"json": "missing/curves.json"}, "missing/curves.json cannot be written"),
         ({"json": "."}, "cannot be written: it is a folder"),
         ({"plot": "curves.xyz"}, "must end in .png"),
-        ({"batch_size": 5}, "has 4 images to train on, so --batch_size can be no larger"),
+        ({"batch_size": 5}, "has 4 training images, so --batch_size cannot be larger"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(options, message, script, arguments):

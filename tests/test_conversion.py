@@ -167,7 +167,7 @@ def test_the_script_wants_one_description_of_the_model(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_script("a.pkl", tmp_path / "model")
     assert "one of the arguments --config --preset is required" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"no preset 'ade20k-r5O'\. Close to it are ade20k-r50"):
+    with pytest.raises(ValueError, match=r"no preset 'ade20k-r5O'\. Similar names are ade20k-r50"):
         run_script("a.pkl", tmp_path / "model", "--preset", "ade20k-r5O")
 
 
@@ -188,13 +188,13 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_written(convert, t
     changed["sem_seg_head.pixel_decoder.mask_features.bias"] = torch.zeros(5)
     changed["sem_seg_head.predictor.query_embed.weight"] = torch.zeros(20, 48, dtype=torch.int64)
     changed["surprise.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"does not fit the configuration") as error:
+    with pytest.raises(ValueError, match=r"does not match the configuration") as error:
         convert(changed, write=write_pkl)
     for part in (
         "unknown to the model: surprise.weight",
-        "missing in the file: backbone.stem.conv1.weight",
+        "missing from the file: backbone.stem.conv1.weight",
         "sem_seg_head.mask_features.bias ([5] there, [32] in the model)",  # the name that the file has
-        "query_embed.weight ([20, 48] whole numbers there, [20, 48] in the model)",
+        "query_embed.weight ([20, 48] integers there, [20, 48] in the model)",
     ):
         assert part in str(error.value)
     assert {path.name for path in tmp_path.iterdir()} == {"source.pkl"}
@@ -223,13 +223,13 @@ def test_weights_that_are_not_finite_are_refused(convert, tensors, value):
 def test_a_tensor_without_plain_values_is_refused(tmp_path):
     for value in (torch.zeros(2, 2).to_sparse(), torch.zeros(2, device="meta")):
         torch.save({"sem_seg_head.a": value}, tmp_path / "a.pth")
-        with pytest.raises(ValueError, match=r"a\.pth holds 'sem_seg_head\.a', which is no plain tensor with a name"):
+        with pytest.raises(ValueError, match=r"a\.pth holds 'sem_seg_head\.a', which is not a plain tensor"):
             read_checkpoint(tmp_path / "a.pth")
 
 
 def test_an_empty_file_of_tensors_says_so(tmp_path):
     (tmp_path / "a.pth").touch()
-    with pytest.raises(ValueError, match=r"a\.pth is no file of tensors, .* \(\S.*\)\. Download it again"):
+    with pytest.raises(ValueError, match=r"a\.pth is not a file of tensors, .* \(\S.*\)\. Download it again"):
         read_checkpoint(tmp_path / "a.pth")
 
 
@@ -244,10 +244,10 @@ def test_a_tensor_in_both_spellings_is_refused(convert, tensors):
     [
         ({"model": {}}, "holds no tensors"),
         ([1], "holds no tensors"),
-        ({"model": {"sem_seg_head.a": "text"}}, r"'sem_seg_head\.a', which is no plain tensor with a name"),
-        ({1: np.zeros(1)}, "holds 1, which is no plain tensor with a name"),
-        ({"a": np.zeros(1)}, "no checkpoint of MaskFormer"),
-        ({"blobs": {"conv1_w": np.zeros(1)}}, "'blobs', which is no plain tensor with a name"),
+        ({"model": {"sem_seg_head.a": "text"}}, r"'sem_seg_head\.a', which is not a plain tensor with a name"),
+        ({1: np.zeros(1)}, "holds 1, which is not a plain tensor with a name"),
+        ({"a": np.zeros(1)}, "not a checkpoint of MaskFormer"),
+        ({"blobs": {"conv1_w": np.zeros(1)}}, "'blobs', which is not a plain tensor with a name"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, content, message):
@@ -262,7 +262,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     for name, error, message in (
         ("none.pkl", FileNotFoundError, "none.pkl does not exist"),
         ("a.bin", ValueError, "neither a .pkl"),
-        ("a.pth", ValueError, "a.pth is no file of tensors"),
+        ("a.pth", ValueError, "a.pth is not a file of tensors"),
     ):
         if name != "none.pkl":
             (tmp_path / name).write_bytes(b"text")
@@ -277,7 +277,7 @@ class Evil:
 
 def test_a_pth_that_asks_for_more_is_refused_and_not_run(tmp_path):
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil\.pth asks for \S+, which is refused and was not run\. Take another"):
+    with pytest.raises(ValueError, match=r"evil\.pth asks for \S+, which is refused and was not run\. Get another"):
         run_script(tmp_path / "evil.pth", tmp_path / "model", "--preset", "ade20k-r50")
 
 
@@ -418,7 +418,7 @@ def test_an_incomplete_backbone_is_refused(tmp_path):
     config = tiny_config(ResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128]))
     _, backbone = backbone_files(config)
     backbone.pop("res5.2.conv3.weight")
-    with pytest.raises(ValueError, match=r"missing in the file: backbone\.res5\.2\.conv3\.weight"):
+    with pytest.raises(ValueError, match=r"missing from the file: backbone\.res5\.2\.conv3\.weight"):
         convert_checkpoint(
             write_pth(tmp_path / "resnet.pth", backbone), tmp_path / "model", config, MaskFormerImageProcessor()
         )
@@ -533,5 +533,5 @@ def test_a_name_with_another_sign_in_place_of_a_dot_is_refused():
     name = "sem_seg_head.predictor.query_embed.weight"
     assert from_original({name: torch.zeros(1)})
     for place in [index for index, sign in enumerate(name) if sign == "."]:
-        with pytest.raises(ValueError, match="is no tensor of a MaskFormer checkpoint"):
+        with pytest.raises(ValueError, match="is not a tensor of a MaskFormer checkpoint"):
             from_original({f"{name[:place]}_{name[place + 1 :]}": torch.zeros(1)})

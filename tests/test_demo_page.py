@@ -29,7 +29,7 @@ def test_the_page_asks_for_the_small_model_where_none_is_named(tmp_path):
 def test_a_port_that_cannot_be_is_refused(tmp_path):
     command = [sys.executable, SCRIPTS / "demo.py", "--web", "--port=99999"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "\nerror: --port is 99999; give 1 to 65535, or leave it out.\n")
+    assert (done.returncode, done.stderr) == (1, "\nerror: --port is 99999; it must be 1 to 65535, or left out.\n")
 
 
 @pytest.fixture(scope="module")

@@ -224,7 +224,7 @@ def test_a_baseline_knows_no_segments():
     model, processor = PerPixelBaselineForSemanticSegmentation(config), image_processor_for(SCENES.labels, 128)
     assert 0 <= evaluate(model, processor, SCENES)["mean_iou"] <= 1
     for task in ("panoptic", "instance"):
-        with pytest.raises(ValueError, match=f"knows no segments, so its task is semantic, not {task}"):
+        with pytest.raises(ValueError, match=f"has no segments, so its task is semantic, not {task}"):
             evaluate(model, processor, SCENES, task)
     assert 0 <= evaluate(model, processor, SCENES, scale_averaging=True)["mean_iou"] <= 1
 
@@ -665,5 +665,5 @@ def test_results_have_the_sizes_that_are_asked_for(task):
 
 def test_an_unknown_task_is_refused():
     processor = image_processor_for(SCENES.labels, 64)
-    with pytest.raises(ValueError, match="task is 'boxes'; give one of semantic, instance, panoptic"):
+    with pytest.raises(ValueError, match="task is 'boxes'; it must be one of semantic, instance, panoptic"):
         evaluate(model_for(SCENES.labels), processor, SCENES, "boxes")

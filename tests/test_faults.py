@@ -95,14 +95,14 @@ def test_a_death_is_named_that_something_else_took_for_an_error_of_its_own(num_w
         except RuntimeError as error:
             raise ValueError("a field has a wrong value") from error
 
-    expected = (ChildProcessError, "data died .DataLoader worker .pid 3.") if num_workers else (ValueError, "a field")
+    expected = (ChildProcessError, "died .DataLoader worker .pid 3.") if num_workers else (ValueError, "a field")
     with pytest.raises(expected[0], match=expected[1]), dead_workers_named(num_workers):
         parse()
 
 
 def test_a_worker_that_dies_ends_the_training_with_what_to_do(tmp_path):
     error = error_of(train_until_death, tmp_path)
-    assert error.startswith("One of the 1 processes that read data died")
+    assert error.startswith("One of the 1 data-loading workers died")
     assert "dataloader_num_workers" in error
     assert checkpoints(tmp_path)
     assert_goes_on(tmp_path)
@@ -110,7 +110,7 @@ def test_a_worker_that_dies_ends_the_training_with_what_to_do(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_dies_ends_the_evaluation_too(tmp_path):
-    assert error_of(evaluate_until_death, tmp_path).startswith("One of the 1 processes that read data died")
+    assert error_of(evaluate_until_death, tmp_path).startswith("One of the 1 data-loading workers died")
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "state"])
@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, part
         return full(Path(path) / place) if "checkpoint-2" in str(path) else save(value, path, **options)
 
     monkeypatch.setattr(owner, name, limited)
-    with pytest.raises(OSError, match=r"checkpoint-2 cannot be written .*No space left.*checkpoint-1 is whole"):
+    with pytest.raises(OSError, match=r"checkpoint-2 cannot be written .*No space left.*checkpoint-1 is complete"):
         trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-1"]
     monkeypatch.undo()
@@ -148,7 +148,7 @@ def test_a_disk_that_is_full_at_the_end_is_named_with_the_way_on(tmp_path, monke
         raise error("PytorchStreamWriter failed: No space left on device")
 
     monkeypatch.setattr(MaskFormerForInstanceSegmentation, "save_pretrained", full)
-    with pytest.raises(OSError, match=r"written to .*final \(.*No space left.*checkpoint-2 is whole: go on from there"):
+    with pytest.raises(OSError, match=r"written to .*final \(.*No space left.*checkpoint-2 is complete: resume"):
         trainer.save_model(str(tmp_path / "final"))
 
 
@@ -173,7 +173,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_is_really_full_leaves_the_checkpoint_before_it(small_disk):
     trainer = our_trainer(small_disk, max_steps=9, save_steps=1)
-    with pytest.raises(OSError, match=r"checkpoint-\d cannot be written .*checkpoint-\d is whole"):
+    with pytest.raises(OSError, match=r"checkpoint-\d cannot be written .*checkpoint-\d is complete"):
         trainer.train()
     assert checkpoints(small_disk)
     for name in checkpoints(small_disk):
@@ -199,7 +199,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         return step(*args, **kwargs)
 
     trainer.training_step = diverging
-    with pytest.raises(ValueError, match=r"is not finite in step 3, .* not saved\. .*checkpoint-2 is whole"):
+    with pytest.raises(ValueError, match=r"is not finite in step 3, .* not saved\. .*checkpoint-2 is complete"):
         trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-2"]
     weights = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
@@ -255,7 +255,7 @@ def test_a_label_that_nobody_looked_for_is_named_in_evaluation(tmp_path):
     dataset = SegmentationFolder(tmp_path / "data", "train")
     damage(tmp_path / "data", "label")
     trainer = our_trainer(tmp_path / "run", dataset, per_device_eval_batch_size=1)
-    with pytest.raises(ValueError, match=r"^Of the sample scene_00001: A reference contains label 77"):
+    with pytest.raises(ValueError, match=r"^Sample scene_00001: A reference contains label 77"):
         trainer.evaluate(dataset)
 
 
@@ -277,7 +277,7 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written_is_no_full_disk(tmp_pa
 def test_without_a_whole_checkpoint_the_way_on_is_to_start_anew(tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
-    with pytest.raises(OSError, match="no earlier checkpoint: start anew"), removed_if_cut_off(checkpoint, None):
+    with pytest.raises(OSError, match="no earlier checkpoint: start again"), removed_if_cut_off(checkpoint, None):
         raise OSError("No space left on device")
     assert not checkpoint.exists()
 
@@ -298,7 +298,7 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_before_its_end(tmp_path,
 @pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), EOFError("no more bytes")])
 def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error, monkeypatch):
     monkeypatch.setattr("hf_maskformer.data.workers.time.sleep", lambda seconds: None)
-    message = f"One of the 2 processes that read data died .{error}"
+    message = f"One of the 2 data-loading workers died .{error}"
     with pytest.raises(ChildProcessError, match=message), dead_workers_named(2):
         raise error
     with pytest.raises(type(error), match=str(error)), dead_workers_named(0):
@@ -330,5 +330,5 @@ def test_a_death_is_found_behind_an_error_that_came_of_its_handling():
         except RuntimeError:
             {}["missing"]
 
-    with pytest.raises(ChildProcessError, match=r"data died .DataLoader worker .pid 3."), dead_workers_named(1):
+    with pytest.raises(ChildProcessError, match=r"workers died .DataLoader worker .pid 3."), dead_workers_named(1):
         parse()

@@ -65,7 +65,7 @@ def test_what_is_not_read_is_named(root, transformers_log):
 def test_a_map_of_numbers_with_a_decimal_point_is_refused_with_the_remedy(root):
     (root / "annotations/train/a.png").unlink()
     Image.fromarray(LABELS.astype(np.float32)).save(root / "annotations/train/a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif has mode F .* save numbers with a decimal point as whole ones"):
+    with pytest.raises(ValueError, match=r"a\.tif has mode F .* save floating-point values as integers"):
         SegmentationFolder(root, "train")[0]
 
 
@@ -226,7 +226,7 @@ def test_label_files_of_another_format_are_named(root):
 def test_a_label_map_that_is_a_jpeg_under_the_name_of_a_png_is_refused(root):
     path = root / "annotations/train/a.png"
     Image.open(path).convert("L").save(path, "JPEG")
-    with pytest.raises(ValueError, match=r"a\.png is a JPEG, which changes labels .* as PNG"):
+    with pytest.raises(ValueError, match=r"a\.png is a JPEG, which is lossy and changes labels.* as PNG"):
         SegmentationFolder(root, "train")[0]
 
 
@@ -269,7 +269,7 @@ def test_a_missing_classes_json_is_named(root):
         ('{"id2label": {"0": "sky", "1": "road"}, "category_ids": [7, 7]}', "category_ids has 1 different ids"),
         (
             '{"id2label": {"0": "sky"}, "category_ids": [7], "do_reduce_labels": true}',
-            "category_ids say which class is meant",
+            "category_ids already map values to classes",
         ),
         ('{"id2label": {"0": "sky"}, "reduce_labels": true}', "unknown field reduce_labels; the fields are id2label"),
     ],
@@ -284,7 +284,7 @@ def test_classes_that_share_a_name_are_told_apart(tmp_path, caplog):
     path = tmp_path / "classes.json"
     path.write_text('{"id2label": {"0": "screen", "1": "door", "2": "screen"}}')
     assert LabelSet.from_json(path).id2label == {0: "screen (0)", 1: "door", 2: "screen (2)"}
-    assert "They are called screen (0), screen (2) here." in caplog.text
+    assert "They are renamed screen (0), screen (2)." in caplog.text
     with pytest.raises(ValueError, match="id2label names several classes screen"):
         LabelSet({0: "screen", 1: "screen"})
 
@@ -355,7 +355,7 @@ def test_masks_of_0_and_255_of_more_classes_are_a_warning(root, transformers_log
     write_sample(root, "b", np.zeros((2, 3), np.uint8))
     check_samples(SegmentationFolder(root, "train"))
     assert "2 of 3 classes have no pixel" in transformers_log.text
-    assert "In masks of 0 and 255, write the number of the class, 1 or another, in place" in transformers_log.text
+    assert "In masks of 0 and 255, write the value of the class, 1 or another, instead" in transformers_log.text
 
 
 def test_the_0_that_reduced_labels_ignore_hides_no_class(root):
@@ -396,7 +396,7 @@ def test_a_sixteen_bit_image_is_scaled_and_one_of_unknown_range_refused(root):
     assert np.unique(sample["image"]).tolist() == [128]
     (root / "images/train/b.png").unlink()
     Image.fromarray(np.full((2, 3), 4000, np.int32)).save(root / "images/train/b.tif")
-    with pytest.raises(ValueError, match=r"images/train/b.tif cannot be taken as a picture: mode I does not say"):
+    with pytest.raises(ValueError, match=r"images/train/b.tif cannot be used as an image: mode I does not say"):
         check_samples(SegmentationFolder(root, "train"))
 
 

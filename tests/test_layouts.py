@@ -218,7 +218,7 @@ def test_panoptic_cityscapes_finds_its_images_in_the_folders_of_their_cities(tmp
 
 def test_cityscapes_with_both_kinds_of_annotations_asks_which(tmp_path):
     write_panoptic_cityscapes(tmp_path)
-    with pytest.raises(ValueError, match=r"can be read as cityscapes or cityscapes-panoptic\. Say which by format"):
+    with pytest.raises(ValueError, match=r"can be read as cityscapes or cityscapes-panoptic\. Choose one with format"):
         open_dataset(str(tmp_path), "train")
 
 
@@ -263,7 +263,7 @@ def test_an_id_that_coco_stuff_does_not_have_is_named(tmp_path, label_names, unk
 def test_a_damaged_label_file_of_coco_stuff_is_named(tmp_path, label_names):
     write_coco_stuff(tmp_path, [[1]])
     (tmp_path / "annotations/a.mat").write_bytes(b"no such thing")
-    with pytest.raises(ValueError, match=r"a\.mat is no label file of COCO-Stuff"):
+    with pytest.raises(ValueError, match=r"a\.mat is not a label file of COCO-Stuff"):
         layouts.CocoStuff10k(tmp_path, "train")[0]
 
 
@@ -371,7 +371,7 @@ def test_coco_may_have_its_annotations_among_the_images_of_a_split(tmp_path):
 def test_coco_with_both_kinds_of_annotations_asks_which(tmp_path):
     write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
     write_instances(tmp_path, {"a": ((1, 1), [])})
-    with pytest.raises(ValueError, match=r"can be read as coco-instances or coco-panoptic\. Say which by format"):
+    with pytest.raises(ValueError, match=r"can be read as coco-instances or coco-panoptic\. Choose one with format"):
         open_dataset(str(tmp_path), "train")
     assert isinstance(open_dataset(str(tmp_path), "train", format="coco-panoptic"), CocoPanoptic)
 
@@ -398,7 +398,7 @@ def test_a_split_without_annotations_lists_where_they_were_looked_for_and_what_o
 
 
 def test_an_unknown_format_names_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"format is 'yolo'; known are folder, .*coco-panoptic.*instance-columns"):
+    with pytest.raises(ValueError, match=r"format is 'yolo'; it must be one of folder, .*instance-columns"):
         open_dataset(str(tmp_path), "train", format="yolo")
 
 
@@ -408,7 +408,7 @@ def test_files_cannot_be_streamed(tmp_path):
 
 
 def test_a_path_that_is_no_folder_is_named():
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         open_dataset("nowhere", "train")
 
 

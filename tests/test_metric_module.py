@@ -84,7 +84,7 @@ def test_a_loaded_metric_ignores_what_it_is_told_to(load):
 def test_a_loaded_metric_says_how_it_is_used(load):
     with pytest.raises(ValueError, match="one of mean_iou, panoptic_quality, average_precision"):
         load()
-    with pytest.raises(ValueError, match=r"give evaluate.load the options, such as num_labels"):
+    with pytest.raises(ValueError, match=r"pass evaluate.load the options, such as num_labels"):
         load("mean_iou").add_batch(predictions=[PREDICTION], references=[REFERENCE])
     with pytest.raises(ValueError, match="leave out num_labels"):
         load("mean_iou", num_labels=2).compute(num_labels=2)

@@ -94,12 +94,12 @@ def test_the_metadata_say_task_data_and_figures(run, card):
 def test_the_text_says_how_it_was_trained_and_shows_what_it_predicts(run, card):
     for line in (
         "2 steps of 2 images",
-        "beginning with random weights",
+        "starting from random weights",
         "| `learning_rate` | 0.0001 |",
         "Hardware: cpu",
         f"torch {torch.__version__}",
         f"| mean_iou | {100 * run.metrics['eval_mean_iou']:.2f} |",
-        "![Image, truth and prediction](pictures/sample_2.jpg)",
+        "![Image, ground truth and prediction](pictures/sample_2.jpg)",
         "at most 6 segments",
         'from_pretrained("run")',
     ):
@@ -193,14 +193,14 @@ def test_a_fine_tune_of_a_folder_inherits_its_licence_and_base_model(tmp_path):
     card = card_of_fine_tune(tmp_path, folder)
     assert card.data.license == AUTHORS_LICENCE
     assert card.data.base_model == "someone/else"
-    assert "no commercial use. It is passed on by `start`" in card.text
+    assert "no commercial use. It is inherited from `start`" in card.text
     scenes_model().save_pretrained(tmp_path / "tuned")
     assert card_of_fine_tune(tmp_path / "again", tmp_path / "tuned").data.license == AUTHORS_LICENCE
 
 
 def test_a_fine_tune_of_the_authors_weights_cannot_be_given_away_under_another_licence(tmp_path):
     folder = saved_with_card(tmp_path / "start", license=AUTHORS_LICENCE)
-    with pytest.raises(ValueError, match="license is 'mit', but the training began with start"):
+    with pytest.raises(ValueError, match="license is 'mit', but training started from start"):
         card_of_fine_tune(tmp_path, folder, license="mit")
     assert not (tmp_path / "tuned" / "README.md").exists()
 
@@ -398,9 +398,9 @@ def test_a_training_is_published_at_its_end_alone_unless_told_otherwise(hub, tmp
 @pytest.mark.parametrize(
     ("endpoint", "token", "error", "message"),
     [
-        ("http://127.0.0.1:9", "ada's", ConnectionError, "cannot be reached to make ada/run"),
+        ("http://127.0.0.1:9", "ada's", ConnectionError, "cannot be reached to create ada/run"),
         (None, "unknown", PermissionError, "does not accept the token"),
-        (None, "reads", PermissionError, "may not write to ada/run"),
+        (None, "reads", PermissionError, "cannot write to ada/run"),
     ],
 )
 def test_a_training_that_cannot_be_published_does_not_begin(
@@ -500,7 +500,7 @@ def test_the_card_calls_data_model_and_start_by_their_names(tmp_path):
     trainer.model.add_model_tags("house")
     trainer.create_model_card(dataset_tags="ada/drawn", tags="mine")
     card = ModelCard.load(tmp_path / "README.md")
-    assert "Trained on ada/drawn, beginning with `start`, for 0 steps" in card.text
+    assert "Trained on ada/drawn, starting from `start`, for 0 steps" in card.text
     assert 'from_pretrained("ada/scenes")' in card.text
     assert {"mine", "house"} <= set(card.data.tags)
     trainer.create_model_card(model_name="eve/scenes")
@@ -531,7 +531,7 @@ def test_the_curve_of_an_earlier_training_is_removed_and_one_loss_is_no_curve(tm
     assert not (tmp_path / LOSS_CURVE).exists()
     monkeypatch.setattr("hf_maskformer.training.run_card._draw", lambda *_: True)
     text = write_loss([{"step": step, "loss": 3.0 / step} for step in range(1, 5)], tmp_path)
-    assert "The last loss that was logged is 0.75." in text
+    assert "The last logged loss is 0.75." in text
 
 
 def test_the_card_has_the_time_of_the_last_training(tmp_path):

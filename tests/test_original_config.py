@@ -182,7 +182,7 @@ def test_a_baseline_has_as_many_queries_as_classes(read):
         "MODEL__META_ARCHITECTURE": "SemanticSegmentor",
         "MODEL__SEM_SEG_HEAD__NAME": "PerPixelBaselinePlusHead",
     }
-    with pytest.raises(ValueError, match=r"NUM_OBJECT_QUERIES 100, but a model here can only have 150"):
+    with pytest.raises(ValueError, match=r"NUM_OBJECT_QUERIES 100, but only 150"):
         read(**baseline)
     config = read(**baseline, MODEL__MASK_FORMER__NUM_OBJECT_QUERIES=150).config()
     assert config.decoder_config.num_queries == 150
@@ -253,7 +253,7 @@ def test_a_file_changes_the_values_of_its_base(tmp_path):
 def test_a_circle_of_bases_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("_BASE_: b.yaml\n")
     (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
-    with pytest.raises(ValueError, match=r"in a circle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+    with pytest.raises(ValueError, match=r"circular chain of bases: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
         read_yaml(tmp_path / "a.yaml")
 
 
@@ -384,7 +384,7 @@ def test_changes_of_a_base_go_down_to_the_last_level_and_a_home_may_be_short(tmp
                 "MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME": "TransformerEncoderPixelDecoder",
                 "MODEL__MASK_FORMER__TRANSFORMER_IN_FEATURE": "transformer_encoder",
             },
-            "TRANSFORMER_ENC_LAYERS 0, but a model here can only have 'at least 1' there",
+            "TRANSFORMER_ENC_LAYERS 0, but only 'at least 1' is supported",
         ),
         (
             {
@@ -392,9 +392,9 @@ def test_changes_of_a_base_go_down_to_the_last_level_and_a_home_may_be_short(tmp
                 "MODEL__SEM_SEG_HEAD__NAME": "PerPixelBaselineHead",
                 "MODEL__SEM_SEG_HEAD__COMMON_STRIDE": 8,
             },
-            "COMMON_STRIDE 8, but a model here can only have 4 there",
+            "COMMON_STRIDE 8, but only 4 is supported",
         ),
-        ({"MODEL__RESNETS__NORM": "GN"}, "MODEL.RESNETS.NORM 'GN', but a model here can only have 'FrozenBN' or 'BN'"),
+        ({"MODEL__RESNETS__NORM": "GN"}, "MODEL.RESNETS.NORM 'GN', but only 'FrozenBN' or 'BN'"),
     ],
 )
 def test_a_decoder_without_layers_another_stride_and_another_norm_are_refused(read, values, message):
@@ -415,7 +415,7 @@ def test_the_divisor_of_a_baseline_is_that_of_its_backbone(read):
 
 
 def test_a_number_above_that_of_any_model_is_refused(read):
-    with pytest.raises(ValueError, match=r"MODEL\.MASK_FORMER\.DIM_FEEDFORWARD '?1000000000000'?, but something like"):
+    with pytest.raises(ValueError, match=r"MODEL\.MASK_FORMER\.DIM_FEEDFORWARD '?1000000000000'?, but a value like"):
         read(MODEL__MASK_FORMER__DIM_FEEDFORWARD=10**12)
 
 
@@ -520,7 +520,7 @@ def test_more_that_no_model_here_has_is_refused_by_name(read, values, message):
     ],
 )
 def test_a_value_of_another_kind_is_refused_with_its_field(read, field, value):
-    with pytest.raises(ValueError, match=rf"{field.replace('__', '.')} .* but something like .* belongs there"):
+    with pytest.raises(ValueError, match=rf"{field.replace('__', '.')} .* but a value like .* is expected"):
         read(**{field: value})
 
 
@@ -564,7 +564,7 @@ def test_a_forced_projection_is_refused_at_the_width_of_what_it_projects(read, v
 )
 def test_values_that_yaml_cannot_make_are_refused_with_the_file(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"a\.yaml is no yaml file of plain data"):
+    with pytest.raises(ValueError, match=r"a\.yaml is not a YAML file of plain data"):
         read_yaml(tmp_path / "a.yaml")
 
 
@@ -584,7 +584,7 @@ def test_a_configuration_nested_deeper_than_any_is_refused():
 def test_a_circle_by_a_roundabout_way_is_refused(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "a.yaml").write_text("_BASE_: ../here/a.yaml\n")
-    with pytest.raises(ValueError, match="in a circle"):
+    with pytest.raises(ValueError, match="circular chain of bases"):
         read_yaml(tmp_path / "here" / "a.yaml")
 
 

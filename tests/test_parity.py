@@ -203,5 +203,5 @@ def test_the_model_zoo_spelling_means_the_same(golden: Golden) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"backbone\.surprise is no tensor of a MaskFormer checkpoint"):
+    with pytest.raises(ValueError, match=r"backbone\.surprise is not a tensor of a MaskFormer checkpoint"):
         from_original({"backbone.surprise": torch.zeros(1)})

@@ -99,7 +99,7 @@ def test_a_data_set_is_not_written_into_itself(tmp_path):
     root = tmp_path / "source"
     write_generated_scenes(root, num_train=2, num_val=1, image_size=(64, 64))
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="holds annotations, which does not belong to a data set of Parquet files"):
+    with pytest.raises(ValueError, match="holds annotations, which does not belong to a Parquet data set"):
         write_parquet(open_dataset(str(root), "train"), root, "train")
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
@@ -144,7 +144,7 @@ def test_a_part_of_a_data_set_is_written(dataset, tmp_path):
 
 @pytest.mark.parametrize("split", ["my-split", "fold 1", "../train", "", "all"])
 def test_a_split_that_could_not_be_read_is_refused(tmp_path, split):
-    with pytest.raises(ValueError, match="name it by letters, digits and _"):
+    with pytest.raises(ValueError, match="use letters, digits and _"):
         write_parquet(GeneratedScenes(1, image_size=(64, 64)), tmp_path / "out", split)
     assert not (tmp_path / "out").exists()
 

@@ -292,10 +292,10 @@ def test_options_reach_the_post_processing_of_the_subtask():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"treshold": 0.9}, "treshold=0.9 is no option of the pipeline. Did you mean threshold?"),
-        ({"colour": "red"}, "colour='red' is no option of the pipeline. Known are"),
-        ({"subtask": "panoptic", "top_k": 3}, "top_k is no option of panoptic segmentation, which has"),
-        ({"subtask": "semantic", "label_ids_to_fuse": [1]}, "label_ids_to_fuse is no option of semantic"),
+        ({"treshold": 0.9}, "treshold=0.9 is not an option of the pipeline. Did you mean threshold?"),
+        ({"colour": "red"}, "colour='red' is not an option of the pipeline. Options are"),
+        ({"subtask": "panoptic", "top_k": 3}, "top_k is not an option of panoptic segmentation, which has"),
+        ({"subtask": "semantic", "label_ids_to_fuse": [1]}, "label_ids_to_fuse is not an option of semantic"),
     ],
 )
 def test_options_without_meaning_are_refused(options, message):
@@ -315,7 +315,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_an_unknown_subtask_is_refused():
-    with pytest.raises(ValueError, match="subtask is 'boxes'; give one of semantic, instance, panoptic"):
+    with pytest.raises(ValueError, match="subtask is 'boxes'; it must be one of semantic, instance, panoptic"):
         segmenter()(images()[0], subtask="boxes")
 
 
@@ -382,7 +382,7 @@ def test_no_images_give_no_segments(nothing):
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"num_workers": -1}])
 def test_numbers_that_mean_nothing_are_refused(options):
-    with pytest.raises(ValueError, match="give at least 1 and 0"):
+    with pytest.raises(ValueError, match="the minimum is 1 and 0"):
         list(segmenter()((image for image in images()), **options))
 
 
@@ -521,7 +521,7 @@ def test_an_image_may_be_a_path_and_what_is_none_is_named_with_its_type(tmp_path
     ]
     with pytest.raises(ValueError, match=r"Image 0 \(.*b\.png\) cannot be read: there is no such file"):
         segment(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"Image 1 cannot be read: it is a ndarray; give a PIL image, a path"):
+    with pytest.raises(ValueError, match=r"Image 1 cannot be read: it is a ndarray; pass a PIL image, a path"):
         segment([photograph, np.zeros((40, 60, 3), np.uint8)])
 
 

@@ -56,14 +56,14 @@ def test_two_cars_are_one_class_or_two_segments(image, image_processor):
 
 
 def test_tasks_that_the_model_does_not_know_are_refused(image, image_processor):
-    with pytest.raises(ValueError, match=r"task is 'depth'; give one of semantic, instance, panoptic"):
+    with pytest.raises(ValueError, match=r"task is 'depth'; it must be one of semantic, instance, panoptic"):
         predict(TwoCars(), image_processor, image, "depth")
-    with pytest.raises(ValueError, match="A per-pixel baseline knows no segments, so its task is semantic"):
+    with pytest.raises(ValueError, match="A per-pixel baseline has no segments, so its task is semantic"):
         predict(tiny_baseline(), image_processor, image, "panoptic")
 
 
 def test_thresholds_that_would_do_nothing_are_refused(image, image_processor):
-    with pytest.raises(ValueError, match="gives every pixel a class and knows no threshold"):
+    with pytest.raises(ValueError, match="gives every pixel a class and has no threshold"):
         predict(TwoCars(), image_processor, image, "semantic", threshold=0.5)
 
 
@@ -175,7 +175,7 @@ def test_sixteen_bits_are_scaled_and_an_image_of_unknown_range_is_refused(tmp_pa
     ((_, image),) = read_images(str(tmp_path / "deep.png"))
     assert image.getpixel((0, 0)) == (128, 128, 128)
     Image.fromarray(np.full((4, 4), 4000, dtype=np.int32)).save(tmp_path / "wide.tif")
-    with pytest.raises(ValueError, match=r"wide\.tif cannot be taken as a picture: mode I"):
+    with pytest.raises(ValueError, match=r"wide\.tif cannot be used as an image: mode I"):
         list(read_images(str(tmp_path / "wide.tif")))
 
 

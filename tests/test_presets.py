@@ -127,7 +127,7 @@ def test_known_names_are_as_many_as_classes(name):
 
 
 def test_an_unknown_name_is_answered_with_close_ones():
-    with pytest.raises(ValueError, match=r"no preset 'ade20k-swin-tinny'\. Close to it are ade20k-swin-tiny, "):
+    with pytest.raises(ValueError, match=r"no preset 'ade20k-swin-tinny'\. Similar names are ade20k-swin-tiny, "):
         find_preset("ade20k-swin-tinny")
 
 

@@ -116,8 +116,8 @@ def test_images_of_a_step_are_divided(batch_size, devices, per_device, steps, ex
 @pytest.mark.parametrize(
     ("devices", "per_device", "steps", "message"),
     [
-        (3, None, None, r"16 images in a step, which do not divide among 3 processes. Start 1, 2, 4, 8 or 16"),
-        (2, 3, None, r"--per_device_train_batch_size 3\. Set it to 1, 2, 4 or 8; or give both"),
+        (3, None, None, r"16 images per step, which is not divisible by 3 processes. Start 1, 2, 4, 8 or 16"),
+        (2, 3, None, r"--per_device_train_batch_size 3\. Set it to 1, 2, 4 or 8; or set both"),
         (2, None, 5, r"--gradient_accumulation_steps 5\. Set it to 1, 2, 4 or 8"),
         (16, 2, None, r"Set it to 1; or"),
         (2, 0, None, r"--per_device_train_batch_size 0\. Set it to 1, 2, 4 or 8"),
@@ -179,7 +179,7 @@ def test_colours_can_be_left_as_they_are_without_another_change(preset, caplog):
     _, without, _, _ = parse(f"--preset={preset}", "--change_colors=false")
     recipe, found = as_in_paper.build_augmentation(), without.build_augmentation()
     assert found == (recipe if preset == "coco-panoptic-r50" else replace(recipe, change_colors=False))
-    assert "gives way" not in caplog.text
+    assert "is replaced" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_images_of_a_recipe_are_filled_up_to_whole_patches():
 
 def test_sizes_that_take_the_place_of_the_recipe_s_augmentation_are_told_of(caplog):
     _, data, _, _ = parse("--preset=cityscapes-r101", "--max_scale=1.5")
-    assert "--max_scale: the recipe's augmentation 'cityscapes' gives way to --image_size, --min_scale" in caplog.text
+    assert "--max_scale: the recipe's augmentation 'cityscapes' is replaced by --image_size, --min_scale" in caplog.text
     assert data.build_augmentation().crop_size == (1024, 1024)
 
 
@@ -245,8 +245,8 @@ def test_departures_from_the_paper_are_said_aloud(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset=ade20k-r5O"], r"There is no preset 'ade20k-r5O'\. Close to it are ade20k-r50"),
-        (["--preset=ade20k-r50", "--config=x"], "--preset has a configuration of its own"),
+        (["--preset=ade20k-r5O"], r"There is no preset 'ade20k-r5O'\. Similar names are ade20k-r50"),
+        (["--preset=ade20k-r50", "--config=x"], "--preset has its own configuration"),
         (["--preset=ade20k-r50", "--backbone=x", "--backbone_weights=y"], "Give only one of --checkpoint, --backbone"),
         (["--checkpoint=x", "--backbone_weights=y"], "--backbone_weights is for the model of --preset or --config"),
         (["--checkpoint=x", "--config=y"], "Give one of --checkpoint"),
@@ -260,7 +260,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
 
 def test_training_wants_a_pretrained_backbone_and_data(monkeypatch):
     model, *_ = parse("--preset=ade20k-r50")
-    with pytest.raises(ValueError, match=r"ade20k-r50 begins with a backbone trained on ImageNet\. Give --back"):
+    with pytest.raises(ValueError, match=r"ade20k-r50 starts from a backbone trained on ImageNet\. Give --back"):
         model.check()
     model.check(is_training=False)
     with pytest.raises(ValueError, match=r"Give --data"):
@@ -295,10 +295,10 @@ def test_data_must_fit_a_preset():
     check_data(ade20k, Samples([maps], 8), is_fine_tuning=True)
     check_data(ade20k, Samples([maps], 150))
     check_data(coco, Samples([segments], 133))
-    with pytest.raises(ValueError, match=r"coco-panoptic-r50 learns panoptic segmentation, but a has no segments"):
+    with pytest.raises(ValueError, match=r"coco-panoptic-r50 is for panoptic segmentation, but a has no segments"):
         check_data(coco, Samples([maps], 133))
     for sample in (segments, {"name": "b", "masks": None}):
-        with pytest.raises(ValueError, match=r"ade20k-r50 learns semantic .* but b has a mask for each object"):
+        with pytest.raises(ValueError, match=r"ade20k-r50 is for semantic .* but b has one mask per object"):
             check_data(ade20k, Samples([sample], 150))
 
 
@@ -320,7 +320,7 @@ def test_a_preset_has_its_own_task():
     arguments = ModelArguments(preset="coco-panoptic-r50")
     for task in (None, "panoptic"):
         arguments.check_data(segments, task)
-    with pytest.raises(ValueError, match="--task is instance, but coco-panoptic-r50 learns panoptic segmentation"):
+    with pytest.raises(ValueError, match="--task is instance, but coco-panoptic-r50 is for panoptic segmentation"):
         arguments.check_data(segments, "instance")
 
 
@@ -336,7 +336,7 @@ def test_a_backbone_comes_from_a_file(write, tmp_path):
     assert all(torch.equal(found[f"backbone.{name}"], original[f"backbone.{name}"]) for name in backbone)
     decoder = "model.pixel_level_module.decoder.mask_projection.weight"
     assert torch.equal(model.state_dict()[decoder], others[decoder])
-    with pytest.raises(ValueError, match=r"does not fit the configuration\. Tensors unknown to the model:"):
+    with pytest.raises(ValueError, match=r"does not match the configuration\. Tensors unknown to the model:"):
         load_backbone_weights(tiny_model(), str(source))
     whole = write(tmp_path / f"whole.{write.__name__[-3:]}", original)
     with pytest.raises(ValueError, match="holds a whole model"):
@@ -377,13 +377,13 @@ def test_a_dry_run_tells_recipe_groups_length_and_memory_without_data(capsys):
     assert [group[0] for group in groups] == ["rest", "rest", "backbone", "backbone"]
     assert [group[3:] for group in groups] == [("6e-05", "0"), ("6e-05", "0.02")] * 2
     assert sum(int(group[2].replace(",", "")) for group in groups) == pytest.approx(41.753e6, abs=500)
-    assert "64 images in a step: 2 at once on each of 1 device(s), 32 time(s)." in output
+    assert "64 images per step: 2 on each of 1 device(s), accumulated 32 time(s)." in output
     assert "The learning rate falls to a tenth at step 369,600." in output
     assert "554,400 steps, 35,481,600 images; the number of epochs needs --data." in output
     # 41.753 million parameters of 4 bytes are 159 MiB.
     assert found["gradients, float32"][-1] == "159"
-    assert found["AdamW's two averages, float32"][-1] == "319"
-    assert "Left out: activations" in output
+    assert found["AdamW's two moments, float32"][-1] == "319"
+    assert "Not included: activations" in output
 
 
 @pytest.fixture(scope="module")
@@ -469,8 +469,8 @@ def test_whole_images_take_the_place_of_the_recipe_s_crops():
 def test_weights_gradients_and_averages_are_all_of_the_memory(capsys):
     dry_run("--preset=ade20k-swin-tiny")
     found = rows(capsys.readouterr().out)
-    parts = ("weights, float32", "gradients, float32", "AdamW's two averages, float32")
-    together = int(found["together, on each device"][-1].replace(",", ""))
+    parts = ("weights, float32", "gradients, float32", "AdamW's two moments, float32")
+    together = int(found["in total, on each device"][-1].replace(",", ""))
     assert abs(together - sum(int(found[part][-1].replace(",", "")) for part in parts)) <= 2  # all are rounded
 
 
@@ -536,11 +536,11 @@ def test_the_image_processor_of_a_training_has_its_task_and_whole_patches():
 def test_each_size_takes_the_place_of_the_recipe_s_augmentation_unless_one_is_named(option, caplog):
     _, data, _, _ = parse("--preset=ade20k-r50", f"--{option}")
     assert data.augmentation is None
-    assert f"--{option.partition('=')[0]}: the recipe's augmentation 'ade20k' gives way" in caplog.text
+    assert f"--{option.partition('=')[0]}: the recipe's augmentation 'ade20k' is replaced" in caplog.text
     caplog.clear()
     _, data, _, _ = parse("--preset=ade20k-r50", f"--{option}", "--augmentation=cityscapes")
     assert data.augmentation == "cityscapes"
-    assert "gives way" not in caplog.text
+    assert "is replaced" not in caplog.text
 
 
 @pytest.mark.parametrize(("steps", "is_warned"), [(1500, True), (1501, False)])
@@ -562,7 +562,7 @@ def test_a_dry_run_shows_what_decides_about_the_images_and_the_rates(tmp_path, c
     dry_run(f"--config={tmp_path}", "--image_size=96")
     output = capsys.readouterr().out
     found = rows(output)
-    assert output.startswith(f"Begins with {tmp_path}.")
+    assert output.startswith(f"Starts from {tmp_path}.")
     assert found["lr_scheduler_type"] == ["polynomial", "default"]
     assert found["min_scale"] == ["0.5", "default"]
     assert "3 epochs; the number of steps needs --data." in output
@@ -573,5 +573,5 @@ def test_a_dry_run_names_the_checkpoint_and_counts_all_gpus(tmp_path, capsys, mo
     tiny_config().save_pretrained(tmp_path)
     dry_run(f"--checkpoint={tmp_path}", "--per_device_train_batch_size=2")
     output = capsys.readouterr().out
-    assert output.startswith(f"Begins with {tmp_path}.")
-    assert "8 images in a step: 2 at once on each of 4 device(s), 1 time(s)." in output
+    assert output.startswith(f"Starts from {tmp_path}.")
+    assert "8 images per step: 2 on each of 4 device(s), accumulated 1 time(s)." in output

@@ -270,7 +270,7 @@ def test_the_script_ends_on_sigterm_with_its_own_exit_code(tmp_path, num_workers
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors[-2000:]
-    assert "SIGTERM ended the training after step" in errors
+    assert "SIGTERM ended training after step" in errors
     assert len(steps_saved(tmp_path / "run")) == 1
 
 
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_which_a_file_is_cut_off_is_never_taken(tmp_path, file):
     our_trainer(tmp_path, max_steps=3, save_steps=1).train()
     path = tmp_path / "checkpoint-3" / file
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"checkpoint-3 is no whole checkpoint.*checkpoint-2 is whole"):
+    with pytest.raises(ValueError, match=r"checkpoint-3 is not a complete checkpoint.*checkpoint-2 is complete"):
         our_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     trainer = our_trainer(tmp_path, max_steps=4, save_steps=4)
     steps = []
@@ -407,13 +407,13 @@ def test_a_checkpoint_of_another_run_with_other_classes_is_named(tmp_path):
     trainer_with_chance(tmp_path, False, max_steps=3).train()
     trainer = trainer_with_chance(tmp_path, False, max_steps=5)
     trainer.model.config.id2label = {0: "one", 1: "two"}
-    with pytest.raises(ValueError, match=r"checkpoint-3 was left by another run: .* this one the 2 classes one, two"):
+    with pytest.raises(ValueError, match=r"checkpoint-3 is from another run: .* this one the 2 classes one, two"):
         trainer.train(resume_from_checkpoint="auto")
 
 
 def test_a_checkpoint_of_another_optimiser_is_named(tmp_path):
     trainer_with_chance(tmp_path, False, max_steps=3).train()
-    with pytest.raises(ValueError, match=r"checkpoint-3 was trained by optim=adamw_torch.*, whose states sgd cannot"):
+    with pytest.raises(ValueError, match=r"checkpoint-3 was trained with optim=adamw_torch.*, whose state sgd cannot"):
         trainer_with_chance(tmp_path, False, max_steps=5, optim="sgd").train(resume_from_checkpoint="auto")
     for optimizer in ("adamw_torch", "adamw_torch_fused"):
         trainer = trainer_with_chance(tmp_path, False, max_steps=5, optim=optimizer)
@@ -428,13 +428,13 @@ def test_a_checkpoint_of_transformers_trainer_is_named(tmp_path):
     trainer.train(resume_from_checkpoint="auto")  # which does not need it
     (tmp_path / "checkpoint-3" / "training_args.json").unlink()
     torch.save({}, tmp_path / "checkpoint-3" / "training_args.bin")
-    with pytest.raises(ValueError, match=r"checkpoint-3 was left by transformers' Trainer.* Begin a new run"):
+    with pytest.raises(ValueError, match=r"checkpoint-3 is from transformers' Trainer.* Start a new run"):
         trainer.train(resume_from_checkpoint="auto")
 
 
 def test_a_stream_that_is_too_short_for_a_step_is_an_error(tmp_path):
     trainer = trainer_with_chance(tmp_path, True, gradient_accumulation_steps=8)
-    with pytest.raises(ValueError, match="Nothing was trained: a pass of the stream has fewer than the 8 batches"):
+    with pytest.raises(ValueError, match="Nothing was trained: the stream has fewer than the 8 batches"):
         trainer.train()
     trainer_with_chance(tmp_path, True, max_steps=3).train()
     trainer = trainer_with_chance(tmp_path, True, max_steps=5, gradient_accumulation_steps=8)
@@ -483,5 +483,5 @@ def test_a_checkpoint_with_the_classes_in_another_order_is_named(tmp_path):
     trainer = trainer_with_chance(tmp_path, False, max_steps=5)
     names = list(trainer.model.config.id2label.values())
     trainer.model.config.id2label = dict(enumerate(reversed(names)))
-    with pytest.raises(ValueError, match="checkpoint-3 was left by another run"):
+    with pytest.raises(ValueError, match="checkpoint-3 is from another run"):
         trainer.train(resume_from_checkpoint="auto")

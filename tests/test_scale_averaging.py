@@ -109,7 +109,7 @@ def test_the_mode_follows_the_task_of_the_model(image):
     assert torch.equal(scores("semantic"), scores(mode="paper"))
     assert torch.equal(scores("panoptic", mode="paper"), scores())
     assert not torch.equal(scores("panoptic"), scores())
-    with pytest.raises(ValueError, match="mode is 'slow'; give one of paper, direct, fast"):
+    with pytest.raises(ValueError, match="mode is 'slow'; it must be one of paper, direct, fast"):
         scores(mode="slow")
 
 

@@ -82,10 +82,10 @@ def test_a_schedule_can_be_stored_and_resumed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paper_schedule": "linear"}, "paper_schedule is 'linear'; known are poly, steps"),
-        ({"paper_schedule": "poly", "warmup_factor": 2.0}, "warmup_factor is 2.0, but it is a share"),
-        ({"paper_schedule": "poly", "warmup_factor": -0.1}, "warmup_factor is -0.1, but it is a share"),
-        ({"paper_schedule": "steps", "lr_milestones": [300.0]}, r"lr_milestones is \[300.0\], but they are shares"),
+        ({"paper_schedule": "linear"}, "paper_schedule is 'linear'; it must be one of poly, steps"),
+        ({"paper_schedule": "poly", "warmup_factor": 2.0}, "warmup_factor is 2.0, but it is a fraction"),
+        ({"paper_schedule": "poly", "warmup_factor": -0.1}, "warmup_factor is -0.1, but it is a fraction"),
+        ({"paper_schedule": "steps", "lr_milestones": [300.0]}, r"lr_milestones is \[300.0\]; they must be fractions"),
         ({"paper_schedule": "steps", "lr_milestones": [0.0, 0.5]}, "lr_milestones is .* between 0 and 1"),
         ({"paper_schedule": "steps", "lr_milestones": [0.5, 1.0]}, "lr_milestones is .* between 0 and 1"),
     ],

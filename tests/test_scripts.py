@@ -243,7 +243,7 @@ def test_the_check_lists_problems_and_fails(data, tmp_path, capsys):
 
 def test_the_check_names_a_data_set_that_is_not_there(tmp_path, capsys):
     assert prepare("check", tmp_path / "nowhere", "--split", "train") == 1
-    assert "nowhere is no folder" in capsys.readouterr().out
+    assert "nowhere is not a folder" in capsys.readouterr().out
 
 
 def test_check_finds_classes_that_splits_number_otherwise(tmp_path, capsys):
@@ -323,7 +323,7 @@ def test_evaluate_names_every_damaged_sample_before_it_begins(checkpoint, data, 
 
 def test_train_takes_the_papers_augmentations_by_name(config, data, tmp_path, monkeypatch):
     options = {"config": config, "data": data, "max_steps": 1, "image_size": 64, "per_device_train_batch_size": 1}
-    with pytest.raises(ValueError, match="augmentation is 'imagenet'; known are ade20k"):
+    with pytest.raises(ValueError, match="augmentation is 'imagenet'; it must be one of ade20k"):
         call("train", augmentation="imagenet", output_dir=tmp_path / "none", **options)
     sizes = []
     compute_loss = MaskFormerTrainer.compute_loss
@@ -368,7 +368,7 @@ def test_a_wrong_name_ends_a_script_with_a_message_alone(script, data, tmp_path)
     command = [sys.executable, SCRIPTS / f"{script}.py", *(f"--{name}={value}" for name, value in options.items())]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'nowhere'} is no folder with a config.json")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'nowhere'} is not a folder with a config.json")
     assert "Traceback" not in done.stderr
 
 
@@ -501,7 +501,7 @@ def test_the_benchmark_knows_transformers_fallback_from_its_processor_on_torchvi
     fallback = images.MaskFormerImageProcessorPil
     monkeypatch.setattr(images.transformers, "MaskFormerImageProcessor", fallback)
     assert list(images.stock_image_processors()) == ["stock, Pillow"]
-    assert "on torchvision is not measured" in capsys.readouterr().out
+    assert "torchvision image processor is not measured" in capsys.readouterr().out
     monkeypatch.setattr(images, "is_torchvision_available", lambda: True)
     assert list(images.stock_image_processors()) == ["stock, Pillow"]
     other = type("OnTorchvision", (fallback,), {})
@@ -780,7 +780,7 @@ def test_a_file_in_the_place_of_a_folder_shows_before_anything_is_read(tmp_path,
 
 
 def test_predictions_do_not_lie_among_the_images(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="The results would lie among the images"):
+    with pytest.raises(ValueError, match="The results would be among the images"):
         call("predict", checkpoint=checkpoint, input=tmp_path, output=f"{tmp_path}/.")
 
 
@@ -811,5 +811,5 @@ def test_a_data_set_of_which_a_split_cannot_be_written_is_not_called_complete(da
     next((tmp_path / "data" / "images" / "train").iterdir()).write_bytes(b"damaged")
     script = load("prepare_dataset")
     assert script.main(script.parse_arguments(["parquet", str(tmp_path / "data"), str(tmp_path / "out")])) == 1
-    assert "out is not complete: train, and what was to follow, is not written." in capsys.readouterr().out
+    assert "out is incomplete: train and any later splits were not written." in capsys.readouterr().out
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

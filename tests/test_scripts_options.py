@@ -54,7 +54,7 @@ def test_evaluate_compares_the_classes_of_data_and_checkpoint(checkpoint, data, 
     classes["id2label"]["3"] = "coin"
     (other / "classes.json").write_text(json.dumps(classes))
     call("evaluate", checkpoint=checkpoint, data=other)
-    assert "names its classes otherwise" in capsys.readouterr().err
+    assert "names its classes differently" in capsys.readouterr().err
     classes["id2label"]["8"] = "star"
     (other / "classes.json").write_text(json.dumps(classes))
     with pytest.raises(ValueError, match=r"has 8 classes, but .*data has 9\. Evaluate a checkpoint on data"):
@@ -158,7 +158,7 @@ def test_a_new_training_in_the_folder_of_a_model_says_what_it_replaces(checkpoin
     options = {"image_size": 64, "max_steps": 1, "num_pictures": 0, "check_data": False}
     call("train", config=config, data=data, output_dir=tmp_path, **options)
     errors = capsys.readouterr().err
-    assert "holds a model already, which this run replaces" in errors
+    assert "already holds a model, which this run replaces" in errors
     assert "Checking samples" not in errors
 
 

@@ -106,7 +106,7 @@ def test_semantic_evaluation_of_masks_ends_in_a_clear_error(data, config, tmp_pa
 
 
 def test_a_stream_without_a_number_of_steps_is_refused_before_it_is_opened(config, tmp_path):
-    with pytest.raises(ValueError, match=r"A stream does not say how long it is\. Give --max_steps"):
+    with pytest.raises(ValueError, match=r"The length of a stream is unknown\. Give --max_steps"):
         call("train", config=config, data=tmp_path / "nowhere", streaming=True, output_dir=tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_evaluation_finds_what_cannot_be_done_before_it_reads_the_data(data, tmp
     wrong = {"checkpoint": tmp_path / "nowhere", "data": data / "instance"}
     with pytest.raises(ValueError, match="has masks, which may overlap, but panoptic segmentation"):
         call("evaluate", task="panoptic", **wrong)
-    with pytest.raises(ValueError, match=r"--output .* is a folder\. Name a JSON file in it"):
+    with pytest.raises(ValueError, match=r"--output .* is a folder\. Give a JSON file in it"):
         call("evaluate", output=tmp_path, **wrong)
 
 

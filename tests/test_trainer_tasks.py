@@ -269,7 +269,7 @@ def test_ready_made_metrics_refuse_lists_of_masks_on_several_processes(monkeypat
     state = SimpleNamespace(num_processes=2)
     monkeypatch.setattr("hf_maskformer.evaluation.compute_metrics.PartialState", lambda: state)
     metrics.logits(outputs, (torch.zeros(1, 64, 64), labels[1]))
-    with pytest.raises(ValueError, match="in one process, or by MaskFormerTrainer"):
+    with pytest.raises(ValueError, match="in one process, or with MaskFormerTrainer"):
         metrics.logits(outputs, labels)
 
 
@@ -297,7 +297,7 @@ def test_the_plain_trainer_takes_ready_made_metrics_of_a_per_pixel_baseline(tmp_
     for name, value in ours.items():
         assert theirs[name] == pytest.approx(value, abs=1e-6), name
     trainer.compute_metrics = ComputeMetrics(image_processor_for(SCENES.labels, 64), SCENES.labels, "panoptic")
-    with pytest.raises(ValueError, match="baseline knows no segments, so its task is semantic, not panoptic"):
+    with pytest.raises(ValueError, match="baseline has no segments, so its task is semantic, not panoptic"):
         trainer.evaluate()
 
 
@@ -305,7 +305,7 @@ def test_ready_made_metrics_say_what_trainer_and_task_must_be():
     processor = image_processor_for(SCENES.labels, 64)
     with pytest.raises(ValueError, match="Set batch_eval_metrics=True"):
         ComputeMetrics(processor, SCENES.labels)(EvalPrediction(predictions=(), label_ids=()))
-    with pytest.raises(ValueError, match="task is 'boxes'; give one of semantic, instance, panoptic"):
+    with pytest.raises(ValueError, match="task is 'boxes'; it must be one of semantic, instance, panoptic"):
         ComputeMetrics(processor, SCENES.labels, "boxes")
 
 
@@ -416,7 +416,7 @@ def test_the_legend_names_what_truth_or_prediction_has(task, monkeypatch):
     ((image, panels, legend),) = shown
     assert image is sample["image"]
     assert [name for name, _ in legend] == ["class 0", "class 1", "class 3"]
-    assert [title for title, _ in panels] == ["truth", "prediction"]
+    assert [title for title, _ in panels] == ["ground truth", "prediction"]
     colours = [
         len(set(panel.get_flattened_data() if hasattr(panel, "get_flattened_data") else panel.getdata()))
         for _, panel in panels

@@ -336,9 +336,9 @@ def test_a_dictionary_of_data_sets_is_evaluated_one_by_one(tmp_path):
 def test_one_of_several_data_sets_is_evaluated_by_its_name(tmp_path):
     trainer = our_trainer(tmp_path, eval_dataset={"a": SCENES, "b": SCENES})
     assert trainer.evaluate("a")["eval_mean_iou"] == trainer.evaluate(SCENES)["eval_mean_iou"]
-    with pytest.raises(ValueError, match="There is no eval_dataset 'c'; known are a, b"):
+    with pytest.raises(ValueError, match="There is no eval_dataset 'c'; the names are: a, b"):
         trainer.evaluate("c")
-    with pytest.raises(ValueError, match="There is no eval_dataset 'a'; known are none by name"):
+    with pytest.raises(ValueError, match="There is no eval_dataset 'a'; the names are: none"):
         our_trainer(tmp_path).evaluate("a")
 
 
@@ -464,14 +464,14 @@ def test_schedules_that_follow_the_figure_take_a_higher_one_for_better(tmp_path,
         ({"neftune_noise_alpha": 5.0}, "label_smoothing_factor and neftune_noise_alpha do not apply"),
         ({"bf16_full_eval": True}, "bf16_full_eval and fp16_full_eval do not apply"),
         ({"fp16_full_eval": True}, "bf16_full_eval and fp16_full_eval do not apply"),
-        ({"backbone_learning_rate_factor": -1.0}, "backbone_learning_rate_factor is -1.0, but must be at least 0"),
+        ({"backbone_learning_rate_factor": -1.0}, "backbone_learning_rate_factor is -1.0, but must be finite"),
         ({"backbone_learning_rate_factor": float("nan")}, "backbone_learning_rate_factor is nan"),
         ({"backbone_learning_rate_factor": float("inf")}, "backbone_learning_rate_factor is inf"),
-        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint must be False: MaskFormerTrainer saves a checkpoint"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give at least 1"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; give at least 1"),
-        ({"max_steps": 0}, "max_steps is 0; give at least 1"),
-        ({"max_steps": -2}, "max_steps is -2; give at least 1"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint must be False: MaskFormerTrainer itself saves"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it must be at least 1"),
+        ({"max_steps": 0}, "max_steps is 0; set at least 1"),
+        ({"max_steps": -2}, "max_steps is -2; set at least 1"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(tmp_path, options, message):
@@ -486,7 +486,7 @@ def test_evaluations_without_a_checkpoint_are_warned_of_where_the_best_is_to_be_
     saving = {"save_strategy": "steps" if saving else "best"} | saving
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, **saving}
     MaskFormerTrainingArguments(**arguments(tmp_path, **options))
-    assert ("the best may not be kept" in caplog.text) == is_warned
+    assert ("it cannot be loaded" in caplog.text) == is_warned
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def test_evaluations_without_a_checkpoint_are_warned_of_where_the_best_is_to_be_
     [{"lr_scheduler_kwargs": {"powr": 2}}, {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {}}],
 )
 def test_arguments_that_a_schedule_lacks_are_named(tmp_path, options):
-    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs .* are not those of lr_scheduler_type .* argument"):
+    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs .* do not match lr_scheduler_type .* argument"):
         our_trainer(tmp_path, **options).train()
 
 
@@ -548,9 +548,9 @@ def test_the_trainer_says_at_once_what_does_not_fit_together(tmp_path):
         )
 
     trainer()
-    with pytest.raises(ValueError, match=r"args are TrainingArguments\. Give MaskFormerTrainingArguments"):
+    with pytest.raises(ValueError, match=r"args are TrainingArguments\. Pass MaskFormerTrainingArguments"):
         trainer(args=TrainingArguments(str(tmp_path)))
-    with pytest.raises(ValueError, match="evaluates by itself, without compute_metrics"):
+    with pytest.raises(ValueError, match="has its own evaluation, without compute_metrics"):
         trainer(compute_metrics=lambda prediction: {})
     with pytest.raises(ValueError, match="The model has 2 classes, but train_dataset has 8"):
         trainer(model=tiny_model(id2label={0: "sky", 1: "road"}))
@@ -624,7 +624,7 @@ def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
     scenes_model().save_pretrained(tmp_path / "model")
     stock = transformers.MaskFormerForInstanceSegmentation.from_pretrained(tmp_path / "model")
     for model in (stock, get_peft_model(stock, LoraConfig(target_modules=["q_proj"]))):
-        with pytest.raises(ValueError, match=r"is transformers' MaskFormerForInstanceSegmentation\. Load that of"):
+        with pytest.raises(ValueError, match=r"is transformers' MaskFormerForInstanceSegmentation\. Use that of"):
             our_trainer(tmp_path, model=model)
     with pytest.raises(ValueError, match="metric_for_best_model is the loss"):
         our_trainer(tmp_path, metric_for_best_model="eval_loss")
@@ -677,7 +677,7 @@ def test_masks_are_not_gathered_for_predictions(tmp_path):
 def test_adapters_around_a_baseline_train_as_it_does(tmp_path):
     adapted = get_peft_model(tiny_baseline(), LoraConfig(r=2, target_modules=r".*convolution"))
     assert target_format(adapted) == "label_map"
-    with pytest.raises(ValueError, match="A per-pixel baseline knows no segments"):
+    with pytest.raises(ValueError, match="A per-pixel baseline has no segments"):
         check_model("panoptic", adapted)
 
 
@@ -690,7 +690,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("checkpoint", ["outputs/no/such/checkpoint", "no_such_folder"])
 def test_a_checkpoint_that_does_not_exist_is_named(checkpoint, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=f"^{checkpoint} is no folder with a config.json"):
+    with pytest.raises(FileNotFoundError, match=f"^{checkpoint} is not a folder with a config.json"):
         pretrained_model(checkpoint, OTHER_LABELS)
 
 
@@ -772,7 +772,7 @@ def test_a_checkpoint_whose_classes_have_other_names_is_kept_with_a_warning(tmp_
     with caplog.at_level("WARNING", logger="hf_maskformer.training.starting_point"):
         model = pretrained_model(str(tmp_path), OTHER_LABELS)
     assert torch.equal(model.class_predictor.weight, saved.class_predictor.weight)
-    assert "class 0 is 'water' there and 'sky' in the data" in caplog.text
+    assert "class 0 is 'water' there but 'sky' in the data" in caplog.text
     caplog.clear()
     with caplog.at_level("WARNING", logger="hf_maskformer.training.starting_point"):
         model = pretrained_model(str(tmp_path), OTHER_LABELS, reinitialize_head=True)
@@ -785,7 +785,7 @@ def test_classes_that_share_a_name_are_the_same_in_a_checkpoint_and_in_the_data(
     names = {0: "screen", 1: "screen"}
     assert not renamed_classes(names, LabelSet({0: "screen (0)", 1: "screen (1)"}))
     assert renamed_classes(names, LabelSet({0: "screen", 1: "monitor"})) == [
-        "class 1 is 'screen' there and 'monitor' in the data"
+        "class 1 is 'screen' there but 'monitor' in the data"
     ]
 
 
@@ -944,13 +944,13 @@ def test_a_damaged_configuration_is_not_taken_for_a_misspelt_name(tmp_path):
 
 
 def test_what_can_be_no_name_of_the_hub_is_called_so():
-    with pytest.raises(FileNotFoundError, match=r"as a name on the Hub it cannot be read .*Check the spelling"):
+    with pytest.raises(FileNotFoundError, match=r"cannot be read as a name on the Hub .*Check the spelling"):
         model_class_of("outputs/run/checkpoint")
 
 
 def test_a_misspelt_backbone_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"rnx is no folder .* Check the spelling"):
+    with pytest.raises(OSError, match=r"rnx is not a folder .* Check the spelling"):
         check_backbone("rnx")
 
 
@@ -976,7 +976,7 @@ def test_a_semantic_image_processor_fuses_every_class_and_others_what_is_known_a
 
 
 def test_a_task_that_the_model_does_not_do_is_refused_with_the_image_processor():
-    with pytest.raises(ValueError, match="A per-pixel baseline knows no segments"):
+    with pytest.raises(ValueError, match="A per-pixel baseline has no segments"):
         image_processor_for(OTHER_LABELS, 16, model=tiny_baseline(), task="panoptic")
 
 

@@ -1,4 +1,4 @@
-"""Random changes of an image and its labels together, for training: those of the paper's recipes."""
+"""Joint random augmentation of an image and its labels, for training: that of the paper's recipes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,31 +15,31 @@ MAX_CROPS = 10
 
 
 class Augmentation(Protocol):
-    """Takes a sample and returns a changed one, with numbers of the generator or, without it, torch's global one."""
+    """Takes a sample and returns an augmented one; random numbers come from the generator, by default torch's own."""
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample: ...
 
 
 @dataclass(frozen=True)
 class RandomScaleCropFlip:
-    """Resizes to a random scale, crops, changes colours and mirrors, as in the paper's semantic training.
+    """Resizes to a random scale, crops, jitters colours and flips, as in the paper's semantic training.
 
-    Takes a sample and returns a new one, whose image is interpolated bilinearly and whose labels keep their values.
-    Masks that the crop left out are dropped with their labels; ids of a map stay in `instance_id_to_semantic_id`.
-    Random numbers come from the generator that is passed, by default torch's global one.
+    Takes a sample and returns a new one: the image is resized bilinearly, labels by nearest neighbour. Masks that fall
+    outside the crop are dropped with their labels; ids of a map stay in `instance_id_to_semantic_id`. Random numbers
+    come from the given generator, by default torch's global one.
 
     Args:
-        short_edges: lengths of the shorter side in pixels; one is drawn with equal chance.
-        max_size: no side gets longer than this; it outranks `short_edges`.
-        crop_size: (height, width) of the crop, or None for none. A side that is shorter stays whole.
-        flip_probability: chance of mirroring left and right.
+        short_edges: lengths of the shorter side in pixels; one is drawn uniformly.
+        max_size: upper bound on the longer side; takes precedence over `short_edges`.
+        crop_size: (height, width) of the crop, or None for no crop. A shorter side is not cropped.
+        flip_probability: probability of a horizontal flip.
         change_colors: whether to change brightness, contrast, saturation and hue (see `color_jitter`).
         single_category_max_area: a crop in which one class has a larger share of the labelled pixels is drawn again, up
             to ten times. 1 accepts every crop, as all of the paper's recipes do.
-        ignored_values: pixels of a map that have no class, for that share.
+        ignored_values: values of a map that do not count towards that share.
 
     Raises:
-        ValueError: no or non-positive sizes, or a chance or share outside 0 to 1.
+        ValueError: no or non-positive sizes, or a probability or share outside 0 to 1.
     """
 
     short_edges: Sequence[int]
@@ -65,8 +65,8 @@ class RandomScaleCropFlip:
     ) -> Self:
         """The paper's augmentation around a size: scales in steps of 0.1, square crops of `image_size`.
 
-        Scales of 0.5 to 2 around 512 are its recipe for ADE20K. No side gets longer than four times `image_size`.
-        `crop=False` keeps images whole.
+        Scales of 0.5 to 2 around 512 are its recipe for ADE20K. The longer side is at most four times `image_size`.
+        `crop=False` disables cropping.
         """
         crop_size = (image_size, image_size) if crop else None
         return cls(scales(image_size, min_scale, max_scale), 4 * image_size, crop_size, change_colors=change_colors)
@@ -95,19 +95,19 @@ class RandomScaleCropFlip:
 
 @dataclass(frozen=True)
 class RandomFlipCropScale:
-    """Mirrors, in every other sample resizes and crops, and resizes: the paper's panoptic training on COCO, as in DETR.
+    """Flips, resizes and crops half of the samples, and resizes: the paper's panoptic training on COCO, as in DETR.
 
     Takes and returns samples as `RandomScaleCropFlip` does. The defaults are the paper's.
 
     Args:
-        short_edges, max_size: of the last resizing, as in `RandomScaleCropFlip`.
+        short_edges, max_size: of the final resize, as in `RandomScaleCropFlip`.
         early_short_edges: lengths of the shorter side before a crop, of which one is drawn.
-        crop_range: least and greatest height and width of a crop, each drawn on its own; a shorter side stays whole.
-        crop_probability: chance of cropping.
-        flip_probability: chance of mirroring left and right.
+        crop_range: smallest and largest crop side, drawn separately for each side. Shorter sides are not cropped.
+        crop_probability: probability of cropping.
+        flip_probability: probability of a horizontal flip.
 
     Raises:
-        ValueError: no or non-positive sizes, a range that descends, or a chance outside 0 to 1.
+        ValueError: no or non-positive sizes, a descending range, or a probability outside 0 to 1.
     """
 
     short_edges: Sequence[int] = tuple(range(480, 801, 32))
@@ -145,14 +145,14 @@ class RandomFlipCropScale:
 
 
 def random_window(size: Size, crop_size: Size, generator: torch.Generator | None = None) -> Window:
-    """A window of `crop_size` (height, width) at a random place in an image; a side that is shorter stays whole."""
+    """A window of `crop_size` (height, width) at a random position in an image; a shorter side is not cropped."""
     height, width = min(size[0], crop_size[0]), min(size[1], crop_size[1])
     top, left = _draw(size[0] - height + 1, generator), _draw(size[1] - width + 1, generator)
     return top, left, height, width
 
 
 def class_areas(sample: Sample, ignored_values: Sequence[int] = ()) -> np.ndarray:
-    """The pixels of each class in a sample, in no particular order; pixels without a class are not counted."""
+    """The pixel count of each class in a sample, in no particular order; pixels without a class are not counted."""
     if "masks" in sample:
         areas = np.bincount(sample["labels"], sample["masks"].sum(axis=(1, 2)))
         return areas[areas > 0]
@@ -170,17 +170,17 @@ def scales(size: int, min_scale: float, max_scale: float) -> list[int]:
     """The lengths of the shorter side around `size`, in steps of 0.1 from one scale to the other."""
     tenths = range(round(10 * min_scale), round(10 * max_scale) + 1)
     if not tenths or tenths[0] < 1:
-        raise ValueError(f"min_scale {min_scale} and max_scale {max_scale} must be 0.1 or more and in this order.")
+        raise ValueError(f"min_scale {min_scale} and max_scale {max_scale} must be 0.1 or more and in ascending order.")
     return [int(tenth * 0.1 * size) for tenth in tenths]
 
 
 def _check_shares(**shares: float) -> None:
     for name, share in shares.items():
         if not 0 <= share <= 1:
-            raise ValueError(f"{name} is {share}; it must lie between 0 and 1.")
+            raise ValueError(f"{name} is {share}; it must be between 0 and 1.")
 
 
-# What the paper trains with on each data set; "ade20k-640" is for its larger Swin models and panoptic ADE20K,
+# The paper's augmentation for each data set; "ade20k-640" is for its larger Swin models and panoptic ADE20K,
 # "coco-panoptic-1000" for Swin-L.
 PAPER_AUGMENTATIONS: dict[str, Augmentation] = {
     "ade20k": RandomScaleCropFlip.from_scales(512, 0.5, 2.0),

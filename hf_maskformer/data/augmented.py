@@ -1,4 +1,4 @@
-"""Data sets whose samples are augmented as they are read, with random numbers that can be told in advance."""
+"""Data sets whose samples are augmented as they are read, with reproducible random numbers."""
 
 import os
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from .sample import Sample
 
 
 class AugmentedDataset(Dataset[Sample]):
-    """A map-style data set whose samples go through an augmentation each time they are read.
+    """A map-style data set whose samples are augmented each time they are read.
 
     Random numbers depend on seed, epoch and index alone: not on the number of processes or workers, nor on what was
-    read before. So a training that is resumed goes on as if it had not been interrupted. The epoch is that of
-    `set_epoch`, which training loops call (Accelerate's data loaders do so only in a single process; `EpochCallback`
-    does it for Trainer). As long as nobody calls it, a number of torch's global generator, which a `DataLoader` seeds
-    anew in each worker and epoch, takes its place.
+    read before. So a resumed run continues as if it had not been interrupted. The epoch is that of `set_epoch`, which
+    training loops call (Accelerate's data loaders do so only in a single process; `EpochCallback` does it for Trainer).
+    Until it is called, a number from torch's global generator, which a `DataLoader` reseeds in each worker and epoch,
+    takes its place.
 
     Args:
         dataset: a map-style data set of samples.
         augmentation: for instance `RandomScaleCropFlip`.
-        seed: another seed gives other random numbers.
+        seed: seed of the random numbers.
     """
 
     def __init__(self, dataset: Dataset[Sample], augmentation: Augmentation, seed: int = 0) -> None:
@@ -41,14 +41,14 @@ class AugmentedDataset(Dataset[Sample]):
         return self.augmentation(self.dataset[index], generator)
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, also to workers that live on from the one before."""
+        """Sets the epoch that begins, also in persistent workers."""
         self._epoch.set(epoch)
 
 
 class AugmentedStream(IterableDataset[Sample]):
     """A streamed data set whose samples go through an augmentation.
 
-    Random numbers depend on seed, epoch, process, worker and the place in the worker's stream. Otherwise as
+    Random numbers depend on seed, epoch, process, worker and the position in the worker's stream. Otherwise like
     `AugmentedDataset`.
     """
 
@@ -67,7 +67,7 @@ class AugmentedStream(IterableDataset[Sample]):
             yield self.augmentation(sample, generator_of(*key, position))
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins; a shuffled stream comes in another order then."""
+        """Sets the epoch that begins; a shuffled stream is reshuffled."""
         self._epoch.set(epoch)
         dataset: Any = self.dataset
         if hasattr(dataset, "set_epoch"):
@@ -75,13 +75,13 @@ class AugmentedStream(IterableDataset[Sample]):
 
 
 def generator_of(*key: int) -> torch.Generator:
-    """A generator of random numbers of its own for each sequence of non-negative integers."""
+    """A separate random number generator for each sequence of non-negative integers."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed))
 
 
 class _SharedEpoch:
-    """A number that worker processes see change."""
+    """An epoch number shared with worker processes."""
 
     def __init__(self) -> None:
         self._value = torch.full((), -1, dtype=torch.int64).share_memory_()

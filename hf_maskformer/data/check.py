@@ -1,4 +1,4 @@
-"""Walks a data set before training and reports everything that would stop it later."""
+"""Reads a whole data set before training and reports everything that would stop training later."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .labels import LabelSet, labels_of, shorten
 from .sample import Sample, check_sizes, crowds_of
 
-# Samples that are handed to the threads at a time, so that a long data set makes no long queue.
+# Samples that are submitted to the threads at a time, so that a long data set does not build up a long queue.
 BLOCK = 1024
 
 logger = logging.get_logger(__name__)
@@ -34,12 +34,12 @@ class DataReport:
 
     Attributes:
         num_samples: samples read.
-        problems: what training would stop at, one line each.
-        empty_segments: segments that are listed but have no pixel, one line for each sample with such. They are left
+        problems: what would stop training, one line each.
+        empty_segments: segments that are listed but have no pixel, one line for each sample that has any. They are left
             out of training.
-        pixels: pixels of each class, (K,) int64; of masks without those of crowds.
-        num_crowds: masks of crowds.
-        num_ignored: pixels of maps of classes that hold the value `ignore_index`.
+        pixels: pixels of each class, (K,) int64; crowd masks are not counted.
+        num_crowds: number of crowd masks.
+        num_ignored: pixels of label maps that have the value `ignore_index`.
         occurrences: samples in which each class occurs, (K,) int64.
     """
 
@@ -55,16 +55,16 @@ class DataReport:
 def check_samples(dataset: LabelledDataset, num_workers: int = 8) -> None:
     """Reads every sample and raises one error that lists what is wrong with them.
 
-    Found are damaged files, labels whose size is not their image's, maps with several channels, ids without a label,
+    Detects damaged files, labels that differ in size from their image, maps with several channels, ids without a label,
     and labels that are neither a class nor ignored. Warns of classes that never occur. Shows a progress bar. A data set
-    may name the origin of a map by a method `map_source(index)` and that of its classes by an attribute `label_source`.
+    may name the source of a map in a method `map_source(index)` and that of its classes in an attribute `label_source`.
 
     Args:
-        dataset: a data set of this package, or any other of the same sample form.
-        num_workers: threads that read at the same time. Decoding runs outside Python's lock.
+        dataset: a data set of this package, or any other with samples of the same form.
+        num_workers: threads that read in parallel. Decoding releases the GIL.
 
     Raises:
-        ValueError: the first 10 problems, and how many there are.
+        ValueError: the first 10 problems, and their total number.
     """
     report = inspect_samples(dataset, num_workers)
     problems = report.problems
@@ -78,7 +78,7 @@ def check_samples(dataset: LabelledDataset, num_workers: int = 8) -> None:
 
 
 def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataReport:
-    """Reads every sample as `check_samples` does, and reports instead of raising. Takes streamed data sets too."""
+    """Reads every sample as `check_samples` does, and reports instead of raising. Accepts streamed data sets too."""
     num_labels = labels_of(dataset).num_labels
     report = DataReport(pixels=np.zeros(num_labels, np.int64), occurrences=np.zeros(num_labels, np.int64))
     findings = _inspect_all(dataset, num_workers) if hasattr(dataset, "__len__") else _inspect_stream(dataset)
@@ -98,9 +98,9 @@ def inspect_samples(dataset: LabelledDataset, num_workers: int = 8) -> DataRepor
 
 
 def missing_classes(report: DataReport, labels: LabelSet) -> str:
-    """Says which classes have no pixel in any sample; empty if all have, or where problems were found."""
+    """Names the classes that have no pixel in any sample; empty if there are none, or if problems were found."""
     missing = [labels.id2label[label] for label in np.flatnonzero(report.pixels == 0).tolist()]
-    # Of samples with a problem nothing is counted.
+    # Nothing is counted for samples with a problem.
     if not missing or report.problems:
         return ""
     return (
@@ -110,23 +110,23 @@ def missing_classes(report: DataReport, labels: LabelSet) -> str:
 
 
 def _problems_of_the_whole(report: DataReport, labels: LabelSet) -> Iterator[str]:
-    """What no single sample shows, although each is well formed."""
+    """Problems that no single sample shows, since each is well formed."""
     if report.num_crowds and not report.pixels.any():
         yield (
             f"All objects with pixels are crowds ({report.num_crowds} with iscrowd 1), which training leaves out and "
-            "no metric scores. Set iscrowd to 0 where an object is drawn by itself: some tools write 1 with every mask."
+            "no metric scores. Set iscrowd to 0 for single objects: some tools write 1 for every mask."
         )
     elif report.num_samples and not report.pixels.any():
         yield (
-            f"None of {report.num_samples} samples has a pixel of any class, so there is nothing to learn or to score. "
-            "Look for annotations that are missing, or for an ignore_index in the place of a class."
+            f"None of {report.num_samples} samples has a pixel of any class, so there is nothing to train on. "
+            "Look for missing annotations, or for an ignore_index that is the value of a class."
         )
     elif labels.num_labels == 2 and _is_background_alone(report):
         yield f"No sample has a pixel of class 1 ({labels.id2label[1]!r}). {_hint_at_masks(report, labels)}"
 
 
 def _is_background_alone(report: DataReport) -> bool:
-    """Whether all pixels are of class 0 or ignored, and there are both."""
+    """Whether all pixels are either class 0 or ignored, and both occur."""
     return report.num_ignored > 0 and report.pixels[0] > 0 and not report.pixels[1:].any()
 
 
@@ -134,13 +134,13 @@ def _hint_at_masks(report: DataReport, labels: LabelSet) -> str:
     share = report.num_ignored / (report.num_ignored + report.pixels.sum())
     lowest, ignored = int(labels.do_reduce_labels), labels.ignore_index
     return (
-        f"{share:.2%} of all pixels are ignored, by the value {ignored}. In masks of {lowest} and {ignored}, write "
-        f"the number of the class, {lowest + 1} or another, in place of {ignored}."
+        f"{share:.2%} of all pixels are ignored, having the value {ignored}. In masks of {lowest} and {ignored}, write "
+        f"the value of the class, {lowest + 1} or another, instead of {ignored}."
     )
 
 
 def report_as_table(report: DataReport, labels: LabelSet) -> str:
-    """One line for each class, the most frequent first: its share of all labelled pixels, and samples that have it."""
+    """One line per class, the most frequent first: its share of all labelled pixels, and how many samples have it."""
     total = max(int(report.pixels.sum()), 1)
     lines = [f"{'label':>5}  {'pixels':>8}  {'samples':>8}  name"]
     for label in np.argsort(-report.pixels, kind="stable").tolist():
@@ -150,7 +150,7 @@ def report_as_table(report: DataReport, labels: LabelSet) -> str:
 
 
 def report_as_json(report: DataReport, labels: LabelSet) -> dict[str, Any]:
-    """The report for `json.dumps`, with pixels and samples of each class by its name."""
+    """The report for `json.dumps`, with pixels and samples by class name."""
     classes = {
         name: {"pixels": int(report.pixels[label]), "samples": int(report.occurrences[label])}
         for label, name in labels.id2label.items()
@@ -172,7 +172,7 @@ def _inspect_all(dataset: LabelledDataset, num_workers: int) -> Iterator[DataRep
         source = dataset.map_source(index) if hasattr(dataset, "map_source") else sample["name"]
         return _inspect(sample, dataset, source)
 
-    with ThreadPoolExecutor(max(num_workers, 1)) as pool:  # 0, as everywhere, is none beside this one
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:  # 0, as everywhere, means no extra ones
         for start in range(0, len(dataset), BLOCK):
             yield from pool.map(inspect, range(start, min(start + BLOCK, len(dataset))))
 
@@ -181,13 +181,13 @@ def _inspect_stream(dataset: Any) -> Iterator[DataReport]:
     try:
         for sample in dataset:
             yield _inspect(sample, dataset, sample["name"])
-    # What ends a stream ends the check too.
+    # An error that ends a stream ends the check too.
     except ValueError as error:
         yield DataReport(problems=[str(error)])
 
 
 def _inspect(sample: Sample, dataset: Any, source: str) -> DataReport:
-    """Looks at one sample. The report's `num_samples` and `occurrences` stay empty."""
+    """Checks one sample. The report's `num_samples` and `occurrences` stay empty."""
     label_source = getattr(dataset, "label_source", "id2label")
     try:
         if "masks" in sample:
@@ -216,10 +216,10 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
                 f"{source} contains the ids {shorten(without_label)}, which instance_id_to_semantic_id lacks. Add "
                 "them, or set their pixels to ignore_index."
             )
-        # Readers number segments anew, in the order of the list, so their place there tells which is meant.
+        # Readers renumber segments in list order, so their position in the list identifies them.
         without_pixel = [place for place, segment_id in enumerate(id_to_label) if segment_id not in present]
         if without_pixel:
-            empty.append(f"{source} has no pixel of segments {shorten(without_pixel)} of its list, counted from 0.")
+            empty.append(f"{source} has no pixel of segments {shorten(without_pixel)} in its list, counted from 0.")
         has_label = np.array([value in id_to_label and value != labels.ignore_index for value in present], dtype=bool)
         values = np.array([id_to_label[value] for value in values[has_label].tolist()], dtype=np.int64)
         counts = counts[has_label]
@@ -245,10 +245,10 @@ def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: 
         raise ValueError(f"{source} contains label {shorten(unknown)}, but {label_source} has {labels.num_labels}.")
     given = np.asarray(sample.get("area", np.zeros(len(masks))))
     if given.shape != (len(masks),) or not ((given >= 0) & (given < np.inf)).all():
-        raise ValueError(f"{source} has the area {given.tolist()} for {len(masks)} masks. Give the pixels of each.")
+        raise ValueError(f"{source} has the area {given.tolist()} for {len(masks)} masks. Give one pixel count each.")
     areas = masks.sum(axis=(1, 2))
     empty = np.flatnonzero(areas == 0).tolist()
-    line = f"{source} has no pixel of objects {shorten(empty)} of its list, counted from 0."
+    line = f"{source} has no pixel of objects {shorten(empty)} in its list, counted from 0."
     return DataReport(
         empty_segments=[line] if empty else [],
         num_crowds=int(is_crowd.sum()),
@@ -264,6 +264,6 @@ def _check_labels(values: np.ndarray, source: str, labels: LabelSet, label_sourc
     raise ValueError(
         f"{source} contains label {shorten(unknown)}, but {label_source} has {labels.num_labels} labels, which are "
         f"{first} to {labels.num_labels - 1 + first} in the files, and ignore_index {labels.ignore_index}. "
-        f"Complete id2label, set ignore_index, or set do_reduce_labels (now {labels.do_reduce_labels}) to "
-        f"{not labels.do_reduce_labels}, or repair the file."
+        f"Complete id2label, set ignore_index, set do_reduce_labels (now {labels.do_reduce_labels}) to "
+        f"{not labels.do_reduce_labels}, or fix the file."
     )

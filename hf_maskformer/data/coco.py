@@ -1,4 +1,4 @@
-"""Reads COCO's panoptic and instance annotations, and those of other data sets in the same files."""
+"""Reads COCO's panoptic and instance annotations, and those of other data sets in the same format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +23,11 @@ class _CocoDataset(Dataset[Sample]):
         return len(self._file)
 
     def image_id(self, index: int) -> Any:
-        """The id of the image of a sample in the JSON file."""
+        """The id of a sample's image in the JSON file."""
         return self._file.image(index)["id"]
 
     def image_path(self, index: int) -> Path:
-        """Where the image of a sample lies."""
+        """Path of a sample's image."""
         return self._file.image_path(index)
 
 
@@ -39,10 +39,10 @@ class CocoPanoptic(_CocoDataset):
 
     Args:
         json_path: for instance annotations/panoptic_train2017.json.
-        image_folder: where the images lie.
-        png_folder: where the PNGs lie; by default the JSON file's path without its ending.
+        image_folder: folder of the images.
+        png_folder: folder of the PNGs; by default the JSON file's path without its suffix.
         labels: classes to which categories are matched by name; by default the file's categories.
-        image_name: gives the path of an image inside `image_folder` by its `file_name`, where the two differ.
+        image_name: maps `file_name` to the path of an image inside `image_folder`, where the two differ.
 
     Attributes:
         labels, label_source: the classes, and the file they come from.
@@ -79,7 +79,7 @@ class CocoPanoptic(_CocoDataset):
         return make_sample_of_segments(name, load_image(image_path), segments, str(image_path), str(map_path))
 
     def map_source(self, index: int) -> str:
-        """Says where the segmentation map of a sample comes from, for messages."""
+        """Where the segmentation map of a sample comes from, for messages."""
         return str(listed_file(self._png_folder, self._file.annotations(index)[0]["file_name"]))
 
 
@@ -87,11 +87,11 @@ class CocoInstances(_CocoDataset):
     """Images with instance annotations: a JSON file with a polygon or an RLE for each object.
 
     A sample has `masks`, `labels`, `iscrowd` and, if all its objects do, `area` (see `Sample`). Crowds are kept for
-    evaluation; the data collator leaves them out of training. Masks are those that COCO's own tools draw.
+    evaluation; the data collator leaves them out of training. Masks are rasterised exactly as by COCO's own tools.
 
     Args:
         json_path: for instance annotations/instances_train2017.json.
-        image_folder: where the images lie.
+        image_folder: folder of the images.
         labels: classes to which categories are matched by name; by default the file's categories.
 
     Attributes:
@@ -120,7 +120,7 @@ class CocoInstances(_CocoDataset):
         return make_sample_of_masks(self._file.sample_name(index), image, masks, labels, annotations, source)
 
     def map_source(self, index: int) -> str:
-        """Says where the masks of a sample come from, for messages."""
+        """Where the masks of a sample come from, for messages."""
         return f"{self._file.path}, image {self._file.image(index)['id']}"
 
     def _mask(self, annotation: Any, size: tuple[int, int]) -> np.ndarray:

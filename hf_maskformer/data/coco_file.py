@@ -1,4 +1,4 @@
-"""The JSON files of COCO, panoptic and instances: which image has which annotations, and where they lie in the file."""
+"""COCO's JSON files, panoptic and instances: which image has which annotations, and where they are in the file."""
 
 import os
 import unicodedata
@@ -16,24 +16,24 @@ from .sample import check_file_name
 
 
 class CocoFile:
-    """An annotation file, opened by walking it once and keeping nothing but the places of its entries.
+    """An annotation file that is indexed in one pass: only the byte offsets of its entries are kept.
 
     That is a few dozen bytes per image and annotation, in arrays that worker processes share, instead of the
     gigabytes that all of COCO takes as Python objects.
 
     Args:
         path: the JSON file.
-        image_folder: where the images lie.
-        png_folder: where the PNGs of panoptic annotations lie; None for instances.
-        labels: classes of which each category must have one by name; by default the file's categories, by their ids.
-        image_name: gives the path of an image inside `image_folder` by its `file_name`, where the two differ.
+        image_folder: folder of the images.
+        png_folder: folder of the PNGs of panoptic annotations; None for instances.
+        labels: classes to which every category is matched by name; by default the file's categories, sorted by id.
+        image_name: maps `file_name` to the path of an image inside `image_folder`, where the two differ.
 
     Attributes:
         labels: the classes, whose `category_ids` are the file's.
 
     Raises:
         FileNotFoundError: the JSON file, images or PNGs are missing.
-        ValueError: the file is damaged, or an entry lacks a field, is there twice or refers to one that is not there.
+        ValueError: the file is damaged, or an entry lacks a field, is a duplicate or refers to a missing one.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class CocoFile:
         return read_entries(self.path, [self._image_spans[index]])[0]
 
     def image_path(self, index: int) -> Path:
-        """Where an image lies."""
+        """Path of an image."""
         return listed_file(self.image_folder, self._image_name(self.image(index)["file_name"]))
 
     def sample_name(self, index: int) -> str:
-        """What tells a sample from others: its image's name, after the folder that the file says, if any."""
+        """A unique name for a sample: that of its image, preceded by the folder that the file gives, if any."""
         file_name = self.image(index)["file_name"].replace("\\", "/")
         return Path(file_name).with_name(Path(self._image_name(file_name)).stem).as_posix()
 
@@ -87,7 +87,7 @@ class CocoFile:
 
 
 class _Contents:
-    """What is kept while the file is walked; `owners` and `labels` check it at the end."""
+    """What is collected while the file is read; `owners` and `labels` check it at the end."""
 
     def __init__(
         self, path: Path, image_folder: Path, png_folder: Path | None, image_name: Callable[[str], str]
@@ -117,16 +117,16 @@ class _Contents:
             self.annotation_spans.extend(span)
             segments = value.get("segments_info", [value])
             if not isinstance(segments, list):
-                raise ValueError(f"{self._path}: segments_info of image {image_id} is no list. Make it one.")
+                raise ValueError(f"{self._path}: segments_info of image {image_id} is not a list. Make it one.")
             for segment in segments:
                 self._use_of_category.setdefault(_field(segment, "category_id", self._path, "a segment"), image_id)
         elif key == "categories":
             self._categories = value
 
     def owners(self) -> np.ndarray:
-        """The position of the image of each annotation, after checking that images and files are there."""
+        """The index of each annotation's image, after checking that images and files exist."""
         if not self._position_of_image:
-            raise ValueError(f"{self._path} lists no images. Export it again, or name another file.")
+            raise ValueError(f"{self._path} lists no images. Export it again, or use another file.")
         self._images.require_all()
         if self._pngs is not None:
             self._pngs.require_all()
@@ -134,9 +134,7 @@ class _Contents:
         owners = np.fromiter((self._position_of_image.get(image_id, -1) for image_id in ids), np.int64)
         if (owners < 0).any():
             lost = ids[int((owners < 0).argmax())]
-            raise ValueError(
-                f"{self._path} has annotations of image {lost!r}, which its images do not list. Add it there."
-            )
+            raise ValueError(f"{self._path} has annotations of image {lost!r}, which its images do not list. Add it.")
         return owners
 
     def labels(self, given: LabelSet | None) -> LabelSet:
@@ -147,7 +145,7 @@ class _Contents:
             if category_id not in names:
                 raise ValueError(
                     f"{self._path}: a segment of image {image_id} has the category_id {category_id!r}, which its "
-                    "categories do not list. List it there."
+                    "categories do not list. Add it."
                 )
         things = {entry["id"] for entry in self._categories if entry.get("isthing", 1)}
         if given is not None:
@@ -165,7 +163,7 @@ class _Contents:
 
 
 class _FileList:
-    """Looks up files that a JSON file lists in a folder, which is read once instead of asking for each file."""
+    """Checks that files listed in a JSON file exist; each folder is listed once instead of a lookup per file."""
 
     def __init__(self, kind: str, folder: Path, json_path: Path, rename: Callable[[str], str] = str) -> None:
         self._kind, self._folder, self._json_path, self._rename = kind, folder, json_path, rename
@@ -197,25 +195,25 @@ class _FileList:
 
 
 def listed_file(folder: Path, name: str) -> Path:
-    """Where a file lies that a JSON file lists in a folder."""
+    """Path of a file in a folder that a JSON file lists."""
     places = (folder / spelling for spelling in _spellings(folder, name))
     return next((place for place in places if place.is_file()), folder / name)
 
 
 def _spellings(folder: Path, name: str) -> Iterator[str]:
-    """The name that a file has in a folder as it may be listed: with the folder before it, or as Windows writes it.
+    """The names that a listed file may have on disk: the list may prepend the folder or use Windows' backslashes.
 
-    File systems and tools also spell accents in two ways.
+    File systems and tools also encode accents in two ways.
     """
     yield name
     for form in ("NFC", "NFD"):
         path = unicodedata.normalize(form, name).replace("\\", "/")
         yield path
-        yield path.removeprefix(f"{folder.name}/").lstrip("/")  # no path from the root, which would leave the folder
+        yield path.removeprefix(f"{folder.name}/").lstrip("/")  # not an absolute path, which would leave the folder
 
 
 def _without_root(categories: Any, used: Collection[Any]) -> Any:
-    """The categories without the one of id 0 by which Roboflow names its project, parent of all and of no object."""
+    """The categories without Roboflow's id 0, which is named after the project: parent of all, used by no object."""
     if not isinstance(categories, list) or 0 in used or not all(isinstance(entry, dict) for entry in categories):
         return categories
     parents = [entry.get("supercategory") for entry in categories]
@@ -228,12 +226,12 @@ def _without_root(categories: Any, used: Collection[Any]) -> Any:
 
 def _category_names(categories: Any, path: Path) -> dict[int, str]:
     if not isinstance(categories, list) or not categories:
-        raise ValueError(f"{path} has no list of categories. Add one, with the id and the name of each.")
+        raise ValueError(f"{path} has no list of categories. Add one, with the id and name of each.")
     names = {_field(entry, "id", path, "a category"): _field(entry, "name", path, "a category") for entry in categories}
     if not all(isinstance(category_id, int) for category_id in names):
-        raise ValueError(f"{path} has categories whose ids are no integers. Number them.")
+        raise ValueError(f"{path} has categories whose ids are not integers. Use integers.")
     if len(names) < len(categories):
-        raise ValueError(f"{path} lists {len(categories)} categories under {len(names)} ids. Give each its own id.")
+        raise ValueError(f"{path} lists {len(categories)} categories with only {len(names)} ids. Give each its own id.")
     return names
 
 
@@ -241,17 +239,17 @@ def _labels_by_name(names: dict[int, str], things: set[int], labels: LabelSet, p
     category_of_name = {name: category_id for category_id, name in names.items()}
     if len(category_of_name) < len(names):
         repeated = sorted(name for name, count in Counter(names.values()).items() if count > 1)
-        raise ValueError(f"{path} names several categories {shorten(repeated)}, so they cannot be matched by name.")
+        raise ValueError(f"{path} has several categories named {shorten(repeated)}, so names do not identify them.")
     wanted = set(labels.id2label.values())
     unknown = sorted(set(category_of_name) - wanted)
     missing = sorted(wanted - set(category_of_name))
     if unknown or missing:
         raise ValueError(
-            f"{path} and the given classes differ in their names: only the file has {shorten(unknown) or 'none'}, only "
-            f"the classes have {shorten(missing) or 'none'}. Rename the classes, or leave them to the file."
+            f"{path} and the given classes have different names: only the file has {shorten(unknown) or 'none'}, only "
+            f"the classes have {shorten(missing) or 'none'}. Rename the classes, or use those of the file."
         )
     category_ids = tuple(category_of_name[labels.id2label[label]] for label in range(labels.num_labels))
-    # A list of names alone does not take back what the file says of them.
+    # A plain list of names does not override what the file says about them.
     thing_ids = labels.thing_ids or tuple(label for label, value in enumerate(category_ids) if value in things)
     return LabelSet(labels.id2label, labels.ignore_index, thing_ids=thing_ids, category_ids=category_ids)
 

@@ -1,4 +1,4 @@
-"""Turns a list of samples into a batch for the model."""
+"""Collates a list of samples into a batch for the model."""
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ class MaskFormerDataCollator:
 
     - `pixel_values` (B, 3, H, W) float, padded right and below,
     - `pixel_mask` (B, H, W), 1 = image,
-    - `mask_labels` (B, H, W), index of the segment that owns the pixel, -1 = none; for samples of masks, which may
+    - `mask_labels` (B, H, W), index of the segment that owns the pixel, -1 = none; for samples with masks, which may
       overlap, and with `target_format="masks"` a list of (N_i, H, W) bool,
     - `class_labels` (B, N), class of each segment, -100 where an image has fewer;
 
@@ -31,15 +31,15 @@ class MaskFormerDataCollator:
 
     - `labels` (B, H, W), class of each pixel.
 
-    Segments without a pixel and crowds are left out, with their labels. All samples of a batch have the same form.
+    Empty segments and crowds are left out, with their labels. All samples of a batch must have the same form.
 
-    Works in a `DataLoader`, an own training loop, and `Trainer`; that one needs `remove_unused_columns=False`, or
-    it takes the samples' fields away before they arrive here.
+    Works in a `DataLoader`, your own training loop, and `Trainer`; the latter needs `remove_unused_columns=False`, or
+    it drops the samples' fields before they arrive here.
 
     Args:
-        image_processor: a `MaskFormerImageProcessor`, whose `do_reduce_labels` and `ignore_index` are the data set's.
-        do_resize: False for samples that an augmentation has brought to size; None leaves it to the processor.
-        target_format: as in `MaskFormerImageProcessor.preprocess`; samples of masks are always given as masks.
+        image_processor: a `MaskFormerImageProcessor`, whose `do_reduce_labels` and `ignore_index` match the data set.
+        do_resize: False for samples that an augmentation has already resized; None leaves it to the processor.
+        target_format: as in `MaskFormerImageProcessor.preprocess`; samples with masks always give masks.
     """
 
     image_processor: Callable[..., Mapping[str, Any]]
@@ -49,30 +49,30 @@ class MaskFormerDataCollator:
     def __post_init__(self) -> None:
         if self.target_format not in get_args(TargetFormat):
             known = ", ".join(get_args(TargetFormat))
-            raise ValueError(f"target_format is {self.target_format!r}; known are {known}.")
+            raise ValueError(f"target_format is {self.target_format!r}; it must be one of {known}.")
         if any(kind.__module__.startswith("transformers.models.") for kind in type(self.image_processor).__mro__):
             raise ValueError(
-                f"The image processor is a {type(self.image_processor).__name__} of transformers. Give a "
-                "MaskFormerImageProcessor of hf_maskformer, which makes the targets in other forms too."
+                f"The image processor is a {type(self.image_processor).__name__} of transformers. Pass a "
+                "MaskFormerImageProcessor of hf_maskformer, which builds targets in other forms too."
             )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Gives the batch. Raises a ValueError that names the samples if they do not fit or cannot be processed."""
-        # Anything with numbered samples will do, such as a data set.
+        """Returns the batch. Raises a ValueError naming the samples if they do not match or cannot be processed."""
+        # Anything indexable will do, such as a data set.
         is_list = hasattr(samples, "__len__") and hasattr(samples, "__getitem__") and not isinstance(samples, Mapping)
         if not is_list or len(samples) == 0 or not isinstance(samples[0], Mapping):
-            raise ValueError(f"The batch is {reprlib.repr(samples)}; give a list of samples, such as [dataset[0]].")
+            raise ValueError(f"The batch is {reprlib.repr(samples)}; pass a list of samples, such as [dataset[0]].")
         form = _common_form(samples)
         names = ", ".join(sample["name"] for sample in samples)
         try:
             batch = self._from_masks(samples) if form == "masks" else self._from_maps(samples)
         except (KeyError, TypeError, ValueError) as error:
             for sample in samples if len(samples) > 1 else ():
-                self([sample])  # if it is a single one that is wrong, its name is said
+                self([sample])  # if a single one is at fault, the error names it alone
             raise ValueError(f"The batch of {names} cannot be built: {error}") from error
         if isinstance(batch.get("class_labels"), list):
-            # In one piece: where Accelerate shares out a stream, it cuts each tensor in a list as if that were the
-            # batch. There are fewer masks than labels then, which the loss refuses.
+            # As one tensor: when Accelerate dispatches a stream, it slices each tensor in a list as if it were the
+            # batch. There would then be fewer masks than labels, which the loss rejects.
             batch["class_labels"] = torch.nn.utils.rnn.pad_sequence(batch["class_labels"], True, NO_LABEL)
         return batch
 
@@ -94,12 +94,12 @@ class MaskFormerDataCollator:
         ignore_index = getattr(self.image_processor, "ignore_index", None)
         if ignore_index is None:
             raise ValueError("there are crowds, but the image processor has no ignore_index to mark their pixels with.")
-        # Of any integers; few bits of them might not hold the value.
+        # int64, since the dtype of the map may be too narrow for the value.
         return np.where(np.isin(segmentation_map, sample["crowd_ids"]), ignore_index, segmentation_map.astype(np.int64))
 
     def _from_masks(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if self.target_format == "label_map":
-            raise ValueError("masks may overlap, so they make no label_map. Train on data with segmentation maps.")
+            raise ValueError("masks may overlap, so they give no label_map. Train on data with segmentation maps.")
         images = [sample["image"] for sample in samples]
         batch = dict(self.image_processor(images=images, do_resize=self.do_resize, return_tensors="pt"))
         batch["mask_labels"], batch["class_labels"] = [], []
@@ -121,9 +121,9 @@ def _common_form(samples: Sequence[Sample]) -> str:
         )
     if missing:
         raise ValueError(
-            f"The samples have no {', '.join(missing)}, but {', '.join(samples[0])}. Open the data by a reader of "
-            "hf_maskformer.data, such as SegmentationColumns for a `datasets` data set, or give the fields these names "
-            "(docs/data.md). With transformers' Trainer, set remove_unused_columns=False, which leaves them alone."
+            f"The samples have no {', '.join(missing)}, but {', '.join(samples[0])}. Open the data with a reader of "
+            "hf_maskformer.data, such as SegmentationColumns for a `datasets` data set, or rename the fields "
+            "(docs/data.md). With transformers' Trainer, set remove_unused_columns=False, which keeps them."
         )
     return form
 
@@ -131,7 +131,7 @@ def _common_form(samples: Sequence[Sample]) -> str:
 def _visible_objects(
     sample: Sample, pixel_mask: torch.Tensor, num_labels: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The masks (N_i, H, W) of a sample, fitted into its place in the batch, and their labels (N_i,)."""
+    """The masks (N_i, H, W) of a sample, resized and padded to the batch, and their labels (N_i,)."""
     image = sample["image"]
     if sample["masks"].shape[1:] != (image.height, image.width):
         raise ValueError(

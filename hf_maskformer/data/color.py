@@ -1,4 +1,4 @@
-"""Random changes of colour in the order of SSD (arXiv 1512.02325), as in the paper's training."""
+"""Random colour jitter in the order of SSD (arXiv 1512.02325), as in the paper's training."""
 
 import torch
 from PIL import Image
@@ -9,10 +9,10 @@ HUE = 36  # degrees
 
 
 def color_jitter(image: Image.Image, generator: torch.Generator | None = None) -> Image.Image:
-    """Changes brightness, contrast, saturation and hue of an RGB image, each with a chance of one half.
+    """Changes brightness, contrast, saturation and hue of an RGB image, each with probability one half.
 
-    Brightness comes first; contrast follows it or comes last, with equal chance. Values are cut off to 0 to 255 after
-    each step.
+    Brightness comes first; contrast follows it or comes last, with equal probability. Values are clipped to 0 to 255
+    after each step.
     """
     image = _change_brightness(image, generator)
     contrast_is_early = _coin(generator)
@@ -38,7 +38,7 @@ def _change_contrast(image: Image.Image, generator: torch.Generator | None) -> I
 
 def _shift_hue_and_saturation(image: Image.Image, generator: torch.Generator | None) -> Image.Image:
     factor = _uniform(*SATURATION, generator) if _coin(generator) else 1.0
-    # In whole steps of two degrees, and a full turn is 256 in Pillow.
+    # In whole steps of two degrees; in Pillow a full turn is 256.
     turn = 2 * _integer(-HUE // 2, HUE // 2, generator) / 360 * 256 if _coin(generator) else 0.0
     if factor == 1 and turn == 0:
         return image

@@ -1,4 +1,4 @@
-"""Reads data sets of the `datasets` library, held on disk or streamed, whose columns hold images and labels."""
+"""Reads data sets of the `datasets` library, from disk or streamed, whose columns hold images and labels."""
 
 import glob
 import re
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Columns that are read where they are there.
+# Columns that are read if present.
 SEGMENTS_COLUMN = "segments_info"
 OBJECTS_COLUMN = "objects"
 NAME_COLUMN = "name"
 
-# Parts of a data set of `save_to_disk` when it is streamed.
+# Shards into which a data set of `save_to_disk` is split when streamed.
 NUM_SHARDS = 64
-# Rows, still encoded, of which a shuffled stream draws the next: some hundred MB of photographs.
+# Rows, still encoded, in the shuffle buffer of a stream: a few hundred MB of photographs.
 SHUFFLE_BUFFER = 1000
 
 
 class SegmentationColumns(Dataset[Sample]):
     """Images and their labels in columns of a map-style `datasets.Dataset`.
 
-    Images and label maps have the feature `datasets.Image`. What a row's labels are, the columns tell:
+    Images and label maps have the feature `datasets.Image`. The columns determine what a row's labels are:
 
     - with a column `objects`, masks that may overlap: for each object its `label` (a class, from 0), `iscrowd`,
       optionally `area`, and mask, as COCO's RLE: `size` (height, width) and packed `counts`;
     - with a column `segments_info`, a map of ids (one channel, or red + 256 green + 65536 blue) and for each segment
       its `id`, `category_id` (see `LabelSet.category_ids`) and optionally `iscrowd`;
-    - with `instance_maps=True`, an RGB map whose red is the class and whose green tells instances apart;
+    - with `instance_maps=True`, an RGB map whose red channel is the class and whose green channel is the instance;
     - otherwise a map of classes.
 
     A column `name` names the samples; without it they are called row_0, row_1, ...
@@ -60,13 +60,13 @@ class SegmentationColumns(Dataset[Sample]):
         dataset: one split.
         image_column: name of the column of images.
         label_column: name of the column of label maps.
-        labels: the classes; kept as an attribute.
+        labels: the classes; stored as an attribute.
         label_source: where `labels` comes from, for messages.
         instance_maps: whether label maps hold class and instance.
 
     Raises:
-        ValueError: a column is missing or holds no images, the data set has a transform, or the labels of `objects`
-            are said to count from 1.
+        ValueError: a column is missing or holds no images, the data set has a transform, or `labels` says that the
+            labels of `objects` count from 1.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class SegmentationColumns(Dataset[Sample]):
                 "dataset.map, or AugmentedDataset of hf_maskformer.data.augmented."
             )
         self._reader = _RowReader(dataset, image_column, label_column, labels, instance_maps)
-        # Reading a row decodes all of its columns, so the unused ones go; a format would decode to something else.
+        # Reading a row decodes all of its columns, so unused ones are dropped; a format would decode differently.
         self._dataset = self._reader.encoded(dataset.select_columns(self._reader.columns).with_format(None))
         self.labels = labels
         self.label_source = label_source
@@ -94,19 +94,19 @@ class SegmentationColumns(Dataset[Sample]):
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        """Decodes one sample. Raises a ValueError that names row and column if it is damaged or the two disagree."""
+        """Decodes one sample. Raises a ValueError naming row and column if image or labels are damaged or disagree."""
         return self._reader.sample(self._dataset[index], index)
 
     def map_source(self, index: int) -> str:
-        """Says where the segmentation map of a sample comes from, for messages."""
+        """Where the segmentation map of a sample comes from, for messages."""
         return self._reader.label_source(index)
 
 
 class StreamedColumns(IterableDataset[Sample]):
-    """The same columns of a streamed `datasets.IterableDataset`: samples come one after the other.
+    """The same columns of a streamed `datasets.IterableDataset`, one sample after another.
 
-    Nothing is downloaded or decoded before its turn. With worker processes, `datasets` gives each its own shards. Rows
-    are numbered in each worker for itself.
+    Nothing is downloaded or decoded before it is needed. With worker processes, `datasets` gives each its own shards.
+    Each worker numbers its own rows.
 
     Args, Raises: as in `SegmentationColumns`.
     """
@@ -137,26 +137,26 @@ class StreamedColumns(IterableDataset[Sample]):
             except StopIteration:
                 return
             except Exception as error:
-                raise ValueError(f"the stream cannot be read on after {index} rows ({error}).") from error
+                raise ValueError(f"the stream cannot be read any further after {index} rows ({error}).") from error
             yield self._reader.sample(row, index)
             index += 1
 
     def shuffle(self, seed: int = 0, buffer_size: int = SHUFFLE_BUFFER) -> "StreamedColumns":
-        """The stream in an order that depends on seed and epoch: files at random, rows drawn from a buffer of so many.
+        """The stream in an order that depends on seed and epoch: shards in random order, rows from a shuffle buffer.
 
-        Rows are then numbered as they come.
+        Rows are then numbered in that order.
         """
         shuffled = copy(self)
         shuffled._dataset = self._dataset.shuffle(seed=seed, buffer_size=buffer_size)
         return shuffled
 
     def set_epoch(self, epoch: int) -> None:
-        """Lets a shuffled stream come in another order; training loops call this."""
+        """Reshuffles a shuffled stream; training loops call this."""
         self._dataset.set_epoch(epoch)
 
 
 class _RowReader:
-    """Makes samples of rows."""
+    """Turns rows into samples."""
 
     def __init__(
         self, dataset: Any, image_column: str, label_column: str, labels: LabelSet, instance_maps: bool
@@ -184,7 +184,7 @@ class _RowReader:
         }
 
     def encoded(self, dataset: Any) -> Any:
-        """The data set with images as they are stored: decoded by `datasets`, photographs would be turned upright."""
+        """The data set with images still encoded: `datasets` would apply the EXIF orientation when decoding."""
         for column, feature in self._image_features.items():
             dataset = dataset.cast_column(column, replace(feature, decode=False))
         return dataset
@@ -216,10 +216,10 @@ class _RowReader:
 
         feature = self._image_features[column]
         if isinstance(cell, Image.Image):
-            return cell  # a stream's filters and maps have decoded it
+            return cell  # already decoded by a filter or map of the stream
         content = cell["bytes"]
         if content is None:
-            # Of a stream perhaps in an archive or behind a URL.
+            # In a stream this may be in an archive or behind a URL.
             try:
                 with xopen(cell["path"], "rb", download_config=DownloadConfig(token=self._token)) as file:
                     content = file.read()
@@ -227,7 +227,7 @@ class _RowReader:
                 raise ValueError(f"row {index}, column '{column}': {cell['path']} cannot be read ({error}).") from error
         try:
             image = decode_image(content)
-        # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
+        # On damaged files decoders raise OSError, SyntaxError, EOFError, struct.error and more.
         except Exception as error:
             raise ValueError(
                 f"row {index}, column '{column}' cannot be decoded ({error}). Remove the row from the data set."
@@ -242,9 +242,9 @@ class _RowReader:
             missing = sorted(name for name in ("label", "size", "counts") if (entry or {}).get(name) is None)
             if missing:
                 raise ValueError(
-                    f"{source}: object {number} has no {', '.join(missing)}. Store each mask as a packed RLE of COCO."
+                    f"{source}: object {number} has no {', '.join(missing)}. Store each mask as a compressed COCO RLE."
                 )
-        # Masks say whether they were drawn on the stored picture or on the one turned upright.
+        # The size of the masks tells whether they were drawn on the stored image or on the upright one.
         size = tuple(objects[0]["size"]) if objects else ImageOps.exif_transpose(image).size[::-1]
         image = fit_image(image, size, image_source, source)
         masks = empty_masks(len(objects), size, source)
@@ -272,11 +272,11 @@ def load_columns(
         path: a name on the Hub, a folder written by `save_to_disk`, or a folder of Parquet files.
         split: name of the split. For Parquet files `datasets` takes it from the file names ("train-00000.parquet").
         image_column, label_column, instance_maps: as in `SegmentationColumns`.
-        classes_path: a `classes.json` (see `LabelSet.from_json`), for which such data sets have no place of their own.
-        streaming: whether to read rows as they come instead of downloading all first.
+        classes_path: a `classes.json` (see `LabelSet.from_json`), since such data sets do not contain one.
+        streaming: whether to stream rows instead of downloading everything first.
 
     Raises:
-        ValueError: there is no such split, or a file on disk was cut short; and what `SegmentationColumns` and
+        ValueError: there is no such split, or a file on disk is truncated; and what `SegmentationColumns` and
             `LabelSet.from_json` raise.
     """
     reader: Any = StreamedColumns if streaming else SegmentationColumns
@@ -300,7 +300,7 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
             raise ValueError(f"{path} has no split '{split}'. Its splits are: {', '.join(splits)}.")
         if not streaming:
             return splits[split]
-        # For the worker processes to share, and in another order in each pass.
+        # In shards, to divide among worker processes and to reshuffle in each epoch.
         return splits[split].to_iterable_dataset(num_shards=max(1, min(NUM_SHARDS, len(splits[split]))))
     if (Path(path) / "state.json").is_file():
         raise ValueError(
@@ -308,10 +308,10 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
         )
     folder = Path(path).absolute()
     if folder.is_dir() and glob.has_magic(str(folder)):
-        raise ValueError(f"`datasets` takes the path {folder} for a pattern. Rename folders with [, ], * or ?.")
+        raise ValueError(f"`datasets` treats the path {folder} as a pattern. Rename folders with [, ], * or ?.")
     try:
         if not streaming and Path(path).is_dir() and not (Path(path) / "README.md").is_file():
-            # `datasets` would prepare all splits. A README may hold settings.
+            # Otherwise `datasets` would prepare all splits. A README may hold settings.
             builder = datasets.load_dataset_builder(path)
             files = (builder.config.data_files or {}).get(split)
             if builder.name == "parquet" and files:
@@ -320,13 +320,13 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
         return datasets.load_dataset(path, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError):
         raise
-    # Damaged files meet their readers with many kinds of error, which do not name them.
+    # Damaged files raise many kinds of error, which do not name the file.
     except Exception as error:
         raise ValueError(f"Split '{split}' of {path} cannot be read ({error.__cause__ or error}).") from error
 
 
 def _check_files(folder: Path) -> None:
-    """Raises a ValueError that names a file which was cut short; a stream would come to it only in training."""
+    """Raises a ValueError that names a truncated file; a stream would reach it only during training."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -343,7 +343,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _warn_of_missing_files(paths: Sequence[Path]) -> None:
-    """Of files that are numbered. An error would keep people from trying a part of a large data set."""
+    """Warns of gaps in numbered files. An error would prevent using a part of a large data set."""
     found: Counter[tuple[Path, str, int]] = Counter()
     for path in paths:
         numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", path.stem)
@@ -351,22 +351,22 @@ def _warn_of_missing_files(paths: Sequence[Path]) -> None:
             found[path.parent / numbered[1], path.suffix, int(numbered[2])] += 1
     for (split, suffix, total), count in found.items():
         if count < total:
-            logger.warning(f"Only {count} of the {total} files {split}-*{suffix} are there; the rest is not read.")
+            logger.warning(f"Only {count} of the {total} files {split}-*{suffix} exist; the rest is not read.")
 
 
 def _with_features(dataset: "datasets.IterableDataset") -> "datasets.IterableDataset":
-    """A stream that knows its columns, from its first row."""
+    """The stream with its columns inferred from its first rows."""
     try:
         return dataset._resolve_features()
-    except Exception as error:  # of Arrow, of the user's functions, of what reads the source
+    except Exception as error:  # from Arrow, the user's functions, or the source's reader
         raise ValueError(
-            f"The columns of the stream cannot be told from its rows ({error}). Where a map or a generator makes "
-            "images, name the columns there: features=datasets.Features({'image': datasets.Image(), ...})."
+            f"The columns of the stream cannot be inferred from its rows ({error}). Where a map or generator creates "
+            "images, declare the columns there: features=datasets.Features({'image': datasets.Image(), ...})."
         ) from error
 
 
 def _as_rows(cell: Any) -> list[dict[str, Any]]:
-    """A list of dictionaries, also where `datasets` made a dictionary of lists of it."""
+    """A list of dictionaries, also where `datasets` turned it into a dictionary of lists."""
     if isinstance(cell, dict):
         return [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)]
     return cell

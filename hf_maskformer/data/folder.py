@@ -21,14 +21,14 @@ MAP_SUFFIXES = (".png", ".tif", ".tiff")
 
 
 class SegmentationFiles(Dataset[Sample]):
-    """Images and the label maps that belong to them.
+    """Images and their label maps.
 
     A label map has one channel of 8, 16 or 32 bits, or a palette, whose pixels are labels. Files are read when a sample
-    is asked for; their names are held as a few bytes each, which worker processes share.
+    is accessed; their names take a few bytes each, which worker processes share.
 
     Args:
-        image_files, map_files: paths by the name of their sample; the names must be the same.
-        labels: the classes; kept as an attribute.
+        image_files, map_files: paths by sample name; both must have the same names.
+        labels: the classes; stored as an attribute.
         label_source: where `labels` comes from, for messages.
 
     Attributes:
@@ -54,7 +54,7 @@ class SegmentationFiles(Dataset[Sample]):
         return len(self._names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads one sample. Raises a ValueError that names the file if it is damaged or image and map disagree."""
+        """Reads one sample. Raises a ValueError naming the file if it is damaged or image and map disagree."""
         image_path, map_path = self.image_path(index), Path(self._map_paths[index])
         name = self._names[index]
         return make_sample(name, load_image(image_path), self._load_map(map_path), str(image_path), str(map_path))
@@ -64,11 +64,11 @@ class SegmentationFiles(Dataset[Sample]):
         return list(self._names)
 
     def image_path(self, index: int) -> Path:
-        """Where the image of a sample lies."""
+        """Path of a sample's image."""
         return Path(self._image_paths[index])
 
     def map_source(self, index: int) -> str:
-        """Says where the segmentation map of a sample comes from, for messages."""
+        """Where the segmentation map of a sample comes from, for messages."""
         return self._map_paths[index]
 
     def _load_map(self, path: Path) -> Image.Image:
@@ -84,22 +84,22 @@ class SegmentationFolder(SegmentationFiles):
         root/annotations/SPLIT/NAME.png     (one channel of 8 or 16 bits, or a palette: class indices; also .tif)
         root/classes.json                   (see `LabelSet.from_json`)
 
-    Files are read when a sample is asked for. A sample of index i is `{"image", "segmentation_map", "name"}`, see
-    `Sample`; an image with an EXIF orientation is turned upright unless its map fits the stored grid only.
+    Files are read when a sample is accessed. A sample is `{"image", "segmentation_map", "name"}`, see `Sample`; an EXIF
+    orientation is applied unless the map only fits the image as stored.
 
     Args:
         root: the folder.
-        split: name of its part.
-        labels: other classes than those of root/classes.json.
+        split: name of the split.
+        labels: classes to use instead of those of root/classes.json.
 
     Attributes:
         names: file names without suffix, sorted; the order of the samples.
         labels: the classes.
-        label_source: the file that they come from, for messages.
+        label_source: the file they come from, for messages.
 
     Raises:
         FileNotFoundError: a folder or `classes.json` is missing, or there is no image.
-        ValueError: an image without a label file or the reverse, two files of one name, a malformed `classes.json`.
+        ValueError: an image without a label file or the reverse, two files with one name, a malformed `classes.json`.
     """
 
     def __init__(self, root: str | Path, split: str, labels: LabelSet | None = None) -> None:
@@ -120,10 +120,10 @@ class SegmentationFolder(SegmentationFiles):
 
 
 class PackedStrings(Sequence[str]):
-    """Strings in two arrays: a list of them would be copied into each worker process as soon as it is read."""
+    """Strings in two arrays, since reading a list of them copies it into each worker process."""
 
     def __init__(self, strings: Iterable[str]) -> None:
-        # File names may hold bytes that are no text.
+        # File names may contain bytes that are not valid text.
         encoded = [os.fsencode(string) for string in strings]
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -133,7 +133,7 @@ class PackedStrings(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{index} is none of {len(self)} samples.")
+            raise IndexError(f"Index {index} is out of range for {len(self)} samples.")
         index %= len(self)
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
 
@@ -143,7 +143,7 @@ def _check_pairs(images: Mapping[str, Path], maps: Mapping[str, Path]) -> None:
         raise FileNotFoundError(f"There are {len(images)} images and {len(maps)} label files. Both are needed.")
     if images.keys() == maps.keys():
         return
-    # Some layouts have folders in these.
+    # Some layouts have subfolders.
     image_folder, map_folder = (
         Path(os.path.commonpath([path.parent for path in files.values()])) for files in (images, maps)
     )
@@ -153,7 +153,7 @@ def _check_pairs(images: Mapping[str, Path], maps: Mapping[str, Path]) -> None:
         raise ValueError(
             f"Images and label files must have the same names before the suffix, but in {image_folder} there are only "
             f"{shorten(without_map)}, and in {map_folder} only {shorten(without_image)}. Rename them, or move away "
-            "what has no counterpart."
+            "those without a counterpart."
         )
     if without_map:
         raise ValueError(
@@ -178,13 +178,13 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
         )
     splits = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
     raise FileNotFoundError(
-        f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits) or 'none'}. Name one of "
-        "them, or make the folder."
+        f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits) or 'none'}. Choose one of "
+        "them, or create the folder."
     )
 
 
 def _warn_of_unread(folder: Path, files: Iterable[Path]) -> None:
-    """Of folders and of pictures in other formats: a part of the data set that would be missing in silence."""
+    """Warns of subfolders and images in other formats: parts of the data set that would be silently skipped."""
     read = {path.name for path in files}
     others = (path for path in sorted(folder.glob("[!.]*")) if path.name not in read)
     pictures = Image.registered_extensions()
@@ -202,9 +202,9 @@ def _listed(folder: Path) -> str:
 
 
 def files_by_name(folder: Path, suffixes: tuple[str, ...], ending: str = "", pattern: str = "*") -> dict[str, Path]:
-    """Paths by stem, without a common `ending` of it, sorted.
+    """Paths by stem, with a common `ending` removed, sorted.
 
-    Raises a ValueError for two files of one stem, which would be one sample.
+    Raises a ValueError for two files with the same stem, which would be one sample.
     """
     files: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
@@ -212,7 +212,7 @@ def files_by_name(folder: Path, suffixes: tuple[str, ...], ending: str = "", pat
         is_left_over = path.name.startswith(".")
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending) or is_left_over:
             continue
-        # The same name from macOS and from elsewhere may be spelt in other bytes.
+        # macOS encodes the same name in other bytes.
         name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))
         if name in files:
             raise ValueError(f"{folder} holds both {files[name].name} and {path.name}. Keep one of them.")

@@ -1,4 +1,4 @@
-"""A drawn data set that needs no download: textured backgrounds with overlapping objects, exactly labelled.
+"""A synthetic data set that needs no download: textured backgrounds with overlapping objects, exactly labelled.
 
 Background classes differ by texture and object classes by shape, never by colour; `color_classifier_mean_iou`
 measures how little a colour gives away.
@@ -23,7 +23,7 @@ MIN_SIDE = 64
 
 
 class GeneratedScenes(Dataset[Sample]):
-    """Scenes drawn on access; scene i of a seed is the same in every process, in any order and for any length.
+    """Scenes drawn on access; scene i of a seed is the same in every process, access order and length.
 
     For the semantic task `segmentation_map` is (H, W) uint8 with class ids. For the panoptic task it is (H, W) int32
     with segment ids from 1, and `instance_id_to_semantic_id` gives their classes. Every pixel is labelled.
@@ -69,7 +69,7 @@ class GeneratedScenes(Dataset[Sample]):
         return sample
 
     def scene(self, index: int) -> Scene:
-        """Draws scene `index` (0 to length - 1) with both its views. Raises IndexError for any other index."""
+        """Draws scene `index` (0 to length - 1) with both kinds of labels. Raises IndexError for any other index."""
         if not 0 <= index < self.num_scenes:
             raise IndexError(f"There is no scene {index}: this data set has scenes 0 to {self.num_scenes - 1}.")
         return draw_scene(np.random.default_rng((self.seed, index)), self.image_size)
@@ -86,16 +86,16 @@ def write_generated_scenes(
 
     The folder then holds `images/{train,val}/NAME.png`, `annotations/{train,val}/NAME.png` (8-bit class ids),
     `classes.json`, `panoptic/{train,val}/NAME.png` (segment id = R + 256 G + 65536 B) and `panoptic_{train,val}.json`.
-    No scene is in both splits; those of val come first in the series, so they stay the same when train grows.
+    No scene is in both splits; val comes first in the series, so it stays the same when train grows.
 
-    Raises FileExistsError if `root` holds anything: leftovers of another run would count as scenes; and a ValueError
-    where a split would have no scene.
+    Raises FileExistsError if `root` is not empty, since leftovers would count as scenes, and ValueError if a split
+    would have no scene.
     """
     root = Path(root)
     if min(num_train, num_val) < 1:
         raise ValueError(f"num_train is {num_train} and num_val {num_val}; each split needs at least one scene.")
     if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"{root} is not empty; remove it or name a new folder for the generated scenes.")
+        raise FileExistsError(f"{root} is not empty; remove it or choose a new folder for the generated scenes.")
     scenes = GeneratedScenes(num_val + num_train, seed, image_size)
     for split, indices in (("train", range(num_val, num_val + num_train)), ("val", range(num_val))):
         _write_split(root, split, scenes, indices)
@@ -134,17 +134,17 @@ def _segments_info(scene: Scene) -> list[dict[str, Any]]:
 
 
 def color_classifier_mean_iou(train: Iterable[Sample], val: Iterable[Sample], num_labels: int) -> float:
-    """Gives the mean IoU (0 to 1) on `val` of a classifier that sees one pixel's colour and nothing else.
+    """Returns the mean IoU (0 to 1) on `val` of a classifier that sees one pixel's colour and nothing else.
 
     It counts on `train` how often each colour (16 levels per channel) has each class and predicts the most likely one,
-    with the classes weighted by how common they are or all alike, whichever scores better. The mean is over the
-    classes in `val`; pixels of 255 are left out. Samples are semantic items as of `GeneratedScenes`.
+    with the classes weighted by frequency or equally, whichever scores better. The mean is over the classes in `val`;
+    pixels of 255 are ignored. Samples are those of `GeneratedScenes` for the semantic task.
 
     Raises ValueError if a map holds a label outside 0 to num_labels - 1 other than 255, or nothing is labelled.
     """
     counts, val_counts = (_count_colors(samples, num_labels) for samples in (train, val))
     frequency = counts.sum(0) / counts.sum()
-    # A pinch of the overall frequency decides for colours that `train` does not show.
+    # A little of the overall frequency decides for colours that `train` does not contain.
     by_frequency = counts + 1e-3 * frequency
     alike = by_frequency / np.maximum(frequency, 1e-9)
     return max(_mean_iou(scores.argmax(1), val_counts) for scores in (by_frequency, alike))

@@ -1,4 +1,4 @@
-"""Moves image, segmentation map and masks of a sample together, so that every pixel keeps its label."""
+"""Transforms image, segmentation map and masks of a sample together, so that every pixel keeps its label."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ LABEL_FIELDS = ("segmentation_map", "masks")
 
 
 def resize(sample: Sample, size: Size, window: Window | None = None) -> Sample:
-    """Scales to `size` (height, width): the image bilinearly, labels to the value at the centre of each pixel.
+    """Resizes to `size` (height, width): the image bilinearly, labels to the value at the centre of each pixel.
 
-    With a `window` (top, left, height, width) of the result, nothing but what it shows is computed.
+    With a `window` (top, left, height, width) of the result, only that crop is computed.
     """
     image = sample["image"]
     top, left, height, width = window or (0, 0, *size)
-    # Pillow weighs pixels beyond the box too, so this is a part of the whole picture to the last level.
+    # Pillow's filter also reads pixels outside the box, so this is exactly a crop of the whole resized image.
     x_step, y_step = image.width / size[1], image.height / size[0]
     box = (left * x_step, top * y_step, (left + width) * x_step, (top + height) * y_step)
     scaled = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
@@ -32,26 +32,26 @@ def resize(sample: Sample, size: Size, window: Window | None = None) -> Sample:
 
 
 def resized_size(image: Image.Image, short_edge: int, max_size: int | None = None) -> Size:
-    """The size with a shorter side of this length, unless the longer one would exceed `max_size`."""
-    # The image processor's own rule, so that images are rounded alike in training and afterwards.
+    """The size whose shorter side has this length, unless the longer one would exceed `max_size`."""
+    # The image processor's own rule, so that sizes are rounded alike in training and inference.
     longest = {} if max_size is None else {"longest_edge": max_size}
     rule = ImageProcessorSettings(size={"shortest_edge": short_edge, **longest})
     return rule.resized_size((image.height, image.width))
 
 
 def mirror(sample: Sample) -> Sample:
-    """Mirrors left and right."""
+    """Flips horizontally."""
     image = sample["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return _changed(sample, image, lambda labels: labels[..., ::-1])
 
 
 def tidy(sample: Sample) -> Sample:
-    """Drops masks without a pixel, with their labels, and gives arrays that own their memory.
+    """Drops empty masks, with their labels, and makes the arrays contiguous copies.
 
-    Areas that the data gave go too: they were those of the image before.
+    Areas given by the data are dropped too, as they no longer hold.
 
-    torch takes no mirrored view, and a crop that is a view would keep the whole array alive. A map needs no more: a
-    segment without a pixel is none.
+    torch does not accept a flipped view, and a crop that is a view would keep the whole array alive. Maps need nothing
+    else: their empty segments vanish by themselves.
     """
     if "masks" not in sample:
         return {**sample, "segmentation_map": np.ascontiguousarray(sample["segmentation_map"])}

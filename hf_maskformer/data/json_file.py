@@ -1,4 +1,4 @@
-"""Walks a JSON file that is too large to hold, such as COCO's, and reads single entries of it later."""
+"""Streams a JSON file that is too large for memory, such as COCO's, and later reads single entries of it."""
 
 import json
 import re
@@ -12,10 +12,10 @@ CHUNK = 2**22
 
 
 def walk_json(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any, Span]]:
-    """Gives the members of the object in a file: (key, value, place in the file), as they come.
+    """Yields the members of the object in a file, in order: (key, value, span in the file).
 
-    The lists named by `arrays` are given one element at a time, so that never more than one is held. Raises a
-    ValueError that names file and byte if the file is no JSON object, ends early, or such a list is none.
+    The lists named in `arrays` are yielded one element at a time, so that only one is in memory. Raises a ValueError
+    that names file and byte if the file is not a JSON object, is truncated, or such a list is not a list.
     """
     with path.open("rb") as file:
         cursor = _Cursor(path, file)
@@ -30,7 +30,7 @@ def walk_json(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any, S
 
 
 def read_entries(path: Path, spans: Collection[Span]) -> list[Any]:
-    """Reads values at places that `walk_json` gave. Raises a ValueError if the file has changed since."""
+    """Reads the values at spans from `walk_json`. Raises a ValueError if the file has changed since."""
     try:
         with path.open("rb") as file:
             return [_read_entry(file, span) for span in spans]
@@ -44,7 +44,7 @@ def _read_entry(file: IO[bytes], span: Span) -> Any:
 
 
 class _Cursor:
-    """A place in a JSON file, of which a window is in memory: one character per byte, so that places are bytes."""
+    """A position in a JSON file, of which a window is in memory: one character per byte, so positions are bytes."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self._path = path
@@ -52,7 +52,7 @@ class _Cursor:
         self._decoder = json.JSONDecoder()
         self._window = file.read(max(CHUNK, 3)).decode("latin-1")
         self._start = 0
-        # Editors on Windows put a byte order mark in front.
+        # Windows editors prepend a byte order mark.
         self._place = 3 if self._window.startswith("\xef\xbb\xbf") else 0
 
     def value(self) -> tuple[Any, Span]:
@@ -60,14 +60,14 @@ class _Cursor:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._window, self._place)
-                # A number at the very end may go on, as with "." or "e-".
+                # A number at the very end of the window may continue, as with "." or "e-".
                 if not re.fullmatch(r"|\.|[eE][+-]?", self._window[end : end + 3]) or not self._read_on():
                     break
             except RecursionError as error:
                 raise self._error("is nested too deeply") from error
             except ValueError as error:
                 if not self._read_on():
-                    raise self._error("is no complete JSON value") from error
+                    raise self._error("is not a complete JSON value") from error
         text = self._window[self._place : end]
         if not text.isascii():
             try:
@@ -79,7 +79,7 @@ class _Cursor:
         return value, span
 
     def items(self, opening: str, closing: str) -> Iterator[None]:
-        """Stops before each item of a list or object, which is to be read then."""
+        """Yields before each item of a list or object, which the caller then reads."""
         self.expect(opening)
         if self._peek() != closing:
             yield
@@ -104,7 +104,7 @@ class _Cursor:
                 raise self._error("is the end of the file, in the middle of its content")
 
     def _read_on(self) -> bool:
-        # A value that does not fit gets twice the room each time, so that it is not parsed over and over.
+        # The window doubles for a value that does not fit, so that it is not reparsed many times.
         chunk = self._file.read(max(CHUNK, len(self._window) - self._place))
         if not chunk:
             return False

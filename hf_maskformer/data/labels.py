@@ -1,4 +1,4 @@
-"""The classes of a data set: their names, which pixels are ignored, and how label files number them."""
+"""The classes of a data set: their names, which pixels are ignored, and how label files encode them."""
 
 import json
 from collections import Counter
@@ -21,17 +21,17 @@ class LabelSet:
     """What the pixel values of a data set's segmentation maps mean.
 
     Attributes:
-        id2label: name of each class; its ids are 0 to K - 1.
-        ignore_index: value, in the files, of pixels that belong to no class. Neither trained nor scored.
+        id2label: name of each class; ids are 0 to K - 1.
+        ignore_index: value, in the files, of pixels that belong to no class. Ignored in training and evaluation.
         do_reduce_labels: the files number the classes from 1, and 0 is ignored too. The ids here are those after
             the reduction: pixel value 1 is class 0.
-        thing_ids: classes with countable instances; the others are stuff. Empty where the data set does not say.
-        category_ids: for each class the `category_id` by which lists of segments, and maps of ADE20K-Full, call it.
-            Empty where these are the ids of the classes themselves.
+        thing_ids: classes with countable instances; the others are stuff. Empty if the data set does not say.
+        category_ids: for each class its `category_id` in lists of segments and in maps of ADE20K-Full. Empty if these
+            are the class ids themselves.
 
     Raises:
-        ValueError: ids have gaps, a name is no string or that of two classes, `thing_ids` has an unknown class,
-            `category_ids` is not one id for each class, or `ignore_index` is also the value of a class or beyond 32
+        ValueError: ids have gaps, a name is not a string or is used twice, `thing_ids` has an unknown class,
+            `category_ids` is not one id for each class, or `ignore_index` is also the value of a class or exceeds 32
             bits.
     """
 
@@ -51,10 +51,10 @@ class LabelSet:
             )
         repeated = sorted(name for name, count in Counter(self.id2label.values()).items() if count > 1)
         if repeated:
-            raise ValueError(f"id2label names several classes {shorten(repeated)}. Give each class a name of its own.")
+            raise ValueError(f"id2label names several classes {shorten(repeated)}. Give each class its own name.")
         unknown = sorted(set(self.thing_ids) - set(self.id2label))
         if unknown:
-            raise ValueError(f"thing_ids names {shorten(unknown)}, which id2label does not have. Remove them.")
+            raise ValueError(f"thing_ids names {shorten(unknown)}, which id2label does not contain. Remove them.")
         self._check_category_ids()
         if 0 <= self.ignore_index <= self._highest_value:
             raise ValueError(
@@ -69,7 +69,7 @@ class LabelSet:
 
         The file holds `{"id2label": {"0": "sky", ...}}` and optionally `ignore_index`, `do_reduce_labels`,
         `thing_ids`, `category_ids` and `palette` (unused here), or `{"0": "sky", ...}` alone, as an `id2label.json`
-        of the Hub does. Classes that share a name, as two of ADE20K may, get their ids added to it, with a warning.
+        on the Hub does. Classes that share a name, as two of ADE20K may, get their ids appended, with a warning.
         Raises FileNotFoundError or ValueError, both naming the file.
         """
         path = Path(path)
@@ -78,16 +78,16 @@ class LabelSet:
                 f'{path} does not exist. Write the classes there, as {{"id2label": {{"0": "sky", "1": "road"}}}}.'
             )
         try:
-            # Editors on Windows put a byte order mark in front, which plain utf-8 would not read.
+            # Windows editors prepend a byte order mark, which plain utf-8 would not accept.
             fields = _fields(json.loads(path.read_text(encoding="utf-8-sig")))
             labels = cls(**fields | {"id2label": told_apart(fields["id2label"])})
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in that encoding.") from error
+            raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in this encoding.") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
         changed = [name for label, name in labels.id2label.items() if name != fields["id2label"][label]]
         if changed:
-            logger.warning_once(f"{path} gives several classes the same name. They are called {shorten(changed)} here.")
+            logger.warning_once(f"{path} gives several classes the same name. They are renamed {shorten(changed)}.")
         return labels
 
     @property
@@ -97,7 +97,7 @@ class LabelSet:
 
     @property
     def stuff_ids(self) -> tuple[int, ...]:
-        """The classes that are no things; none where the data set does not say which are."""
+        """The classes that are not things; empty if the data set does not say which are."""
         things = set(self.thing_ids)
         return tuple(label for label in self.id2label if label not in things) if things else ()
 
@@ -107,12 +107,12 @@ class LabelSet:
 
     def to_json(self, path: Path) -> None:
         """Writes a `classes.json` that `from_json` reads back equal."""
-        # numpy's integers are taken for ids, but JSON has none.
+        # ids may be numpy integers, which JSON cannot encode.
         content = {**asdict(self), "id2label": {str(label): name for label, name in self.id2label.items()}}
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=int), encoding="utf-8")
 
     def label_of(self, category_id: int, source: str) -> int:
-        """The label of a category, as in the files. Raises a ValueError that names the source if it is unknown."""
+        """The label, as in the files, of a category. Raises a ValueError that names the source if it is unknown."""
         label = self._label_of_category.get(category_id)
         if label is None:
             known = shorten(sorted(self._label_of_category), limit=10)
@@ -130,8 +130,8 @@ class LabelSet:
     ) -> np.ndarray:
         """Turns pixel values as in the files into class ids.
 
-        Takes (H, W) integers, which are segment ids if `instance_id_to_semantic_id` gives their labels; ids that it
-        lacks have none. Returns (H, W) int64 with 0 to K - 1, and `ignore_index` where there is no class.
+        Takes (H, W) integers, which are segment ids if `instance_id_to_semantic_id` gives their labels; ids missing
+        there have no class. Returns (H, W) int64 with 0 to K - 1, and `ignore_index` where there is no class.
         """
         values = segmentation_map.astype(np.int64)
         if instance_id_to_semantic_id is not None:
@@ -143,7 +143,7 @@ class LabelSet:
         return np.where((values == 0) | (values == self.ignore_index), self.ignore_index, values - 1)
 
     def unknown_values(self, values: np.ndarray) -> list[int]:
-        """Lists the distinct pixel values, as in the files, that are neither a class nor ignored, ascending."""
+        """The distinct pixel values, as in the files, that are neither a class nor ignored, ascending."""
         values = np.unique(values)
         is_known = ((values >= 0) & (values <= self._highest_value)) | (values == self.ignore_index)
         return values[~is_known].tolist()
@@ -154,10 +154,10 @@ class LabelSet:
         if len(set(self.category_ids)) != self.num_labels or len(self.category_ids) != self.num_labels:
             raise ValueError(
                 f"category_ids has {len(set(self.category_ids))} different ids, but there are {self.num_labels} "
-                "classes. Give each class an id of its own."
+                "classes. Give each class its own id."
             )
         if self.do_reduce_labels:
-            raise ValueError("category_ids say which class is meant, so do_reduce_labels must be false beside them.")
+            raise ValueError("category_ids already map values to classes, so do_reduce_labels must be false with them.")
 
     def _check_types(self) -> None:
         for label_id, label in self.id2label.items():
@@ -166,9 +166,7 @@ class LabelSet:
         if not _is_integer(self.ignore_index):
             raise ValueError(f"ignore_index is {self.ignore_index!r}; it must be an integer.")
         if not -(2**31) <= self.ignore_index < 2**31:
-            raise ValueError(
-                f"ignore_index is {self.ignore_index}, but pixels have at most 32 bits. Take 255 or 65535."
-            )
+            raise ValueError(f"ignore_index is {self.ignore_index}, but pixels have at most 32 bits. Use 255 or 65535.")
         if not isinstance(self.do_reduce_labels, bool):
             raise ValueError(f"do_reduce_labels is {self.do_reduce_labels!r}; it must be true or false.")
         if not all(_is_integer(thing_id) for thing_id in self.thing_ids):
@@ -178,7 +176,7 @@ class LabelSet:
 
 
 def labels_of(dataset: Any) -> LabelSet:
-    """The `labels` of a data set, or of the one that it is a part or a variation of, such as `torch.utils.data.Subset`.
+    """The `labels` of a data set, or of the one that it wraps, as `torch.utils.data.Subset` does.
 
     Raises a ValueError if there are none.
     """
@@ -187,7 +185,7 @@ def labels_of(dataset: Any) -> LabelSet:
         source = getattr(source, "dataset", None)
         if source is None:
             raise ValueError(
-                f"The data set, of type {type(dataset).__name__}, does not say which classes it has. Open it by a "
+                f"The data set, of type {type(dataset).__name__}, does not say which classes it has. Open it with a "
                 "reader of hf_maskformer.data, such as SegmentationColumns for a `datasets` data set, or give it an "
                 "attribute `labels`, a LabelSet (docs/data.md, your own reader)."
             )
@@ -199,7 +197,7 @@ def _fields(content: Any) -> dict[str, Any]:
         content = {"id2label": content}  # an id2label.json, as many data sets of the Hub have it
     if not isinstance(content, dict) or not isinstance(content.get("id2label"), dict):
         raise ValueError('there is no object "id2label". Write it as {"id2label": {"0": "sky", "1": "road"}}.')
-    # A misspelt field would be lost in silence, and the labels read with another meaning.
+    # A misspelt field would be silently ignored, and the labels misinterpreted.
     unknown = sorted(set(content) - set(FIELDS_OF_CLASSES_JSON))
     if unknown:
         raise ValueError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(FIELDS_OF_CLASSES_JSON)}.")
@@ -213,8 +211,8 @@ def _fields(content: Any) -> dict[str, Any]:
 
 
 def told_apart(id2label: dict[int, Any]) -> dict[int, Any]:
-    """The names of classes, with the id added where several have the same one."""
-    # Whatever is no name is refused by the check of types.
+    """The names of classes, with the id appended where several share a name."""
+    # Anything that is not a string is rejected by the type check.
     counts = Counter(name for name in id2label.values() if isinstance(name, str))
     return {
         label: f"{name} ({label})" if isinstance(name, str) and counts[name] > 1 else name
@@ -223,7 +221,7 @@ def told_apart(id2label: dict[int, Any]) -> dict[int, Any]:
 
 
 def _to_id(key: str) -> int:
-    # int() alone would also take "1_0" and "01", which then replace another class.
+    # int() alone would also accept "1_0" and "01", which would then replace another class.
     if not key.isdecimal() or str(int(key)) != key:
         raise ValueError(f'id2label has the key "{key}"; keys are class ids, "0" to "K - 1".')
     return int(key)
@@ -234,6 +232,6 @@ def _is_integer(value: Any) -> bool:
 
 
 def shorten(values: Iterable[object], limit: int = 5) -> str:
-    """Lists the first values for a message, and their number where there are more."""
+    """Lists the first values for a message, and their total number if there are more."""
     listed = [str(value) for value in values]
     return ", ".join(listed[:limit]) + (f", ... ({len(listed)} in all)" if len(listed) > limit else "")

@@ -1,4 +1,4 @@
-"""Opens well-known data sets in the folders that their downloads unpack to.
+"""Opens well-known data sets in the folder layouts of their downloads.
 
 Each function takes the folder, a split ("train" or "val") and optionally the classes (see `LabelSet`), and raises a
 FileNotFoundError or ValueError that names what is missing or wrong.
@@ -23,7 +23,7 @@ ON_LAYOUTS = "docs/data.md shows the folders that are read."
 # What some downloads call their splits.
 LONG_NAMES = {"train": "training", "val": "validation"}
 
-# Of COCO-Stuff's ids 1 to 182, these are planned objects that were never annotated; the other 171 are the classes.
+# Of COCO-Stuff's ids 1 to 182, these are objects that were planned but never annotated; the other 171 are the classes.
 COCO_STUFF_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 
 # Objects of ADE20K-Full are numbered by 256 * (red // 10) + green.
@@ -33,7 +33,7 @@ ADE20K_MAX_ID = 255 // 10 * 256 + 255
 def ade20k(root: str | Path, split: str, labels: LabelSet | None = None) -> SegmentationFiles:
     """ADE20K for scene parsing, 150 classes (ADEChallengeData2016).
 
-    Reads images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, whose labels count from 1.
+    Reads images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, whose labels start at 1.
     """
     folder = LONG_NAMES.get(split, split)
     labels = labels or replace(named_labels("ade20k"), do_reduce_labels=True)
@@ -43,14 +43,14 @@ def ade20k(root: str | Path, split: str, labels: LabelSet | None = None) -> Segm
 
 
 class Ade20kFull(SegmentationFiles):
-    """ADE20K-Full, 847 classes: images/ADE/{training,validation}/*/*/NAME.jpg and, beside it, NAME_seg.png.
+    """ADE20K-Full, 847 classes: images/ADE/{training,validation}/*/*/NAME.jpg and, next to it, NAME_seg.png.
 
-    Of more than 3,000 kinds of objects, the classes are those that both splits show (paper, appendix on data sets). Red
-    and green of a map number the objects as index_ade20k.pkl does, from 1; `category_ids` of the classes are these
-    numbers, and pixels of other objects are ignored.
+    Of more than 3,000 kinds of objects, the classes are those in both splits (paper, appendix on data sets). The red
+    and green channels of a map encode the object ids of index_ade20k.pkl, from 1; `category_ids` of the classes are
+    these ids, and pixels of other objects are ignored.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, a map is not in RGB, or `labels` have no such numbers.
+        FileNotFoundError, ValueError: a file is missing, a map is not RGB, or `labels` have no such ids.
     """
 
     def __init__(self, root: str | Path, split: str, labels: LabelSet | None = None) -> None:
@@ -59,10 +59,10 @@ class Ade20kFull(SegmentationFiles):
         maps = _files(folder, (".png",), "_seg", "*/*/*")
         labels = labels or named_labels("ade20k_full")
         super().__init__(images, maps, labels, "ADE20K-Full's classes")
-        # Zero is where nothing is labelled.
+        # Zero is unlabelled.
         if not labels.category_ids or not 0 < min(labels.category_ids) <= max(labels.category_ids) <= ADE20K_MAX_ID:
             raise ValueError(
-                "The maps of ADE20K-Full number objects. Give classes.json category_ids: for each class the number of "
+                "The maps of ADE20K-Full hold object ids. Give classes.json category_ids: for each class the id of "
                 f"its objects, 1 to {ADE20K_MAX_ID}."
             )
         self._label_of_id = np.full(ADE20K_MAX_ID + 1, labels.ignore_index, dtype=np.int32)
@@ -73,7 +73,7 @@ class Ade20kFull(SegmentationFiles):
         check_is_exact(image, str(path))
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(
-                f"{path} has mode {image.mode}, but maps of ADE20K-Full number objects by red and green. Unpack it "
+                f"{path} has mode {image.mode}, but maps of ADE20K-Full encode ids in red and green. Unpack it "
                 "from the download again."
             )
         values = np.asarray(image)
@@ -85,7 +85,7 @@ def cityscapes(root: str | Path, split: str, labels: LabelSet | None = None) -> 
     """Cityscapes, 19 classes: leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and gtFine/..._gtFine_labelTrainIds.png."""
     labels = labels or named_labels("cityscapes")
     images = _files(Path(root) / "leftImg8bit" / split, IMAGE_SUFFIXES, "_leftImg8bit", "*/*")
-    remedy = "Make them from the polygons by createTrainIdLabelImgs.py of cityscapesscripts."
+    remedy = "Make them from polygons with createTrainIdLabelImgs.py of cityscapesscripts."
     maps = _files(Path(root) / "gtFine" / split, MAP_SUFFIXES, "_gtFine_labelTrainIds", "*/*", remedy)
     return SegmentationFiles(images, maps, labels, "Cityscapes' classes")
 
@@ -93,21 +93,21 @@ def cityscapes(root: str | Path, split: str, labels: LabelSet | None = None) -> 
 def cityscapes_panoptic(root: str | Path, split: str, labels: LabelSet | None = None) -> CocoPanoptic:
     """Cityscapes with panoptic annotations, 19 classes, 8 of them things.
 
-    Reads leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and what createPanopticImgs.py of cityscapesscripts makes:
-    gtFine/cityscapes_panoptic_SPLIT.json and a folder of that name with its PNGs, or both with the ending _trainId.
+    Reads leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png and the output of createPanopticImgs.py of cityscapesscripts:
+    gtFine/cityscapes_panoptic_SPLIT.json and a folder of that name with its PNGs, or both with the suffix _trainId.
     """
     stem = Path(root) / "gtFine" / f"cityscapes_panoptic_{split}"
     json_paths = [stem.with_name(f"{stem.name}{ending}.json") for ending in ("", "_trainId")]
     json_path = next((path for path in json_paths if path.is_file()), None)
     if json_path is None:
         raise FileNotFoundError(
-            f"{json_paths[0]} does not exist. Make it from the polygons by createPanopticImgs.py of cityscapesscripts."
+            f"{json_paths[0]} does not exist. Make it from polygons with createPanopticImgs.py of cityscapesscripts."
         )
     return CocoPanoptic(json_path, Path(root) / "leftImg8bit" / split, labels=labels, image_name=_cityscapes_image)
 
 
 def _cityscapes_image(file_name: str) -> str:
-    # That file leaves out the folder of the city, and names images after their annotations.
+    # That file omits the city folder, and names images after their annotations.
     name = file_name.replace("_gtFine_leftImg8bit", "_leftImg8bit")
     return name if "/" in name else f"{name.split('_')[0]}/{name}"
 
@@ -132,7 +132,7 @@ class CocoStuff10k(SegmentationFiles):
     "val" is its test list. Pixels of a map are classes from 0, and `ignore_index` where there is none.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, or a map holds an id that is none of COCO-Stuff's.
+        FileNotFoundError, ValueError: a file is missing, or a map holds an id that COCO-Stuff does not have.
     """
 
     def __init__(self, root: str | Path, split: str, labels: LabelSet | None = None) -> None:
@@ -158,25 +158,25 @@ class CocoStuff10k(SegmentationFiles):
             ids, is_first_version = content["S"], np.size(content.get("names", ())) == 172  # with "unlabeled"
             if ids.ndim != 2 or ids.dtype.kind not in "iu":
                 raise ValueError(f"it holds {ids.dtype} of shape {ids.shape}, not a map of integers")
-        except NotImplementedError:  # how scipy answers the later format of MATLAB, in which version 1.0 is
+        except NotImplementedError:  # scipy's error for the later MATLAB format, which version 1.0 uses
             is_first_version = True
-        # A damaged file meets scipy's reader with many kinds of error.
+        # On damaged files scipy raises many kinds of error.
         except Exception as error:
-            raise ValueError(f"{path} is no label file of COCO-Stuff ({error}). Download it again.") from error
+            raise ValueError(f"{path} is not a label file of COCO-Stuff ({error}). Download it again.") from error
         if is_first_version:
             raise ValueError(
-                f"{path} is of version 1.0 of COCO-Stuff 10k, which numbers classes otherwise. Download version 1.1."
+                f"{path} is of version 1.0 of COCO-Stuff 10k, which numbers classes differently. Download version 1.1."
             )
         unknown = np.setdiff1d(ids, np.setdiff1d(np.arange(183), COCO_STUFF_UNUSED_IDS))
         if unknown.size:
-            raise ValueError(f"{path} contains the id {unknown[0]}, which is none of COCO-Stuff's. Download it again.")
+            raise ValueError(f"{path} contains the id {unknown[0]}, which COCO-Stuff does not have. Download it again.")
         return Image.fromarray(self._label_of_id[ids])
 
 
 def _files(
     folder: Path, suffixes: tuple[str, ...], ending: str = "", pattern: str = "*", remedy: str = ON_LAYOUTS
 ) -> dict[str, Path]:
-    """As `files_by_name`, or a FileNotFoundError if there is none; `remedy` says then what to do."""
+    """Like `files_by_name`, but raises a FileNotFoundError if there is none; `remedy` says what to do then."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist. {ON_LAYOUTS}")
     files = files_by_name(folder, suffixes, ending, pattern)
@@ -195,7 +195,7 @@ def _chosen(files: dict[str, Path], names: set[str], list_path: Path) -> dict[st
 
 
 def named_labels(name: str) -> LabelSet:
-    """The classes of a well-known data set, which come with this package."""
+    """The classes of a well-known data set, shipped with this package."""
     return LabelSet.from_json(LABEL_NAMES / f"{name}.json")
 
 
@@ -205,7 +205,7 @@ def _mapillary_labels(config: Path) -> LabelSet:
     try:
         entries: Sequence[dict[str, str]] = json.loads(config.read_text(encoding="utf-8"))["labels"]
         names = [entry["readable"] for entry in entries]
-        # The last entry is what the annotators left unlabelled.
+        # The last entry is the unlabelled class.
         if names and names[-1].lower() == "unlabeled":
             return LabelSet(dict(enumerate(names[:-1])), ignore_index=len(names) - 1)
         return LabelSet(dict(enumerate(names)))

@@ -1,4 +1,4 @@
-"""One way to name a labelled data set on a command line."""
+"""Opens any supported data set by name, as on a command line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from .layouts import ON_LAYOUTS, Ade20kFull, CocoStuff10k, ade20k, cityscapes, c
 
 COLUMN_FORMATS = ("columns", "instance-columns")
 
-# Where downloads unpack to, and what data sets in COCO's form are called elsewhere; {} is the split.
+# File names in downloads, and in other data sets in COCO's format; {} is the split.
 PANOPTIC_FILES = ("annotations/panoptic_{}2017.json", "annotations/panoptic_{}.json", "ade20k_panoptic_{}.json")
 INSTANCE_FILES = (
     "annotations/instances_{}2017.json",
@@ -65,14 +65,14 @@ def open_dataset(
 
     Args:
         path: a folder in one of the layouts that docs/data.md shows, or a data set of the Hub.
-        split: "train", "val", or what the data set calls it.
-        image_column, label_column: columns of a `datasets` data set; naming the first says that it is one.
-        classes: a `classes.json`, in place of the data set's own classes.
-        format: name of the layout (see `FORMATS` and `COLUMN_FORMATS`), where a folder leaves it open.
-        streaming: read a `datasets` data set row by row as it comes.
+        split: "train", "val", or the data set's own name for it.
+        image_column, label_column: columns of a `datasets` data set; giving the first implies that it is one.
+        classes: a `classes.json` that replaces the data set's own classes.
+        format: name of the layout (see `FORMATS` and `COLUMN_FORMATS`), if a folder is ambiguous.
+        streaming: stream a `datasets` data set row by row.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such data set, or it is not well formed.
+        FileNotFoundError, ValueError: there is no such data set, or it is malformed.
     """
     if format is None:
         format = "columns" if image_column is not None else _detect(Path(path), classes)
@@ -90,7 +90,7 @@ def open_dataset(
     if streaming:
         raise ValueError(f"Only columns of a `datasets` data set can be streamed; {path} is read as {format}.")
     if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; known are {', '.join((*FORMATS, *COLUMN_FORMATS))}.")
+        raise ValueError(f"format is {format!r}; it must be one of {', '.join((*FORMATS, *COLUMN_FORMATS))}.")
     labels = None if classes is None else LabelSet.from_json(classes)
     dataset = FORMATS[format](Path(path), split, labels)
     if classes is not None:
@@ -101,24 +101,24 @@ def open_dataset(
 def _detect(root: Path, classes: str | None) -> str:
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root} is no folder. Name a folder in one of the layouts of docs/data.md, such as images/, annotations/ "
-            "and classes.json, or give image_column (--image_column) to read a data set of the Hub."
+            f"{root} is not a folder. Name one in a layout of docs/data.md, such as images/, annotations/ "
+            "and classes.json, or give image_column (--image_column) to read a data set from the Hub."
         )
     found = [name for name, marks in MARKS.items() if any(any(root.glob(mark)) for mark in marks)]
     if "folder" in found or not found:
-        # Anything may have a classes.json beside it, but with it, splits called as ADE20K's are one's own. Where there
-        # is nothing at all, the folder's reader says best what is missing.
+        # Any layout may include a classes.json, but with one, ADE20K's split names mean a user's own folder. If nothing
+        # matches, the folder reader's error says best what is missing.
         found = [name for name in found if name not in ("folder", "ade20k")] or ["folder"]
     if found == ["folder"] and classes is None and not (root / "classes.json").exists():
         beside = list(root.glob("annotations/*"))
         if any(path.suffix == ".json" for path in beside) and all(path.is_file() for path in beside):
             names = ", ".join(pattern.format("SPLIT") for pattern in PANOPTIC_FILES + INSTANCE_FILES)
             raise FileNotFoundError(
-                f"{root}/annotations has JSON files and no folders of maps; those of COCO's form are found as {names}."
+                f"{root}/annotations has JSON files and no folders of maps; COCO's format is recognised by {names}."
             )
     if len(found) == 1:
         return found[0]
-    raise ValueError(f"{root} can be read as {' or '.join(found)}. Say which by format (--format).")
+    raise ValueError(f"{root} can be read as {' or '.join(found)}. Choose one with format (--format).")
 
 
 def _own_classes(path: str) -> str:
@@ -126,14 +126,14 @@ def _own_classes(path: str) -> str:
     if own.is_file():
         return str(own)
     raise ValueError(
-        f"{path} is read by columns, which do not name the classes. Give a classes.json (--classes), such as "
+        f"{path} is read by columns, which do not name the classes. Pass a classes.json (--classes), such as "
         '{"id2label": {"0": "sky", "1": "road"}}.'
     )
 
 
 def _coco(reader: Callable[..., Any], files: tuple[str, ...]) -> Callable[[Path, str, LabelSet | None], Any]:
     def read(root: Path, split: str, labels: LabelSet | None) -> Any:
-        # One's own data often has one folder of images for all splits.
+        # Custom data often has one folder of images for all splits.
         json_path, image_folder = _existing(root, files, split), _existing(root, IMAGE_FOLDERS, split, "images")
         return reader(json_path, image_folder, labels=labels)
 
@@ -162,7 +162,7 @@ FORMATS: dict[str, Callable[[Path, str, LabelSet | None], Any]] = {
     "coco-stuff-10k": CocoStuff10k,
     "mapillary-vistas": mapillary_vistas,
 }
-# Files and folders of which one gives a layout away.
+# Files and folders that identify a layout; one is enough.
 MARKS = {
     "folder": ("classes.json",),
     "ade20k": ("annotations/training", "annotations/validation"),

@@ -20,31 +20,31 @@ from .segments import renumber
 if TYPE_CHECKING:
     import datasets
 
-# Rows that are held until they are written, and that a stream reads at a time.
+# Rows that are buffered until they are written, and that a stream reads at a time.
 ROWS_AT_ONCE = 64
 
 
 def write_parquet(dataset: LabelledDataset, folder: str | Path, split: str, samples_per_file: int = 1000) -> list[Path]:
     """Writes one split to `folder`/data/SPLIT-*.parquet and its classes to `folder`/classes.json.
 
-    Images are stored as the bytes of their files where the data set has them (`image_path`), otherwise as PNG; maps as
-    PNG, masks as packed RLE. Several files let processes and workers share a stream. The files appear only once all of
-    them are complete. Shows a progress bar.
+    Images are stored as the bytes of their files if the data set has them (`image_path`), otherwise as PNG; maps as
+    PNG, masks as compressed RLE. Several files let processes and workers share a stream. The files appear only once all
+    of them are complete. Shows a progress bar.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: there is no sample or one cannot be read, a map holds values that a PNG cannot, samples are of both
-            forms, `datasets` would not take the split's name, or the folder has other classes, other files of the
-            split, or what does not belong to a data set of Parquet files.
+        ValueError: there is no sample or one cannot be read, a map holds values that a PNG cannot, samples have both
+            forms, `datasets` does not accept the split's name, or the folder has other classes, other files of the
+            split, or files that do not belong to a Parquet data set.
     """
     labels = labels_of(dataset)
     if len(dataset) == 0:
         raise ValueError(f"The {split} split is empty, so there is nothing to write.")
     if not re.fullmatch(r"\w+(\.\w+)*", split) or split == "all":
-        raise ValueError(f"`datasets` reads no split called {split!r}: name it by letters, digits and _, and not all.")
-    if "masks" in dataset[0]:  # whose labels count from 0 in any case
+        raise ValueError(f"`datasets` reads no split called {split!r}: use letters, digits and _, but not all.")
+    if "masks" in dataset[0]:  # whose labels always start at 0
         labels = replace(labels, do_reduce_labels=False)
     folder = Path(folder)
     _check_is_for_parquet(folder)
@@ -171,23 +171,23 @@ def _check_columns(rows: list[dict[str, Any]], features: "datasets.Features") ->
     for row in rows:
         if row.keys() != features.keys():
             raise ValueError(
-                f"{row['name']} has {', '.join(row)}, but other samples {', '.join(features)}. Write each kind to a "
-                "folder of its own."
+                f"{row['name']} has {', '.join(row)}, but other samples {', '.join(features)}. Write each kind to its "
+                "own folder."
             )
 
 
 def _check_is_for_parquet(folder: Path) -> None:
-    # Above all the data set itself, whose layout would no longer be recognised.
+    # This protects above all the data set itself, whose layout would no longer be recognised.
     known = ("data", "classes.json", "README.md")
     others = sorted(path.name for path in folder.glob("*") if path.name not in known and path.name[0] != ".")
     if others:
         raise ValueError(
-            f"{folder} holds {others[0]}, which does not belong to a data set of Parquet files. Write to a new folder."
+            f"{folder} holds {others[0]}, which does not belong to a Parquet data set. Write to a new folder."
         )
 
 
 def _check_other_files(paths: list[Path], split: str) -> None:
-    # Whoever reads the folder would read these too.
+    # Reading the folder would include these too.
     digits = "[0-9]" * 5
     others = sorted(set(paths[0].parent.glob(f"{split}-{digits}-of-{digits}.parquet")) - set(paths))
     if others:

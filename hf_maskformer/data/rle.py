@@ -1,7 +1,7 @@
-"""Masks as COCO stores them: run lengths (RLE), plain or packed into text, and polygons.
+"""Masks as COCO stores them: run-length encodings (RLE), plain or compressed to text, and polygons.
 
-Runs go down the columns of a mask from its upper left corner and begin with a run of background. Counts come from
-files, so they are checked: whatever they hold, no more memory is taken than the mask needs.
+Runs are column-major from the upper left corner and begin with a run of background. Counts come from files, so they are
+checked: whatever they hold, no more memory is allocated than the mask needs.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ MAX_DIGITS = 8
 
 
 def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """Draws the `segmentation` of a COCO annotation: a list of polygons, or an RLE of plain or packed counts.
+    """Decodes the `segmentation` of a COCO annotation: a list of polygons, or an RLE with plain or compressed counts.
 
-    Returns (H, W) bool. Raises a ValueError for anything else, and for what does not fit `size` (height, width).
+    Returns (H, W) bool. Raises a ValueError for anything else, and if it does not match `size` (height, width).
     """
     if isinstance(segmentation, list):
         return draw_polygons(segmentation, size)
@@ -34,24 +34,24 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def decode_rle(counts: str | bytes | Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """Gives the mask (H, W), bool, of run lengths. Raises a ValueError unless they fill `size` exactly."""
+    """Returns the mask (H, W), bool, of RLE counts. Raises a ValueError unless they fill `size` exactly."""
     if isinstance(counts, str | bytes):
         runs = _unpack(counts)
     else:
         runs = np.array(counts, ndmin=1) if counts else np.zeros(0, np.int64)
     if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
-        raise ValueError("has counts that are no list of integers")
+        raise ValueError("has counts that are not a list of integers")
     num_pixels = size[0] * size[1]
     if runs.size and (runs.min() < 0 or runs.max() > num_pixels):
         wrong = runs.min() if runs.min() < 0 else runs.max()
         raise ValueError(f"has a run of {wrong} pixels, but its image has {num_pixels}")
     if runs.sum() != num_pixels:
-        raise ValueError(f"has runs of {runs.sum()} pixels in all, but its image has {num_pixels}")
+        raise ValueError(f"has runs of {runs.sum()} pixels in total, but its image has {num_pixels}")
     return _fill(runs.astype(np.int64), size)
 
 
 def encode_rle(mask: np.ndarray) -> str:
-    """Packs a mask (H, W) into the text that `decode_rle` reads."""
+    """Compresses a mask (H, W) to the text that `decode_rle` reads."""
     pixels = np.concatenate([[False], mask.T.ravel()])
     changes = np.flatnonzero(pixels[1:] != pixels[:-1])
     runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
@@ -59,11 +59,11 @@ def encode_rle(mask: np.ndarray) -> str:
 
 
 def draw_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
-    """Draws polygons, each [x1, y1, x2, y2, ...] in pixels, as the union of what COCO's own tools draw.
+    """Rasterises polygons, each [x1, y1, x2, y2, ...] in pixels, to their union, exactly as COCO's own tools do.
 
-    Polygons of one or two corners, which tools leave beside others, cover nothing.
+    Polygons with one or two vertices, which some tools leave among others, cover nothing.
 
-    Returns (H, W) bool. Raises a ValueError if there is no other, and for one far outside the image.
+    Returns (H, W) bool. Raises a ValueError if there are no others, and for one far outside the image.
     """
     mask = np.zeros(size, dtype=bool)
     if not polygons:
@@ -76,14 +76,14 @@ def draw_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) ->
 
 
 def _corners(polygon: Any, size: tuple[int, int]) -> np.ndarray:
-    """Checks a polygon and gives its corners (N, 2)."""
+    """Checks a polygon and returns its vertices (N, 2)."""
     try:
         values = np.array(polygon, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"has the polygon {str(polygon)[:60]}, which is no list of numbers") from error
+        raise ValueError(f"has the polygon {str(polygon)[:60]}, which is not a list of numbers") from error
     if values.ndim != 1 or len(values) < 6 or len(values) % 2:
         raise ValueError(f"has a polygon of shape {values.shape}; it takes x and y of 3 or more corners")
-    # The work grows with the length of the outline, which nothing else bounds.
+    # The work grows with the length of the outline, which is not bounded otherwise.
     reach = 2 * max(size)
     if not np.isfinite(values).all() or np.abs(values).max() > reach:
         raise ValueError(f"has a polygon with the coordinate {values[np.abs(values).argmax()]} beside {size} pixels")
@@ -91,7 +91,7 @@ def _corners(polygon: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def _column_crossings(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Where the outline crosses the centre of a column: positions (N,) in the order of runs, where colour changes."""
+    """Where the outline crosses the centre of a column: column-major positions (N,) at which runs end."""
     x, y = _outline((corners * FINENESS + 0.5).astype(np.int64))
     crossed = np.maximum(x[1:], x[:-1]) - 1
     column, is_centre = crossed // FINENESS, crossed % FINENESS == CENTRE
@@ -102,12 +102,12 @@ def _column_crossings(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The cells of a closed outline between corners (N, 2) of integers, in order: x and y, a step of one cell apart."""
+    """The cells of a closed outline through integer vertices (N, 2), in order: x and y, one cell apart."""
     begin, end = corners, np.roll(corners, -1, axis=0)
     lengths = np.abs(end - begin).max(axis=1)
     long_axis = np.abs(end - begin).argmax(axis=1)
     edges = np.arange(len(corners))
-    # An edge is drawn from its lower end, so that it has the same cells in both directions.
+    # An edge is drawn from its lower end, so that it covers the same cells in both directions.
     is_reversed = begin[edges, long_axis] > end[edges, long_axis]
     lower = np.where(is_reversed[:, None], end, begin)
     slope = np.where(is_reversed[:, None], begin - end, end - begin) / np.maximum(lengths, 1)[:, None]
@@ -126,7 +126,7 @@ def _fill(runs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _unpack(text: str | bytes) -> np.ndarray:
-    """Reads packed counts: digits of five bits, the lowest first, a sixth bit where another digit follows."""
+    """Decompresses counts: digits of five bits, lowest first, with a sixth bit set if another digit follows."""
     if not isinstance(text, bytes):
         text = text.encode()
     if not text:
@@ -145,7 +145,7 @@ def _unpack(text: str | bytes) -> np.ndarray:
     numbers = np.add.reduceat((digits & 31) << (5 * places), starts)
     is_negative = digits[is_last] & 16 != 0
     numbers -= np.where(is_negative, 1 << (5 * lengths), 0)
-    # From the fourth on, a number is the difference to the run of the same colour before it.
+    # From the fourth on, a number is the difference from the previous run of the same colour.
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
     return numbers

@@ -1,4 +1,4 @@
-"""The sample form that every data reader delivers, and how stored images become one."""
+"""The sample format that every data reader returns, and how stored images become one."""
 
 import io
 import math
@@ -24,12 +24,12 @@ class Sample(TypedDict):
     `name` identifies the sample in messages and in names of written files.
 
     Segments that do not overlap: `segmentation_map` is (H, W) integers. Its pixels are labels as in the files (before
-    `do_reduce_labels`) or, where `instance_id_to_semantic_id` is given, ids which that table maps to labels. Ids in
-    `crowd_ids` stand for groups of objects: evaluation knows them, training leaves their pixels out.
+    `do_reduce_labels`) or, if `instance_id_to_semantic_id` is given, ids which that table maps to labels. Ids in
+    `crowd_ids` are crowds (groups of objects): evaluation uses them, training ignores their pixels.
 
     Segments that may overlap: `masks` is (N, H, W) bool, `labels` (N,) int64 class ids from 0, and
-    `iscrowd` (N,) bool, which is left out where there are no crowds (see `crowds_of`). `area` is (N,) float64, the
-    areas in pixels by which COCO's evaluation sorts objects, where the data give others than those of the masks.
+    `iscrowd` (N,) bool, omitted if there are no crowds (see `crowds_of`). `area` is (N,) float64, the areas in pixels
+    that COCO's evaluation uses for its size ranges, if the data give others than those of the masks.
     """
 
     image: Image.Image
@@ -45,12 +45,12 @@ class Sample(TypedDict):
 
 def crowds_of(sample: Sample) -> np.ndarray:
     """Which of a sample's masks are crowds, (N,) bool."""
-    # COCO's files hold 0 and 1, which numpy and torch would take for positions.
+    # COCO's files hold 0 and 1, which numpy and torch would treat as indices.
     return np.asarray(sample.get("iscrowd", np.zeros(len(sample["labels"]))), dtype=bool)
 
 
 def read_crowd(entry: Mapping[str, Any], source: str) -> bool:
-    """Whether an entry's `iscrowd` says that it is one. Raises a ValueError for what is neither true nor false."""
+    """Whether an entry is a crowd. Raises a ValueError if its `iscrowd` is neither true nor false."""
     value = entry.get("iscrowd")
     if value not in (None, 0, 1):
         raise ValueError(f"{source} has the iscrowd {value!r}. Give 0 or 1.")
@@ -60,15 +60,15 @@ def read_crowd(entry: Mapping[str, Any], source: str) -> bool:
 def load_image(path: Path) -> Image.Image:
     """Reads and decodes an image file completely, or raises a ValueError that names it."""
     try:
-        # From memory, so that no handle stays open in a long-lived worker, whatever the format.
+        # From memory, so that no file handle stays open in a long-lived worker, whatever the format.
         return decode_image(path.read_bytes())
-    # Decoders meet damage with OSError, SyntaxError, EOFError, struct.error and more.
+    # On damaged files decoders raise OSError, SyntaxError, EOFError, struct.error and more.
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an image ({error}). Replace the file or remove it.") from error
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """The image in a file, as it is stored, upright or not. Raises errors of Pillow, of many kinds."""
+    """Decodes an image file without applying its EXIF orientation. Raises Pillow's errors, of many kinds."""
     image = open_image(io.BytesIO(content))
     image.load()
     return image
@@ -108,23 +108,21 @@ def make_sample_of_masks(
     areas = [entry.get("area") for entry in objects]
     for number, area in enumerate(areas):
         if area is not None and (not isinstance(area, int | float) or not 0 <= area < math.inf):
-            raise ValueError(
-                f"{source}: object {number} has the area {area!r}. Give its pixels, or leave the area out."
-            )
+            raise ValueError(f"{source}: object {number} has the area {area!r}. Give its pixel count, or leave it out.")
     if None not in areas:
         sample["area"] = np.array(areas, dtype=np.float64)
     return sample
 
 
 def fit_image(image: Image.Image, size: tuple[int, ...], image_source: str, map_source: str) -> Image.Image:
-    """Gives a stored image upright and as RGB. Raises a ValueError unless it has the `size` (H, W) of its labels."""
+    """Returns a stored image upright and as RGB. Raises a ValueError unless it has the `size` (H, W) of its labels."""
     image = to_rgb(_orient(image, size[::-1]), image_source)
     check_sizes(image, size, image_source, map_source)
     return image
 
 
 def check_sizes(image: Image.Image, size: tuple[int, ...], image_source: str, map_source: str) -> None:
-    """Raises a ValueError unless the labels, of `size` (H, W), have one pixel for each of the image."""
+    """Raises a ValueError unless the labels, of `size` (H, W), have the size of the image."""
     if size != (image.height, image.width):
         raise ValueError(
             f"{map_source} is {' x '.join(map(str, size))} (height x width), but its image {image_source} is "
@@ -133,9 +131,9 @@ def check_sizes(image: Image.Image, size: tuple[int, ...], image_source: str, ma
 
 
 def empty_masks(num_masks: int, size: tuple[int, int], source: str) -> np.ndarray:
-    """Masks (num_masks, H, W), bool, without a pixel. Raises a ValueError if they would take above 8 GB.
+    """Empty masks (num_masks, H, W), bool. Raises a ValueError if they would take more than 8 GB.
 
-    A few bytes of a file list an object, and a few a large image of one colour.
+    A tiny file can list many objects, or hold a huge image of one colour.
     """
     if num_masks * size[0] * size[1] > MAX_MASK_BYTES:
         raise ValueError(
@@ -153,28 +151,26 @@ def check_file_name(name: Any, folder: Path, source: str) -> None:
 
 
 def _orient(image: Image.Image, map_size: tuple[int, ...]) -> Image.Image:
-    # Cameras store a turned picture as an EXIF tag on the sensor's grid. Annotation tools draw on the upright
-    # picture, so the tag is applied; but some data sets hold maps on the stored grid, and then the sizes of a
-    # quarter turn tell. Where both grids fit (square images, half turns), upright is by far the more common.
-    # Map files are taken as they are: what writes them sets no such tag.
+    # Cameras store pixels as the sensor read them, with an EXIF orientation tag. Annotation tools draw on the upright
+    # image, so the tag is applied; but some data sets have maps of the image as stored, which a quarter turn's swapped
+    # sizes reveal. If both fit (square images, half turns), upright is by far the more common.
+    # Map files are used as they are: tools that write them set no such tag.
     upright = ImageOps.exif_transpose(image)
     return image if upright.size != map_size and image.size == map_size else upright
 
 
 def to_rgb(image: Image.Image, source: str) -> Image.Image:
-    """Converts to RGB as the image processor does; raises a ValueError that names the source for modes I and F."""
+    """Converts to RGB as the image processor does; raises a ValueError naming the source for modes I and F."""
     try:
         return convert_to_rgb(image)
     except ValueError as error:
-        raise ValueError(f"{source} cannot be taken as a picture: {error}") from error
+        raise ValueError(f"{source} cannot be used as an image: {error}") from error
 
 
 def check_is_exact(image: Image.Image, source: str) -> None:
-    """Raises a ValueError for a label map in a format that changes numbers, whatever the name of its file says."""
+    """Raises a ValueError for a label map in a lossy format, whatever its file is called."""
     if image.format in ("JPEG", "MPO"):
-        raise ValueError(
-            f"{source} is a JPEG, which changes labels where they meet. Export the label maps again, as PNG."
-        )
+        raise ValueError(f"{source} is a JPEG, which is lossy and changes labels. Export the label maps again, as PNG.")
 
 
 def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:
@@ -183,7 +179,7 @@ def _to_segmentation_map(image: Image.Image, source: str) -> np.ndarray:
         raise ValueError(
             f"{source} has mode {image.mode} ({', '.join(image.getbands())}), but a segmentation map has one integer "
             "channel that holds the class of each pixel. Convert colours to class indices, keep one grey channel, or "
-            "save numbers with a decimal point as whole ones."
+            "save floating-point values as integers."
         )
-    # uint16 has hardly any operators in torch, hence int32 for whatever exceeds 8 bits.
+    # torch has hardly any operators for uint16, hence int32 for more than 8 bits.
     return stored_values(image).astype(np.uint8 if image.mode in ("1", "L", "P") else np.int32)

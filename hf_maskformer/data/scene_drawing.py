@@ -1,6 +1,6 @@
 """Draws one scene: wavy regions of background texture, and shaped objects that overlap, with exact labels.
 
-Classes are told apart by texture (background) and shape (objects). Colours say nothing: those of all regions of a
+Classes differ in texture (background) and shape (objects). Colours carry no information: those of all regions of a
 scene come from one distribution.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 Drawing = Callable[..., np.ndarray]  # a texture or a shape, evaluated at every point of a grid
 
-MIN_VISIBLE_SHARE = 0.65  # of every segment: what is left of it can still be recognised
+MIN_VISIBLE_SHARE = 0.65  # of every segment, so that it can still be recognised
 MAX_PLACEMENTS = 20
 SHADOW_REACH = 5
 
@@ -33,7 +33,7 @@ def checker(generator: np.random.Generator, y: np.ndarray, x: np.ndarray) -> np.
 
 
 def speckle(generator: np.random.Generator, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Round spots scattered without order, -1 to 1."""
+    """Randomly scattered round spots, -1 to 1."""
     spacing = generator.uniform(5.5, 7)
     rows, columns = y / spacing, x / spacing
     row, column = np.floor(rows).astype(int), np.floor(columns).astype(int)
@@ -63,7 +63,7 @@ def square(y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def ring(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Signed distance to the two outlines of a ring; what lies behind shows through the hole."""
+    """Signed distance to the two outlines of a ring; the background shows through the hole."""
     return np.abs(np.hypot(y, x) - 0.83) - 0.25
 
 
@@ -101,9 +101,9 @@ class Scene(NamedTuple):
 def draw_scene(generator: np.random.Generator, image_size: tuple[int, int]) -> Scene:
     """Draws two or three background regions, then objects from back to front.
 
-    An object that would hide too much of what is already there is placed anew, and left out where no place is found,
-    so every segment stays recognisable. A pixel belongs to the front-most region that covers its centre; only the
-    image is anti-aliased.
+    An object that would hide too much of the others is placed again, and left out if no place is found, so every
+    segment stays recognisable. A pixel belongs to the front-most region that covers its centre; only the image is
+    anti-aliased.
     """
     stuff = generator.choice(STUFF_IDS, size=generator.integers(2, 4), replace=False).tolist()
     things = generator.choice(THING_IDS, size=generator.integers(3, 7)).tolist()
@@ -117,7 +117,7 @@ def draw_scene(generator: np.random.Generator, image_size: tuple[int, int]) -> S
 
 
 class _Canvas:
-    """A scene in the making."""
+    """A scene being drawn."""
 
     def __init__(self, generator: np.random.Generator, image_size: tuple[int, int]) -> None:
         self.generator = generator
@@ -140,7 +140,7 @@ class _Canvas:
             self.image += (share * (1 + contrast * pattern))[..., None] * color
 
     def _closeness(self, num_regions: int) -> np.ndarray:
-        """Gives (num_regions, H, W): the largest says which region a point belongs to; lengths as in the image."""
+        """Returns (num_regions, H, W), in units of length: a point belongs to the region with the largest value."""
         spread = 2 * np.pi * np.arange(num_regions) / num_regions + self.generator.uniform(-0.3, 0.3, num_regions)
         turn = self.generator.uniform(0, 2 * np.pi) + spread[:, None, None]
         down, right = (
@@ -151,7 +151,7 @@ class _Canvas:
         return (down - middle_y) * np.sin(turn) + (right - middle_x) * np.cos(turn)
 
     def add(self, label: int, color: np.ndarray) -> None:
-        """Puts an object in front of everything, at a place where it leaves every segment visible, if it finds one."""
+        """Places an object in front of everything where it leaves every segment visible, if there is such a place."""
         for _ in range(MAX_PLACEMENTS):
             window, distance = self._try_place(DRAWINGS[label])
             hidden = np.bincount(self.segment_map[window][distance < 0], minlength=len(self.areas) + 1)
@@ -164,7 +164,7 @@ class _Canvas:
                 return
 
     def _try_place(self, shape: Drawing) -> tuple[tuple[slice, slice], np.ndarray]:
-        """Draws size, place and turn of an object: a window around it and the signed distances in it."""
+        """Draws size, position and rotation of an object; returns a window around it and the signed distances in it."""
         radius = self.generator.uniform(14, 27)
         middle = [self.generator.uniform(0.8 * radius, axis.max() - 0.8 * radius) for axis in (self.y, self.x)]
         reach = 1.3 * radius + SHADOW_REACH
@@ -176,7 +176,7 @@ class _Canvas:
         return window, radius * shape(y / radius, x / radius)
 
     def _paint(self, window: tuple[slice, slice], distance: np.ndarray, color: np.ndarray) -> None:
-        """Lays an object with a faint texture, lit from one side, and its soft shadow over the image."""
+        """Paints an object with a faint texture, lit from one side, and its soft shadow over the image."""
         y, x = self.y[window], self.x[window]
         pattern = TEXTURES[self.generator.integers(len(TEXTURES))](self.generator, y, x)
         light = _wave(self.generator, _rotated(self.generator, y, x)[0], period=160)
@@ -193,12 +193,12 @@ def _palette(generator: np.random.Generator, num_colors: int) -> np.ndarray:
         candidates = _color(generator, 24)
         gaps = np.abs(candidates[:, None] - colors[None]).sum(-1).min(-1)
         colors = np.vstack([colors, candidates[gaps.argmax()]])
-    # Later colours lie further out than earlier ones; shuffled, every region draws from the same distribution.
+    # Later colours are more extreme than earlier ones; after shuffling, all regions have the same distribution.
     return generator.permutation(colors)
 
 
 def _color(generator: np.random.Generator, num_colors: int) -> np.ndarray:
-    """Draws colours (num_colors, 3) of any hue, neither grey nor so bright or dark that a texture would be cut off."""
+    """Draws colours (num_colors, 3) of any hue, neither grey nor so bright or dark that a texture would be clipped."""
     hue, saturation, value = generator.uniform((0, 0.2, 0.4), (1, 0.65, 0.78), size=(num_colors, 3)).T
     ramp = np.abs((hue[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
     return value[:, None] * (1 - saturation[:, None] * (1 - np.clip(ramp, 0, 1)))
@@ -207,7 +207,7 @@ def _color(generator: np.random.Generator, num_colors: int) -> np.ndarray:
 def _rotated(
     generator: np.random.Generator, y: np.ndarray, x: np.ndarray, most: float = np.pi
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The grid turned by a random angle of at most `most` radians either way."""
+    """The grid rotated by a random angle of at most `most` radians either way."""
     angle = generator.uniform(-most, most)
     return y * np.cos(angle) + x * np.sin(angle), x * np.cos(angle) - y * np.sin(angle)
 
@@ -218,7 +218,7 @@ def _wave(generator: np.random.Generator, along: np.ndarray, period: float, shar
 
 
 def _polygon(y: np.ndarray, x: np.ndarray, corners: list[tuple[float, float]]) -> np.ndarray:
-    """Signed distance to a closed outline through corners (y, x), negative inside."""
+    """Signed distance to a closed outline through vertices (y, x), negative inside."""
     squared, inside = np.full(y.shape, np.inf), np.zeros(y.shape, dtype=bool)
     for (from_y, from_x), (to_y, to_x) in zip(corners, [*corners[1:], corners[0]], strict=True):
         edge_y, edge_x, gap_y, gap_x = to_y - from_y, to_x - from_x, y - from_y, x - from_x

@@ -1,4 +1,4 @@
-"""From the ways in which files tell segments apart to the map of ids that a sample holds."""
+"""Converts the segment encodings of files to the map of ids in a sample."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from ..image_processing_maskformer_targets import ids_of_colors
 from .labels import LabelSet, shorten
 from .sample import Sample, check_is_exact, fit_image, read_crowd
 
-# The first id in the map of a sample lies above every 8-bit value, of which the ignored one mostly is.
+# The first id in the map of a sample is above every 8-bit value, since the ignored value usually has 8 bits.
 _FIRST_ID = 256
 
 Segments = tuple[np.ndarray, dict[int, int], tuple[int, ...]]
@@ -20,7 +20,7 @@ Segments = tuple[np.ndarray, dict[int, int], tuple[int, ...]]
 def make_sample_of_segments(
     name: str, image: Image.Image, segments: Segments, image_source: str, map_source: str
 ) -> Sample:
-    """Builds a sample from an image as it is stored and its segments; otherwise as `make_sample`."""
+    """Builds a sample from an image as stored and its segments; otherwise as `make_sample`."""
     segmentation_map, label_of_number, crowd_ids = segments
     return {
         "image": fit_image(image, segmentation_map.shape, image_source, map_source),
@@ -32,9 +32,9 @@ def make_sample_of_segments(
 
 
 def _read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], source: str) -> np.ndarray:
-    """The ids (H, W) in an image of one integer channel, or of colours: red + 256 green + 65536 blue, as in COCO.
+    """The ids (H, W) in an image with one integer channel, or in colours: red + 256 green + 65536 blue, as in COCO.
 
-    Of a palette the colours are ids, if all of them are listed; otherwise the palette is there for viewing only.
+    The colours of a palette are ids if all of them are listed; otherwise the palette is for viewing only.
     """
     check_is_exact(image, source)
     values = stored_values(image)
@@ -46,25 +46,25 @@ def _read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], so
         return ids_of_colors(values)
     if values.ndim == 2 and values.dtype.kind in "bui":
         return values.astype(np.int32)
-    raise ValueError(f"{source} has mode {image.mode}; ids of segments are stored as RGB or in one integer channel.")
+    raise ValueError(f"{source} has mode {image.mode}; segment ids are stored as RGB or in one integer channel.")
 
 
 def number_segments(
     image: Image.Image, segments_info: Sequence[Mapping[str, Any]], labels: LabelSet, source: str
 ) -> Segments:
-    """Numbers the segments of an image of ids in the order in which they are listed, from 256 or a little above on.
+    """Numbers the segments of an image of ids in list order, starting at 256 or a little above.
 
     Args:
         image: the ids in one integer channel or as colours; 0 is void unless it is listed.
         segments_info: `id` and `category_id` of each segment, and optionally `iscrowd`.
-        labels: tells the label of a category, and the value of void in the result.
+        labels: gives the label of a category, and the value of void in the result.
         source: where the image comes from, for messages.
 
     Returns:
         The map (H, W) int32, the label of each of its ids, and the ids of crowds.
 
     Raises:
-        ValueError: the image holds no ids, one is missing in the list or listed twice, or a category is unknown.
+        ValueError: the image holds no ids, an id is missing from the list or listed twice, or a category is unknown.
     """
     ids = _read_ids(image, segments_info, source)
     number_of_id: dict[int, int] = {}
@@ -99,7 +99,7 @@ def renumber(ids: np.ndarray, number_of_id: Mapping[int, int]) -> tuple[np.ndarr
 
 
 def split_class_and_instance(image: Image.Image, ignore_index: int, source: str) -> Segments:
-    """Reads an image whose red channel is the class of a pixel and whose green one tells instances of it apart.
+    """Reads an image whose red channel is the class of a pixel and whose green channel is its instance.
 
     Pixels of class `ignore_index` are void. Returns what `number_segments` does; there are no crowds.
     """
@@ -117,12 +117,12 @@ def split_class_and_instance(image: Image.Image, ignore_index: int, source: str)
 
 
 def _first_id(num_segments: int, ignore_index: int) -> int:
-    """The id from which on an image's segments are numbered, so that none has the ignored value."""
+    """The first segment id of an image, chosen so that no id is the ignored value."""
     return ignore_index + 1 if _FIRST_ID <= ignore_index < _FIRST_ID + num_segments else _FIRST_ID
 
 
 def _integer(segment: Mapping[str, Any], field: str, source: str) -> int:
     value = segment.get(field) if isinstance(segment, Mapping) else None
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise ValueError(f"{source}: segments_info has the entry {str(segment)[:80]}, whose {field} is no integer.")
+        raise ValueError(f"{source}: segments_info has the entry {str(segment)[:80]}, whose {field} is not an integer.")
     return int(value)

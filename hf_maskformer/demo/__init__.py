@@ -1,1 +1,1 @@
-"""A page for the browser that segments pictures."""
+"""A web page that segments images."""

@@ -1,4 +1,4 @@
-"""A page for the browser: a picture in, its segments out. Needs the extra `demo` (Gradio)."""
+"""A web page: an image in, its segments out. Needs the extra `demo` (Gradio)."""
 
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,17 +17,17 @@ from ..image_processing_maskformer import MaskFormerImageProcessor
 from ..training.starting_point import model_class_of
 
 NUM_EXAMPLES = 5
-EXAMPLE_SIDE = 128  # in pixels, that of the scenes which scripts/demo.py trains on
+EXAMPLE_SIDE = 128  # in pixels, as in the scenes on which scripts/demo.py trains
 COLUMNS = ("segment", "score", "area in %")
-# Of each threshold the title and the tasks that have it.
+# Title of each threshold and the tasks that have it.
 SLIDERS = {
     "threshold": ("Smallest score", ("instance", "panoptic")),
     "mask_threshold": ("Smallest mask probability of a pixel", ("instance", "panoptic")),
     "overlap_mask_area_threshold": ("Smallest part of a mask on top", ("panoptic",)),
 }
-DISPLAY_SIDE = 1280  # pixels; what the page shows of a larger picture, whose files keep its size
+DISPLAY_SIDE = 1280  # pixels; larger images are shown at this size, but their files keep the original size
 OPACITY = 0.6  # of a segment over the picture
-# Gradio shows a picture of the mask of each segment over the image, in the order of the names below.
+# Gradio shows an image of each segment's mask over the input, in the order of the names below.
 SHOW_NAMES = """() => document.addEventListener("mousemove", event => {
   const box = event.target.closest("#overlay .image-container");
   if (!box) return;
@@ -53,13 +53,13 @@ def launch(checkpoint: str, **options: Any) -> Any:
         checkpoint: the model to segment with.
         options: of `gradio.Blocks.launch`, such as `server_port` and `prevent_thread_lock`.
     """
-    # Of the fonts of the system, so that none is fetched from elsewhere.
+    # System fonts, so that none is downloaded.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return build_page(checkpoint).launch(theme=theme, js=SHOW_NAMES, footer_links=[], show_error=True, **options)
 
 
 def build_page(checkpoint: str) -> gr.Blocks:
-    """The page with its model. Raises as `from_pretrained` if there is no such checkpoint."""
+    """Builds the page with its model. Raises like `from_pretrained` if there is no such checkpoint."""
     model = model_class_of(checkpoint).from_pretrained(checkpoint).eval()
     image_processor: Any = MaskFormerImageProcessor.from_pretrained(checkpoint)
     names: dict[int, str] = model.config.id2label
@@ -84,10 +84,10 @@ def build_page(checkpoint: str) -> gr.Blocks:
         image.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
         masks, colors = annotations(prediction, names, image.size)
         if not masks:
-            # A lower mask threshold enlarges all masks, which then hide each other.
+            # A lower mask threshold would enlarge all masks, which then occlude each other.
             helpful = (SLIDERS[name] for name in ("threshold", "overlap_mask_area_threshold"))
             titles = [f'"{title}"' for title, used_by in helpful if task in used_by]
-            gr.Warning(f"No segment was found. Try lower values of {' and '.join(titles)}.")
+            gr.Warning(f"No segment was found. Try lower values for {' and '.join(titles)}.")
         files = [gr.DownloadButton(value=file, interactive=True) for file in (overlay, labels, segments)]
         return gr.AnnotatedImage((image, masks), color_map=colors), table(prediction), *files
 
@@ -101,8 +101,8 @@ def build_page(checkpoint: str) -> gr.Blocks:
                 picture: Any = gr.Image(
                     label="Picture", type="filepath", sources=["upload", "clipboard"], elem_id="picture", height=320
                 )
-                # `read_images` knows what cameras and scanners write; of a file that is no picture, Gradio would say
-                # how its own code failed. (It writes a file beside this one for a class that derives from its own.)
+                # `read_images` handles what cameras and scanners write; for a file that is not an image, Gradio would
+                # report how its own code failed. (For a subclass of its class, it writes a file next to this one.)
                 picture.preprocess = lambda file: file and file.path
                 gr.Examples(draw_examples(folder), picture, label="Drawn examples", examples_per_page=NUM_EXAMPLES)
                 task = gr.Radio(tasks, value=image_processor.segmentation_task or tasks[0], label="Task")
@@ -139,7 +139,7 @@ def build_page(checkpoint: str) -> gr.Blocks:
 def annotations(
     prediction: Prediction, names: dict[int, str], size: tuple[int, int]
 ) -> tuple[list[tuple[np.ndarray, str]], dict[str, str]]:
-    """For `gradio.AnnotatedImage`, of a size (width, height): mask and title of each segment, and their colours."""
+    """Mask and title of each segment, and their colours, for `gradio.AnnotatedImage` at a size (width, height)."""
     ids = np.asarray(Image.fromarray(prediction.segmentation.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
     shades = segment_shades(prediction.segments, label_colors(max(names) + 1))
     titles = segment_titles(prediction)
@@ -149,7 +149,7 @@ def annotations(
 
 
 def segment_titles(prediction: Prediction) -> dict[int, str]:
-    """The title of each segment that has a pixel: its label, numbered where several segments have it."""
+    """The title of each non-empty segment: its label, numbered if several segments share it."""
     segments = [segment for segment in prediction.segments if segment["area"]]
     labels = [segment["label"] for segment in segments]
     return {
@@ -159,7 +159,7 @@ def segment_titles(prediction: Prediction) -> dict[int, str]:
 
 
 def table(prediction: Prediction) -> list[list[Any]]:
-    """A row of COLUMNS for each segment that has a pixel, the largest first."""
+    """A row of COLUMNS for each non-empty segment, the largest first."""
     titles = segment_titles(prediction)
     return [
         [
@@ -173,8 +173,8 @@ def table(prediction: Prediction) -> list[list[Any]]:
 
 
 def draw_examples(folder: Path) -> list[str]:
-    """Draws scenes into a folder and gives their paths."""
-    # Of another series than those that scripts/demo.py trains on.
+    """Draws scenes into a folder and returns their paths."""
+    # From another series than the scenes on which scripts/demo.py trains.
     scenes = GeneratedScenes(NUM_EXAMPLES, seed=1, image_size=(EXAMPLE_SIDE, EXAMPLE_SIDE))
     paths = [folder / f"{scenes.name(index)}.png" for index in range(len(scenes))]
     for index, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""COCO's average precision of instance masks, through the optional faster-coco-eval, over a stream of images."""
+"""COCO's average precision of instance masks, as a streaming metric, with the optional faster-coco-eval."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -12,14 +12,14 @@ from torch import Tensor
 from .recall_and_precision import AREAS, RECALLS, THRESHOLDS, curve, is_outside, match
 from .segmentation_maps import check_fields, in_pairs, shared_tensor
 
-# A run-length encoding of COCO: "size", (height, width), and "counts", compressed to text or bytes, or a list.
+# A COCO RLE: "size", (height, width), and "counts", compressed to text or bytes, or a list.
 RunLengths: TypeAlias = Mapping[str, Any]
 Masks: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 Size: TypeAlias = tuple[int, int]
 
-MOST = (1, 10, 100)  # predictions of an image and label that count
-# What is remembered of a prediction: bits say whether it is a hit or a false alarm in each range of area and for each
-# IoU threshold, `rank` how many of its image and label have a higher score.
+MOST = (1, 10, 100)  # maximum numbers of predictions per image and label
+# What is stored of a prediction: bits say whether it is a hit (true positive) or a false alarm (false positive) in each
+# area range and at each IoU threshold, `rank` how many of its image and label have a higher score.
 BITS = (np.uint8, len(AREAS) * len(THRESHOLDS) // 8)
 RECORD = np.dtype([("score", "<f8"), ("label", "<u4"), ("rank", "u1"), ("is_hit", *BITS), ("is_false_alarm", *BITS)])
 
@@ -28,21 +28,20 @@ class AveragePrecision:
     """COCO's average precision and recall of masks, over any number of images.
 
     The figures of COCO's own evaluation: means over the IoU thresholds 0.50 to 0.95, 101 recalls and the labels that
-    the references show. Of an image and label the 100 highest scores count. A prediction that lies in a crowd region
+    occur in the references. The 100 highest scores per image and label count. A prediction that matches a crowd region
     of its label is not counted, and neither is the region.
 
-    No mask is kept: predictions are matched with their image's objects at once, and of each that counts 23 bytes
-    remain, since precision needs all scores at the end. Has the calls of `evaluate`'s metrics: `add_batch` (or `add`)
-    for the images, then `compute`, after which all starts anew. Predictions of exactly the same score in different
-    images rank in the order in which they were added.
+    No mask is stored: predictions are matched with their image's objects at once, and 23 bytes are kept of each that
+    counts, since precision needs all scores at the end. Has the interface of `evaluate`'s metrics: `add_batch` (or
+    `add`) for the images, then `compute`, which also resets. Predictions with exactly the same score in different
+    images are ranked in the order in which they were added.
 
     Args:
         num_labels: number of labels, K.
 
     Attributes:
-        num_objects: (K, 4) int64, the reference objects other than crowd by label and range of area: all, small,
-            medium, large.
-        records: what is remembered of the predictions, 23 bytes each, in the order in which they were added.
+        num_objects: (K, 4) int64, the non-crowd reference objects by label and area range: all, small, medium, large.
+        records: what is stored of the predictions, 23 bytes each, in the order in which they were added.
 
     Raises an ImportError if faster-coco-eval is not installed.
     """
@@ -50,7 +49,7 @@ class AveragePrecision:
     def __init__(self, num_labels: int) -> None:
         if num_labels < 1:
             raise ValueError(f"num_labels is {num_labels}; it must be at least 1.")
-        _coco()  # whoever lacks it should know before the first image
+        _coco()  # fails before the first image if it is missing
         self.num_labels = num_labels
         self.reset()
 
@@ -60,14 +59,14 @@ class AveragePrecision:
         self.records = bytearray()
 
     def add(self, *, prediction: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-        """Counts one image.
+        """Adds one image.
 
         Both are dictionaries of tensors, arrays or lists. They hold `masks`, (N, H, W) of 0 and 1 in any type, or
-        N run-length encodings of COCO; and `labels`, (N,), 0 to K - 1. The prediction has `scores`, (N,). The
-        reference may have `iscrowd`, (N,), and `area`, (N,), in pixels, by which COCO sorts objects into small, medium
-        and large; otherwise it is that of the mask.
+        N COCO RLEs; and `labels`, (N,), 0 to K - 1. The prediction has `scores`, (N,). The reference may have
+        `iscrowd`, (N,), and `area`, (N,), in pixels, by which COCO divides objects into small, medium and large;
+        by default it is that of the mask.
 
-        Raises a ValueError if lengths or sizes do not agree, a label is unknown, a score is not finite or a mask is
+        Raises a ValueError if lengths or sizes do not match, a label is unknown, a score is not finite or a mask is
         not binary.
         """
         check_fields(prediction, "prediction", ("masks", "labels", "scores"))
@@ -111,30 +110,30 @@ class AveragePrecision:
         np.add.at(self.num_objects, true_labels, (~(outside | is_crowd)).T)
 
     def add_batch(self, *, predictions: Iterable[Mapping[str, Any]], references: Iterable[Mapping[str, Any]]) -> None:
-        """Counts several images, whose sizes may differ. See `add`."""
+        """Adds several images, whose sizes may differ. See `add`."""
         for prediction, reference in in_pairs(predictions, references):
             self.add(prediction=prediction, reference=reference)
 
     def merge(self, other: "AveragePrecision") -> None:
         """Adds the images of another metric, for instance of another process."""
         if self.num_labels != other.num_labels:
-            raise ValueError(f"The metrics count differently: num_labels {self.num_labels} and {other.num_labels}.")
+            raise ValueError(f"The metrics do not match: num_labels {self.num_labels} and {other.num_labels}.")
         self.num_objects = self.num_objects + other.num_objects
         self.records = self.records + other.records
 
     def compute(self) -> dict[str, Any]:
-        """Gives the figures as fractions in 0 to 1, and starts anew.
+        """Returns the figures as fractions in 0 to 1, and resets.
 
         Returns `ap`, `ap50`, `ap75` (at one IoU threshold), `ap_small`, `ap_medium`, `ap_large`; the average recalls
-        `ar1`, `ar10`, `ar100` (by how many predictions of an image and label count), `ar_small`, `ar_medium`,
-        `ar_large`; and `per_category`: for each label a dictionary with `ap`, `ap50` and `ap75`. A figure without a
-        single reference object is NaN.
-        Raises a ValueError if no reference object, other than crowd, was added.
+        `ar1`, `ar10`, `ar100` (by the number of predictions per image and label), `ar_small`, `ar_medium`,
+        `ar_large`; and `per_category`: for each label a dictionary with `ap`, `ap50` and `ap75`. A figure without any
+        reference object is NaN.
+        Raises a ValueError if no non-crowd reference object was added.
         """
         if not self.num_objects.any():
             raise ValueError(
-                "No reference object was added since the start or the last compute(). Call add_batch() first, and see "
-                "that the references are not crowd throughout."
+                "No reference object was added since the start or the last compute(). Call add_batch() first, and "
+                "check that not all references are crowd."
             )
         precision, recall = self._curves()
         self.reset()
@@ -143,7 +142,7 @@ class AveragePrecision:
     def _read_objects(
         self, image: Mapping[str, Any], role: str
     ) -> tuple[list[RunLengths], np.ndarray, np.ndarray, Size | None]:
-        """Gives the masks of an image, their labels, areas and size, None without any."""
+        """Returns the masks of an image, their labels, areas and size; the size is None without masks."""
         masks = _to_run_lengths(image["masks"], role)
         sizes = {tuple(mask["size"]) for mask in masks}
         if len(sizes) > 1:
@@ -160,7 +159,7 @@ class AveragePrecision:
         return masks, labels_array, np.array(areas, dtype=np.float64), sizes.pop() if sizes else None
 
     def _curves(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `summarise` takes."""
+        """The arguments of `summarise`."""
         num_areas, num_thresholds = len(AREAS), len(THRESHOLDS)
         precision = np.full((num_thresholds, len(RECALLS), self.num_labels, num_areas), -1.0)
         recall = np.full((num_thresholds, self.num_labels, num_areas, len(MOST)), -1.0)
@@ -181,13 +180,13 @@ class AveragePrecision:
 
 
 def summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, Any]:
-    """Gives the figures of `AveragePrecision.compute` for curves of each label and range of area.
+    """Returns the figures of `AveragePrecision.compute` from the curves of each label and area range.
 
-    T IoU thresholds, R recalls, K labels, A = 4 ranges of area (all, small, medium, large), M = 3 numbers of
-    predictions that count (1, 10, 100). Entries without a reference object are -1.
+    T IoU thresholds, R recalls, K labels, A = 4 area ranges (all, small, medium, large), M = 3 maximum numbers of
+    predictions (1, 10, 100). Entries without a reference object are -1.
 
     Shapes:
-        precision: (T, R, K, A), of the most predictions.
+        precision: (T, R, K, A), for the largest M.
         recall: (T, K, A, M).
     """
     figures: dict[str, Any] = _average_precisions(precision[..., 0])
@@ -221,7 +220,7 @@ def _coco() -> ModuleType:
 
 
 def _to_run_lengths(masks: Masks, role: str) -> list[RunLengths]:
-    """Compresses masks, or run lengths that are not compressed yet."""
+    """Encodes masks, or uncompressed RLEs, as compressed RLEs."""
     encoder = _coco().mask
     if not isinstance(masks, Tensor | np.ndarray) and all(isinstance(mask, Mapping) for mask in masks):
         return [
@@ -230,7 +229,7 @@ def _to_run_lengths(masks: Masks, role: str) -> list[RunLengths]:
     tensor = _to_tensor(masks) if isinstance(masks, Tensor | np.ndarray) else torch.stack([*map(_to_tensor, masks)])
     if tensor.ndim != 3:
         raise ValueError(
-            f"The masks of the {role} have the shape {tuple(tensor.shape)}, but (N, height, width) is due."
+            f"The masks of the {role} have the shape {tuple(tensor.shape)}; it must be (N, height, width)."
         )
     if tensor.dtype != torch.bool:
         is_set = tensor != 0
@@ -239,7 +238,7 @@ def _to_run_lengths(masks: Masks, role: str) -> list[RunLengths]:
                 f"The masks of the {role} hold values other than 0 and 1. Threshold the probabilities first."
             )
         tensor = is_set
-    # The encoder reads down the columns, (H, W, N) in Fortran's order.
+    # The encoder takes (H, W, N) in Fortran order.
     return encoder.encode(np.asfortranarray(tensor.permute(1, 2, 0).cpu().numpy().view(np.uint8)))
 
 

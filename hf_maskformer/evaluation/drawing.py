@@ -1,4 +1,4 @@
-"""Pictures of segmentations: overlays on the photograph and titled panels side by side, drawn with Pillow alone."""
+"""Visualises segmentations: overlays on the image and titled panels side by side, drawn with Pillow alone."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ PAPER: Color = (255, 255, 255)
 
 
 def label_colors(num_labels: int) -> np.ndarray:
-    """Gives one colour per label, (num_labels, 3) uint8, that does not depend on how many labels there are.
+    """Returns one colour per label, (num_labels, 3) uint8, independent of the number of labels.
 
-    Each colour is the one that looks least like those before it, so that the first few, which most pictures need, are
-    the furthest apart. From 1,000 labels on the colours repeat.
+    Each colour is the one that looks least like those before it, so that the first few, which most images need, are
+    the furthest apart. Colours repeat after 1,000 labels.
     """
     candidates = _vivid_colors()
     looks = _oklab(candidates)
@@ -45,7 +45,7 @@ def _vivid_colors() -> np.ndarray:
 
 
 def _oklab(colors: np.ndarray) -> np.ndarray:
-    """Converts sRGB (N, 3), 0 to 255, to Oklab, where distances follow what the eye sees (Ottosson, 2020)."""
+    """Converts sRGB (N, 3), 0 to 255, to Oklab, where distances are perceptual (Ottosson, 2020)."""
     scaled = colors / 255
     linear = np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
     cones = linear @ np.array(
@@ -76,25 +76,25 @@ def draw_segmentation(
     labels: bool = False,
     legend: bool = False,
 ) -> Image.Image:
-    """Lays the colours of a segmentation over its image in grey, with a thin border around every segment.
+    """Overlays the colours of a segmentation on its image in grey, with a thin border around every segment.
 
     Args:
         image: the picture, (H, W); or an array of bytes, (H, W, 3) or (H, W).
-        result: (H, W) integers. Label ids, where `ignore_index` leaves the image as it is; or, with `segments`,
-            segment ids, where 0 and below do. Or what post-processing gives for an image, in any of its forms; of masks
-            that overlap, the one with the highest score lies on top.
+        result: (H, W) integers: label ids, where `ignore_index` leaves the image as it is, or, with `segments`, segment
+            ids, where 0 and below do. Or the result of post-processing for an image, in any of its forms; where masks
+            overlap, the one with the highest score is on top.
         id2label: names of the labels by id, which may be strings, as in a JSON file.
         palette: one colour per label id, (num_labels, 3) 0 to 255; by default `label_colors`.
         alpha: opacity of the colours, 0 to 1.
         ignore_index: value of unlabelled pixels in a map of label ids.
         segments: `segments_info` of post-processing: dicts with `id` and `label_id`. Segments of one label get slightly
             different shades.
-        labels: write names into the segments that are large enough for them. Names never overlap: where there is no
-            room, that of the smaller segment is left out.
-        legend: add a list of the labels that occur under the picture.
+        labels: write names into the segments that are large enough for them. Names never overlap: without enough room,
+            that of the smaller segment is left out.
+        legend: list the labels that occur under the picture.
 
     Returns:
-        An RGB image of the same size; with a legend, a higher one, and small images enlarged by a whole factor.
+        An RGB image of the same size; with a legend it is taller, and small images are enlarged by an integer factor.
 
     Raises ValueError if sizes differ, the map holds an id without a label, or the palette is too short.
     """
@@ -189,14 +189,14 @@ def _overlay(
 ) -> Image.Image:
     numbers, places = number_ids(ids)
     colors = np.array([shades.get(int(number), np.zeros(3)) for number in numbers], dtype=np.float32)
-    # Over grey, a label keeps the hue that the legend shows, whatever colours the photograph has. A table of what each
-    # label makes of each grey, since a photograph has millions of pixels.
+    # Over grey, a label keeps the hue of the legend, whatever the colours of the image. A lookup table of the blend of
+    # each label with each grey is used, since an image has millions of pixels.
     greys = np.arange(256, dtype=np.float32)[:, None]
     table = _as_bytes(greys + alpha * (colors[:, None] - greys)).reshape(-1, 3)
     pixels = np.array(image.convert("RGB"))
     drawn = table[places * 256 + np.asarray(image.convert("L"))]
     np.copyto(pixels, drawn, where=labelled[..., None])
-    # Darker than its own colour: a border then shows beside any neighbour.
+    # Darker than its own colour, so that a border is visible next to any neighbour.
     edge = labelled & _borders(ids, width=max(1, min(ids.shape) // 400))
     pixels[edge] = _as_bytes(0.45 * colors)[places[edge]]
     return Image.fromarray(pixels)
@@ -220,7 +220,7 @@ def _borders(ids: np.ndarray, width: int) -> np.ndarray:
 def legend_labels(
     label_ids: npt.ArrayLike, id2label: Mapping[Any, str], *, palette: np.ndarray | None = None
 ) -> list[tuple[str, Color]]:
-    """Gives name and colour of each label that occurs in `label_ids` (any shape) and in `id2label`, in id order.
+    """Returns name and colour of each label that occurs in `label_ids` (any shape) and in `id2label`, in id order.
 
     Pass `palette` as to `draw_segmentation`; ids without a name, such as the one for unlabelled pixels, are left out.
     """
@@ -238,15 +238,15 @@ def _color(values: np.ndarray) -> Color:
 def draw_comparison(
     image: Image.Image, panels: Sequence[tuple[str, Image.Image]], labels: Sequence[tuple[str, Color]]
 ) -> Image.Image:
-    """Lays out the input image and titled pictures of it side by side, with a legend underneath.
+    """Places the input image and titled visualisations side by side, with a legend underneath.
 
     Args:
         image: the input, shown first.
-        panels: titles and pictures, for instance ground truth and prediction, all of the size of `image`.
+        panels: titles and pictures, for instance ground truth and prediction, all the size of `image`.
         labels: names and colours for the legend, as `legend_labels` gives them.
 
     Returns:
-        An RGB image. Small pictures are enlarged by a whole factor so that titles fit; large ones keep their size.
+        An RGB image. Small pictures are enlarged by an integer factor so that titles fit; large ones keep their size.
 
     Raises ValueError if a panel differs in size from `image`.
     """

@@ -22,8 +22,8 @@ from .scale_averaging import augmented_semantic_scores
 from .tasks import Context, Task, as_prediction, check_model, metric_for, predict_batch, reference_of, task_for
 
 Numbered = tuple[int, Sample]
-# The paper's scales for ADE20K, relative to the size at which an image is evaluated. (There, edges are those of the
-# setting, which differ where the longest edge bounds an image, on ADE20K beyond 4 : 1.)
+# The paper's scales for ADE20K, relative to the size at which an image is evaluated. (There, edges are fixed by the
+# settings, which differs where the longest edge limits an image, on ADE20K beyond 4 : 1.)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -41,33 +41,33 @@ def evaluate(
     on_result: Callable[[int, str, Any], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Predicts every sample at the size of its ground truth and counts.
+    """Predicts every sample at the size of its ground truth and computes the task's metric.
 
-    No mask is gathered: each process counts its share of the samples, and all return the same figures of the whole
-    data set. Statistics of batch norm become those of the first process, whose model is the one that is saved. Shows a
+    No masks are gathered: each process counts its share of the samples, and all return the same figures for the whole
+    data set. Batch norm statistics become those of the first process, whose model is the one that is saved. Shows a
     progress bar; the model's training mode is restored.
 
     Args:
         model: a `MaskFormerForInstanceSegmentation`, or for the semantic task a per-pixel baseline, on its device.
         image_processor: a `MaskFormerImageProcessor`, which prepares images and post-processes outputs, panoptic
-            ones by its thresholds.
-        dataset: samples with their `labels` (see `labels_of`), map-style or iterable; the references have original
-            size. With workers, an iterable one must give each worker a share of its own, or its samples are counted
+            ones with its thresholds.
+        dataset: samples with their `labels` (see `labels_of`), map-style or iterable; the references have the original
+            size. With workers, an iterable one must give each worker its own share, or its samples are counted
             several times.
-        task: by default the image processor's `segmentation_task`, and "semantic" where it does not say.
-        batch_size: images in a batch, of each process.
-        num_workers: worker processes that read and prepare.
-        scale_averaging: average predictions over scales of 0.5 to 1.75 and mirror images; semantic only.
-        autocast: makes the context of each forward pass, for mixed precision.
+        task: by default the image processor's `segmentation_task`, or "semantic" if that is not set.
+        batch_size: batch size per process.
+        num_workers: worker processes that read and preprocess.
+        scale_averaging: average predictions over scales of 0.5 to 1.75 and horizontal flips; semantic only.
+        autocast: returns the context of each forward pass, for mixed precision.
         on_result: called with index, name and result (see `predict_batch`) of every sample of this process.
-        should_stop: asked after each batch; the rest of this process's share is left out once it says so.
+        should_stop: called after each batch; once it returns True, the rest of this process's share is skipped.
 
     Returns:
         The figures of `MeanIoU.compute`, `PanopticQuality.compute` or `AveragePrecision.compute`; none if any process
         was stopped.
 
     Raises:
-        ValueError: there are no `labels`, or they or the model do not allow the task.
+        ValueError: there are no `labels`, or they or the model do not support the task.
         ChildProcessError: a worker process died.
     """
     task, labels = task or task_for(image_processor), labels_of(dataset)
@@ -77,7 +77,7 @@ def evaluate(
     state = PartialState()
     share = _share(dataset, state.process_index, state.num_processes)
     collate = partial(_collate, image_processor=image_processor, labels=labels, task=task)
-    # A generator of its own: a training draws the same random numbers whether and when it is evaluated.
+    # A separate generator, so that evaluating does not change the random numbers of training.
     generator = torch.Generator()
     loader: Iterable[Any] = DataLoader(
         share, batch_size, num_workers=num_workers, collate_fn=collate, generator=generator
@@ -87,7 +87,7 @@ def evaluate(
     broadcast([buffer for norm in norms for buffer in norm.buffers()])
     was_training, is_stopped = model.training, False
     model.eval()
-    # Word of a worker's death may come anywhere, so the model's mode is restored inside too.
+    # The error of a worker's death may be raised anywhere, so the model's mode is restored inside it too.
     with dead_workers_named(num_workers):
         try:
             for samples, batch, references in tqdm(
@@ -104,7 +104,7 @@ def evaluate(
                     metric.add_batch(predictions=predictions, references=references)
                 except ValueError as error:
                     names = ", ".join(name for _, name, _ in samples)
-                    raise ValueError(f"Of the sample {names}: {error}") from error
+                    raise ValueError(f"Sample {names}: {error}") from error
                 if on_result is not None:
                     for (index, name, _), result in zip(samples, results, strict=True):
                         on_result(index, name, result)
@@ -113,7 +113,7 @@ def evaluate(
                     break
         finally:
             model.train(was_training)
-    # Of a part of the samples there may be no figure, as where no object was seen yet.
+    # A part of the samples may have no figures, for instance if no object was seen yet.
     if should_stop is not None and any(gather_object([is_stopped])):
         return {}
     merge_over_processes(metric)
@@ -123,13 +123,13 @@ def evaluate(
 def _averaged(model: torch.nn.Module, image_processor: Any, image: Image.Image) -> torch.Tensor:
     shortest = min(image_processor.resized_size((image.height, image.width)))
     edges = [max(1, round(scale * shortest)) for scale in SCALES]
-    # Every scale is one of the image as it is evaluated otherwise, so no longest edge bounds it a second time.
+    # Scales are relative to the evaluated size, which the longest edge has already limited.
     scores = augmented_semantic_scores(model, image_processor, image, shortest_edges=edges, longest_edge=MAX_EDGE)
     return scores.argmax(0)
 
 
 def _share(dataset: Any, process: int, num_processes: int) -> Dataset[Numbered]:
-    """Every n-th sample, with its index: unlike a distributed sampler, this counts none twice."""
+    """Every n-th sample, with its index: unlike a distributed sampler, this repeats none."""
     kind = _Share if hasattr(dataset, "__len__") else _StreamedShare
     return kind(dataset, process, num_processes)
 
@@ -147,7 +147,7 @@ class _Share(Dataset[Numbered]):
 
 
 class _StreamedShare(IterableDataset[Numbered]):
-    """Of a stream, whose worker processes read shards of their own; the index is the place in the worker's stream."""
+    """The share of a stream whose workers read their own shards; the index is the position in the worker's stream."""
 
     def __init__(self, dataset: Any, process: int, num_processes: int) -> None:
         self._dataset, self._process, self._num_processes = dataset, process, num_processes

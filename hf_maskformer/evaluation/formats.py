@@ -1,7 +1,7 @@
 """Segmentations in the file formats of other tools: panopticapi, COCO results, semantic PNGs.
 
-Results are those of the image processor's `post_process_*` methods. Data sets number their categories freely; where
-`category_ids` maps label ids to them, files hold theirs.
+Results are those of the image processor's `post_process_*` methods. Data sets have their own category ids; with
+`category_ids`, a mapping from label ids to them, files hold these.
 """
 
 import json
@@ -21,7 +21,7 @@ MAX_SEGMENT_ID = 256**3 - 1
 
 
 def panoptic_image(segmentation: npt.ArrayLike) -> Image.Image:
-    """Writes ids (H, W) as the colours of COCO panoptic, id = R + 256 G + 65536 B. Raises ValueError beyond 24 bits."""
+    """Encodes ids (H, W) as COCO panoptic colours, id = R + 256 G + 65536 B. Raises ValueError beyond 24 bits."""
     ids = to_numpy(segmentation)
     if ids.size and not 0 <= ids.min() <= ids.max() <= MAX_SEGMENT_ID:
         raise ValueError(
@@ -33,7 +33,7 @@ def panoptic_image(segmentation: npt.ArrayLike) -> Image.Image:
 def panoptic_annotation(
     result: Mapping[str, Any], image_id: int | str, file_name: str, category_ids: Mapping[int, int] | None = None
 ) -> dict[str, Any]:
-    """Describes a panoptic result as panopticapi wants an entry of "annotations", with area and box of each segment."""
+    """Returns a panoptic result as panopticapi's entry of "annotations", with area and box of each segment."""
     ids = to_numpy(result["segmentation"])
     segments_info = [
         {
@@ -56,9 +56,9 @@ def write_panoptic(
     """Writes what panopticapi evaluates: one PNG per image in `folder`, and FOLDER.json beside it.
 
     Args:
-        results: the id of each image, the name of its file without ending, which may lie in a folder ("train/0001"),
+        results: the id of each image, the name of its file without suffix, which may include a folder ("train/0001"),
             and its panoptic result.
-        folder: made if it does not exist.
+        folder: created if it does not exist.
         category_ids: see above.
 
     Returns:
@@ -72,7 +72,7 @@ def write_panoptic(
     for image_id, name, result in results:
         check_file_name(f"{name}.png", folder, "The results")
         path = folder / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)  # the names of some data sets have folders
+        path.parent.mkdir(parents=True, exist_ok=True)  # names in some data sets include folders
         panoptic_image(result["segmentation"]).save(path)
         annotations.append(panoptic_annotation(result, image_id, f"{name}.png", category_ids))
     path = folder.parent / f"{folder.name}.json"
@@ -85,12 +85,12 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """Turns an instance result with `return_coco_annotation=True` into entries of a COCO results file.
 
-    The file is a JSON list of the entries of all images, for `COCO.loadRes`. Raises ValueError for a result of another
+    The file is a JSON list of the entries of all images, for `COCO.loadRes`. Raises ValueError for a result in another
     form.
     """
     if not isinstance(result["segmentation"], list):
         raise ValueError(
-            "The result holds no run-length encodings; make it by post_process_instance_segmentation(..., "
+            "The result holds no run-length encodings; make it with post_process_instance_segmentation(..., "
             "return_coco_annotation=True)."
         )
     return [
@@ -105,10 +105,10 @@ def coco_results(
 
 
 def semantic_image(label_map: npt.ArrayLike, palette: np.ndarray | None = None) -> Image.Image:
-    """Makes a PNG of labels (H, W) whose pixels are the labels and that viewers show in colours.
+    """Returns an image whose pixels are the labels (H, W), with a palette so that viewers show colours.
 
     Args:
-        label_map: integers. Above 255 the image has 16 bits, and no colours.
+        label_map: integers. With labels above 255 the image has 16 bits, and no palette.
         palette: one colour per label, (K, 3) 0 to 255; by default `label_colors`.
 
     Raises ValueError for labels below 0 or above 65535.
@@ -128,7 +128,7 @@ def _category(label_id: int, category_ids: Mapping[int, int] | None) -> int:
     if category_ids is None:
         return label_id
     if label_id not in category_ids:
-        raise ValueError(f"category_ids lacks label {label_id}; add the data set's id of this category.")
+        raise ValueError(f"category_ids lacks label {label_id}; add the data set's id for it.")
     return category_ids[label_id]
 
 

@@ -1,4 +1,4 @@
-"""Names of segments, written where there is room for them."""
+"""Places the names of segments where there is room for them."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -15,20 +15,20 @@ _MAX_SIDE = 1024  # of the map in which names are placed, in pixels
 
 
 def font_for(size: tuple[int, int], smallest: int = 15) -> ImageFont.FreeTypeFont:
-    """A font that can be read in a picture of this size."""
+    """A font that is legible in a picture of this size."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(smallest, min(size) // 28)))
 
 
 def write_labels(picture: Image.Image, ids: np.ndarray, names: Mapping[int, str]) -> None:
-    """Writes the names of segments (by id) into a picture of their map (H, W), the largest first.
+    """Writes the names of segments (by id) into a picture of their map (H, W), the largest segment first.
 
-    A name stands where its segment is widest. It is left out if the segment is narrower there than the letters are
-    high, if it does not fit into the picture, or if it would cover a name that is there already.
+    A name is placed where its segment is widest. It is left out if the segment is narrower there than the letters are
+    high, if it does not fit into the picture, or if it would overlap another name.
     """
     font = font_for(picture.size, smallest=9)
     pen = ImageDraw.Draw(picture)
     taken: list[Box] = []
-    # A name, a twenty-eighth of the picture high, need not be placed to the pixel.
+    # A name is a twenty-eighth of the picture high, so its position need not be exact to the pixel.
     stride = -(-max(ids.shape) // _MAX_SIDE)
     ids = ids[::stride, ::stride]
     numbers, places = number_ids(ids)
@@ -43,7 +43,7 @@ def write_labels(picture: Image.Image, ids: np.ndarray, names: Mapping[int, str]
             continue
         row, column = (stride * (offset + part.start) for offset, part in zip(point, boxes[place], strict=True))
         width, height = font.getlength(names[number]) + 0.5 * font.size, 1.25 * font.size
-        # Moved inwards from the edge of the picture, if need be.
+        # Moved inwards from the edge of the picture if necessary.
         left = min(max(column - width / 2, 0), picture.width - width)
         top = min(max(row - height / 2, 0), picture.height - height)
         box = left, top, left + width, top + height
@@ -55,32 +55,32 @@ def write_labels(picture: Image.Image, ids: np.ndarray, names: Mapping[int, str]
 
 
 def number_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that occur in a map (H, W) of integers, ascending (N,), and which of them each pixel has, (H, W)."""
+    """The ids that occur in a map (H, W) of integers, ascending (N,), and the index of each pixel's id, (H, W)."""
     low, high = int(ids.min()), int(ids.max())
     if high - low >= ids.size:
         numbers, places = np.unique(ids, return_inverse=True)
         return numbers, places.reshape(ids.shape)
-    # Counting takes a fraction of the time of sorting.
+    # Counting is many times faster than sorting.
     offsets = ids.astype(np.int64) - low
     occurs = np.bincount(offsets.ravel()) > 0
     return np.flatnonzero(occurs) + low, (np.cumsum(occurs) - 1)[offsets]
 
 
 def _boxes(places: np.ndarray) -> list[tuple[slice, slice]]:
-    """Rows and columns of the smallest box around each number of a map (H, W) from 0 on, of which none is left out."""
+    """Rows and columns of the bounding box of each number in a map (H, W) of 0, 1, ... without gaps."""
     from scipy.ndimage import find_objects
 
     return find_objects(places + 1)
 
 
 def _widest_point(mask: np.ndarray, smallest_radius: float) -> tuple[int, int] | None:
-    """Row and column of the pixel that is furthest from the outside; None if that is less than the smallest radius."""
+    """Row and column of the pixel furthest from the outside; None if its distance is below the smallest radius."""
     from scipy.ndimage import distance_transform_edt
 
-    # Distances take far longer than counting, and many segments have no place for such a circle.
+    # The distance transform is slow, and many segments have no room for such a circle.
     if min(mask.shape) + 1 < 2 * smallest_radius or mask.sum() < smallest_radius**2:
         return None
-    # What lies beyond the box of a segment is outside too.
+    # Everything beyond the box of a segment is outside too.
     distances = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(distances.argmax(), mask.shape)
     return (int(row), int(column)) if distances[row, column] >= smallest_radius else None

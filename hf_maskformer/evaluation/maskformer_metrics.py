@@ -7,8 +7,8 @@
     metric.add_batch(predictions=predictions, references=references)
     figures = metric.compute()
 
-The other names are "mean_iou" and "average_precision". With the options given at once, as above, images are counted as
-they come and none is stored; evaluate's own storage, which holds maps as lists of numbers, is not used.
+The other names are "mean_iou" and "average_precision". With the options passed to `load`, as above, images are counted
+as they come and none is stored; evaluate's own storage, which holds maps as lists of numbers, is not used.
 """
 
 from typing import Any
@@ -39,14 +39,14 @@ FEATURES = {
 
 
 class MaskformerMetrics(evaluate.Metric):
-    """One of `METRICS`, behind the calls of `evaluate`'s metrics."""
+    """One of `METRICS`, with the interface of `evaluate`'s metrics."""
 
     def __init__(self, config_name: str | None = None, **settings: Any) -> None:
         if config_name not in METRICS:
-            raise ValueError(f"There is no metric {config_name!r}. Give evaluate.load one of {', '.join(METRICS)}.")
+            raise ValueError(f"There is no metric {config_name!r}. Pass evaluate.load one of {', '.join(METRICS)}.")
         if settings.get("num_process", 1) > 1:
             raise ValueError(
-                "Counts of several processes are not exchanged through files. Count with "
+                "Several processes do not exchange counts through files. Use "
                 f"hf_maskformer.{METRICS[config_name].__name__} and call merge_over_processes before compute()."
             )
         names = ("num_labels", "ignore_index", "thing_ids")
@@ -64,22 +64,22 @@ class MaskformerMetrics(evaluate.Metric):
         )
 
     def add(self, *, prediction: Any = None, reference: Any = None, **_: Any) -> None:
-        """Counts one image."""
+        """Adds one image."""
         self.add_batch(predictions=[prediction], references=[reference])
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **_: Any) -> None:
-        """Counts several images."""
+        """Adds several images."""
         if self._counter is None:
-            raise ValueError("Images are counted as they come: give evaluate.load the options, such as num_labels=150.")
+            raise ValueError("Images are counted as they come: pass evaluate.load the options, such as num_labels=150.")
         self._counter.add_batch(predictions=predictions, references=references)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> dict[str, Any]:
-        """Gives the figures of all images added, and of those given here, and starts anew.
+        """Returns the figures over all images added and those passed here, and resets.
 
-        The options of the metric may be given here instead of to `evaluate.load` if the images are too.
+        The options of the metric may be passed here instead of to `evaluate.load` if the images are too.
         """
         if options and self._counter is not None:
-            raise ValueError(f"The options were fixed by evaluate.load; leave out {', '.join(options)}.")
+            raise ValueError(f"The options were set in evaluate.load; leave out {', '.join(options)}.")
         counter = METRICS[self.config_name](**options) if self._counter is None else self._counter
         if predictions is not None:
             counter.add_batch(predictions=predictions, references=references)

@@ -1,4 +1,4 @@
-"""Panoptic quality (Kirillov et al., 2019), by the rules of COCO's panopticapi, from streaming counts."""
+"""Panoptic quality (Kirillov et al., 2019), as defined by COCO's panopticapi, from streaming counts."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,17 +15,17 @@ VOID = 0
 class PanopticQuality:
     """Panoptic, segmentation and recognition quality of all, thing and stuff labels, over any number of images.
 
-    A predicted segment matches a reference segment of its label if their IoU is above 0.5, where pixels that are void
-    in the reference count for neither. Segments without a match are false positives and false negatives, except that
-    a predicted segment with more than half of its pixels in void or crowd of its label is not counted, and neither is
-    a crowd segment of the reference.
+    A predicted segment matches a reference segment of its label if their IoU is above 0.5, ignoring pixels that are
+    void in the reference. Segments without a match are false positives and false negatives, except that a predicted
+    segment with more than half of its pixels in void or crowd of its label is not counted, and neither is a crowd
+    segment of the reference.
 
-    Keeps sums only, so memory does not grow with the images. Has the calls of `evaluate`'s metrics: `add_batch` (or
-    `add`) for the images, then `compute`, after which counting starts anew.
+    Stores sums only, so memory does not grow with the images. Has the interface of `evaluate`'s metrics: `add_batch`
+    (or `add`) for the images, then `compute`, which also resets.
 
     Args:
         num_labels: number of labels, K.
-        thing_ids: labels with countable instances; the others are stuff. Only the means depend on it.
+        thing_ids: labels with countable instances; the others are stuff. Only the means depend on them.
 
     Attributes:
         totals: (K, 4) float64 on the CPU. For each label the sum of the IoUs of matched pairs, and the numbers of true
@@ -49,25 +49,25 @@ class PanopticQuality:
         self.totals = torch.zeros(self.num_labels, 4, dtype=torch.float64, device="cpu")
 
     def add(self, *, prediction: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-        """Counts one image.
+        """Adds one image.
 
-        Both are dictionaries as panoptic post-processing gives them: `segmentation`, (H, W) integers, the id of the
-        segment of each pixel (0 is void), as tensor, array or single-channel PIL image; and `segments_info`, a list of
+        Both are dictionaries as returned by panoptic post-processing: `segmentation`, (H, W) integers, the segment id
+        of each pixel (0 is void), as tensor, array or single-channel PIL image; and `segments_info`, a list of
         dictionaries with the `id` (from 1) and the `label_id` (0 to K - 1) of each segment. A segment of the reference
         may have `iscrowd`. Pixels are counted on the device of the predicted map.
 
-        Raises a ValueError if the shapes of the maps differ, values are no integers, an id is in the map and not in
+        Raises a ValueError if the shapes of the maps differ, values are not integers, an id is in the map but not in
         the list or the reverse, an id is listed twice or a label is unknown.
         """
         predicted = self._read_segments(prediction, "prediction")
         expected = self._read_segments(reference, "reference")
         maps = to_tensors(prediction["segmentation"], reference["segmentation"])
         areas = _shared_areas(*maps, predicted, expected)
-        # Not in place: totals made in inference mode can be added to outside of it.
+        # Not in place, so that totals created in inference mode can be updated outside of it.
         self.totals = self.totals + torch.from_numpy(_match(areas, predicted, expected, self.num_labels))
 
     def add_batch(self, *, predictions: Iterable[Mapping[str, Any]], references: Iterable[Mapping[str, Any]]) -> None:
-        """Counts several images, whose sizes may differ. See `add`."""
+        """Adds several images, whose sizes may differ. See `add`."""
         for prediction, reference in in_pairs(predictions, references):
             self.add(prediction=prediction, reference=reference)
 
@@ -75,24 +75,24 @@ class PanopticQuality:
         """Adds the counts of another metric, for instance of another process."""
         if (self.num_labels, self.thing_ids) != (other.num_labels, other.thing_ids):
             raise ValueError(
-                f"The metrics count differently: num_labels {self.num_labels} and {other.num_labels}, thing_ids "
+                f"The metrics do not match: num_labels {self.num_labels} and {other.num_labels}, thing_ids "
                 f"{sorted(self.thing_ids)} and {sorted(other.thing_ids)}."
             )
         self.totals = self.totals + other.totals.to(self.totals.device)
 
     def compute(self) -> dict[str, Any]:
-        """Gives the figures as fractions in 0 to 1, and starts anew.
+        """Returns the figures as fractions in 0 to 1, and resets.
 
-        Returns `pq`, `sq` and `rq`, means over the labels that were counted at all; `pq_things`, `pq_stuff` and so
-        on, over those of one kind (NaN if there are none); and `per_category`: for each label a dictionary with `pq`,
-        `sq`, `rq` (NaN if it was not counted), `tp`, `fp` and `fn`.
+        Returns `pq`, `sq` and `rq`, means over the labels with any counts; `pq_things`, `pq_stuff` and so on, over
+        those of one kind (NaN if there are none); and `per_category`: for each label a dictionary with `pq`, `sq`,
+        `rq` (NaN if it has no counts), `tp`, `fp` and `fn`.
         Raises a ValueError if no segment was counted.
         """
         totals = self.totals.cpu().numpy()
         if not totals.any():
             raise ValueError(
-                "No segment was counted since the start or the last compute(). Call add_batch() first, and see that "
-                "the references are not void throughout."
+                "No segment was counted since the start or the last compute(). Call add_batch() first, and check "
+                "that not all references are void."
             )
         self.reset()
         return summarise(totals, self.thing_ids)
@@ -115,13 +115,13 @@ class PanopticQuality:
             labels.append(label)
         if len(set(ids)) < len(ids):
             twice = next(segment_id for segment_id in ids if ids.count(segment_id) > 1)
-            raise ValueError(f"The {role} lists id {twice} twice. Give every segment an id of its own.")
+            raise ValueError(f"The {role} lists id {twice} twice. Give every segment its own id.")
         is_crowd = [bool(segment.get("iscrowd", False)) for segment in image["segments_info"]]
         return _Segments(role, np.array(ids, np.int64), np.array(labels, np.int64), np.array(is_crowd, bool))
 
 
 class _Segments(NamedTuple):
-    """What is listed of the N segments of one map, in the order of the list."""
+    """The listed properties of the N segments of one map, in list order."""
 
     role: str
     ids: np.ndarray  # (N,)
@@ -130,7 +130,7 @@ class _Segments(NamedTuple):
 
 
 def _shared_areas(predicted_map: Tensor, expected_map: Tensor, predicted: _Segments, expected: _Segments) -> np.ndarray:
-    """Counts the pixels of each pair of segments: (E + 1, P + 1), where row and column 0 are void."""
+    """Counts the pixels of each pair of segments: (E + 1, P + 1), with void in row and column 0."""
     images = [(predicted_map, expected_map)]
     predicted_ids, expected_ids, counts = pairs_with_counts(images, flag_run_ends(images))
     columns, rows = _positions(predicted_ids, predicted), _positions(expected_ids, expected)
@@ -147,7 +147,7 @@ def _shared_areas(predicted_map: Tensor, expected_map: Tensor, predicted: _Segme
 
 
 def _positions(ids: Tensor, segments: _Segments) -> Tensor:
-    """Gives for each id its position in the list of segments, from 1, and 0 for void."""
+    """Returns for each id its position in the list of segments, from 1, and 0 for void."""
     listed = np.concatenate([[VOID], segments.ids])
     order = listed.argsort()
     ascending, positions = (torch.from_numpy(values).to(ids.device) for values in (listed[order], order))
@@ -163,16 +163,16 @@ def _positions(ids: Tensor, segments: _Segments) -> Tensor:
 
 
 def _match(areas: np.ndarray, predicted: _Segments, expected: _Segments, num_labels: int) -> np.ndarray:
-    """Gives what one image adds to `PanopticQuality.totals`, from the pixels of each pair (E + 1, P + 1)."""
+    """Returns what one image adds to `PanopticQuality.totals`, from the pixels of each pair (E + 1, P + 1)."""
     shared, in_void = areas[1:, 1:], areas[0, 1:]
     expected_areas, predicted_areas = areas[1:].sum(1), areas[:, 1:].sum(0)
     iou = shared / (expected_areas[:, None] + (predicted_areas - in_void) - shared)
-    # Above one half a segment has at most one partner, so there is nothing to assign.
+    # Above one half a segment has at most one match, so no assignment is needed.
     is_match = (iou > 0.5) & (expected.labels[:, None] == predicted.labels) & ~expected.is_crowd[:, None]
     rows, columns = is_match.nonzero()
 
     in_crowd = np.zeros_like(in_void)
-    # As in panopticapi, the last listed crowd segment of a label stands for all. COCO has one per image and label.
+    # As in panopticapi, only the last listed crowd segment of a label counts. COCO has one per image and label.
     crowd_of_label = {label: row for row, label in enumerate(expected.labels) if expected.is_crowd[row]}
     for label, row in crowd_of_label.items():
         in_crowd += np.where(predicted.labels == label, shared[row], 0)
@@ -191,7 +191,7 @@ def _match(areas: np.ndarray, predicted: _Segments, expected: _Segments, num_lab
 
 
 def summarise(totals: np.ndarray, thing_ids: Collection[int]) -> dict[str, Any]:
-    """Gives the figures of `PanopticQuality.compute` for sums (K, 4) of which one is not 0."""
+    """Returns the figures of `PanopticQuality.compute` from sums (K, 4) that are not all 0."""
     iou_sums, *counts = totals.T
     tp, fp, fn = counts
     was_counted = tp + fp + fn > 0

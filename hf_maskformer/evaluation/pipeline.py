@@ -1,4 +1,4 @@
-"""transformers' image segmentation pipeline, thinly adapted to what MaskFormer can tell."""
+"""transformers' image segmentation pipeline, thinly adapted to MaskFormer."""
 
 import base64
 import difflib
@@ -23,7 +23,7 @@ from ..image_processing_maskformer_images import download_image, is_url, open_im
 from ..post_processing_maskformer_inputs import Size
 from .tasks import TASKS, Task, instance_options, outputs_for, task_for
 
-# What transformers' pipeline takes; of these, semantic segmentation has no thresholds.
+# The options of transformers' pipeline; of these, semantic segmentation ignores the thresholds.
 THRESHOLDS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
 OPTIONS = {
     "semantic": (*THRESHOLDS, "mode"),
@@ -34,7 +34,7 @@ OPTIONS_OF_ALL = ("subtask", "timeout", "progress_bar")
 
 
 class MaskFormerPipeline(ImageSegmentationPipeline):
-    """Photographs in, segments out: the mask, label, score, box and area of each::
+    """Images in, segments out: the mask, label, score, box and area of each::
 
         segment = pipeline(
             "image-segmentation", model=model, image_processor=image_processor, pipeline_class=MaskFormerPipeline
@@ -43,25 +43,25 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         for segments in segment(photographs, batch_size=8):  # a generator streams, images of any sizes
             ...
 
-    Calls take what transformers' pipeline takes. `subtask` is by default what the image processor says the model was
-    trained for (`segmentation_task`), and "semantic" where it does not say. Stuff is fused as its `label_ids_to_fuse`
-    says. Options are those of the subtask's post-processing and have its defaults: `threshold` and the like, `mode`
-    (semantic), `top_k` and `min_area` (instance), `label_ids_to_fuse` (panoptic). `progress_bar` shows one over many
-    images. Of a batch, images of one shape go through the model together: none is padded for the sake of another, so
-    results do not depend on what else is in the batch. With `num_workers` so many threads read and prepare the next
-    images meanwhile, as many as a batch has or one each.
+    Calls accept what transformers' pipeline accepts. `subtask` is by default the task that the model was trained for,
+    the image processor's `segmentation_task`, or "semantic" if that is not set. Its `label_ids_to_fuse` determines
+    which stuff is fused. Options are those of the subtask's post-processing, with the same defaults: the thresholds,
+    `mode` (semantic), `top_k` and `min_area` (instance), `label_ids_to_fuse` (panoptic). `progress_bar` shows one over
+    many images. Images of one shape in a batch go through the model together: none is padded for the sake of another,
+    so results do not depend on the rest of the batch. With `num_workers`, that many threads read and preprocess the
+    next images meanwhile, as many as a batch has or one each.
 
     Returns, for each image, a list of segments:
 
-    - `mask`: a PIL image of the photograph's size, 255 inside the segment and 0 outside. Those of instances overlap.
+    - `mask`: a PIL image of the input's size, 255 inside the segment and 0 outside. Masks of instances may overlap.
     - `label`: the name of its label.
-    - `score`: 0 to 1. Of a semantic segment: the mean over its pixels of the part that its label has in the scores of
-      all labels nearby, on the grid of the logits.
-    - `box`: `xmin`, `ymin`, `xmax`, `ymax`, in pixels; the last two lie just outside.
+    - `score`: 0 to 1. For a semantic segment, the mean over its pixels of its label's share of the scores of all labels
+      nearby, on the grid of the logits.
+    - `box`: `xmin`, `ymin`, `xmax`, `ymax`, in pixels; the last two are exclusive.
     - `area`: the pixels of its mask.
 
     Raises a ValueError for an option that is unknown or not one of the subtask, and for an image that cannot be read,
-    with its name or place; and for panoptic and instance segmentation a RuntimeError for a model in training mode.
+    with its name or position; and for panoptic and instance segmentation a RuntimeError for a model in training mode.
     """
 
     image_processor: Any
@@ -70,12 +70,12 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         subtask = kwargs.get("subtask")
         if subtask is not None and subtask not in TASKS:
-            raise ValueError(f"subtask is {subtask!r}; give one of {', '.join(TASKS)}.")
+            raise ValueError(f"subtask is {subtask!r}; it must be one of {', '.join(TASKS)}.")
         known = sorted({*OPTIONS_OF_ALL, *itertools.chain(*OPTIONS.values())})
         for name in kwargs.keys() - set(known):
             nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {nearest[0]}?" if nearest else f"Known are {', '.join(known)}."
-            raise ValueError(f"{name}={kwargs[name]!r} is no option of the pipeline. {hint}")
+            hint = f"Did you mean {nearest[0]}?" if nearest else f"Options are {', '.join(known)}."
+            raise ValueError(f"{name}={kwargs[name]!r} is not an option of the pipeline. {hint}")
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if "progress_bar" in kwargs:
             preprocess["progress_bar"] = kwargs["progress_bar"]
@@ -85,19 +85,19 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
 
     def check_model_type(self, supported_models: Any) -> None:
         kind = type(self.image_processor)
-        # A checkpoint's own code is in another place, and transformers' class takes over whatever fields a file has.
+        # A checkpoint's remote code is in another module, and transformers' class copies any field of the file.
         if kind.__module__.startswith("transformers.") or not hasattr(self.image_processor, "segmentation_task"):
             raise ValueError(
                 f"The image processor is {kind.__module__}.{kind.__name__}, not one of this package. Call "
                 "register_auto_classes() before pipeline(...), which then loads model and image processor of this "
-                "package, or give it both as objects."
+                "package, or pass both as objects."
             )
-        # transformers' tables of models do not list the baselines, and it would log an error.
+        # transformers does not list the baselines among its models and would log an error.
         if not is_per_pixel_baseline(self.model):
             super().check_model_type(supported_models)
 
     def __call__(self, inputs: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        # transformers looks at the first image of a list.
+        # transformers would index the first image of an empty list.
         is_empty = isinstance(inputs, list | tuple) and not inputs
         return [] if is_empty else super().__call__(inputs, **kwargs)
 
@@ -129,11 +129,11 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> Iterator[list[dict[str, Any]]]:
-        """Segments the images batch by batch; nothing but the batch at hand, and with workers the next, is held."""
+        """Segments the images batch by batch; only the current batch, and with workers the next, is in memory."""
         if batch_size < 1 or num_workers < 0:
-            raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; give at least 1 and 0.")
+            raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; the minimum is 1 and 0.")
         total = len(inputs) if hasattr(inputs, "__len__") else None  # type: ignore[arg-type]
-        # A `Dataset` has a length and indices, but iterating over it need not end.
+        # A `Dataset` has a length and indices, but iterating over it may never end.
         images = iter(inputs) if total is None else (inputs[index] for index in range(total))  # type: ignore[index]
 
         def prepare(numbered: tuple[int, Any]) -> Any:
@@ -168,7 +168,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
         subtask = self._task(subtask)
         for name in options.keys() - set(OPTIONS[subtask]):
             raise ValueError(
-                f"{name} is no option of {subtask} segmentation, which has {', '.join(OPTIONS[subtask])}. Leave it out "
+                f"{name} is not an option of {subtask} segmentation, which has {', '.join(OPTIONS[subtask])}. Omit it "
                 "or choose another subtask."
             )
         sizes = outputs["target_size"]
@@ -211,7 +211,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
             for target, image, grid, covered in lengths
         )
         score_map = shares[label_map, rows[:, None], columns]
-        # In float32 the sum over millions of pixels would be off, and a mean of ones could exceed 1.
+        # In float32 a sum over millions of pixels would be inexact, and a mean of ones could exceed 1.
         sums = torch.bincount(label_map.flatten(), weights=score_map.flatten().double())
         areas = torch.bincount(label_map.flatten())
         return [
@@ -234,7 +234,7 @@ class MaskFormerPipeline(ImageSegmentationPipeline):
 def _prepared_ahead(
     prepare: Callable[[Any], Any], images: Iterator[Any], num_workers: int, num_ahead: int
 ) -> Iterator[Any]:
-    """What `prepare` makes of the images, in their order; with workers, so many ahead of what is asked for."""
+    """The results of `prepare` for the images, in order; with workers, `num_ahead` images in advance."""
     if num_workers == 0:
         yield from map(prepare, images)
         return
@@ -253,14 +253,14 @@ def _submitted(pool: ThreadPoolExecutor, prepare: Callable[[Any], Any], images: 
     try:
         for image in images:
             yield pool.submit(prepare, image)
-    except Exception as error:  # of where the images come from: in its place, after those that are on their way
+    except Exception as error:  # from the source of the images: raised in its turn, after the images before it
         failed: Future[Any] = Future()
         failed.set_exception(error)
         yield failed
 
 
 def _stacked(inputs: list[Any]) -> Any:
-    """The inputs of single images of one shape as one batch."""
+    """Stacks the inputs of single images of one shape into one batch."""
     batch = inputs[0]
     for name, values in batch.items():
         parts = [each[name] for each in inputs]
@@ -270,12 +270,12 @@ def _stacked(inputs: list[Any]) -> Any:
 
 def _as_rgb(image: Any, timeout: float | None, index: int) -> Image.Image:
     try:
-        # transformers would cut grey images of 16 bits off at 255, read what is behind a URL without a limit, and hand
-        # PostScript to Ghostscript.
+        # transformers would clip 16-bit grey images to 255, download a URL of any size, and pass PostScript to
+        # Ghostscript.
         if isinstance(image, Image.Image):
             opened = image
         elif not isinstance(image, str | Path):
-            raise TypeError(f"it is a {type(image).__name__}; give a PIL image, a path, a URL or base64")
+            raise TypeError(f"it is a {type(image).__name__}; pass a PIL image, a path, a URL or base64")
         elif os.path.isfile(image):
             opened = open_image(image)
         elif is_url(image):
@@ -283,14 +283,14 @@ def _as_rgb(image: Any, timeout: float | None, index: int) -> Image.Image:
         else:
             opened = open_image(_from_base64(str(image)))
         return to_rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # decoders and clients have errors of many kinds
-        # A string may also hold the image itself.
+    except Exception as error:  # decoders and HTTP clients raise many kinds of error
+        # A string may also be the image itself, in base64.
         source = f" ({str(image)[:200]})" if isinstance(image, str | Path) else ""
         raise ValueError(f"Image {index}{source} cannot be read: {error}") from error
 
 
 def _from_base64(text: str) -> BytesIO:
-    """The bytes of a data URL, or of what may stand behind its comma, alone."""
+    """Decodes a data URL, or the base64 after its comma alone."""
     header, _, content = text.partition(",")
     is_data_url = re.fullmatch(r"data:image/[\w.+-]+;base64", header)
     try:
@@ -300,7 +300,7 @@ def _from_base64(text: str) -> BytesIO:
 
 
 def _shares_of_labels(outputs: Any) -> tuple[list[Tensor], list[Size]]:
-    """The part of each label at each grid point, (K, h, w), for each image; and the size that each grid covers."""
+    """The share of each label at each grid point, (K, h, w), for each image; and the size that each grid covers."""
     if hasattr(outputs, "logits"):
         shares = list(outputs.logits.float().softmax(dim=1))
         return shares, [(4 * height, 4 * width) for height, width in (each.shape[1:] for each in shares)]
@@ -308,6 +308,6 @@ def _shares_of_labels(outputs: Any) -> tuple[list[Tensor], list[Size]]:
     for class_logits, mask_logits in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
         probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
         scores = torch.einsum("qk,qhw->khw", probabilities, mask_logits.float().sigmoid())
-        # Scores are sums over queries, so they may exceed 1; and where no query has a mask, all may be 0.
+        # Scores are sums over queries, so they may exceed 1, and may all be 0 where no query has a mask.
         shares.append(scores / scores.sum(dim=0).clamp(min=torch.finfo(scores.dtype).tiny))
     return shares, outputs.padded_sizes.tolist()

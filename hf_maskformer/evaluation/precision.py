@@ -1,4 +1,4 @@
-"""With how many bits a model predicts."""
+"""The precision of inference."""
 
 from typing import Any, Literal
 
@@ -9,13 +9,13 @@ Precision = Literal["float32", "bfloat16", "float16", "int8_weights", "int8"]
 
 
 def loading_options(precision: Precision | None) -> dict[str, Any]:
-    """What `from_pretrained` takes for a model of this precision; None leaves that of the checkpoint.
+    """The arguments of `from_pretrained` for a model in this precision; None keeps that of the checkpoint.
 
-    Of the integers, "int8_weights" stores the weights of linear layers in 8 bits and computes in float32; "int8" also
-    rounds what these layers get, to 8 bits per position, and multiplies integers. Convolutions stay as they are.
+    "int8_weights" stores the weights of linear layers in 8 bits and computes in float32; "int8" also quantises the
+    inputs of these layers dynamically, per position, and multiplies integers. Convolutions are not quantised.
 
     Raises:
-        ImportError: 8 bits without torchao.
+        ImportError: an 8-bit precision without torchao.
     """
     if precision is None:
         return {}

@@ -1,4 +1,4 @@
-"""Segments photographs with a checkpoint and writes what was found."""
+"""Segments images with a checkpoint and writes the results."""
 
 import json
 import sys
@@ -29,11 +29,11 @@ class Prediction:
     """The segments of one image.
 
     Attributes:
-        segmentation: (H, W) integers of the image's size: the id of the segment of each pixel. For the semantic task
-            ids are class ids; for the others they count from 1, and 0 is void. Where instances overlap, the
-            highest-scoring owns the pixel.
+        segmentation: (H, W) integers, at the size of the image: the segment id of each pixel. For the semantic task
+            ids are class ids; for the others they count from 1, and 0 is void. Where instances overlap, the one with
+            the highest score owns the pixel.
         segments: `id`, `label_id`, `label` and `area` (pixels of the map) of each segment, and `score` and `was_fused`
-            but for the semantic task.
+            except for the semantic task.
     """
 
     segmentation: np.ndarray
@@ -52,16 +52,16 @@ def predict(
 
     Args:
         model, image_processor, image: what to segment, and with what.
-        task: what to find.
-        thresholds: for instances and panoptic segments, those of the image processor's post-processing.
+        task: which task to perform.
+        thresholds: for the instance and panoptic tasks, those of the image processor's post-processing.
 
     Raises:
-        ValueError: the model has no segments for this task, or thresholds are given for the semantic one.
+        ValueError: the model does not support the task, or thresholds are given for the semantic one.
     """
     check_model(task, model)
     if task == "semantic" and thresholds:
         raise ValueError(
-            f"Semantic segmentation gives every pixel a class and knows no {', '.join(thresholds)}. Leave it out."
+            f"Semantic segmentation gives every pixel a class and has no {', '.join(thresholds)}. Leave it out."
         )
     inputs = inputs_for(model, image_processor(images=image, return_tensors="pt"))
     outputs = outputs_for(task, model, image_processor, inputs, thresholds.get("threshold"))
@@ -75,7 +75,7 @@ def predict(
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=target_sizes)
         segmentation = to_numpy(label_map)
         segments = [{"id": label, "label_id": label} for label in np.unique(segmentation).tolist()]
-    names: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # the configuration makes ids integers
+    names: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # the configuration has integer ids
     areas = dict(zip(*(values.tolist() for values in np.unique(segmentation, return_counts=True)), strict=True))
     described = [
         {**segment, "label": names[segment["label_id"]], "area": areas.get(segment["id"], 0)} for segment in segments
@@ -88,7 +88,7 @@ def write_prediction(
 ) -> list[Path]:
     """Writes NAME_labels.png (ids, 8 bits, or 16 where one exceeds 255), NAME_segments.json and NAME_overlay.png.
 
-    Returns their paths. The folder is made if it does not exist; files of these names are replaced. Raises a ValueError
+    Returns their paths. The folder is created if it does not exist; existing files are replaced. Raises a ValueError
     for a name that leads out of it.
     """
     check_file_name(name, folder, "The prediction")
@@ -105,14 +105,14 @@ def write_prediction(
 
 
 def read_images(source: str, failed: list[Path] | None = None) -> Iterator[tuple[str, Image.Image]]:
-    """Gives the name and the upright RGB image of a file, of every image in a folder, or of an http(s) URL.
+    """Yields the name and the upright RGB image of a file, of every image in a folder, or of an http(s) URL.
 
-    An image of a folder that cannot be read is left out, with a message on stderr, and its path is added to `failed`.
+    An image in a folder that cannot be read is skipped, with a message on stderr, and its path is added to `failed`.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no image.
-        ValueError: a single file is damaged or has mode I or F, two of a folder share their name, or a URL is not
-            http(s), leads to no image, or is not read within the limits of `download_image`.
+        ValueError: a single file is damaged or has mode I or F, two in a folder have the same name, or a URL is not
+            http(s), is not an image, or exceeds the limits of `download_image`.
     """
     if is_url(source):
         yield Path(unquote(urlparse(source).path)).stem or "image", _download(source)
@@ -143,7 +143,7 @@ def read_images(source: str, failed: list[Path] | None = None) -> Iterator[tuple
 def _download(url: str) -> Image.Image:
     try:
         image = download_image(url)
-    # The client has a family of errors of its own, and what arrives may be no image.
+    # The client has its own family of errors, and the content may not be an image.
     except Exception as error:
         raise ValueError(f"{url} cannot be read as an image ({error}). Check the address.") from error
     return to_rgb(image, url)

@@ -1,4 +1,4 @@
-"""Writes the predictions of an evaluation in the files that other tools read."""
+"""Writes the predictions of an evaluation in the file formats of other tools."""
 
 import json
 from collections import Counter
@@ -22,22 +22,22 @@ logger = logging.get_logger(__name__)
 class PredictionWriter:
     """Takes the results of `evaluate`, as its `on_result`, and writes them; `finish` completes the files.
 
-    - Semantic: FOLDER/NAME.png, whose pixels number the classes as maps of a folder would: from 0, or from 1 where
-      `do_reduce_labels` says so.
+    - Semantic: FOLDER/NAME.png, whose pixels are class ids as in the maps of a folder: from 0, or from 1 with
+      `do_reduce_labels`.
     - Panoptic, for panopticapi: FOLDER/panoptic/NAME.png (id = R + 256 G + 65536 B) and FOLDER/panoptic.json.
-    - Instance, for `COCO.loadRes`: FOLDER/instances.json, a list of results with their run lengths.
+    - Instance, for `COCO.loadRes`: FOLDER/instances.json, a list of results with their RLEs.
 
-    Categories have the ids of the data set, `LabelSet.category_ids`; without these, those of the classes, from 1 where
-    `do_reduce_labels` says so. Images have those of its JSON file; without one, their index in the data set.
+    Category ids are those of the data set, `LabelSet.category_ids`, or else those of the classes, from 1 with
+    `do_reduce_labels`. Image ids are those of its JSON file, or else indices in the data set.
 
     Args:
-        folder: made if it does not exist; files of these names are replaced.
+        folder: created if it does not exist; existing files are replaced.
         task: of the evaluation.
         dataset: what is evaluated; if it, or what it is a `torch.utils.data.Subset` of, has a method `image_id(index)`,
-            that names the images.
+            that gives the image ids.
 
-    Raises a ValueError, when called, for a name that leads out of the folder, and for a name or id that a sample before
-    had: the worker processes of a stream each count their samples from 0. `finish` raises it if another process had it.
+    Raises a ValueError, when called, for a name that leads out of the folder, and for a duplicate name or id: the
+    worker processes of a stream each count their samples from 0. `finish` raises it for duplicates across processes.
     """
 
     def __init__(self, folder: str | Path, task: Task, dataset: Any) -> None:
@@ -51,7 +51,7 @@ class PredictionWriter:
         (self._folder / "panoptic" if task == "panoptic" else self._folder).mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, name: str, result: Any) -> None:
-        """Writes or remembers the result of one sample."""
+        """Writes the result of one sample, or stores it for `finish`."""
         if self._task == "semantic":
             label_map = np.asarray(result.cpu()) + int(self._labels.do_reduce_labels)
             semantic_image(label_map).save(self._path(self._folder, name))
@@ -66,12 +66,12 @@ class PredictionWriter:
             self._entries += coco_results(result, image_id, self._category_ids)
 
     def finish(self) -> None:
-        """Writes the JSON file of all processes' entries; to be called by all of them once."""
+        """Writes the JSON file with the entries of all processes; all of them must call it once."""
         counts = Counter(gather_object(sorted(self._identities)))
         repeated = [identity for identity, count in counts.items() if count > 1]
         if repeated:
             raise ValueError(
-                f"Samples of several processes have the {shorten(repeated)}, so predictions were replaced."
+                f"Samples of several processes have the {shorten(repeated)}, so predictions were overwritten."
             )
         if self._task == "semantic":
             return
@@ -83,11 +83,11 @@ class PredictionWriter:
             if not entries:
                 logger.warning(
                     f"No object was found in any image: {self._folder / name} is an empty list, which `COCO.loadRes` "
-                    "refuses."
+                    "rejects."
                 )
 
     def _path(self, folder: Path, name: str) -> Path:
-        # A column of a data set may name its samples in any way.
+        # Names from a column of a data set may be anything.
         check_file_name(f"{name}.png", folder, "The data set")
         self._require_new(f"name {name}", "rename the file, or in columns the entry of `name`")
         path = folder / f"{name}.png"
@@ -96,7 +96,7 @@ class PredictionWriter:
 
     def _require_new(self, identity: str, remedy: str) -> None:
         if identity in self._identities:
-            raise ValueError(f"Several samples have the {identity}, which must tell their predictions apart; {remedy}.")
+            raise ValueError(f"Several samples have the {identity}, which must be unique for predictions; {remedy}.")
         self._identities.add(identity)
 
 

@@ -1,4 +1,4 @@
-"""Brings together what several processes have counted."""
+"""Merges metrics across processes."""
 
 from copy import copy
 
@@ -10,14 +10,14 @@ from .panoptic_quality import PanopticQuality
 
 
 def merge_over_processes(metric: MeanIoU | PanopticQuality | AveragePrecision) -> None:
-    """Gives the metric of every process the counts of all, in the order of the processes.
+    """Merges the counts of all processes into the metric of each, in process order.
 
-    To be called by all processes once, after their last image and before `compute`. No image may have been counted by
-    two of them, as distributed samplers do that fill up the last batch. Needs a process group, as `accelerate launch`
-    sets it up; alone, it does nothing.
+    All processes must call it once, after their last image and before `compute`. No image may have been counted by
+    two of them, as happens with distributed samplers that pad the last batch. Needs a process group, as set up by
+    `accelerate launch`; in a single process it does nothing.
     """
     if isinstance(metric, MeanIoU):
-        # A tensor of a GPU would be unpickled on that GPU by every process.
+        # A GPU tensor would be unpickled on that GPU by every process.
         metric.confusion_matrix = metric.confusion_matrix.cpu()
     metrics = gather_object([copy(metric)])
     metric.reset()

@@ -1,7 +1,7 @@
-"""How COCO matches predictions with objects, and its curve of precision over recall: pure functions of arrays.
+"""COCO's matching of predictions with objects, and its precision-recall curve: pure functions of arrays.
 
 D predictions and G reference objects of one label in one image, N predictions of one label in all images, T IoU
-thresholds, A = 4 ranges of area (all, small, medium, large), R recalls.
+thresholds, A = 4 area ranges (all, small, medium, large), R recalls.
 """
 
 from itertools import pairwise
@@ -10,26 +10,26 @@ import numpy as np
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-# Both ends belong to a range, so that an object of just 32 x 32 pixels is small and medium.
+# Ranges include both ends, so an object of exactly 32 x 32 pixels is both small and medium.
 AREAS = np.array([[0, 1e10], *pairwise([0, 32**2, 96**2, 1e10])])
 
 
 def is_outside(areas: np.ndarray) -> np.ndarray:
-    """Which areas lie outside of each range, (A, N)."""
+    """Which areas are outside each range, (A, N)."""
     return (areas < AREAS[:, :1]) | (areas > AREAS[:, 1:])
 
 
 def match(
     ious: np.ndarray, is_outside_of_range: np.ndarray, is_crowd: np.ndarray, areas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Says which predictions are hits and which false alarms; those that are neither are not counted.
+    """Finds hits (true positives) and false alarms (false positives); other predictions are not counted.
 
-    Each prediction, in the order of their scores, takes the object of the highest IoU that is still free, if the IoU
-    reaches the threshold: one that counts before one that does not. A crowd region is always free.
+    Each prediction, in score order, is matched with the unmatched object of highest IoU, if the IoU reaches the
+    threshold; objects that count take precedence over others. A crowd region can be matched any number of times.
 
     Args:
-        ious: (D, G), the predictions by falling score.
-        is_outside_of_range: (A, G), objects that do not count in a range of area.
+        ious: (D, G), the predictions by descending score.
+        is_outside_of_range: (A, G), objects that do not count in an area range.
         is_crowd: (G,), objects that never count.
         areas: (D,), of the predictions.
 
@@ -41,14 +41,14 @@ def match(
     is_free = np.ones(shape, dtype=bool)
     is_hit = np.zeros((num_predictions, *shape[:2]), dtype=bool)
     is_matched = is_hit.copy()
-    # What reaches the lowest threshold nowhere needs no look; most predictions of low score are such.
+    # Predictions below the lowest threshold everywhere are skipped, as are most with a low score.
     for prediction in np.flatnonzero((ious >= THRESHOLDS[0]).any(1)):
         reaches = is_free & (ious[prediction] >= THRESHOLDS[:, None])
         reaches_counted = reaches & counts
         is_hit[prediction] = reaches_counted.any(-1)
         is_matched[prediction] = reaches.any(-1)
         reaches = np.where(is_hit[prediction][..., None], reaches_counted, reaches)
-        # Of several with the same IoU the last, as COCO's code does.
+        # Ties in IoU go to the last object, as in COCO's code.
         best = num_objects - 1 - np.where(reaches, ious[prediction], -1)[..., ::-1].argmax(-1)
         taken = is_matched[prediction][..., None] & (np.arange(num_objects) == best[..., None])
         is_free &= ~taken | is_crowd
@@ -57,10 +57,10 @@ def match(
 
 
 def curve(is_hit: np.ndarray, is_false_alarm: np.ndarray, num_objects: int) -> np.ndarray:
-    """Gives the highest precision from each recall on, (T, R).
+    """Returns the interpolated precision at each recall (the highest at that recall or above), (T, R).
 
     Args:
-        is_hit, is_false_alarm: (N, T), by falling score.
+        is_hit, is_false_alarm: (N, T), by descending score.
         num_objects: reference objects, at least one.
     """
     hits, false_alarms = is_hit.cumsum(0), is_false_alarm.cumsum(0)

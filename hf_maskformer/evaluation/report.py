@@ -1,4 +1,4 @@
-"""The figures of an evaluation as JSON and as a table."""
+"""Formats the figures of an evaluation as JSON and as a table."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ PER_CATEGORY = "per_category_"
 
 
 def as_json(figures: Mapping[str, Any], id2label: Mapping[int, str]) -> dict[str, Any]:
-    """Makes the figures of a metric serialisable: classes by their names, and None where there is no figure."""
+    """Makes the figures of a metric serialisable: classes by name, and None for NaN."""
     content: dict[str, Any] = {}
     for name, value in figures.items():
         if name == "per_category":
@@ -26,14 +26,14 @@ def as_json(figures: Mapping[str, Any], id2label: Mapping[int, str]) -> dict[str
 
 
 def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of all classes together, without those that have no value."""
+    """The figures over all classes, without NaNs."""
     return {
         name: value for name, value in figures.items() if not name.startswith("per_category") and not math.isnan(value)
     }
 
 
 def as_table(figures: Mapping[str, Any], id2label: Mapping[int, str]) -> str:
-    """Formats the figures of a metric in percent: one line per class that has any, then the means."""
+    """Formats the figures of a metric in percent: one line per class with any figure, then the means."""
     columns: tuple[str, ...]
     scores: dict[int, tuple[float, ...]]
     means: dict[str, tuple[float, ...]]

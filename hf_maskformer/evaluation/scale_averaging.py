@@ -1,4 +1,4 @@
-"""Test-time augmentation: the mean of predictions at several scales, mirrored too, as in the paper's "m.s." results.
+"""Test-time augmentation: the mean of predictions at several scales, with flips, as in the paper's "m.s." results.
 
 K labels; H x W the size of the image.
 """
@@ -34,47 +34,47 @@ def augmented_semantic_scores(
     flip: bool = True,
     mode: Mode | None = None,
 ) -> Tensor:
-    """Averages the scores of an image over scales, and over the image and its mirror image.
+    """Averages the scores of an image over scales and horizontal flips.
 
-    Of a per-pixel baseline logits are averaged, as in the original, and their softmax is returned.
+    For a per-pixel baseline the logits are averaged, as in the original, and their softmax is returned.
 
-    One prediction at a time, each brought to the size of the image and turned back before it is added: a few times
-    K x H x W numbers are held, whatever the number of scales.
+    Predictions are made one at a time, each resized to the image and flipped back before it is added: memory is a few
+    times K x H x W numbers, whatever the number of scales.
 
     Args:
         model: a `MaskFormerForInstanceSegmentation` or a `PerPixelBaselineForSemanticSegmentation`, on its device.
-        image_processor: normalises the images; brings them to its `size`, of which the scales are made.
-        image: in any form that the image processor takes.
-        shortest_edges: the shortest edge of each scale, in pixels; by default those of the paper for ADE20K. For
-            Cityscapes it has 512 to 1792 in steps of 256, with longest_edge=4096.
-        longest_edge: the most that the other edge may have.
-        flip: whether to mirror the image at every scale too.
-        mode: what is resized, as in `semantic_scores`; by default `"direct"` where the image processor says that the
-            model is a panoptic one, as in the original, and `"paper"` otherwise. Baselines know `"paper"` only.
+        image_processor: normalises the images; resizes them to its `size`, from which the scales are made.
+        image: in any form that the image processor accepts.
+        shortest_edges: the shortest edge at each scale, in pixels; by default those of the paper for ADE20K. For
+            Cityscapes it uses 512 to 1792 in steps of 256, with longest_edge=4096.
+        longest_edge: upper bound on the other edge.
+        flip: whether to flip the image at every scale too.
+        mode: what is resized, as in `semantic_scores`; by default `"direct"` if the image processor's task is panoptic,
+            as in the original, and `"paper"` otherwise. Baselines support `"paper"` only.
 
     Returns:
         (K, H, W) float32; its `argmax(0)` is the segmentation.
 
     Raises:
-        ValueError: there is no scale, the mode is unknown or not one of the model, or the model is of another package.
+        ValueError: there is no scale, the model does not have the mode, or it is from another package.
     """
     if not shortest_edges:
-        raise ValueError("shortest_edges is empty; give the shortest edge of at least one scale.")
+        raise ValueError("shortest_edges is empty; pass the shortest edge of at least one scale.")
     if mode is None:
         mode = "direct" if image_processor.segmentation_task == "panoptic" else "paper"
     if mode not in get_args(Mode):
-        raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}.")
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}.")
     is_baseline = is_per_pixel_baseline(model)
     if is_baseline and mode != "paper":
         raise ValueError(f'A per-pixel baseline has no masks to resize, so its mode is "paper", not {mode!r}.')
     photograph = read_image(image, 0)
     target_size = size_of(photograph)
-    # As in the original, scales are made of the image at the size at which it is evaluated otherwise.
+    # As in the original, the scales are made from the image at its usual evaluation size.
     inputs = image_processor(images=photograph, do_rescale=False, do_normalize=False)
     height, width = _size_of_image(inputs)
     pixels = inputs["pixel_values"][0, :, :height, :width].to(photograph.dtype)
     image_processor = copy(image_processor)
-    image_processor.pad_size = None  # scales are of sizes of their own
+    image_processor.pad_size = None  # scales have their own sizes
     total: Any = 0
     for shortest_edge in shortest_edges:
         size = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
@@ -90,7 +90,7 @@ def augmented_semantic_scores(
 
 
 def _size_of_image(inputs: Mapping[str, Any]) -> Size:
-    """(height, width) of the only image of a batch, without its padding."""
+    """(height, width) of the only image in a batch, without padding."""
     ((height, width),) = sizes_in_batch(inputs["pixel_values"], inputs["pixel_mask"])[0].tolist()
     return height, width
 
@@ -100,7 +100,7 @@ def _scores(model: torch.nn.Module, inputs: Mapping[str, Any], target_size: Size
     outputs = model(**inputs_for(model, inputs))
     if not hasattr(outputs, "image_sizes"):
         raise ValueError(
-            f"{type(model).__name__} does not say where the image lies in its output; give a "
+            f"{type(model).__name__} does not report the image size without padding; use a "
             "MaskFormerForInstanceSegmentation or a PerPixelBaselineForSemanticSegmentation of this package."
         )
     (image_size,), (padded_size,) = outputs.image_sizes.tolist(), outputs.padded_sizes.tolist()

@@ -1,4 +1,4 @@
-"""Segmentation maps as metrics and drawings take them in, and a quick way to count the pairs of values in two."""
+"""Converts segmentation maps for metrics and drawing, and counts the pairs of values in two maps quickly."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -10,16 +10,16 @@ from torch import Tensor
 
 SegmentationMap: TypeAlias = Tensor | np.ndarray | Image.Image
 
-WORD = 8  # flags that are looked at together, as one number of 64 bits
-MAX_OCCUPIED = 0.9  # share of words in which a run ends, up to which runs are worth more than pixels
-# torch does next to nothing with unsigned types but uint8.
+WORD = 8  # flags that are checked together, as one 64-bit number
+MAX_OCCUPIED = 0.9  # share of words in which a run ends, up to which counting runs is faster than counting pixels
+# torch supports hardly any operation on unsigned types other than uint8.
 _SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
 
 def to_tensors(prediction: SegmentationMap, reference: SegmentationMap) -> tuple[Tensor, Tensor]:
-    """Gives two maps (H, W) of integers as tensors on the device of the prediction, uncopied where possible.
+    """Returns two maps (H, W) of integers as tensors on the device of the prediction, without copying if possible.
 
-    Raises a ValueError if values are no integers or the shapes differ.
+    Raises a ValueError if values are not integers or the shapes differ.
     """
     predicted = _to_tensor(prediction, "prediction")
     expected = _to_tensor(reference, "reference").to(predicted.device)
@@ -32,19 +32,19 @@ def to_tensors(prediction: SegmentationMap, reference: SegmentationMap) -> tuple
 
 
 def to_numpy(values: Any) -> np.ndarray:
-    """Gives what a model or a user hands over, on any device and with or without gradients, as an array."""
+    """Converts tensors, on any device and with or without gradients, and anything array-like to an array."""
     return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
 
 
 def check_fields(fields: Any, role: str, names: Sequence[str]) -> None:
-    """Raises a ValueError unless a dictionary of a prediction or reference has these fields."""
+    """Raises a ValueError unless the dictionary of a prediction or reference has these fields."""
     missing = [name for name in names if name not in fields]
     if missing:
         raise ValueError(f"The {role} has no {', '.join(missing)}, but {', '.join(map(str, fields))}.")
 
 
 def in_pairs(predictions: Iterable[Any], references: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Goes through a batch image by image. Raises a ValueError, before the first, if their numbers differ."""
+    """Iterates over a batch image by image. Raises a ValueError, before the first, if their numbers differ."""
     predictions, references = list(predictions), list(references)
     if len(predictions) != len(references):
         raise ValueError(
@@ -54,14 +54,14 @@ def in_pairs(predictions: Iterable[Any], references: Iterable[Any]) -> Iterator[
 
 
 def flag_run_ends(images: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray | None:
-    """Says of every pixel whether it is the last one of a run of equal pairs: the first step of `pairs_with_counts`.
+    """Flags the pixels at which a run of equal pairs ends: the first step of `pairs_with_counts`.
 
-    Takes half the time of all that and leaves Python to other threads meanwhile.
+    Takes half of its time and releases the GIL meanwhile.
 
     Args:
         images: Predicted and expected map of each, of equal shape; at least one image, all on one device.
 
-    Returns bool, filled up with False to whole words; None on an accelerator.
+    Returns bool, padded with False to whole words; None on an accelerator.
     """
     if images[0][0].device.type != "cpu":
         return None
@@ -71,7 +71,7 @@ def flag_run_ends(images: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray | None:
     scratch = np.empty(max(predicted.numel() for predicted, _ in images), dtype=bool)
     start = 0
     for predicted, expected in images:
-        # numpy, since torch is several times slower at comparing and hands such small work to threads.
+        # numpy, since torch compares several times slower and uses threads for such small work.
         values, others, stop = predicted.numpy().ravel(), expected.numpy().ravel(), start + predicted.numel()
         inner = ends_run[start : max(stop - 1, start)]
         np.not_equal(values[1:], values[:-1], out=inner)
@@ -85,15 +85,15 @@ def flag_run_ends(images: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray | None:
 def pairs_with_counts(
     images: Sequence[tuple[Tensor, Tensor]], ends_run: np.ndarray | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gives pairs of values that occur at the same pixel, possibly several times, and how often each one counts.
+    """Returns the pairs of values at the same pixels, possibly repeated, and the count of each.
 
-    On a CPU neighbours with the same values are taken together, which leaves a few thousand pairs of a usual image, so
-    that what follows costs next to nothing. On an accelerator, and of noise, these are all pixels, and the counts are
+    On a CPU neighbours with the same values are merged, which leaves a few thousand pairs for a typical image, so that
+    what follows costs next to nothing. On an accelerator, and for noise, every pixel is a pair, and the counts are
     None.
 
     Args:
         images: As for `flag_run_ends`.
-        ends_run: What that gave.
+        ends_run: Its result.
 
     Returns predicted (N,) and expected (N,) values, int32 or int64, and counts (N,), int64.
     """
@@ -118,7 +118,7 @@ def pairs_with_counts(
 
 
 def _places(flags: np.ndarray) -> np.ndarray | None:
-    """Where flags, of whole words, are true, if these are few: what `np.flatnonzero` gives, in half the time."""
+    """Where flags, padded to whole words, are true, if these are few: `np.flatnonzero` in half the time."""
     words = flags.view(np.uint64)
     occupied = np.flatnonzero(words != 0)
     if len(occupied) > MAX_OCCUPIED * len(words):
@@ -140,13 +140,13 @@ def _to_tensor(segmentation_map: SegmentationMap, role: str) -> Tensor:
 
 
 def shared_tensor(array: np.ndarray) -> Tensor:
-    """A tensor of any array, copied only where torch cannot share it.
+    """A tensor from any array, copied only where torch cannot share memory.
 
-    torch refuses other byte orders and reversed axes, and warns of read-only arrays, such as those of PIL images.
+    torch rejects other byte orders and reversed axes, and warns about read-only arrays, such as those of PIL images.
     """
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _join(maps: list[Tensor]) -> Tensor:
-    # Small types cannot hold the bounds and products that follow.
+    # Small types cannot hold the bounds and products computed later.
     return torch.cat([values.to(torch.int32 if values.element_size() < 4 else torch.int64) for values in maps])

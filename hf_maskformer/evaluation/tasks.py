@@ -1,4 +1,4 @@
-"""The three tasks: which data they need, what is predicted, and which metric counts it.
+"""The three tasks: the data they need, the predictions they give, and their metrics.
 
 N segments of one image; H x W its size.
 """
@@ -24,7 +24,7 @@ from .panoptic_quality import PanopticQuality
 
 Task = Literal["semantic", "instance", "panoptic"]
 TASKS: tuple[Task, ...] = ("semantic", "instance", "panoptic")
-# What is measured over all classes.
+# The figures over all classes.
 FIGURES: dict[Task, tuple[str, ...]] = {
     "semantic": ("mean_iou", "mean_accuracy", "overall_accuracy", "frequency_weighted_iou"),
     "instance": (
@@ -33,7 +33,7 @@ FIGURES: dict[Task, tuple[str, ...]] = {
     ),
     "panoptic": tuple(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq")),
 }
-# The figure by which the best checkpoint is chosen.
+# The figure that selects the best checkpoint.
 MAIN_FIGURES: dict[Task, str] = {task: figures[0] for task, figures in FIGURES.items()}
 
 Metric = MeanIoU | PanopticQuality | AveragePrecision
@@ -41,12 +41,12 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 def task_for(image_processor: Any) -> Task:
-    """The task that a model was trained for, by its image processor; "semantic" where this does not say."""
+    """The task that a model was trained for, from its image processor; "semantic" if that does not say."""
     return image_processor.segmentation_task or "semantic"
 
 
 def task_of(sample: Sample) -> Task:
-    """The task that labels of this form are made for: masks, a map of ids of segments, or a map of classes."""
+    """The task that labels of this form are for: masks, a map of segment ids, or a map of classes."""
     if "masks" in sample:
         return "instance"
     return "semantic" if sample.get("instance_id_to_semantic_id") is None else "panoptic"
@@ -54,23 +54,23 @@ def task_of(sample: Sample) -> Task:
 
 def task_of_data(dataset: Any) -> Task:
     """The task of a data set's first sample. Raises a ValueError if there is none."""
-    # torch's base class of map-style data sets does not know when to stop.
+    # Iterating over torch's map-style base class may never end.
     first = next(iter(dataset), None) if not hasattr(dataset, "__len__") else dataset[0] if len(dataset) else None
     if first is None:
-        raise ValueError("The data set is empty, so there is nothing to tell its task by.")
+        raise ValueError("The data set is empty, so its task cannot be inferred.")
     return task_of(first)
 
 
 def check_model(task: Task, model: torch.nn.Module) -> None:
-    """Raises a ValueError if there is no such task, or the model does not do it."""
+    """Raises a ValueError if there is no such task, or the model does not support it."""
     if task not in TASKS:
-        raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}.")
+        raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}.")
     if task != "semantic" and is_per_pixel_baseline(model):
-        raise ValueError(f"A per-pixel baseline knows no segments, so its task is semantic, not {task}.")
+        raise ValueError(f"A per-pixel baseline has no segments, so its task is semantic, not {task}.")
 
 
 def check_sample(task: Task, sample: Sample) -> None:
-    """Raises a ValueError if the labels of a sample do not allow the task."""
+    """Raises a ValueError if the labels of a sample do not support the task."""
     form = task_of(sample)
     if task == "semantic" and form == "instance":
         raise ValueError(
@@ -99,12 +99,12 @@ def metric_for(task: Task, labels: LabelSet) -> Metric:
 
 
 def reference_of(sample: Sample, labels: LabelSet, task: Task) -> Any:
-    """What the metric of a task takes as the truth about a sample, at its own size.
+    """The reference of a sample for the metric of a task, at the sample's size.
 
     Semantic: a map of classes (H, W). Panoptic: a map (H, W) of ids from 1, where 0 is void, and `segments_info`.
-    Instance: `masks` (N, H, W), `labels`, `iscrowd` and `area`, if the sample has it; of a map of segments, those that
-    are things.
-    Raises a ValueError if the sample does not allow the task.
+    Instance: `masks` (N, H, W), `labels`, `iscrowd` and `area`, if the sample has it; from a map of segments, only the
+    things.
+    Raises a ValueError if the sample does not support the task.
     """
     check_sample(task, sample)
     if task == "semantic":
@@ -135,16 +135,16 @@ def predict_batch(
 
     Args:
         model: on its device; ours, or one with outputs like transformers' own.
-        image_processor: what prepared the batch.
+        image_processor: the one that prepared the batch.
         batch: `pixel_values` and `pixel_mask`.
         sizes: (height, width) of each result.
         task: what to predict.
-        autocast: makes the context of the forward pass, for mixed precision.
+        autocast: returns the context of the forward pass, for mixed precision.
 
     Returns:
-        One result per image: semantic, a map of classes; panoptic, as of `post_process_panoptic_segmentation`;
-        instance, as of `post_process_instance_segmentation` with `return_coco_annotation` and without a threshold,
-        since average precision counts all of them.
+        One result per image: semantic, a map of classes; panoptic, that of `post_process_panoptic_segmentation`;
+        instance, that of `post_process_instance_segmentation` with `return_coco_annotation` and no score threshold,
+        since average precision uses all predictions.
     """
     inputs = inputs_for(model, batch)
     with autocast():
@@ -153,7 +153,7 @@ def predict_batch(
 
 
 def inputs_for(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `pixel_mask` of a batch on the device of a model and in its precision."""
+    """`pixel_values` and `pixel_mask` of a batch on a model's device and in its precision."""
     parameter = next(model.parameters())
     return {
         "pixel_values": batch["pixel_values"].to(parameter.device, parameter.dtype),
@@ -175,7 +175,7 @@ def segments_of(
 
 
 def as_prediction(result: Any, task: Task) -> Any:
-    """A result of `predict_batch` as the metric of the task takes it."""
+    """Converts a result of `predict_batch` to the input of the task's metric."""
     if task != "instance":
         return result
     return {
@@ -188,17 +188,17 @@ def as_prediction(result: Any, task: Task) -> Any:
 def outputs_for(
     task: Task, model: Any, image_processor: Any, inputs: Mapping[str, Any], threshold: float | None = None
 ) -> Any:
-    """What a model says as far as post-processing for the task looks at it.
+    """The outputs of a model that post-processing for the task needs.
 
-    The masks of queries that it would drop at once are not computed, so for instances its options have to be those of
-    `instance_options`. A model that is compiled, or whose weights come when it is called, is called as it is.
+    Masks of queries that it would drop are not computed, so for instances its options have to be those of
+    `instance_options`. A model that is compiled, or whose weights are loaded when it is called, is called as usual.
 
     Args:
         task: of the post-processing.
-        model: ours, or one with outputs like transformers' own, which computes all masks; they are given the sizes of
+        model: ours, or one with outputs like transformers' own, which computes all masks; its outputs get the sizes of
             the images, without which padding would count as image.
-        image_processor: whose `panoptic_thresholds` count.
-        inputs: what the model takes.
+        image_processor: provides `panoptic_thresholds`.
+        inputs: of the model.
         threshold: that of the post-processing, if not its default.
     """
     is_wrapped = hasattr(model, "_orig_mod") or hasattr(model, "_hf_hook")
@@ -217,14 +217,15 @@ def outputs_for(
 
 
 def panoptic_thresholds(image_processor: Any) -> dict[str, float]:
-    """The thresholds of panoptic post-processing, where a call gives none."""
+    """The default thresholds of panoptic post-processing."""
     return DEFAULT_PANOPTIC_THRESHOLDS | (image_processor.panoptic_thresholds or {})
 
 
 def instance_options(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of instance post-processing of what `outputs_for` gives.
+    """Options of instance post-processing for the result of `outputs_for`.
 
-    `top_k` is by default the number of all queries, not of those whose masks are there; what else is None is left out.
+    `top_k` is by default the number of all queries, not only of those with masks; other options that are None are
+    dropped.
     """
     decoder_config = getattr(model.config, "decoder_config", None)  # a baseline has none, and no instances
     defaults = {} if decoder_config is None else {"top_k": decoder_config.num_queries}
@@ -232,7 +233,7 @@ def instance_options(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbered_segments(sample: Sample, labels: LabelSet) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The map of ids of a sample with ids from 1, and 0 where there is no class; and its segments with a pixel."""
+    """A sample's map renumbered from 1, with 0 where there is no class; and its non-empty segments."""
     ids, positions = np.unique(sample["segmentation_map"], return_inverse=True)
     table, crowd_ids = sample["instance_id_to_semantic_id"], sample.get("crowd_ids", ())
     classes = labels.class_map(ids, table)

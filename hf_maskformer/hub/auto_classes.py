@@ -1,4 +1,4 @@
-"""Ways for transformers' Auto classes and pipelines to find this package's classes; both are opt-in."""
+"""Two opt-in ways to make transformers' Auto classes and pipelines find this package's classes."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ SEGMENTATION_CLASSES = (
 
 
 class MaskFormerImageProcessorPil(MaskFormerImageProcessor):
-    """The name under which transformers looks for its processor without torchvision; loads the one that we have."""
+    """The name under which transformers looks for its processor without torchvision; loads our only one."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -35,8 +35,8 @@ class MaskFormerImageProcessorPil(MaskFormerImageProcessor):
 def register_auto_classes() -> None:
     """Makes transformers' Auto classes and pipelines use this package's model and processor for type `maskformer`.
 
-    It holds for the whole process and for every `maskformer` checkpoint, so it belongs in programs, not in
-    libraries. transformers' own classes stay what they are when used by name. Calling it again changes nothing.
+    This affects the whole process and every `maskformer` checkpoint, so it belongs in applications, not in libraries.
+    transformers' own classes are unchanged when used by name. Calling it again has no effect.
     """
     AutoConfig.register(MaskFormerConfig.model_type, MaskFormerConfig, exist_ok=True)
     AutoModel.register(MaskFormerConfig, MaskFormerModel, exist_ok=True)
@@ -48,11 +48,11 @@ def register_auto_classes() -> None:
 
 
 def register_remote_code() -> None:
-    """Makes everything that is saved or pushed from now on take this package's modelling files along.
+    """Makes everything that is saved or pushed from now on include this package's modelling files.
 
     Such a checkpoint runs with `trust_remote_code=True` where this package is not installed, through every Auto class.
     Without that argument, transformers loads it into its own MaskFormer, if that can express the model. Call it before
-    `save_pretrained`, `push_to_hub` or training; save the image processor too, for it brings its own files.
+    `save_pretrained`, `push_to_hub` or training; save the image processor too, since it has its own files.
     """
     MaskFormerConfig.register_for_auto_class()
     MaskFormerModel.register_for_auto_class()

@@ -1,4 +1,4 @@
-"""Turns checkpoints of the paper's code, and ImageNet backbones, into folders that `from_pretrained` loads."""
+"""Converts checkpoints of the paper's code, and ImageNet backbones, to folders that `from_pretrained` loads."""
 
 import shutil
 import tempfile
@@ -29,20 +29,20 @@ def convert_checkpoint(
 ) -> Model:
     """Converts a checkpoint and writes the folder: configuration, weights, image processor and model card.
 
-    The folder appears when all of it is written, or not at all. From a backbone alone comes a model whose other weights
-    are random, which a warning says.
+    The folder appears once it is complete, or not at all. A backbone alone gives a model whose other weights are
+    random, with a warning.
 
     Args:
         source: a `.pkl` or `.pth` file; see `read_checkpoint`.
         output: the folder, new or empty.
-        config: the model that the weights belong to, of `Preset` or `OriginalConfig`.
-        image_processor: the one that goes with it.
+        config: the configuration that the weights belong to, from `Preset` or `OriginalConfig`.
+        image_processor: the matching image processor.
 
     Returns:
         The model.
 
     Raises:
-        FileExistsError: There is something at `output`.
+        FileExistsError: `output` exists and is not an empty folder.
         ValueError: Tensors are unknown, missing or of another shape; they are named (the first five of each kind),
             and no model is built.
     """
@@ -56,22 +56,22 @@ def convert_checkpoint(
 
 
 def load_original(checkpoint: OriginalCheckpoint, config: Config) -> Model:
-    """Builds the model of a configuration with the weights of an original checkpoint. Raises as convert_checkpoint."""
+    """Builds a configuration's model with the weights of an original checkpoint. Raises like `convert_checkpoint`."""
     weights = tensors_for(checkpoint, config)
     if checkpoint.left_out:
-        logger.info(f"Left out of {checkpoint.path}, as no model needs it: {shorten(checkpoint.left_out, limit=20)}.")
+        logger.info(f"Skipped from {checkpoint.path}, as no model needs it: {shorten(checkpoint.left_out, limit=20)}.")
     model = model_class(config)(config)
     random, _ = model.load_state_dict(weights, strict=not checkpoint.is_backbone)
     if checkpoint.is_backbone:
         logger.warning(
             f"{checkpoint.path} holds a backbone only: {len(random)} other tensors of the model, such as {random[-1]}, "
-            "are as initialised, which is random. Train the model before using it."
+            "are randomly initialised. Train the model before using it."
         )
     return model.eval()
 
 
 def load_original_backbone(model: Model, path: str | Path) -> None:
-    """Gives a model the weights of a backbone trained on ImageNet, a `.pth` or `.pkl` file (see `read_checkpoint`).
+    """Loads a backbone trained on ImageNet, a `.pth` or `.pkl` file (see `read_checkpoint`), into a model.
 
     Raises:
         ValueError: The file holds a whole model, or tensors of another backbone; they are named.
@@ -79,14 +79,14 @@ def load_original_backbone(model: Model, path: str | Path) -> None:
     checkpoint = read_checkpoint(path)
     if not checkpoint.is_backbone:
         raise ValueError(
-            f"{path} holds a whole model. To go on from it, convert it by scripts/convert_checkpoint.py and give the "
+            f"{path} holds a whole model. To fine-tune it, convert it with scripts/convert_checkpoint.py and give the "
             "folder as --checkpoint."
         )
     model.load_state_dict(tensors_for(checkpoint, model.config), strict=False)
 
 
 def tensors_for(checkpoint: OriginalCheckpoint, config: Config) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by the names of a configuration's model, all there and of its shapes, or an error."""
+    """A checkpoint's tensors under the names of a configuration's model; an error unless names and shapes match."""
     expected = original_shapes(config)
     if checkpoint.is_backbone:
         expected = {name: tensor for name, tensor in expected.items() if _is_in_backbone_files(name)}
@@ -95,28 +95,28 @@ def tensors_for(checkpoint: OriginalCheckpoint, config: Config) -> dict[str, Ten
 
 
 def original_shapes(config: Config) -> dict[str, Tensor]:
-    """The tensors of a model by the original's names, without memory: on the meta device."""
+    """The tensors of a model under the original's names, on the meta device to save memory."""
     with torch.device("meta"):
         return to_original(model_class(config)(config).state_dict())
 
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """Gives a folder to write into, which becomes `output` at the end, and vanishes on an error.
+    """Yields a folder to write into, which is moved to `output` at the end, and removed on an error.
 
     Raises:
-        FileExistsError: `output` is a file, a folder with something in it, or the current one.
+        FileExistsError: `output` is a file, a non-empty folder, or the current one.
     """
-    output = output.resolve()  # of a link, what it leads to
+    output = output.resolve()  # follows links
     if output == Path.cwd():
-        raise FileExistsError(f"{output} is the current folder, which cannot be replaced. Name a new one.")
+        raise FileExistsError(f"{output} is the current folder, which cannot be replaced. Choose a new one.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder. Name a new one.")
+        raise FileExistsError(f"{output} exists and is not an empty folder. Choose a new one.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, because only a folder on the same disk can be moved in one step.
+    # Next to the output, because only a folder on the same disk can be moved atomically.
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        folder = scratch / "folder"  # mkdtemp's own is closed to other users
+        folder = scratch / "folder"  # mkdtemp's own is not readable by other users
         folder.mkdir()
         yield folder
         folder.replace(output)
@@ -143,7 +143,7 @@ def _check(checkpoint: OriginalCheckpoint, expected: Mapping[str, Tensor]) -> No
         f"{problem} {shorten(found)}"
         for problem, found in (
             ("unknown to the model:", unknown),
-            ("missing in the file:", missing),
+            ("missing from the file:", missing),
             ("of another shape:", misshapen),
             ("NaN or infinite:", broken),
         )
@@ -151,8 +151,8 @@ def _check(checkpoint: OriginalCheckpoint, expected: Mapping[str, Tensor]) -> No
     ]
     if problems:
         raise ValueError(
-            f"{checkpoint.path} does not fit the configuration. Tensors {'; '.join(problems)}. Is it the configuration "
-            "of this very checkpoint, and the file whole?"
+            f"{checkpoint.path} does not match the configuration. Tensors {'; '.join(problems)}. Check that it is the "
+            "configuration of this checkpoint, and that the file is complete."
         )
 
 
@@ -163,7 +163,7 @@ def _is_finite(value: np.ndarray | Tensor) -> bool:
 
 
 def _describe(tensor: Any) -> str:
-    """Shape, and whether the numbers are whole: weights of any precision are taken."""
-    # The name of a type of numpy in another byte order is a code.
+    """Shape, and whether the type is an integer: weights of any precision are accepted."""
+    # Not by the name of numpy's type, which is a code for other byte orders.
     is_float = tensor.is_floating_point() if isinstance(tensor, Tensor) else tensor.dtype.kind == "f"
-    return f"{list(tensor.shape)}{'' if is_float else ' whole numbers'}"
+    return f"{list(tensor.shape)}{'' if is_float else ' integers'}"

@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint, and what the paper's authors report of theirs."""
+"""The model card of a converted checkpoint, and the results that the paper's authors report."""
 
 from huggingface_hub import EvalResult, ModelCard
 
@@ -7,13 +7,13 @@ from .model_card import AUTHORS_LICENCE, AUTHORS_LICENCE_TEXT, describe, make_ca
 from .original_checkpoint import OriginalCheckpoint
 
 OTHER_LICENCE_TEXT = (
-    "That of the file that was converted. Weights that began with those of the paper's authors are CC BY-NC 4.0 too."
+    "That of the converted file. Weights that were trained from those of the paper's authors are CC BY-NC 4.0 too."
 )
 AUTHORS_TABLE = ("MaskFormer model zoo", "https://github.com/facebookresearch/MaskFormer/blob/main/MODEL_ZOO.md")
 
 
 def conversion_card(checkpoint: OriginalCheckpoint, config: Config, task: str, name: str) -> ModelCard:
-    """The card of the folder that a checkpoint becomes. `name` is what it calls the model, `task` what it is for."""
+    """The card of a converted checkpoint's folder. `name` is what it calls the model, `task` what it is for."""
     preset = _zoo_preset(checkpoint)
     return make_card(
         config,
@@ -69,6 +69,6 @@ def _origin(checkpoint: OriginalCheckpoint, config: Config, task: str) -> str:
 
 
 def _zoo_preset(checkpoint: OriginalCheckpoint) -> Preset | None:
-    """The preset whose published weights a file is; the model zoo names each file after its content."""
+    """The preset whose published weights a file holds; the model zoo names each file after its content."""
     presets = [preset for preset in PRESETS.values() if preset.weights_file == checkpoint.path.name]
     return presets[0] if presets else None

@@ -1,7 +1,7 @@
-"""The names of the paper's own checkpoints and ours, as one table that is read in both directions.
+"""Maps the tensor names of the paper's checkpoints to ours, as one table that is read in both directions.
 
 `{i}`, `{j}` stand for numbers and `{tail}` for the rest of a name. Where one tensor there is three here, our side is a
-tuple: the original keeps query, key and value in one matrix, stacked along the first axis.
+tuple: the original stores query, key and value in one matrix, stacked along the first axis.
 """
 
 import re
@@ -89,7 +89,7 @@ SWIN: list[Row] = [
     ("backbone.layers.{i}.downsample.{tail}", f"{ENCODER}.model.encoder.layers.{{i}}.downsample.{{tail}}"),
     *[(f"backbone.norm{stage}.{{tail}}", f"{ENCODER}.hidden_states_norms.{stage}.{{tail}}") for stage in range(4)],
 ]
-# The original counts levels from the finest (1) to the coarsest (4); here they are in the order of computation.
+# The original numbers levels from the finest (1) to the coarsest (4); here they are in the order of computation.
 PYRAMID: list[Row] = [
     ("sem_seg_head.pixel_decoder.layer_4.weight", f"{PIXEL_DECODER}.fpn.stem.0.weight"),
     ("sem_seg_head.pixel_decoder.layer_4.norm.{tail}", f"{PIXEL_DECODER}.fpn.stem.1.{{tail}}"),
@@ -123,7 +123,7 @@ HEADS: list[Row] = [
     ("sem_seg_head.predictor.class_embed.{tail}", "class_predictor.{tail}"),
     ("sem_seg_head.predictor.mask_embed.layers.{i}.{tail}", "mask_embedder.{i}.0.{tail}"),
     ("criterion.empty_weight", "criterion.empty_weight"),
-    # Of the per-pixel baseline.
+    # The per-pixel baseline's.
     ("sem_seg_head.predictor.weight", "classifier.weight"),
     ("sem_seg_head.predictor.bias", "classifier.bias"),
 ]
@@ -134,13 +134,13 @@ ONLY_HERE = re.compile(rf"(.*\.normalization\.num_batches_tracked|{re.escape(ENC
 
 
 def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives tensors with the original's names ours.
+    """Renames tensors from the original's names to ours.
 
-    Both of the original's spellings are read: that of its training checkpoints, and that of its model zoo, which
-    leaves out `pixel_decoder.`.
+    Both of the original's spellings are accepted: that of its training checkpoints, and that of its model zoo, which
+    omits `pixel_decoder.`.
 
     Raises:
-        ValueError: A name that the table does not have.
+        ValueError: A name is not in the table.
     """
     renamed: dict[str, Tensor] = {}
     rows = _rows_from_original(deep_stem="backbone.stem.conv2.weight" in tensors)
@@ -158,10 +158,10 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives tensors with our names (weights, or their gradients) the names of the original's training checkpoints.
+    """Renames tensors (weights, or their gradients) from our names to those of the original's training checkpoints.
 
     Raises:
-        ValueError: A name that the table does not have, or one of query, key and value without the others.
+        ValueError: A name is not in the table, or one of query, key and value is given without the others.
     """
     renamed: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
@@ -182,7 +182,7 @@ def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def training_spelling(name: str) -> str:
-    """Gives a name of a training checkpoint or of the model zoo as in the former, with `pixel_decoder.`."""
+    """Normalises a name from a training checkpoint or the model zoo to the former, with `pixel_decoder.`."""
     head, _, rest = name.partition("sem_seg_head.")
     if head or not rest or rest.startswith(("predictor.", "pixel_decoder.")):
         return name
@@ -194,12 +194,12 @@ def _translate(name: str, rows: list[CompiledRow]) -> list[str]:
         match = pattern.fullmatch(name)
         if match:
             return [template.format(**match.groupdict()) for template in templates]
-    raise ValueError(f"{name} is no tensor of a MaskFormer checkpoint: the key table has no row for it.")
+    raise ValueError(f"{name} is not a tensor of a MaskFormer checkpoint: the key table has no row for it.")
 
 
 @cache
 def _rows_from_original(deep_stem: bool) -> list[CompiledRow]:
-    # Both stems name their first convolution alike.
+    # Both stems use the same name for their first convolution.
     table = [*(DEEP_STEM if deep_stem else PLAIN_STEM), *KEY_TABLE]
     return [(_compile(original), [ours] if isinstance(ours, str) else list(ours)) for original, ours in table]
 

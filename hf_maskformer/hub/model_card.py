@@ -1,4 +1,4 @@
-"""Model cards: one template for all of them, and the licence that weights pass on."""
+"""Model cards: one template for all of them, and the licence that weights inherit."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,17 +17,17 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PAPER = "[arXiv 2107.06278](https://arxiv.org/abs/2107.06278)"
 CARD_FILE = "README.md"
 
-# Of the weights that the paper's authors published. transformers' authors converted them to names of this kind.
+# The licence of the weights that the paper's authors published; on the Hub, their names have this prefix.
 AUTHORS_LICENCE = "cc-by-nc-4.0"
 AUTHORS_WEIGHTS = "facebook/maskformer-"
 AUTHORS_LICENCE_TEXT = "CC BY-NC 4.0, under which the paper's authors publish their weights: no commercial use."
-# Fields of a card that say under which conditions a model may be used.
+# Fields of a card that state a model's licence.
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file beside the card that the card shows."""
+    """An image file next to the card that the card shows."""
 
     title: str
     file: str
@@ -35,12 +35,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a training began with.
+    """What training started from.
 
     Attributes:
-        name: what people call it; None for random weights.
-        base_model: its name on the Hub, if it has one, or that of the model which it comes from.
-        licence: the fields of its card that say its licence; empty where nothing is known.
+        name: its display name; None for random weights.
+        base_model: its name on the Hub, if it has one, or that of its own base model.
+        licence: the licence fields of its card; empty if unknown.
     """
 
     name: str | None = None
@@ -49,12 +49,12 @@ class StartingPoint:
 
 
 def starting_point(name_or_path: str) -> StartingPoint:
-    """Looks up the card of the checkpoint with which a model began.
+    """Looks up the card of the checkpoint from which a model was trained.
 
     Args:
-        name_or_path: `name_or_path` of the model: a folder, a file of weights, a name on the Hub, or "" for random
-            weights. The card is read beside the weights, from the folder or from the Hub; a missing or unreadable one
-            leaves the licence open.
+        name_or_path: `name_or_path` of the model: a folder, a weights file, a name on the Hub, or "" for random
+            weights. The card is read from the folder or the Hub; if it is missing or unreadable, the licence is
+            unknown.
     """
     if not name_or_path:
         return StartingPoint()
@@ -66,7 +66,7 @@ def starting_point(name_or_path: str) -> StartingPoint:
         return StartingPoint(name_or_path, base_model, (("license", AUTHORS_LICENCE),))
     try:
         card = read_card(path / CARD_FILE if path.is_dir() else name_or_path)
-    except HFValidationError:  # no name of the Hub, so a folder that is gone
+    except HFValidationError:  # not a Hub name, so a folder that no longer exists
         return StartingPoint(path.name)
     except (OSError, ValueError, EntryNotFoundError, HTTPError):
         return StartingPoint(path.name if base_model is None else name_or_path, base_model)
@@ -77,39 +77,39 @@ def starting_point(name_or_path: str) -> StartingPoint:
 
 
 def read_card(source: str | Path) -> ModelCard:
-    """The card in a file, a `Path`, or of a model on the Hub, a string. Raises a ValueError if it is none."""
+    """Loads the card in a file (a `Path`) or of a model on the Hub (a string). Raises a ValueError if it is invalid."""
     try:
         return ModelCard.load(source, ignore_metadata_errors=True)
     except yaml.YAMLError as error:
-        raise ValueError(f"The metadata of {source}, between the two ---, are no YAML: {error}. Mend them.") from error
+        raise ValueError(f"The metadata of {source}, between the two ---, is not YAML: {error}. Fix it.") from error
 
 
 def inherited_licence(start: StartingPoint, given: str | None = None) -> tuple[dict[str, str], str]:
-    """The licence of a model that began with `start`: the fields of its card, and in words.
+    """The licence of a model that was trained from `start`: the fields of its card, and in words.
 
     Args:
-        start: what the training began with.
-        given: the licence that its owner chose, an identifier of the Hub such as "apache-2.0".
+        start: what training started from.
+        given: the licence that its owner chose, a Hub identifier such as "apache-2.0".
 
     Raises:
-        ValueError: the weights it began with are for no commercial use, and `given` is something else.
+        ValueError: the initial weights are for non-commercial use only, and `given` is another licence.
     """
     inherited = dict(start.licence)
     if inherited.get("license") == AUTHORS_LICENCE and given not in (None, AUTHORS_LICENCE):
         raise ValueError(
-            f"license is {given!r}, but the training began with {start.name}, whose weights are {AUTHORS_LICENCE}: "
-            "what is trained from them stays so. Leave the licence out, or begin with other weights."
+            f"license is {given!r}, but training started from {start.name}, whose weights are {AUTHORS_LICENCE}: "
+            "this also applies to models trained from them. Leave the licence out, or start from other weights."
         )
     if given is not None:
         return {"license": given}, f"`{given}`, as chosen by whoever trained it."
     if inherited.get("license") == AUTHORS_LICENCE:
-        return inherited, f"{AUTHORS_LICENCE_TEXT} It is passed on by `{start.name}`, with which the training began."
+        return inherited, f"{AUTHORS_LICENCE_TEXT} It is inherited from `{start.name}`, from which training started."
     if inherited:
         name = inherited.get("license_name", inherited.get("license"))
-        return inherited, f"`{name}`, that of `{start.name}`, with which the training began."
+        return inherited, f"`{name}`, that of `{start.name}`, from which training started."
     if start.name is None:
-        return {"license": "unknown"}, "Not stated. The training began with random weights, so that none is passed on."
-    return {"license": "unknown"}, f"Not stated. That of `{start.name}`, with which the training began, holds here too."
+        return {"license": "unknown"}, "Not stated. Training started from random weights, so none is inherited."
+    return {"license": "unknown"}, f"Not stated. That of `{start.name}`, from which training started, applies here too."
 
 
 def make_card(
@@ -136,11 +136,11 @@ def make_card(
         name: what the examples load: a name on the Hub, or a folder.
         origin: where the model comes from, the first paragraph.
         licence, licence_text: fields of the card, and in words.
-        limits: what a user must know, sentences; those that hold for every model are added.
+        limits: sentences on limitations; those of every model are added.
         results, results_text: figures for the card's metadata, and in words.
         training_text: how it was trained.
         pictures: files that the card shows.
-        tags: tags of the Hub, beside that of the model type.
+        tags: Hub tags, in addition to that of the model type.
         metadata: further fields of `ModelCardData`.
     """
     data = ModelCardData(
@@ -167,12 +167,12 @@ def make_card(
         limits_text=" ".join((*_common_limits(config), *limits)),
         licence_text=licence_text,
     )
-    card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"  # what absent sections leave
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"  # left by absent sections
     return card
 
 
 def describe(config: MaskFormerConfig | PerPixelBaselineConfig, task: str) -> str:
-    """What a model is, without a full stop."""
+    """Describes a model, without a full stop."""
     method = "MaskFormer"
     if isinstance(config, PerPixelBaselineConfig):
         method = "PerPixelBaseline" if config.decoder_config is None else "PerPixelBaseline+"
@@ -181,9 +181,9 @@ def describe(config: MaskFormerConfig | PerPixelBaselineConfig, task: str) -> st
 
 
 def rename_card(card: ModelCard, name: str) -> ModelCard:
-    """The card with another name, in its heading, in what its examples load and in its results.
+    """The card with another name, in its heading, its examples and its results.
 
-    The text of a card whose examples load something else than its heading says, such as one written by hand, stays.
+    If the examples do not load the name in the heading, as in a card written by hand, the text is unchanged.
     """
     renamed = ModelCard(card.content)
     heading = re.search(r"^# (.+?)[ \t\r]*$", card.text, re.MULTILINE)
@@ -206,10 +206,10 @@ def _runs_in_stock(config: MaskFormerConfig | PerPixelBaselineConfig) -> bool:
 
 def _common_limits(config: MaskFormerConfig | PerPixelBaselineConfig) -> list[str]:
     limits = [
-        f"It knows its {config.num_labels} classes and nothing else: every other thing is given one of them or none.",
-        "Images unlike those it was trained on give worse results, which the figures of a card do not show.",
+        f"It knows only its {config.num_labels} classes: anything else gets one of them or none.",
+        "Results are worse on images unlike the training data, which the figures in a card do not show.",
     ]
     if isinstance(config, PerPixelBaselineConfig):
-        return [*limits, "It tells classes apart, and not the objects of one class."]
+        return [*limits, "It distinguishes classes, but not objects of one class."]
     queries = config.decoder_config.num_queries
     return [*limits, f"It finds at most {queries} segments in an image."]

@@ -1,4 +1,4 @@
-"""Reads the files that weights come in: the paper's model zoo and training runs, and backbones trained on ImageNet."""
+"""Reads weights files: those of the paper's model zoo and training runs, and backbones trained on ImageNet."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -27,17 +27,17 @@ TORCHVISION_RESNET = [
         )
     ],
 ]
-OF_SEVERAL_GPUS = "module."  # what DistributedDataParallel puts before each name
-# Learning rates and scores beside the tensors may be numbers of numpy, which has called their module by two names.
+OF_SEVERAL_GPUS = "module."  # the prefix that DistributedDataParallel adds to each name
+# Learning rates and scores next to the tensors may be numpy scalars, whose module has had two names.
 _SCALAR = np.float64(0).__reduce__()[0]
 NUMBERS: list[Any] = [
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.dtype,
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
 ]
-# What a checkpoint may hold although the model has no place for it.
+# What a checkpoint may contain although the model does not use it.
 LEFTOVERS = re.compile(r"pixel_mean|pixel_std|.*\.num_batches_tracked")
-# In ImageNet backbones also: the classifier, Swin's norm before it, and Swin's attention masks, computed here.
+# In ImageNet backbones also the classifier, Swin's norm before it, and Swin's attention masks, which are computed here.
 BACKBONE_LEFTOVERS = re.compile(
     r"backbone\.(fc|stem\.fc|head|norm)\.(weight|bias)|backbone\.layers\.\d+\.blocks\.\d+\.attn_mask"
 )
@@ -49,9 +49,9 @@ class OriginalCheckpoint:
 
     Attributes:
         path: the file.
-        tensors: by the names of the paper's training code; read-only views of the file where possible.
-        source_names: the names that they have in the file, by those.
-        is_backbone: whether the file holds a backbone trained on ImageNet and nothing else.
+        tensors: by their names in the paper's training code; read-only views of the file if possible.
+        source_names: their names in the file, by the same keys.
+        is_backbone: whether the file holds only a backbone trained on ImageNet.
         left_out: names in the file that no model needs.
     """
 
@@ -63,24 +63,24 @@ class OriginalCheckpoint:
 
 
 def read_checkpoint(path: str | Path) -> OriginalCheckpoint:
-    """Reads a `.pkl` of arrays or a `.pth` of tensors, without running anything that the file asks for.
+    """Reads a `.pkl` of arrays or a `.pth` of tensors, without executing any code from the file.
 
     Raises:
-        ValueError: The file is of another kind, tries to do more, or holds something else than named tensors.
+        ValueError: The file is of another kind, tries to execute code, or holds anything but named tensors.
     """
     path = Path(path)
     content = _load(path)
-    # Training writes the state of optimiser and schedule beside the model.
+    # Training saves the state of optimiser and scheduler next to the model.
     tensors = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping) or not tensors:
-        raise ValueError(f"{path} holds no tensors by name, neither under 'model' or 'state_dict' nor at its top.")
+        raise ValueError(f"{path} holds no tensors by name, neither in 'model' or 'state_dict' nor at the top level.")
     others = [
         name
         for name, value in tensors.items()
         if not (isinstance(name, str) and (isinstance(value, np.ndarray) or _is_plain(value)))
     ]
     if others:
-        raise ValueError(f"{path} holds {others[0]!r}, which is no plain tensor with a name.")
+        raise ValueError(f"{path} holds {others[0]!r}, which is not a plain tensor with a name.")
     prefix = OF_SEVERAL_GPUS if all(name.startswith(OF_SEVERAL_GPUS) for name in tensors) else ""
     rename, is_backbone = _spelling(path, {name.removeprefix(prefix) for name in tensors})
 
@@ -104,7 +104,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def as_tensor(value: np.ndarray | Tensor) -> Tensor:
-    """A tensor of its own, in the byte order of this machine."""
+    """A tensor in native byte order, copied if from numpy."""
     if isinstance(value, Tensor):
         return value
     return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
@@ -112,7 +112,7 @@ def as_tensor(value: np.ndarray | Tensor) -> Tensor:
 
 def _load(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Name a downloaded checkpoint, a .pkl or .pth file.")
+        raise FileNotFoundError(f"{path} does not exist. Give a downloaded checkpoint, a .pkl or .pth file.")
     if path.suffix == ".pkl":
         return load_pickle(path)
     if path.suffix not in (".pth", ".pt"):
@@ -125,16 +125,16 @@ def _load(path: Path) -> Any:
         refused = re.search(r"Unsupported \w+: GLOBAL (\S+)", reason)
         if refused:
             raise ValueError(
-                f"{path} asks for {refused[1]}, which is refused and was not run. Take another copy, or save the "
-                "tensors alone where you trust it."
+                f"{path} asks for {refused[1]}, which is refused and was not run. Get another copy, or, if you trust "
+                "it, save its tensors alone."
             ) from error
         raise ValueError(
-            f"{path} is no file of tensors, or asks for more than torch.load allows ({reason}). Download it again."
+            f"{path} is not a file of tensors, or asks for more than torch.load allows ({reason}). Download it again."
         ) from error
 
 
 def _spelling(path: Path, names: Collection[str]) -> tuple[Callable[[str], str], bool]:
-    """How names become those of the training code, and whether the file is a backbone only."""
+    """A function that converts names to the training code's, and whether the file is only a backbone."""
     if any(name.startswith("sem_seg_head.") for name in names):
         return training_spelling, False
     if "conv1.weight" in names and any(name.startswith("layer1.") for name in names):
@@ -142,7 +142,7 @@ def _spelling(path: Path, names: Collection[str]) -> tuple[Callable[[str], str],
     if "stem.conv1.weight" in names or "patch_embed.proj.weight" in names:
         return lambda name: f"backbone.{name}", True
     raise ValueError(
-        f"{path} is no checkpoint of MaskFormer or of the per-pixel baselines, no ResNet and no Swin: it holds "
+        f"{path} is not a checkpoint of MaskFormer, the per-pixel baselines, a ResNet or a Swin: it holds "
         f"{', '.join(sorted(names)[:5])}, ..."
     )
 

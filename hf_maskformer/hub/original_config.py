@@ -1,4 +1,4 @@
-"""The yaml files of the paper's code: every field that changes the model becomes a field here, or is refused."""
+"""Reads the YAML files of the paper's code: every field that affects the model is translated, or rejected."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .yaml_files import flatten, read_yaml
 
 STAGES = ["res2", "res3", "res4", "res5"]
 RESNET_DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
-# The fields that are read, with the value that holds where a file is silent.
+# The fields that are read, with the default where a file does not set them.
 DEFAULTS: dict[str, Any] = {
     "DATASETS.TEST": [],
     "INPUT.FORMAT": "BGR",
@@ -83,11 +83,11 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": 0.0,
     "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": 0.0,
     "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
-    "MODEL.MASK_FORMER.TEST.SEMANTIC_INFERENCE_METHOD": "probabilistic",  # of the first files; later all do that
+    "MODEL.MASK_FORMER.TEST.SEMANTIC_INFERENCE_METHOD": "probabilistic",  # in the first files; later always so
 }
 TRANSFORMER_PIXEL_DECODER = "TransformerEncoderPixelDecoder"
 BASELINE_HEADS = ["PerPixelBaselineHead", "PerPixelBaselinePlusHead"]
-# The values that a model here can have, of fields that have no counterpart in its configuration.
+# The supported values of fields that have no counterpart in our configuration.
 FIXED_VALUES: dict[str, list[Any]] = {
     "INPUT.FORMAT": ["RGB"],
     "MODEL.META_ARCHITECTURE": ["MaskFormer", "SemanticSegmentor"],
@@ -119,7 +119,7 @@ SWIN_VALUES: dict[str, list[Any]] = {
     "MODEL.SWIN.PATCH_NORM": [True],
     "MODEL.SWIN.OUT_FEATURES": [STAGES],
 }
-# The sections that only the paper's code has: what is unknown there belongs to another model.
+# The sections that only the paper's code has: unknown fields there belong to another model.
 OWN_SECTIONS = ("MODEL.MASK_FORMER.", "MODEL.SWIN.")
 
 
@@ -127,10 +127,10 @@ class OriginalConfig:
     """One configuration of the paper's code; `config` and `image_processor` translate it.
 
     Args:
-        path: a yaml file, complete or with `_BASE_`, the file (relative to it) whose values it changes.
+        path: a YAML file, complete or with `_BASE_`, the file (relative to it) whose values it overrides.
 
     Raises:
-        ValueError: A field has a value that no model here has, which is named, or the files are damaged.
+        ValueError: A field, which is named, has an unsupported value, or the files are damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -146,7 +146,7 @@ class OriginalConfig:
 
     @property
     def labels(self) -> LabelSet | None:
-        """The classes of a data set that the file names, if they are known here and as many."""
+        """The classes of a data set that the file names, if known here and equal in number."""
         given = self["DATASETS.TEST"]
         names = given if isinstance(given, list | tuple) else [given]
         for data_set in DATA_SETS.values():
@@ -155,7 +155,7 @@ class OriginalConfig:
         return None
 
     def config(self, labels: LabelSet | None = None) -> MaskFormerConfig | PerPixelBaselineConfig:
-        """The model's configuration. Raises a ValueError if there are not as many labels as the file has classes."""
+        """The model's configuration. Raises a ValueError if the number of labels is not that of the file's classes."""
         if labels is not None and labels.num_labels != self._num_labels:
             raise ValueError(
                 f"{labels.num_labels} classes are given, but MODEL.SEM_SEG_HEAD.NUM_CLASSES of {self.path} is "
@@ -181,10 +181,10 @@ class OriginalConfig:
         )
 
     def image_processor(self, labels: LabelSet | None = None) -> MaskFormerImageProcessor:
-        """The image processor: sizes, padding and normalisation as at the paper's inference."""
+        """The image processor: sizes, padding and normalisation as in the paper's inference."""
         sizes = {"shortest_edge": self["INPUT.MIN_SIZE_TEST"], "longest_edge": self["INPUT.MAX_SIZE_TEST"]}
         return MaskFormerImageProcessor(
-            # There, 0 stands for images as they are.
+            # There, 0 disables resizing.
             **({"size": sizes} if sizes["shortest_edge"] else {"do_resize": False}),
             size_divisor=self._size_divisor,
             image_mean=[value / 255 for value in self["MODEL.PIXEL_MEAN"]],
@@ -195,15 +195,15 @@ class OriginalConfig:
         )
 
     def _check_kinds(self) -> None:
-        """Refuses values of another kind than the default of their field."""
+        """Rejects values of another type than the default of their field."""
         for key, default in DEFAULTS.items():
             if not _is_alike(self[key], default):
                 raise ValueError(
-                    f"{self.path} has {key} {str(self[key])[:60]!r}, but something like {default!r} belongs there."
+                    f"{self.path} has {key} {str(self[key])[:60]!r}, but a value like {default!r} is expected."
                 )
 
     def _check_fixed_values(self) -> None:
-        """Refuses what no model here has, by the name of the field."""
+        """Rejects unsupported values, naming the field."""
         known = dict(FIXED_VALUES) | (SWIN_VALUES if self._is_swin else RESNET_VALUES)
         known["MODEL.SEM_SEG_HEAD.NAME"] = BASELINE_HEADS if self._is_baseline else ["MaskFormerHead"]
         if self._is_baseline:
@@ -218,8 +218,7 @@ class OriginalConfig:
             if not any(self._takes(key, value) for value in values):
                 shown = " or ".join(repr(value) for value in values)
                 raise ValueError(
-                    f"{self.path} has {key} {self[key]!r}, but a model here can only have {shown} there. It cannot be "
-                    "converted."
+                    f"{self.path} has {key} {self[key]!r}, but only {shown} is supported. It cannot be converted."
                 )
 
     def _known_transformer_values(self) -> dict[str, list[Any]]:
@@ -230,7 +229,7 @@ class OriginalConfig:
             # Without layers, that decoder still projects its input.
             known["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"] = ["at least 1"]
         if self._transformer_in_channels(has_encoder) == self["MODEL.MASK_FORMER.HIDDEN_DIM"]:
-            # It would force a layer that the widths do not call for.
+            # It would force a projection that matching widths do not need.
             known["MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ"] = [False]
         if self["MODEL.SEM_SEG_HEAD.NAME"] == "PerPixelBaselinePlusHead":
             known["MODEL.MASK_FORMER.NUM_OBJECT_QUERIES"] = [self._num_labels]
@@ -240,7 +239,7 @@ class OriginalConfig:
         return self.values[key]
 
     def _takes(self, key: str, value: Any) -> bool:
-        """Whether a field has this value; lists and tuples are the same."""
+        """Whether a field has this value; lists and tuples are equivalent."""
         given = self[key]
         return (list(given) if isinstance(given, tuple) else given) == value
 
@@ -296,7 +295,7 @@ class OriginalConfig:
             "embedding_size": self["MODEL.RESNETS.STEM_OUT_CHANNELS"],
             "downsample_in_bottleneck": self["MODEL.RESNETS.STRIDE_IN_1X1"],
         }
-        # The plain builder knows neither of the two.
+        # The plain builder supports neither of the two.
         is_deeplab = self["MODEL.BACKBONE.NAME"] == "build_resnet_deeplab_backbone"
         deep_stem = is_deeplab and self["MODEL.RESNETS.STEM_TYPE"] == "deeplab"
         dilations = list(self["MODEL.RESNETS.RES5_MULTI_GRID"]) if is_deeplab else [1, 1, 1]
@@ -314,7 +313,7 @@ class OriginalConfig:
             "decoder_attention_heads": self["MODEL.MASK_FORMER.NHEADS"],
             "decoder_ffn_dim": self["MODEL.MASK_FORMER.DIM_FEEDFORWARD"],
             "dropout": self["MODEL.MASK_FORMER.DROPOUT"],
-            # There, attention drops weights too, and the feed-forward network activations.
+            # There, dropout also applies to attention weights and to the activations of the feed-forward network.
             "attention_dropout": self["MODEL.MASK_FORMER.DROPOUT"],
             "activation_dropout": self["MODEL.MASK_FORMER.DROPOUT"],
         }
@@ -326,7 +325,7 @@ class OriginalConfig:
         if not any(more.values()) and not self._is_baseline:
             return DetrConfig(**fields)
         if more["encoder_layers"] or more["pixel_decoder_layers"]:
-            # Encoders are as wide and have as many heads as the decoder there.
+            # There, encoders have the width and number of heads of the decoder.
             more["encoder_attention_heads"] = fields["decoder_attention_heads"]
             more["encoder_ffn_dim"] = fields["decoder_ffn_dim"]
         return MaskFormerTransformerConfig(**fields, **more)
@@ -344,9 +343,9 @@ class OriginalConfig:
 
 
 def _is_alike(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of a default, and no number is far above that of any model."""
+    """Whether a value has the type of a default, and no number is far larger than in any model."""
     if isinstance(default, list):
-        # Names of data sets may be written in several ways.
+        # DATASETS.TEST may be written in several ways.
         return not default or (isinstance(value, list | tuple) and all(_is_alike(item, default[0]) for item in value))
     if isinstance(default, bool | str | None):
         return default is None or isinstance(value, type(default))

@@ -1,4 +1,4 @@
-"""Publishes a folder on the Hub: all of it in one commit, or nothing."""
+"""Publishes a folder on the Hub in one commit, all or nothing."""
 
 import json
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from .model_card import CARD_FILE, read_card, rename_card
 WEIGHTS = "*.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 MODEL_SETTINGS, PROCESSOR_SETTINGS = "config.json", "preprocessor_config.json"
-# What is published, by patterns of paths in the folder, beside the code that the model runs. Checkpoints of a training,
-# its log and pickles stay at home.
+# Patterns of the paths that are published, in addition to the code that the model runs. Training checkpoints, logs and
+# pickles are not.
 PUBLISHED = (
     MODEL_SETTINGS,
     PROCESSOR_SETTINGS,
@@ -38,13 +38,13 @@ PUBLISHED = (
 )
 
 BROKEN_OFF = (
-    "The upload to {repo_id} broke off ({reason}). All files go there in one commit, so the repository is as it was "
-    "before, unless that commit had just arrived. Run the same again: what has arrived is not sent twice."
+    "The upload to {repo_id} was interrupted ({reason}). All files go there in one commit, so the repository is as it "
+    "was before, unless that commit had just arrived. Run the same again: what has arrived is not sent twice."
 )
-# Where the repository is made before a training.
+# For creating the repository before training.
 BROKEN_OFF_BEFORE = (
-    "The Hub cannot be reached to make {repo_id} ({reason}), so nothing was trained. Train without push_to_hub and "
-    "publish the result later (scripts/push_to_hub.py), or see to the connection."
+    "The Hub cannot be reached to create {repo_id} ({reason}), so nothing was trained. Train without push_to_hub and "
+    "publish the result later (scripts/push_to_hub.py), or check the connection."
 )
 
 
@@ -59,34 +59,34 @@ def publish(
 ) -> CommitInfo:
     """Publishes a saved model with its image processor, card, figures and pictures, in one commit.
 
-    The files that `PUBLISHED` names are uploaded, and the code that the settings name. Files that `PUBLISHED` names in
-    the repository and that the folder has not, such as other shards of the weights, are removed in the same commit. So
-    the repository is either as it was or complete, whatever happens on the way. Its name is put into the card, if this
-    package wrote that.
+    Uploads the files that match `PUBLISHED`, and the code that the settings name. Files in the repository that match
+    `PUBLISHED` but are not in the folder, such as other shards of the weights, are removed in the same commit. So the
+    repository is either unchanged or complete, whatever happens. Its name is written into the card, if this package
+    created that.
 
     Args:
         folder: what `save_pretrained` or a trainer has written, with a README.md.
-        repo_id: "user/name" or "name"; made if there is none.
-        private: whether a new repository can be seen by its owner only.
-        token: one with the right to write; by default that of `hf auth login` or of the variable HF_TOKEN.
-        revision: branch, made if there is none; default "main".
+        repo_id: "user/name" or "name"; created if it does not exist.
+        private: whether a new repository is visible to its owner only.
+        token: one with write access; by default that of `hf auth login` or of the variable HF_TOKEN.
+        revision: branch, created if it does not exist; default "main".
         commit_message: of the commit.
 
     Raises:
         FileNotFoundError: the folder has no saved model, image processor or card, or a part of the model or of its code
             is missing.
-        OSError: an index of weights is none, or the folder holds the weights twice.
+        OSError: an index of weights is invalid, or the folder holds the weights twice.
         ValueError: the repository is public, but `private` is true; or the card's metadata cannot be read, or the Hub
-            refuses them.
-        PermissionError: there is no token, it has expired, or it may not write there.
-        ConnectionError: the upload broke off.
+            rejects it.
+        PermissionError: there is no token, it has expired, or it has no write access.
+        ConnectionError: the upload was interrupted.
     """
     folder = Path(folder)
     paths = published_files(folder)
     card = read_card(folder / CARD_FILE)
     api = HfApi(library_name="hf_maskformer")
     with explained_errors(repo_id):
-        # `create_repo` gives the name with the owner's, which the examples of the card need.
+        # `create_repo` returns the name with the owner's, which the examples in the card need.
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id, token=token).private:
             raise ValueError(
@@ -102,21 +102,21 @@ def publish(
         present = api.list_repo_files(repo_id, revision=revision, token=token)
         stale = [path for path in present if _is_published(path) and path not in paths]
         operations += [CommitOperationDelete(path) for path in stale]
-        # Not upload_folder: where hf_xet is installed, it makes several commits of a large folder or a slow upload.
+        # Not upload_folder: with hf_xet, it makes several commits for a large folder or a slow upload.
         return api.create_commit(
             repo_id, operations=operations, commit_message=commit_message, revision=revision, token=token
         )
 
 
 def published_files(folder: Path) -> list[str]:
-    """The files of a folder that `publish` uploads, by their paths in it. Raises the errors of a folder as it does."""
+    """The files of a folder that `publish` uploads, as paths in it. Raises its errors for an invalid folder."""
     found = {path.relative_to(folder).as_posix() for pattern in PUBLISHED for path in folder.glob(pattern)}
     paths = sorted(path for path in found | _code_files(folder) if (folder / path).is_file())
-    save_model = "Save a model there by save_pretrained or trainer.save_model."
+    save_model = "Save a model there with save_pretrained or trainer.save_model."
     required = {
         MODEL_SETTINGS: save_model,
         WEIGHTS: save_model,
-        PROCESSOR_SETTINGS: "Save the image processor there too, by its save_pretrained.",
+        PROCESSOR_SETTINGS: "Save the image processor there too, with its save_pretrained.",
         CARD_FILE: "trainer.create_model_card() writes one; without a trainer, write it by hand.",
     }
     for pattern, remedy in required.items():
@@ -130,7 +130,7 @@ def published_files(folder: Path) -> list[str]:
         if whole in paths and not missing:
             raise FileExistsError(f"{folder} holds weights twice, in {whole} and in shards. Remove those of one kind.")
         if whole in paths:
-            paths.remove(index.name)  # transformers leaves it when a model in shards is saved again in one file
+            paths.remove(index.name)  # transformers leaves it when a sharded model is saved again in one file
         elif missing:
             raise FileNotFoundError(
                 f"{folder} lacks {shorten(missing)}, which {index.name} names, so nothing was published. {save_model}"
@@ -139,7 +139,7 @@ def published_files(folder: Path) -> list[str]:
 
 
 def _code_files(folder: Path) -> set[str]:
-    """The modules beside the settings that these name, and what they import of each other."""
+    """The modules in the folder that the settings name, and those that they import."""
     names = set()
     for settings in (folder / MODEL_SETTINGS, folder / PROCESSOR_SETTINGS):
         content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
@@ -159,14 +159,14 @@ def _code_files(folder: Path) -> set[str]:
 
 
 def _is_published(path: str) -> bool:
-    # fnmatch's "*" goes through folders, where that of glob ends at them.
+    # fnmatch's "*" also matches slashes, unlike that of glob.
     return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in PUBLISHED)
 
 
 @contextmanager
 def explained_errors(repo_id: str, broken_off: str = BROKEN_OFF) -> Iterator[None]:
-    """Says of the errors of the Hub what they mean for who publishes; `broken_off` of a connection that fails."""
-    login = "Log in by `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
+    """Explains errors of the Hub to the user; `broken_off` is the message for a failed connection."""
+    login = "Log in with `hf auth login`, or set HF_TOKEN, using a write token (huggingface.co/settings/tokens)."
     try:
         yield
     except LocalTokenNotFoundError as error:
@@ -182,13 +182,13 @@ def explained_errors(repo_id: str, broken_off: str = BROKEN_OFF) -> Iterator[Non
                 f"The Hub does not accept the token: it has expired or is wrong. Nothing was published. {login}"
             ) from error
         if status == 403:
-            raise PermissionError(f"The token may not write to {repo_id}; nothing was published. {login}") from error
+            raise PermissionError(f"The token cannot write to {repo_id}; nothing was published. {login}") from error
         if status < 500:
             raise
         raise _connection_error(broken_off, repo_id, error) from error
     except PermissionError as error:  # of hf_xet
         raise PermissionError(f"{error}. Nothing was published. {login}") from error
-    # HTTPError: what broke on the way. RuntimeError: how huggingface_hub wraps it, for a file.
+    # HTTPError: a failed transfer. RuntimeError: how huggingface_hub wraps it for a file.
     except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
         raise _connection_error(broken_off, repo_id, error) from error
 

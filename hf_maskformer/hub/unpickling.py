@@ -1,8 +1,8 @@
-"""Reads pickled checkpoints without running anything that they ask for.
+"""Reads pickled checkpoints without executing any code from them.
 
-A pickle is a program. This interpreter knows only the instructions that build numbers, strings, dictionaries, lists and
-tuples, and calls nothing but the stand-ins below, which take the place of numpy's functions and check what they are
-given. So no function of numpy, or of anything else, ever sees an argument from the file.
+A pickle is a program. This interpreter supports only the instructions that build numbers, strings, dictionaries, lists
+and tuples, and calls nothing but the stand-ins below, which replace numpy's functions and check their arguments. So no
+function of numpy, or of anything else, ever gets an argument from the file.
 """
 
 import io
@@ -29,17 +29,17 @@ KEY_TYPES = (str, int, float, bool, type(None))
 
 
 class RefusedPickleError(ValueError):
-    """The file is damaged, or holds or does more than a checkpoint of numpy arrays needs."""
+    """The file is damaged, or contains or does more than a checkpoint of numpy arrays needs."""
 
 
 def load_pickle(path: str | Path) -> Any:
     """Reads a pickle of numpy arrays, numbers, strings, dictionaries, lists and tuples.
 
-    Arrays come as read-only views of the file's content, so that a small file cannot fill the memory.
+    Arrays are read-only views of the file's content, so that a small file cannot exhaust memory.
 
     Raises:
-        RefusedPickleError: The file names, builds or calls anything else, which is named and not carried out, or it is
-            cut off.
+        RefusedPickleError: The file refers to, builds or calls anything else, which is named and not executed, or it is
+            truncated.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -48,21 +48,21 @@ def load_pickle(path: str | Path) -> Any:
             return _finish(_RestrictedUnpickler(_BoundedReader(file, size)).load(), done={}, depth=0)
         except RefusedPickleError as error:
             raise RefusedPickleError(f"{path}: {error}") from error
-        # Whatever a damaged program does to the interpreter's stack ends here.
+        # Anything that a damaged program does to the interpreter's stack ends here.
         except Exception as error:
             raise RefusedPickleError(
-                f"{path} is no readable pickle ({type(error).__name__}: {error}). Is it cut off, or of another format?"
+                f"{path} is not a readable pickle ({type(error).__name__}: {error}): truncated, or in another format?"
             ) from error
 
 
 def shown(value: Any) -> str:
-    """A value from the file for a message; of a container its type only, which may unfold without end."""
+    """A value from the file for a message; only the type of a container, which may expand without end."""
     is_plain = value is None or type(value) in (str, int, float, bool)
     return repr(value)[:100] if is_plain else f"a {type(value).__name__}"
 
 
 class _BoundedReader(io.RawIOBase):
-    """A file that refuses to read past its end, before memory is set aside for what a header promises."""
+    """A file that refuses to read past its end, before memory is allocated for a size in a header."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.left = file, size
@@ -70,7 +70,7 @@ class _BoundedReader(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > self.left:
             raise RefusedPickleError(
-                f"it announces {size} bytes where only {self.left} are left. Is it cut off? Download it again."
+                f"it announces {size} bytes where only {self.left} are left. Is it truncated? Download it again."
             )
         self.left -= size
         return self.file.read(size)
@@ -90,15 +90,13 @@ class _DType:
 
     def __init__(self, name: Any, align: Any = False, copy: Any = False) -> None:
         if type(name) is not str or name not in NUMBER_TYPES:
-            raise RefusedPickleError(
-                f"an array of type {shown(name)} is refused: only numbers and truth values are read."
-            )
+            raise RefusedPickleError(f"an array of type {shown(name)} is refused: only numbers and booleans are read.")
         self.name: str = name
         self.byte_order = "="
 
     def set_state(self, state: Any) -> None:
         _version, self.byte_order, *structure = state
-        # Sub-arrays, names and fields are how objects hide in an array of numbers.
+        # Sub-arrays, names and fields could hide objects in an array of numbers.
         if self.byte_order not in ("<", ">", "|", "=") or any(part is not None for part in structure[:3]):
             raise RefusedPickleError("an array with fields or sub-arrays is refused: only plain numbers are read.")
 
@@ -155,7 +153,7 @@ def _empty_dict() -> dict:
 
 
 def _empty_bytes() -> bytes:
-    """Old protocols have no instruction for them."""
+    """Old protocols have no instruction for empty bytes."""
     return b""
 
 
@@ -179,12 +177,12 @@ STAND_INS: dict[tuple[str, str], Any] = {
 CALLABLE = (_empty_dict, _encode, _empty_bytes, _DType, _empty_array, _scalar, _array_from_buffer)
 
 
-# The interpreter in Python, whose table of instructions can be cut down; the one in C has all of them built in.
+# The interpreter in Python, whose table of instructions can be restricted; the one in C has all of them built in.
 _Unpickler: Any = pickle._Unpickler
 
 
 class _RestrictedUnpickler(_Unpickler):
-    """Carries out the allowed instructions only."""
+    """Executes only the allowed instructions."""
 
     dispatch: dict[int, Callable[[Any], None]]
 
@@ -194,7 +192,7 @@ class _RestrictedUnpickler(_Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if type(module) is not str or type(name) is not str:
-            raise RefusedPickleError("it asks for something whose name is no text, which is refused.")
+            raise RefusedPickleError("it asks for something whose name is not a string, which is refused.")
         if (module, name) not in STAND_INS:
             remedy = "Give the .pth that it was made from. " if module.partition(".")[0] == "torch" else ""
             raise RefusedPickleError(
@@ -218,7 +216,7 @@ class _RestrictedUnpickler(_Unpickler):
             raise RefusedPickleError(f"it calls {shown(function)}, which is refused and was not run.")
         result = function(*arguments)
         if isinstance(result, bytes):
-            # A few instructions could have one long text decoded very often.
+            # A few instructions could decode one long text many times.
             self.decoded_bytes_left -= len(result)
             if self.decoded_bytes_left < 0:
                 raise RefusedPickleError("it decodes more bytes than it holds, which is refused.")
@@ -238,13 +236,13 @@ class _RestrictedUnpickler(_Unpickler):
         self._set_items(self.stack[-1], items)
 
     def _set_items(self, target: Any, items: list[Any]) -> None:
-        # A tuple is hashed through all its levels, and a few bytes make one that takes years.
+        # A tuple is hashed through all its levels, and a few bytes can build one that takes years.
         if type(target) is not dict or any(type(key) not in KEY_TYPES for key in items[::2]):
-            raise RefusedPickleError("it holds a dictionary whose keys are no text or numbers, which is refused.")
+            raise RefusedPickleError("it holds a dictionary whose keys are not strings or numbers, which is refused.")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def load_bytearray8(self) -> None:
-        # The inherited method sets the announced memory aside before it reads.
+        # The inherited method allocates the announced memory before it reads.
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     def load_build(self) -> None:
@@ -277,12 +275,12 @@ _RestrictedUnpickler.dispatch = {
 
 
 def _finish(value: Any, done: dict[int, Any], depth: int) -> Any:
-    """Puts arrays in the place of their stand-ins, in every container, and refuses anything else that is left."""
+    """Replaces stand-ins by their arrays, in every container, and refuses anything else that is left."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if depth > 20:
         raise RefusedPickleError("its containers are nested more than 20 deep, or contain themselves.")
-    # A container that is met again is finished once: a few bytes may name it very often.
+    # A container that occurs again is finished once: a few bytes may refer to it many times.
     if id(value) not in done:
         if type(value) is _Array and value.content is not None:
             done[id(value)] = value.content

@@ -1,4 +1,4 @@
-"""Reads detectron2's yaml files, complete ones and those that change the values of another."""
+"""Reads detectron2's YAML files, complete ones and those that override the values of another."""
 
 import ast
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-MAX_DEPTH = 8  # detectron2's own go down four levels
+MAX_DEPTH = 8  # detectron2's own have four levels
 
 
 class _Loader(yaml.SafeLoader):
@@ -15,7 +15,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         node = super().compose_node(parent, index)
-        # Lists are shared by alias in detectron2's own files; nested mappings so shared unfold without end.
+        # detectron2's own files share lists by alias; nested mappings shared that way could expand without end.
         if isinstance(node, yaml.MappingNode):
             if id(node) in self.mappings:
                 raise yaml.composer.ComposerError(None, None, "a mapping is used twice by alias", node.start_mark)
@@ -30,29 +30,29 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor(
     "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
 )
-# The paper's files compute the sizes of their augmentation in Python. That is not read, so the text of it will do.
+# The paper's files compute augmentation sizes in Python. They are not used, so their source text suffices.
 _Loader.add_constructor(
     "tag:yaml.org,2002:python/object/apply:eval", lambda loader, node: loader.construct_sequence(node, deep=True)
 )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a file and those it builds on: `_BASE_` names one, relative to the file, whose values it changes.
+    """Reads a file and its bases: `_BASE_` names one, relative to the file, whose values it overrides.
 
     Raises:
         FileNotFoundError: A file does not exist.
-        ValueError: A file is no mapping of plain data, or the chain of bases leads back to it.
+        ValueError: A file is not a mapping of plain data, or the chain of bases is circular.
     """
     return _read(Path(path), ())
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Gives `{"MODEL": {"MASK_ON": x}}` as `{"MODEL.MASK_ON": x}`.
+    """Turns `{"MODEL": {"MASK_ON": x}}` into `{"MODEL.MASK_ON": x}`.
 
-    Texts that are a literal of Python become its value, as in detectron2: `("name",)` is no list in yaml.
+    Strings that are Python literals are evaluated, as in detectron2: in YAML, `("name",)` is not a list.
 
     Raises:
-        ValueError: It is nested deeper than any configuration, as by an alias of itself.
+        ValueError: It is nested deeper than any configuration, for instance by an alias of itself.
     """
     if prefix.count(".") > MAX_DEPTH:
         raise ValueError(f"the configuration is nested more than {MAX_DEPTH} deep at {prefix[:80]}...")
@@ -75,19 +75,19 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in readers:
         chain = " -> ".join(str(reader) for reader in (*readers, path))
-        raise ValueError(f"The files build on each other in a circle: {chain}. Change a _BASE_.")
+        raise ValueError(f"The files have a circular chain of bases: {chain}. Change a _BASE_.")
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist, but is the _BASE_ of {readers[-1]}. Put it there, or change _BASE_."
             if readers
-            else f"{path} does not exist. Name the yaml file that belongs to the checkpoint."
+            else f"{path} does not exist. Give the YAML file that belongs to the checkpoint."
         )
     try:
-        # Only plain data and tuples are constructed: the loader is SafeLoader with one tag more.
+        # Only plain data and tuples are constructed: the loader is a SafeLoader with additional tags.
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    # Dates, numbers and truth values that are none end in errors of their own.
+    # Invalid dates, numbers and booleans raise errors of other types.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no yaml file of plain data: {error}") from error
+        raise ValueError(f"{path} is not a YAML file of plain data: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} holds a {type(values).__name__}, but a configuration is a mapping of names to values."
@@ -96,7 +96,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return values
     if not isinstance(base, str) or "://" in base:
-        raise ValueError(f"{path} has _BASE_ {base!r}; give the name of a file.")
+        raise ValueError(f"{path} has _BASE_ {base!r}; it must be the name of a file.")
     return _merge(_read(path.parent / os.path.expanduser(base), (*readers, path)), values)
 
 

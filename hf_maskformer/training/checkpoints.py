@@ -1,4 +1,4 @@
-"""Which checkpoints of a training are whole, and where the next can be written."""
+"""Finds the complete checkpoints of a run, and checks that the next can be written."""
 
 import json
 import shutil
@@ -16,9 +16,9 @@ from ..data.workers import DEAD_WORKER
 
 
 def is_whole(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint of Trainer was written to its end."""
-    # Trainer writes the state last. A power failure may still lose what was written before it: a file of safetensors
-    # says how long it is, and a file of torch is a zip archive, whose directory comes at its end.
+    """Whether a checkpoint of Trainer is complete."""
+    # Trainer writes the state last. A power failure may still lose what was written before it: a safetensors file
+    # stores its own length, and a torch file is a zip archive, whose directory is at its end.
     folder = Path(checkpoint)
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -31,76 +31,76 @@ def is_whole(checkpoint: str | Path) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises an OSError if no file can be written into a folder, which is made if it does not exist."""
+    """Raises an OSError if a folder is not writable; it is created if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"output_dir {folder} cannot be written ({error}). Nothing was trained; name another.") from error
+        raise OSError(f"output_dir {folder} is not writable ({error}). Nothing was trained; choose another.") from error
 
 
 def check_is_new(folder: Path) -> None:
-    """Raises a ValueError if a folder holds checkpoints of another training, with which a new one's would mix."""
+    """Raises a ValueError if a folder holds checkpoints of another run, with which those of a new one would mix."""
     checkpoint = last_whole_checkpoint(str(folder))
     if checkpoint is not None:
         raise ValueError(
-            f"{folder} holds checkpoints of another run, such as {checkpoint}. Go on with it by "
-            "--resume_from_checkpoint auto, name another folder by --output_dir, or remove them."
+            f"{folder} holds checkpoints of another run, such as {checkpoint}. Resume it with "
+            "--resume_from_checkpoint auto, choose another folder with --output_dir, or remove them."
         )
 
 
 def last_whole_checkpoint(folder: str | None) -> str | None:
-    """The path of the latest checkpoint in an output folder that was written to its end, or None."""
+    """The path of the latest complete checkpoint in an output folder, or None."""
     checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
     return next(filter(is_whole, reversed(checkpoints)), None)
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str | None) -> str | bool | None:
-    """The checkpoint from which a training goes on, as `MaskFormerTrainer.train` explains; raises a ValueError too."""
+    """The checkpoint from which to resume, as in `MaskFormerTrainer.train`, including its ValueError."""
     if asked is True or asked == "auto":
-        return last_whole_checkpoint(output_dir) or asked is True  # of True, Trainer says that there is none
+        return last_whole_checkpoint(output_dir) or asked is True  # for True, Trainer raises if there is none
     if isinstance(asked, str) and not is_whole(asked):
         raise ValueError(
-            f"{asked} is no whole checkpoint: it is not there, or its writing was cut off. {way_on(output_dir)}."
+            f"{asked} is not a complete checkpoint: it does not exist, or writing it was cut off. {way_on(output_dir)}."
         )
     return asked
 
 
 def way_on(folder: str | None) -> str:
-    """How to continue a training that broke off, for the end of an error message."""
+    """How to continue an interrupted run, for the end of an error message."""
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
-        return "There is no earlier checkpoint: start anew"
-    return f"{checkpoint} is whole: go on from there by resume_from_checkpoint"
+        return "There is no earlier checkpoint: start again"
+    return f"{checkpoint} is complete: resume from it with resume_from_checkpoint"
 
 
 @contextmanager
 def named_if_not_written(folder: Path, output_dir: str | None) -> Iterator[None]:
-    """Raises an OSError that names the folder and the way on, if the writing of a model to it fails."""
+    """Raises an OSError that names the folder and how to continue, if writing a model to it fails."""
     try:
         yield
-    # As below; but errors of a GPU or of other processes, whose weights come together here, are no matter of the disk.
+    # As below; but errors of a GPU or of other processes, whose weights are gathered here, have nothing to do with it.
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         raise OSError(
-            f"The model cannot be written to {folder} ({error}). See that there is room. {way_on(output_dir)}."
+            f"The model cannot be written to {folder} ({error}). Check the free disk space. {way_on(output_dir)}."
         ) from error
 
 
 @contextmanager
 def removed_if_cut_off(checkpoint: Path, output_dir: str | None) -> Iterator[None]:
-    """Removes a checkpoint whose writing fails, as on a full disk, and raises an OSError that names the way on."""
+    """Removes a checkpoint if writing it fails, as on a full disk, and raises an OSError that says how to continue."""
     try:
         yield
-    # A full disk is an OSError where Python writes, but not where safetensors and torch do.
+    # A full disk raises OSError where Python writes, but not where safetensors and torch do.
     except (OSError, SafetensorError, RuntimeError) as error:
-        # What follows the writing, such as an upload, or what happens meanwhile is no matter of the disk.
+        # Errors after the writing, such as in an upload, or of other threads have nothing to do with the disk.
         if is_whole(checkpoint) or str(error).startswith(DEAD_WORKER):
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise OSError(
-            f"{checkpoint} cannot be written ({error}) and was removed. See that there is room; save_total_limit "
-            f"bounds how much checkpoints take. {way_on(output_dir)}."
+            f"{checkpoint} cannot be written ({error}) and was removed. Check the free disk space; save_total_limit "
+            f"limits the number of checkpoints. {way_on(output_dir)}."
         ) from error

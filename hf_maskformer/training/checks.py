@@ -1,4 +1,4 @@
-"""Faults that a trainer can name before they cost time: of data, of arguments, of what it would save."""
+"""Checks with which a trainer reports errors early: in the data, in the arguments, in what it would save."""
 
 import json
 from pathlib import Path
@@ -17,19 +17,19 @@ from .checkpoints import way_on
 
 
 def check_parts(trainer: Any) -> None:
-    """Raises a ValueError if a `MaskFormerTrainer` was given parts that it cannot work with, or would not use."""
+    """Raises a ValueError if a `MaskFormerTrainer` was given objects that it cannot use, or would ignore."""
     if not isinstance(trainer.args, MaskFormerTrainingArguments):
         raise ValueError(
-            f"args are {type(trainer.args).__name__}. Give MaskFormerTrainingArguments, which have the same fields "
+            f"args are {type(trainer.args).__name__}. Pass MaskFormerTrainingArguments, which have the same fields "
             "and some more."
         )
     if trainer.compute_metrics is not None:
         raise ValueError(
-            "MaskFormerTrainer evaluates by itself, without compute_metrics. Leave it out; or use transformers' "
+            "MaskFormerTrainer has its own evaluation, without compute_metrics. Leave it out; or use transformers' "
             "Trainer with hf_maskformer.evaluation.compute_metrics.ComputeMetrics."
         )
     if trainer.compute_loss_func is not None:
-        raise ValueError("The model computes its loss by itself, without compute_loss_func. Leave it out.")
+        raise ValueError("The model computes its own loss, without compute_loss_func. Leave it out.")
     if not isinstance(trainer.processing_class, MaskFormerImageProcessor):
         kind = type(trainer.processing_class)
         raise ValueError(
@@ -38,33 +38,33 @@ def check_parts(trainer: Any) -> None:
         )
     if any(isinstance(module, StockModel) for module in trainer.model.modules()):  # adapters may be around it
         raise ValueError(
-            "The model is transformers' MaskFormerForInstanceSegmentation. Load that of hf_maskformer, or call "
+            "The model is transformers' MaskFormerForInstanceSegmentation. Use that of hf_maskformer, or call "
             "hf_maskformer.register_auto_classes() before an Auto class loads it."
         )
 
 
 def check_classes(model: Any, dataset: Any, image_processor: Any) -> None:
-    """Raises a ValueError if a data set that knows its classes has others than the model or the image processor."""
+    """Raises a ValueError if the classes of a data set, if known, do not match the model or the image processor."""
     try:
         labels = labels_of(dataset)
     except ValueError:
-        return  # which training itself does not need
+        return  # training does not need them
     if model.config.num_labels != labels.num_labels:
         raise ValueError(
-            f"The model has {model.config.num_labels} classes, but train_dataset has {labels.num_labels}. Make the "
+            f"The model has {model.config.num_labels} classes, but train_dataset has {labels.num_labels}. Load the "
             "model with these: pretrained_model(checkpoint, train_dataset.labels, reinitialize_head=True) of "
             "hf_maskformer.training.starting_point."
         )
     if labels.do_reduce_labels != bool(image_processor.do_reduce_labels):
         raise ValueError(
             f"The image processor has do_reduce_labels={image_processor.do_reduce_labels}, but train_dataset "
-            f"{labels.do_reduce_labels}, so that each class would be taken for its neighbour. Make the image "
-            "processor by image_processor_for(train_dataset.labels, ...) of hf_maskformer.training.starting_point."
+            f"{labels.do_reduce_labels}, so all class ids would be off by one. Build the image processor with "
+            "image_processor_for(train_dataset.labels, ...) of hf_maskformer.training.starting_point."
         )
 
 
 def check_eval_data(task: Task, eval_dataset: Any) -> None:
-    """Raises a ValueError if a data set does not say which classes it has, or its labels do not allow the task."""
+    """Raises a ValueError if a data set does not say which classes it has, or its labels do not support the task."""
     if eval_dataset is None:
         return
     labels_of(eval_dataset)
@@ -73,23 +73,23 @@ def check_eval_data(task: Task, eval_dataset: Any) -> None:
 
 
 def check_eval_classes(train_dataset: Any, eval_dataset: Any) -> None:
-    """Raises a ValueError if a class of one data set stands in another place in the other, and both know their classes.
+    """Raises a ValueError if two data sets give the same class different ids, as far as their classes are known.
 
-    A file of COCO's form for each split may list other categories, or the same in another order.
+    COCO files of different splits may list other categories, or the same ones in another order.
     """
     try:
         trained, evaluated = ([*labels_of(each).id2label.items()] for each in (train_dataset, eval_dataset))
     except ValueError:
         return
-    # The very name first: ADE20K-Full has both a postbox and a post box.
+    # Exact names first: ADE20K-Full has both a postbox and a post box.
     places = {_spelt_alike(name): label for label, name in trained} | {name: label for label, name in trained}
     for label, name in evaluated:
         place = places.get(name, places.get(_spelt_alike(name), label))
         if place != label:
             raise ValueError(
-                f"{name!r} is class {label} in eval_dataset, but class {place} in train_dataset, so that it would be "
+                f"{name!r} is class {label} in eval_dataset, but class {place} in train_dataset, so it would be "
                 "evaluated as another one. Open both with the same classes (--classes classes.json): categories of "
-                "COCO's files are then matched by name."
+                "COCO files are then matched by name."
             )
 
 
@@ -98,7 +98,7 @@ def _spelt_alike(name: str) -> str:
 
 
 def check_length(dataset: Any, args: MaskFormerTrainingArguments) -> None:
-    """Raises a ValueError for a data set that holds less than a batch, if such a rest is left out."""
+    """Raises a ValueError for a data set smaller than a batch, if incomplete batches are dropped."""
     if dataset is None or not has_length(dataset):
         return
     batch_size = args.train_batch_size * args.world_size
@@ -110,10 +110,10 @@ def check_length(dataset: Any, args: MaskFormerTrainingArguments) -> None:
 
 
 def check_checkpoint(checkpoint: str, model: Any, args: MaskFormerTrainingArguments) -> None:
-    """Raises a ValueError if a checkpoint is of a model with other classes, or of another optimiser."""
+    """Raises a ValueError if a checkpoint is from a model with other classes, or from another optimiser."""
     _check_optimizer(checkpoint, args)
     path = Path(checkpoint, "config.json")
-    if not path.is_file():  # of adapters, whose weights say by themselves what they fit
+    if not path.is_file():  # adapters, which fail to load if they do not fit
         return
     try:
         trained = json.loads(path.read_text(encoding="utf-8")).get("id2label")
@@ -122,8 +122,8 @@ def check_checkpoint(checkpoint: str, model: Any, args: MaskFormerTrainingArgume
     names, own = list((trained or {}).values()), list(model.config.id2label.values())
     if trained is not None and names != own:
         raise ValueError(
-            f"{checkpoint} was left by another run: its model has the {len(names)} classes {shorten(names)}, this one "
-            f"the {len(own)} classes {shorten(own)}. Name another output_dir, or remove its checkpoints."
+            f"{checkpoint} is from another run: its model has the {len(names)} classes {shorten(names)}, this one "
+            f"the {len(own)} classes {shorten(own)}. Choose another output_dir, or remove its checkpoints."
         )
 
 
@@ -133,17 +133,17 @@ def _check_optimizer(checkpoint: str, args: MaskFormerTrainingArguments) -> None
     except FileNotFoundError:
         if Path(checkpoint, "training_args.bin").is_file() and Path(checkpoint, "optimizer.pt").is_file():
             raise ValueError(
-                f"{checkpoint} was left by transformers' Trainer, whose optimiser has other parameter groups. Begin a "
+                f"{checkpoint} is from transformers' Trainer, whose optimiser has other parameter groups. Start a "
                 "new run with its weights: MaskFormerForInstanceSegmentation.from_pretrained(checkpoint)."
             ) from None
         return
-    except (OSError, ValueError, AttributeError):  # damaged, and only needed to say what torch would say otherwise
+    except (OSError, ValueError, AttributeError):  # damaged; without it, torch's own error remains
         return
-    # Those of AdamW have the same states.
+    # All variants of AdamW have the same state.
     if trained is not None and _kind(trained) != _kind(str(args.to_dict()["optim"])):
         raise ValueError(
-            f"{checkpoint} was trained by optim={trained}, whose states {args.to_dict()['optim']} cannot go on with. "
-            f"Give optim={trained}, or begin a new run with the weights of this checkpoint."
+            f"{checkpoint} was trained with optim={trained}, whose state {args.to_dict()['optim']} cannot use. "
+            f"Set optim={trained}, or start a new run with the weights of this checkpoint."
         )
 
 
@@ -152,7 +152,7 @@ def _kind(optimizer: str) -> str:
 
 
 def check_metric_for_best_model(metric: str | None, task: Task, eval_dataset: Any) -> None:
-    """Raises a ValueError for the loss, the main figure of another task, and what is no figure of the task."""
+    """Raises a ValueError for the loss, the main figure of another task, and anything but a figure of the task."""
     if metric is None:
         return
     if metric in ("loss", "eval_loss"):
@@ -174,17 +174,17 @@ def check_metric_for_best_model(metric: str | None, task: Task, eval_dataset: An
 
 
 def check_reports(report_to: str | list[str] | None) -> None:
-    """Raises a ValueError for what cannot report a training, and an ImportError if it is not installed."""
+    """Raises a ValueError for unknown reporting integrations, and an ImportError for ones that are not installed."""
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
         if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
-            raise ValueError(f"--report_to {name} is unknown; known are {', '.join(INTEGRATION_TO_CALLBACK)} and none.")
-        # Of the first two, transformers does not say whether they are there.
+            raise ValueError(f"--report_to {name} is unknown; use one of {', '.join(INTEGRATION_TO_CALLBACK)} or none.")
+        # transformers does not say whether the first two are available.
         if name not in ("flyte", "azure_ml", "none", "all", *get_available_reporting_integrations()):
-            raise ImportError(f"--report_to {name}: it is not installed. Install it, or give --report_to none.")
+            raise ImportError(f"--report_to {name}: it is not installed. Install it, or use --report_to none.")
 
 
 def check_weights(model: nn.Module, step: int, output_dir: str | None) -> None:
-    """Raises a ValueError that names the step and the way on, if a weight is NaN or infinite."""
+    """Raises a ValueError that names the step and how to continue, if a weight is NaN or infinite."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(

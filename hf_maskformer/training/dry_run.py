@@ -1,4 +1,4 @@
-"""Tells what a training would be, without training: settings, model, optimiser, length, memory."""
+"""Describes a training run without running it: settings, model, optimiser, length, memory."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -24,7 +24,7 @@ def describe_run(
     num_images: int | None = None,
     image_processor: MaskFormerImageProcessor | None = None,
 ) -> str:
-    """A report for people.
+    """A human-readable report.
 
     Args:
         title: its first line.
@@ -35,7 +35,7 @@ def describe_run(
         image_processor: that of the model, if known.
     """
     training = training_arguments(parsed)
-    # Nothing is computed, and no memory taken, on the meta device.
+    # The meta device computes nothing and allocates no memory.
     with torch.device("meta"):
         model = model_class(config)(config)
     sections = (
@@ -49,11 +49,11 @@ def describe_run(
 
 
 def _settings(parsed: Sequence[Any], sources: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    # Options that decide about the result are listed also where neither recipe nor command line has them.
+    # Options that affect the result are listed even if neither recipe nor command line sets them.
     shown: tuple[str, ...] = ("seed", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon")
     rows = []
     for arguments in parsed:
-        if getattr(arguments, "augmentation", "") is None:  # these decide about images in its place
+        if getattr(arguments, "augmentation", "") is None:  # these are used in its place
             shown += ("image_size", "min_scale", "max_scale", "crop", "change_colors")
         for field in fields(arguments):
             if field.name not in (*sources, *shown) or field.name in ("preset", "dry_run"):
@@ -78,7 +78,7 @@ def _of_model(config: Config, image_processor: MaskFormerImageProcessor | None) 
             "longer side at most": processor.size["longest_edge"],
             "batches padded to multiples of": processor.size_divisor,
             "ignored value of label maps": processor.ignore_index,
-            "0 of label maps ignored": processor.do_reduce_labels,
+            "0 in label maps ignored": processor.do_reduce_labels,
         }
     return [(name, _text(value), "model") for name, value in values.items()]
 
@@ -113,7 +113,7 @@ def _length(training: MaskFormerTrainingArguments, num_images: int | None) -> li
     devices = training.world_size * max(training.n_gpu, 1)
     at_once, parts = training.per_device_train_batch_size, training.gradient_accumulation_steps
     images = at_once * devices * parts
-    lines = [f"{images} images in a step: {at_once} at once on each of {devices} device(s), {parts} time(s)."]
+    lines = [f"{images} images per step: {at_once} on each of {devices} device(s), accumulated {parts} time(s)."]
     if training.paper_schedule == "steps" and training.max_steps > 0:
         falls = ", ".join(f"{round(share * training.max_steps):,}" for share in training.lr_milestones)
         lines.append(f"The learning rate falls to a tenth at step {falls}.")
@@ -139,12 +139,12 @@ def _memory(model: nn.Module) -> list[str]:
     rows = [
         ("weights, float32", _mib(weights)),
         ("gradients, float32", _mib(trainable)),
-        ("AdamW's two averages, float32", _mib(2 * trainable)),
-        ("together, on each device", _mib(weights + 3 * trainable)),
+        ("AdamW's two moments, float32", _mib(2 * trainable)),
+        ("in total, on each device", _mib(weights + 3 * trainable)),
     ]
     left_out = (
-        "Left out: activations, which grow with images at once and their size and are the larger part in training, the "
-        "masks of the loss, buffers for exchange between processes, and what the libraries take for themselves."
+        "Not included: activations, which grow with batch and image size and dominate in training, the masks of the "
+        "loss, communication buffers between processes, and the overhead of the libraries."
     )
     return [*_table(("memory", "MiB"), rows), left_out]
 

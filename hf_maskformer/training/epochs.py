@@ -1,4 +1,4 @@
-"""Tells data sets which epoch begins."""
+"""Tells data sets which epoch starts."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class EpochCallback(TrainerCallback):
-    """Calls `set_epoch` of the training data set, so that augmentations differ between epochs and can be repeated.
+    """Calls `set_epoch` of the training data set, so that augmentations differ between epochs and are reproducible.
 
     Accelerate's data loaders do this for a single process only.
     """
@@ -17,7 +17,7 @@ class EpochCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A training that goes on within an epoch begins at a fraction.
+        # A run that resumes within an epoch starts at a fraction.
         self._epoch = int(state.epoch or 0)
 
     def on_epoch_begin(
@@ -26,5 +26,5 @@ class EpochCallback(TrainerCallback):
         dataset: Any = getattr(kwargs["train_dataloader"], "dataset", None)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self._epoch)
-        # Counted here: the passes over a stream, whose length nobody knows, are fractions of an epoch to Trainer.
+        # Counted here: to Trainer, a pass over a stream of unknown length is a fraction of an epoch.
         self._epoch += 1

@@ -1,4 +1,4 @@
-"""Ends a run that the system asks to end, after a checkpoint."""
+"""Ends a run on SIGTERM, after saving a checkpoint."""
 
 import signal
 import threading
@@ -13,11 +13,11 @@ EXIT_INTERRUPTED = 75  # "temporary failure, try again" among the codes of sysex
 
 
 class InterruptionCallback(TrainerCallback):
-    """Lets a training end after the step in which SIGTERM arrives, with a checkpoint and without an evaluation.
+    """Ends training after the step in which SIGTERM arrives, with a checkpoint and without an evaluation.
 
-    Listens inside its own `with` block only. transformers' `enable_jit_checkpoint` waits for three seconds, on each
-    process by its own clock, and saves within a step, where random numbers are already drawn: processes could save
-    different steps, and what is resumed would not be what was interrupted.
+    Handles the signal only inside its own `with` block. transformers' `enable_jit_checkpoint` waits for three seconds,
+    on each process's own clock, and saves within a step, where random numbers are already drawn: processes could save
+    different steps, and a resumed run would differ from the interrupted one.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class InterruptionCallback(TrainerCallback):
     def __enter__(self) -> None:
         self.is_asked = self.is_ending = False
         self._listens = threading.current_thread() is threading.main_thread()
-        if self._listens:  # Python lets no other thread do so
+        if self._listens:  # Python allows this in no other thread
             self._handler_before = signal.signal(signal.SIGTERM, self._ask)
 
     def __exit__(self, *exception: object) -> None:
@@ -36,11 +36,11 @@ class InterruptionCallback(TrainerCallback):
             signal.signal(signal.SIGTERM, self._handler_before or signal.SIG_DFL)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        # Workers that read data inherit this and so outlive the signal, which often goes to all processes of a run.
+        # Data-loading workers inherit this and so survive the signal, which often goes to all processes of a run.
         self.is_asked = True
 
     def agree_to_end(self) -> bool:
-        """Whether any process was asked. To be called by all of them, so that all end after the same step."""
+        """Whether any process got the signal. All of them must call this, so that all end after the same step."""
         state = PartialState()
         self.is_ending = self.is_asked
         if state.num_processes > 1:
@@ -57,5 +57,5 @@ class InterruptionCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.is_ending:  # an epoch cut short, whose checkpoint is written
+        if self.is_ending:  # a truncated epoch, whose checkpoint is already written
             control.should_save = control.should_evaluate = False

@@ -1,11 +1,11 @@
-"""The terms of the loss between two lines of the log."""
+"""Averages the loss terms between two log entries."""
 
 from accelerate import Accelerator
 from torch import Tensor, stack
 
 
 class LossTerms:
-    """Sums every term by name, and forgets the sums when their means are taken."""
+    """Sums every term by name, and resets the sums when their means are taken."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -16,12 +16,12 @@ class LossTerms:
         return bool(self._sums)
 
     def add(self, terms: dict[str, Tensor], share: float, step: int) -> None:
-        """Counts the terms of a batch, which makes up a share of the batch of an optimiser step."""
+        """Adds the terms of a batch, which makes up a share of the batch of an optimiser step."""
         if not self._sums:
             self._first_step = step
         self._last = terms
         for name, term in terms.items():
-            # A term has one number per GPU in DataParallel.
+            # Under DataParallel a term has one value per GPU.
             self._sums[name] = self._sums.get(name, 0.0) + share * term.mean()
 
     def take_means(self, step: int, accelerator: Accelerator) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Options of a training that say which model it begins with."""
+"""Training options for the model to start from."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,17 +27,17 @@ class ModelArguments:
     """A model of the paper by name, a checkpoint, a backbone or a configuration.
 
     Raises:
-        ValueError: these do not go together.
+        ValueError: these cannot be combined.
     """
 
     preset: str | None = field(default=None, metadata={"help": "Model of the paper: its architecture and its recipe."})
     checkpoint: str | None = field(default=None, metadata={"help": "Checkpoint to fine-tune: a folder or a Hub name."})
-    backbone: str | None = field(default=None, metadata={"help": "Pretrained backbone of a new model: as above."})
+    backbone: str | None = field(default=None, metadata={"help": "Pretrained backbone for a new model: likewise."})
     config: str | None = field(default=None, metadata={"help": "Configuration of a model with random weights."})
     backbone_weights: str | None = field(
         default=None,
         metadata={
-            "help": "For --preset or --config, weights of the backbone: a .pth or .pkl file, a folder or a Hub name; "
+            "help": "With --preset or --config, weights of the backbone: a .pth or .pkl file, a folder or a Hub name; "
             "'random' for none."
         },
     )
@@ -57,25 +57,25 @@ class ModelArguments:
             return
         find_preset(self.preset)
         if self.config is not None:
-            raise ValueError("--preset has a configuration of its own. Leave --config out.")
+            raise ValueError("--preset has its own configuration. Leave --config out.")
         if [self.checkpoint, self.backbone, self.backbone_weights].count(None) < 2:
-            raise ValueError("Give only one of --checkpoint, --backbone and --backbone_weights beside --preset.")
+            raise ValueError("Give only one of --checkpoint, --backbone and --backbone_weights with --preset.")
 
     @property
     def title(self) -> str:
-        """What is trained, in a line."""
+        """What is trained, in one line."""
         if self.preset is None:
-            return f"Begins with {self.checkpoint or self.backbone or self.config}."
+            return f"Starts from {self.checkpoint or self.backbone or self.config}."
         preset = find_preset(self.preset)
         reported = f"{preset.reported} {preset.data_set.metric} as reported by the paper's authors"
-        begins = self.checkpoint or self.backbone or self.backbone_weights or "weights of a backbone, still to be given"
-        return f"{preset.name}: {preset.data_set.title}, {preset.backbone}, {reported}. Begins with {begins}."
+        begins = self.checkpoint or self.backbone or self.backbone_weights or "backbone weights, still to be given"
+        return f"{preset.name}: {preset.data_set.title}, {preset.backbone}, {reported}. Starts from {begins}."
 
     def check(self, is_training: bool = True) -> None:
-        """Finds a misspelt or missing name before the data are read."""
+        """Detects a misspelt or missing name before the data are read."""
         if is_training and self.preset and not (self.checkpoint or self.backbone or self.backbone_weights):
             raise ValueError(
-                f"{self.preset} begins with a backbone trained on ImageNet. Give --backbone_weights, a file or a name "
+                f"{self.preset} starts from a backbone trained on ImageNet. Give --backbone_weights, a file or a name "
                 "on the Hub (docs/reproducing.md says which); --backbone_weights random to do without; or --checkpoint "
                 "to fine-tune a whole model."
             )
@@ -87,7 +87,7 @@ class ModelArguments:
                 model_class_of(checkpoint)
 
     def check_data(self, dataset: Any, task: str | None = None) -> None:
-        """Finds out whether data, and a task that is asked for, fit the preset, if there is one.
+        """Checks that the data, and the requested task, match the preset, if there is one.
 
         Raises what `recipes.check_data` does, and a ValueError for another task than the preset's.
         """
@@ -96,7 +96,7 @@ class ModelArguments:
         preset = find_preset(self.preset)
         own_task = preset.data_set.task
         if task not in (None, own_task):
-            raise ValueError(f"--task is {task}, but {preset.name} learns {own_task} segmentation. Leave --task out.")
+            raise ValueError(f"--task is {task}, but {preset.name} is for {own_task} segmentation. Leave --task out.")
         check_data(preset, dataset, is_fine_tuning=self.checkpoint is not None)
 
     def model(self, labels: LabelSet) -> Model:
@@ -116,9 +116,9 @@ class ModelArguments:
         return model
 
     def planned_config(self, labels: LabelSet | None) -> Config:
-        """The configuration of that model, without reading weights; None are the classes that it has of itself.
+        """The configuration of that model, without reading weights; None stands for its own classes.
 
-        Raises what `pretrained_model` does of a checkpoint with other classes.
+        Raises what `pretrained_model` does for a checkpoint with other classes.
         """
         if self.checkpoint is not None and labels is not None:
             config = model_class_of(self.checkpoint).config_class.from_pretrained(self.checkpoint)
@@ -137,9 +137,9 @@ class ModelArguments:
     def image_processor(
         self, labels: LabelSet | None, image_size: int, model: Model | None = None, task: Task = "semantic"
     ) -> MaskFormerImageProcessor | None:
-        """The image processor that goes with the model; None where it takes classes that are not given.
+        """The image processor for the model; None if it depends on classes that are not given.
 
-        A preset has a task of its own.
+        A preset has its own task.
         """
         if self.preset is None:
             if labels is None:

@@ -1,4 +1,4 @@
-"""The optimiser's groups of parameters: the backbone learns at a rate of its own, and some parameters do not decay."""
+"""The optimiser's parameter groups: the backbone has its own learning rate, and some parameters no weight decay."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 BACKBONE = "pixel_level_module.encoder."
 PYRAMID = "pixel_level_module.encoder.levels."  # new layers on top of a pretrained vision transformer
-# Never decayed, as in the paper's code: norms, embeddings, Swin's position bias; nor what other backbones have of it.
+# Never decayed, as in the paper's code: norms, embeddings, Swin's position bias; nor similar ones of other backbones.
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 UNDECAYED_NAMES = (
     "relative_position_bias_table",

@@ -1,4 +1,4 @@
-"""Pictures of predictions in TensorBoard, after every evaluation."""
+"""Draws predictions for TensorBoard, after every evaluation, and for model cards."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +22,12 @@ MAX_SIDE = 1600  # pixels of a picture in a model card
 
 
 class PictureCallback(TrainerCallback):
-    """Shows the first samples of a data set as image, truth and prediction; writes nothing but TensorBoard's events.
+    """Shows the first samples of a data set as image, ground truth and prediction; writes only TensorBoard events.
 
     Args:
         dataset: samples with their `labels`, map-style.
-        image_processor: a `MaskFormerImageProcessor`, for the predictions; its `segmentation_task` says what is drawn.
-        tensorboard: transformers' callback, whose event file takes the pictures.
+        image_processor: a `MaskFormerImageProcessor`, for the predictions; its `segmentation_task` is what is drawn.
+        tensorboard: transformers' callback, whose event file gets the pictures.
         num_pictures: how many samples.
     """
 
@@ -51,11 +51,11 @@ class PictureCallback(TrainerCallback):
 
 
 def drawn_data(trainer: Any) -> Any:
-    """The evaluation data of a trainer, the first of several, if their first samples can be drawn; otherwise None."""
+    """The evaluation data of a trainer, the first of several, if its first samples can be drawn; otherwise None."""
     dataset = trainer.eval_dataset
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()), None)
-    # Where a process holds a part of the weights only, it cannot predict alone.
+    # A process that holds only a part of the weights cannot predict alone.
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return dataset if hasattr(dataset, "__len__") and not is_sharded else None
 
@@ -67,15 +67,15 @@ def write_pictures(model: Any, image_processor: Any, dataset: Any, num_pictures:
         model, image_processor: what predicts.
         dataset: samples with their `labels`, map-style.
         num_pictures: how many samples.
-        folder: where the card is; pictures of an earlier card there are removed.
+        folder: the folder of the card; pictures of an earlier card there are removed.
     """
     for path in (folder / FOLDER).glob("sample_*.jpg"):
         path.unlink()
     pictures = []
-    # Without the names of samples, which may say more than their owner wants to tell.
+    # Without sample names, which may reveal more than their owner wants to publish.
     for number, (_, drawn) in enumerate(draw_samples(model, image_processor, dataset, num_pictures), start=1):
         drawn.thumbnail((MAX_SIDE, MAX_SIDE))
-        pictures.append(Picture("Image, truth and prediction", f"{FOLDER}/sample_{number}.jpg"))
+        pictures.append(Picture("Image, ground truth and prediction", f"{FOLDER}/sample_{number}.jpg"))
         (folder / FOLDER).mkdir(exist_ok=True)
         drawn.save(folder / pictures[-1].file, quality=90)
     return pictures
@@ -95,7 +95,7 @@ def draw_samples(
 
 @torch.no_grad()
 def picture_of(model: Any, image_processor: Any, sample: Sample, labels: LabelSet) -> Image.Image:
-    """Draws the image of a sample, its truth and the prediction of a model side by side, with a legend."""
+    """Draws the image of a sample, its ground truth and a model's prediction side by side, with a legend."""
     task = task_for(image_processor)
     truth = reference_of(sample, labels, task)
     if task == "instance":
@@ -114,12 +114,12 @@ def picture_of(model: Any, image_processor: Any, sample: Sample, labels: LabelSe
         )
         for segmentation, segments in pictures
     ]
-    titled = list(zip(("truth", "prediction"), panels, strict=True))
+    titled = list(zip(("ground truth", "prediction"), panels, strict=True))
     return draw_comparison(sample["image"], titled, legend_labels(present, labels.id2label))
 
 
 def _as_id_map(objects: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """Draws masks over one another, the smallest on top."""
+    """Draws masks on top of one another, the smallest last."""
     masks = np.asarray(objects["masks"])
     segmentation = np.zeros(size, dtype=np.int32)
     for number in np.argsort(-masks.sum(axis=(1, 2))):

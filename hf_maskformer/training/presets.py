@@ -1,7 +1,7 @@
-"""The models of the paper's tables and of its model zoo by name: architecture, classes, loss.
+"""The models of the paper's tables and model zoo by name: architecture, classes, loss.
 
-Two small tables, of data sets and of backbones, and one row for each model made of both. The weights of the loss are
-the paper's everywhere, and so the defaults of the configurations.
+Two small tables, of data sets and of backbones, and one row for each model that combines them. The loss weights are the
+paper's for all, which are the defaults of the configurations.
 """
 
 import difflib
@@ -28,19 +28,19 @@ WEIGHTS_URL = "https://dl.fbaipublicfiles.com/maskformer"
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a model must know of the data it is trained on.
+    """What a model must know about the data it is trained on.
 
     Attributes:
-        title: how people call it.
+        title: its display name.
         original_name: its validation split in the paper's code.
-        folder: its folder among the weights of the model zoo.
+        folder: its folder in the model zoo.
         num_labels: number of classes.
         test_size: shortest and longest edge, in pixels, to which images are scaled.
         size_divisor: batches are padded to multiples of this.
         ignore_index: value of unlabelled pixels in the label maps.
         do_reduce_labels: whether label maps count from 1 and 0 is unlabelled.
         label_names: file with names and thing ids; without one, classes are called LABEL_0, LABEL_1, ...
-        panoptic_thresholds: of a panoptic data set, the paper's settings for post-processing.
+        panoptic_thresholds: for a panoptic data set, the paper's post-processing thresholds.
     """
 
     title: str
@@ -61,11 +61,11 @@ class DataSet:
 
     @property
     def metric(self) -> str:
-        """What its results are measured in."""
+        """The metric of its results."""
         return {"semantic": "mIoU", "panoptic": "PQ"}[self.task]
 
     def labels(self) -> LabelSet | None:
-        """Its classes, or None where their names are not known here."""
+        """Its classes, or None if their names are not known here."""
         if self.label_names is None:
             return None
         named = named_labels(self.label_names)
@@ -152,7 +152,7 @@ BACKBONES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "swin-large": (SwinConfig, {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], **_WINDOW_12}),
 }
 MASKFORMER, BASELINE, BASELINE_PLUS = "", "per-pixel-baseline", "per-pixel-baseline-plus"
-# transformers' defaults have only the first of them.
+# transformers' defaults set only the first of them.
 DROPOUT: dict[str, Any] = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
 PIXEL_DECODER_LAYERS = 6  # of the panoptic models with a ResNet, which alone have a transformer in the pixel decoder
 
@@ -164,8 +164,8 @@ class Preset:
     Attributes:
         data_set_name: of its data, in `DATA_SETS`.
         method: which of the paper's three architectures.
-        reported, reported_multi_scale: mIoU or PQ in percent as the paper's authors report it for their weights, the
-            second with several scales and flips at inference.
+        reported, reported_multi_scale: mIoU or PQ in percent as reported by the paper's authors for their weights, the
+            second with multi-scale and flip test-time augmentation.
         reported_parameters: millions, counted in the paper's own implementation.
         weights_url: where the authors' weights are.
     """
@@ -186,13 +186,13 @@ class Preset:
 
     @property
     def weights_file(self) -> str:
-        """Name of the file with the authors' weights."""
+        """File name of the authors' weights."""
         return self.weights_url.rpartition("/")[2]
 
     @property
     def test_size(self) -> tuple[int, int]:
         """Shortest and longest edge at inference."""
-        # The authors trained their largest semantic models on ADE20K at another size than the others.
+        # The authors trained their largest semantic models on ADE20K at a different size.
         if self.name in ("ade20k-swin-base", "ade20k-swin-large"):
             return 640, 2560
         return self.data_set.test_size
@@ -201,7 +201,7 @@ class Preset:
         """The model's configuration.
 
         Args:
-            labels: other names of the classes. Raises a ValueError if they are not as many as the preset has.
+            labels: other class names. Raises a ValueError if their number is not that of the preset.
         """
         names = config_label_fields(self._labels(labels), self.data_set.num_labels)
         config_class, fields = BACKBONES[self.backbone]
@@ -225,7 +225,7 @@ class Preset:
         return model_class(config)(config)
 
     def image_processor(self, labels: LabelSet | None = None) -> MaskFormerImageProcessor:
-        """The image processor that goes with the model; `labels` as in `config`."""
+        """The model's image processor; `labels` as in `config`."""
         return MaskFormerImageProcessor(**self.image_processor_settings(self._labels(labels)))
 
     def image_processor_settings(self, labels: LabelSet | None) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class Preset:
         shortest, longest = self.test_size
         return {
             "size": {"shortest_edge": shortest, "longest_edge": longest},
-            # The baselines' batches are padded to a common size only.
+            # The baselines' batches are only padded to a common size.
             "size_divisor": self.data_set.size_divisor if self.method == MASKFORMER else 0,
             "num_labels": self.data_set.num_labels if labels is None else labels.num_labels,
             **task_settings(self.data_set.panoptic_thresholds),
@@ -257,7 +257,7 @@ def model_class(config: Config) -> Any:
 
 
 def config_label_fields(labels: LabelSet | None, num_labels: int) -> dict[str, Any]:
-    """The fields of a configuration that hold its classes, named LABEL_i where no names are given."""
+    """The fields of a configuration that hold its classes, named LABEL_i if no names are given."""
     if labels is None:
         return {"num_labels": num_labels}
     return {"id2label": labels.id2label, "label2id": {name: label for label, name in labels.id2label.items()}}
@@ -271,7 +271,7 @@ def task_settings(panoptic_thresholds: dict[str, float] | None) -> dict[str, Any
 
 
 def label_map_settings(labels: LabelSet | None, ignore_index: int) -> dict[str, Any]:
-    """The settings of an image processor that say how label maps are to be read, and which classes are stuff."""
+    """The settings of an image processor that say how to read label maps, and which classes are stuff."""
     if labels is None:
         return {"ignore_index": ignore_index}
     return {
@@ -281,7 +281,7 @@ def label_map_settings(labels: LabelSet | None, ignore_index: int) -> dict[str, 
     }
 
 
-# Reported mIoU or PQ, the same with several scales, reported millions of parameters; the authors' file of weights.
+# Reported mIoU or PQ, the same multi-scale, reported millions of parameters; the authors' weights.
 _ROWS: dict[str, dict[tuple[str, str], tuple[float, float | None, float, str, str]]] = {
     "ade20k": {
         (BASELINE, "r50"): (39.2, 40.9, 31.034, "per_pixel_baseline_R50_bs16_160k", "1043f3"),
@@ -348,8 +348,8 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _presets()}
 
 
 def find_preset(name: str) -> Preset:
-    """Finds a preset. Raises a ValueError that lists close names if there is none of this name."""
+    """Finds a preset. Raises a ValueError that lists similar names if there is none with this name."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=5, cutoff=0.4) or sorted(PRESETS)
-        raise ValueError(f"There is no preset {name!r}. Close to it are {', '.join(close)}.")
+        raise ValueError(f"There is no preset {name!r}. Similar names are {', '.join(close)}.")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Reads the command line of a training: what is written there outranks the recipe of `--preset`."""
+"""Parses the command line of a training run, which overrides the recipe of `--preset`."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from .presets import find_preset
 from .recipes import PACKAGE_OPTIONS, RECIPES, accumulation
 
 PAPER, PACKAGE, COMPUTED, COMMAND_LINE = "paper", "package", "computed", "command line"
-# An option of the recipe gives way not only to itself on the command line, but also to what would not work beside it.
+# An option of the recipe is overridden not only by itself on the command line, but also by options that conflict.
 YIELDS_TO = {
     "max_steps": ("num_train_epochs",),
     **dict.fromkeys(("paper_schedule", "warmup_factor", "lr_milestones"), ("lr_scheduler_type",)),
     "augmentation": ("image_size", "min_scale", "max_scale", "crop"),
 }
-# The other options of transformers, but those with a default of our own, are shown by --help_all.
+# The other options of transformers, except those with our own default, are shown by --help_all.
 EVERYDAY = ("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "warmup_steps", "report_to")
 
 logger = logging.get_logger(__name__)
@@ -33,15 +33,15 @@ def parse_with_recipe(
 
     Args:
         dataclasses: as for `HfArgumentParser`.
-        command_line: the options; None are those of this process. With `--preset`, those that are not there have
-            the values of its recipe, and images are accumulated up to the recipe's number in a step.
-        description: what the help says first.
+        command_line: the options; by default those of this process. With `--preset`, missing options have the values
+            of its recipe, and gradients are accumulated to its batch size.
+        description: the beginning of the help.
 
     Returns:
-        The dataclasses, and for each option that has not its default, where its value comes from.
+        The dataclasses, and for each option that differs from its default, where its value comes from.
 
     Raises:
-        ValueError: there is no such preset, or its images do not divide among the processes.
+        ValueError: there is no such preset, or its batch size is not divisible by the number of processes.
     """
     given = given_options(dataclasses, command_line)
     shown = {*EVERYDAY, *MaskFormerTrainingArguments.__annotations__}
@@ -60,7 +60,7 @@ def parse_with_recipe(
             sources |= dict.fromkeys(options, source)
         training = training_arguments(parser.parse_args_into_dataclasses(command_line))
         batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        # Without a launcher, Trainer spreads a batch over all GPUs of the machine.
+        # Without a launcher, Trainer splits a batch over all GPUs of the machine.
         devices = training.world_size * max(training.n_gpu, 1)
         computed = accumulation(recipe.data.batch_size, devices, *(given.get(name) for name in batch))
         parser.set_defaults(**dict(zip(batch, computed, strict=True)))
@@ -71,17 +71,17 @@ def parse_with_recipe(
         beside = [f"--{name}" for name in YIELDS_TO["augmentation"] if name in given]
         if beside and "augmentation" not in given:
             logger.warning(
-                f"{', '.join(beside)}: the recipe's augmentation {recipe.augmentation!r} gives way to --image_size, "
+                f"{', '.join(beside)}: the recipe's augmentation {recipe.augmentation!r} is replaced by --image_size, "
                 "--min_scale, --max_scale and --crop as a whole; see --dry_run for their values."
             )
     unused = [f"--{name}" for name in YIELDS_TO["augmentation"] if name in given and name != "image_size"]
     if unused and given.get("augmentation") is not None:
-        logger.warning(f"{', '.join(unused)}: not used, as the augmentation {given['augmentation']!r} has its own.")
+        logger.warning(f"{', '.join(unused)}: ignored, as the augmentation {given['augmentation']!r} has its own.")
     return parsed, sources | dict.fromkeys(given, COMMAND_LINE)
 
 
 def given_options(dataclasses: Sequence[Any], command_line: Sequence[str] | None = None) -> dict[str, Any]:
-    """The options that are written on a command line, and no defaults."""
+    """The options that are given on a command line, without defaults."""
     parser = OptionParser(dataclasses, add_help=False)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -97,9 +97,9 @@ def training_arguments(parsed: Sequence[Any]) -> MaskFormerTrainingArguments:
 def _warn_of_departures(training: MaskFormerTrainingArguments, batch_size: int, devices: int) -> None:
     images = training.per_device_train_batch_size * training.gradient_accumulation_steps * devices
     if images != batch_size:
-        logger.warning(f"A step has {images} images, but {batch_size} in the paper, for which the learning rate is.")
+        logger.warning(f"A step has {images} images, but the paper's learning rate is for {batch_size}.")
     if 0 < training.max_steps <= training.warmup_steps:
         logger.warning(
-            f"The training ends after {training.max_steps} steps, within the {training.warmup_steps:g} of the warm-up: "
+            f"Training ends after {training.max_steps} steps, within the {training.warmup_steps:g} of the warm-up: "
             "the learning rate stays very low. Set --warmup_steps for a short run."
         )

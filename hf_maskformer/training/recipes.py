@@ -1,7 +1,7 @@
 """How the paper trained each model of `presets`, as options of `scripts/train.py`.
 
-Two small tables again: what depends on the data set, and what on the kind of backbone. All of it is the paper's, but
-for `PACKAGE_OPTIONS`, which do not change the result.
+Two small tables again: what depends on the data set, and what on the kind of backbone. All values are the paper's,
+except for `PACKAGE_OPTIONS`, which do not change the result.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class DataRecipe:
     """What depends on the data set.
 
     Attributes:
-        batch_size: images in one step of the optimiser, over all processes.
-        steps: length of the training.
+        batch_size: images per optimiser step, over all processes.
+        steps: number of optimiser steps.
         augmentation: its name in `PAPER_AUGMENTATIONS`.
-        schedule: course of the learning rate, see `schedules`.
-        milestones: of "steps", where the learning rate falls to a tenth, as shares of the length.
+        schedule: learning rate schedule, see `schedules`.
+        milestones: for "steps", where the learning rate is divided by 10, as fractions of the run.
     """
 
     batch_size: int
@@ -38,7 +38,7 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class BackboneRecipe:
-    """What depends on the kind of backbone; `warmup_factor` is the share of the learning rate to begin with."""
+    """What depends on the kind of backbone; `warmup_factor` is the initial fraction of the learning rate."""
 
     learning_rate: float
     weight_decay: float
@@ -58,9 +58,9 @@ DATA_RECIPES = {
 }
 RESNET = BackboneRecipe(1e-4, 1e-4, 0.1, warmup_steps=0, warmup_factor=1.0)
 SWIN = BackboneRecipe(6e-5, 0.01, 1.0, warmup_steps=1500, warmup_factor=1e-6)
-# Ten steps of warm-up that begins at the whole learning rate: none, but so it is written there.
+# Ten steps of warm-up that start at the full learning rate: no warm-up at all, but so it is in the paper's code.
 RESNET_COCO_PANOPTIC = BackboneRecipe(1e-4, 1e-4, 0.1, warmup_steps=10, warmup_factor=1.0)
-# Models that the authors trained at another size than the others on the same data.
+# Models that the authors trained at a different size from the others on the same data.
 AUGMENTATIONS = {
     "ade20k-swin-base": "ade20k-640",
     "ade20k-swin-large": "ade20k-640",
@@ -68,7 +68,7 @@ AUGMENTATIONS = {
 }
 MAX_GRAD_NORM = 0.01
 
-# Plan of evaluation and checkpoints, on which the last weights, the ones that are reported, do not depend.
+# Evaluation and checkpoint intervals, which do not affect the final weights, those that are reported.
 PACKAGE_OPTIONS: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 5000,
@@ -78,7 +78,7 @@ PACKAGE_OPTIONS: dict[str, Any] = {
     "logging_steps": 50,
     "dataloader_num_workers": 4,
 }
-# Images that are computed at once on a device unless --per_device_train_batch_size says otherwise.
+# Default limit of the batch size on a device; --per_device_train_batch_size overrides it.
 MAX_IMAGES_PER_DEVICE = 2
 
 
@@ -127,23 +127,23 @@ RECIPES: dict[str, Recipe] = {name: recipe_of(preset) for name, preset in PRESET
 
 
 def accumulation(batch_size: int, devices: int, per_device: int | None, steps: int | None) -> tuple[int, int]:
-    """Divides the images of a step of the optimiser: how many at once on a device, and how many times.
+    """Returns the batch size per device and the gradient accumulation steps.
 
     Args:
-        batch_size: the images of a step, over all devices.
+        batch_size: images per optimiser step, over all devices.
         devices: the number of devices.
-        per_device, steps: what is given already. Both together win over `batch_size`.
+        per_device, steps: values that are already given. Both together override `batch_size`.
 
     Raises:
-        ValueError: they do not divide; the message says what would.
+        ValueError: the batch size is not divisible; the message says which values are possible.
     """
     if per_device is not None and steps is not None:
         return per_device, steps
     if batch_size % devices:
         fitting = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
         raise ValueError(
-            f"The recipe has {batch_size} images in a step, which do not divide among {devices} processes. Start "
-            f"{_listed(fitting)} of them, or give both --per_device_train_batch_size and "
+            f"The recipe has {batch_size} images per step, which is not divisible by {devices} processes. Start "
+            f"{_listed(fitting)} processes, or set both --per_device_train_batch_size and "
             "--gradient_accumulation_steps for another number of images."
         )
     share = batch_size // devices
@@ -155,8 +155,8 @@ def accumulation(batch_size: int, devices: int, per_device: int | None, steps: i
     if given < 1 or share % given:
         fitting = [count for count in range(1, share + 1) if share % count == 0]
         raise ValueError(
-            f"The recipe has {batch_size} images in a step, {share} for each of {devices} process(es), which do not "
-            f"divide by --{option} {given}. Set it to {_listed(fitting)}; or give both "
+            f"The recipe has {batch_size} images per step, {share} for each of {devices} process(es), which is not "
+            f"divisible by --{option} {given}. Set it to {_listed(fitting)}; or set both "
             "--per_device_train_batch_size and --gradient_accumulation_steps for another number of images."
         )
     return (given, share // given) if steps is None else (share // given, given)
@@ -169,9 +169,9 @@ def recipe_image_processor(
 
     Args:
         preset: the preset.
-        labels: the classes; None are the preset's own.
-        image_size: shorter side at evaluation; the longer one is limited in the preset's proportion to it.
-        checkpoint: the one that is fine-tuned, whose normalisation and padding stay.
+        labels: the classes; None stands for the preset's own.
+        image_size: shorter side at evaluation; the limit of the longer one keeps the preset's ratio.
+        checkpoint: the one that is fine-tuned, whose normalisation and padding are kept.
     """
     settings = preset.image_processor_settings(preset.data_set.labels() if labels is None else labels)
     shortest, longest = preset.test_size
@@ -183,35 +183,35 @@ def recipe_image_processor(
 
 
 def check_data(preset: Preset, dataset: Any, is_fine_tuning: bool = False) -> None:
-    """Finds out before the training whether a data set fits a preset.
+    """Checks before training that a data set matches a preset.
 
     Args:
         preset: the preset.
-        dataset: map-style, of samples, with `labels`.
-        is_fine_tuning: whether training begins with a whole checkpoint, which may bring classes of its own.
+        dataset: a map-style data set of samples, with `labels`.
+        is_fine_tuning: whether training starts from a whole checkpoint, for which other classes are allowed.
 
     Raises:
-        ValueError: it has another number of classes, or segments of another kind than the preset learns.
+        ValueError: it has another number of classes, or another kind of segments than the preset learns.
     """
     count, expected = dataset.labels.num_labels, preset.data_set.num_labels
     if count != expected and not is_fine_tuning:
         raise ValueError(
             f"The data has {count} classes, but {preset.name} is a model for the {expected} of "
-            f"{preset.data_set.title}. Name that data set as --data; or give --checkpoint, to fine-tune a whole model "
-            "by this recipe on other classes."
+            f"{preset.data_set.title}. Give that data set as --data; or give --checkpoint, to fine-tune a whole model "
+            "with this recipe on other classes."
         )
     _warn_of_other_names(preset, dataset.labels)
     sample = dataset[0]
     has_segments = "instance_id_to_semantic_id" in sample
     if preset.data_set.task == "panoptic" and not has_segments:
         raise ValueError(
-            f"{preset.name} learns panoptic segmentation, but {sample['name']} has no segments with classes, as "
-            "panoptic data do (--format coco-panoptic, or columns with segments_info; see docs/data.md)."
+            f"{preset.name} is for panoptic segmentation, but {sample['name']} has no segments with classes. Use "
+            "panoptic data (--format coco-panoptic, or columns with segments_info; see docs/data.md)."
         )
     if preset.data_set.task == "semantic" and (has_segments or "masks" in sample):
         raise ValueError(
-            f"{preset.name} learns semantic segmentation, one mask for each class, but {sample['name']} has a mask for "
-            "each object. Name data with maps of classes (see docs/data.md), or a panoptic preset."
+            f"{preset.name} is for semantic segmentation, one mask per class, but {sample['name']} has one mask per "
+            "object. Use data with maps of classes (see docs/data.md), or a panoptic preset."
         )
 
 
@@ -228,7 +228,7 @@ def _warn_of_other_names(preset: Preset, labels: LabelSet) -> None:
     if others:
         logger.warning(
             f"The data has as many classes as {preset.data_set.title}, but other names ({shorten(others)}). Results "
-            "can be compared with the paper's only if the classes are the same."
+            "are comparable with the paper's only if the classes are the same."
         )
 
 

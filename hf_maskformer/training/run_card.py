@@ -1,4 +1,4 @@
-"""The model card of a training, from what the trainer knows: data, recipe, hardware, loss, figures, pictures."""
+"""The model card of a training run, from what the trainer knows: data, recipe, hardware, loss, figures, pictures."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from .pictures import drawn_data, write_pictures
 METRIC_NAMES = {"mean_iou": "mean IoU", "pq": "PQ", "ap": "AP"}
 UNNAMED_DATA = "data that it does not name"
 LOSS_CURVE = "loss_curve.png"
-MAX_ROWS = 10  # of the table of the loss
-# Arguments that a card shows, if they are not None, False or empty.
+MAX_ROWS = 10  # of the loss table
+# Arguments shown in a card, if they are not None, False or empty.
 SHOWN_ARGUMENTS = (
     "learning_rate",
     "backbone_learning_rate_factor",
@@ -39,7 +39,7 @@ SHOWN_ARGUMENTS = (
     "fp16",
     "seed",
 )
-# Of these, what has no meaning under each paper_schedule.
+# Those of them without meaning under each paper_schedule.
 MEANINGLESS_ARGUMENTS = {
     None: ("lr_milestones", "warmup_factor"),
     "poly": ("lr_milestones", "lr_scheduler_type", "lr_scheduler_kwargs"),
@@ -60,17 +60,17 @@ def write_run_card(
     data_names: Sequence[str] = (),
     split: str | None = None,
 ) -> None:
-    """Writes README.md into the output folder of a trainer, with the curve of the loss and pictures beside it.
+    """Writes README.md into the output folder of a trainer, with the loss curve and pictures next to it.
 
     Args:
         trainer: a `MaskFormerTrainer`.
         name: what the examples load.
         licence: chosen by the owner; see `inherited_licence`, also for the ValueError.
-        tags: further tags of the Hub.
-        begun_with: the checkpoint with which the training began; by default what the model was loaded from.
-        data_ids: names on the Hub of the data.
-        data_names: their names for people; by default `data_ids`.
-        split: the part that was evaluated.
+        tags: further Hub tags.
+        begun_with: the checkpoint from which training started; by default what the model was loaded from.
+        data_ids: Hub names of the data.
+        data_names: their display names; by default `data_ids`.
+        split: the split that was evaluated.
     """
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,11 @@ def write_run_card(
 
 
 def figures_of_weights(state: TrainerState, is_best_loaded: bool) -> dict[str, float]:
-    """The figures that were measured with the weights that a training ended with; of other steps there are none.
+    """The figures measured with the final weights of a training run, and with no others.
 
     Args:
-        state: of the trainer. Evaluations after the training come before those during it.
-        is_best_loaded: whether the training ends by loading its best checkpoint.
+        state: of the trainer. Evaluations after training take precedence over those during it.
+        is_best_loaded: whether training ends by loading its best checkpoint.
     """
     ends = _ends(state)
     after = state.log_history[ends[-1] + 1 :] if ends else state.log_history
@@ -121,7 +121,7 @@ def figures_of_weights(state: TrainerState, is_best_loaded: bool) -> dict[str, f
 
 
 def step_of_weights(state: TrainerState, is_best_loaded: bool) -> int:
-    """The step after which a training had the weights that it ended with; see `figures_of_weights`."""
+    """The step of the final weights of a training run; see `figures_of_weights`."""
     # Not the step of the best evaluation, which may have left no checkpoint.
     loaded = state.best_model_checkpoint if is_best_loaded and _ends(state) else None
     step = None if loaded is None else Path(loaded).name.rpartition("-")[2]
@@ -129,7 +129,7 @@ def step_of_weights(state: TrainerState, is_best_loaded: bool) -> int:
 
 
 def _ends(state: TrainerState) -> list[int]:
-    """Where in the log trainings ended."""
+    """The positions in the log at which training runs ended."""
     return [index for index, entry in enumerate(state.log_history) if "train_runtime" in entry]
 
 
@@ -146,10 +146,10 @@ def eval_results(
     """The main figure of each evaluation, as entries of a card's metadata.
 
     Args:
-        metrics: as `MaskFormerTrainer.evaluate` gives them, of one or several data sets.
+        metrics: as returned by `MaskFormerTrainer.evaluate`, of one or several data sets.
         task: what was evaluated.
-        data_name, data_id: of the data, for people and for machines.
-        split: its part that was evaluated, if that is known.
+        data_name, data_id: display name and machine-readable name of the data.
+        split: the split that was evaluated, if known.
     """
     figure = MAIN_FIGURES[task]
     results = []
@@ -157,7 +157,7 @@ def eval_results(
         prefix = key.removesuffix(f"_{figure}")
         if prefix == key:
             continue
-        part = prefix.removeprefix("eval").strip("_")  # what `evaluate` puts before the figures of a dictionary's data
+        part = prefix.removeprefix("eval").strip("_")  # which `evaluate` prepends for data sets in a dictionary
         results.append(
             EvalResult(
                 task_type="image-segmentation",
@@ -174,7 +174,7 @@ def eval_results(
 
 
 def results_text(metrics: Mapping[str, float], data_name: str, split: str | None) -> str:
-    """All figures of an evaluation as a table, or that there was none."""
+    """All figures of an evaluation as a table, or a note that there was none."""
     if not metrics:
         return "These weights were not evaluated."
     where = data_name + (f", split `{split}`" if split else "")
@@ -185,12 +185,12 @@ def results_text(metrics: Mapping[str, float], data_name: str, split: str | None
 
 
 def training_text(trainer: Any, data_name: str, start_name: str | None, loss: str) -> str:
-    """Data, recipe, hardware and versions; `loss` is how the loss went."""
+    """Data, recipe, hardware and versions; `loss` is the text about the loss."""
     args, state = trainer.args, trainer.state
     begins = "random weights" if start_name is None else f"`{start_name}`"
     images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1)
     length = f"{state.global_step:,} steps of {images} images"
-    if trainer.train_dataset is None or has_length(trainer.train_dataset):  # of a stream nobody knows
+    if trainer.train_dataset is None or has_length(trainer.train_dataset):  # unknown for a stream
         length += f" ({state.epoch or 0:.4g} epochs)"
     step = step_of_weights(state, args.load_best_model_at_end)
     chosen = "" if step == state.global_step else f" The weights are those of step {step:,}, the best evaluation."
@@ -206,7 +206,7 @@ def training_text(trainer: Any, data_name: str, start_name: str | None, loss: st
     size = trainer.processing_class.size
     return "\n\n".join(
         [
-            f"Trained on {data_name}, beginning with {begins}, for {length}.{chosen}",
+            f"Trained on {data_name}, starting from {begins}, for {length}.{chosen}",
             f"| argument | value |\n| --- | --- |\n{rows}\n| image size at evaluation | {size} |",
             "All arguments are in `training_args.json`.",
             f"Hardware: {hardware(args)}.{_duration(trainer)}",
@@ -218,7 +218,7 @@ def training_text(trainer: Any, data_name: str, start_name: str | None, loss: st
 
 
 def hardware(args: Any) -> str:
-    """The devices of a training in words."""
+    """The devices of a training run, in words."""
     processes = f"{args.world_size} processes, each on " if args.world_size > 1 else ""
     if args.device.type == "cuda":
         count = f"{args.n_gpu} x " if args.n_gpu > 1 else ""
@@ -227,13 +227,13 @@ def hardware(args: Any) -> str:
 
 
 def write_loss(history: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """Draws the course of the loss into `folder` and gives the text that shows it: the picture, or else a table."""
+    """Draws the loss curve into `folder` and returns the text that shows it: the picture, or else a table."""
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     (folder / LOSS_CURVE).unlink(missing_ok=True)  # of an earlier training
     if not points:
         return "The loss was not logged."
     if len(points) > 1 and _draw(points, folder / LOSS_CURVE):
-        return f"![Training loss by step]({LOSS_CURVE})\n\nThe last loss that was logged is {points[-1][1]:.4g}."
+        return f"![Training loss by step]({LOSS_CURVE})\n\nThe last logged loss is {points[-1][1]:.4g}."
     chosen = [points[round(i * (len(points) - 1) / max(MAX_ROWS - 1, 1))] for i in range(MAX_ROWS)]
     rows = "\n".join(f"| {step:,} | {loss:.4g} |" for step, loss in dict(chosen).items())
     return f"| step | training loss |\n| --- | --- |\n{rows}"
@@ -243,7 +243,7 @@ def _draw(points: Sequence[tuple[int, float]], path: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.info("The model card has a table of the loss; with matplotlib it would have a curve.")
+        logger.info("The model card shows the loss as a table; with matplotlib it would show a curve.")
         return False
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
@@ -258,6 +258,6 @@ def _duration(trainer: Any) -> str:
     seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     if not seconds or trainer.first_step == trainer.state.global_step:
         return ""
-    # Of the parts before a checkpoint nobody has the time.
+    # The time before the checkpoint is unknown.
     what = f"The last part of the training, after step {trainer.first_step:,}," if trainer.first_step else "Training"
     return f" {what} took {timedelta(seconds=round(seconds[-1]))} (h:mm:ss)."

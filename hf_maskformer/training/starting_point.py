@@ -1,4 +1,4 @@
-"""The model and the image processor with which a training begins."""
+"""The model and the image processor from which training starts."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from ..modeling_maskformer_swin import SwinBackbone
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from .presets import Model, config_label_fields
 
-# The tensors of each model that belong to the classes.
+# The tensors of each model that depend on the classes.
 HEADS: dict[Any, tuple[str, ...]] = {
     MaskFormerForInstanceSegmentation: (
         "class_predictor.weight",
@@ -37,7 +37,7 @@ HEADS: dict[Any, tuple[str, ...]] = {
     ),
 }
 
-# Files of weights as they are published, beside those that transformers reads.
+# Suffixes of published weights, besides those that transformers reads.
 FILE_SUFFIXES = (".pth", ".pt", ".pkl")
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ def new_model(config: str, labels: LabelSet) -> Model:
     """A model with random weights for these classes, from a configuration file or folder, or a name on the Hub."""
     model_class = model_class_of(config)
     model_config = model_class.config_class.from_pretrained(config, **class_fields(model_class, labels))
-    # A file may describe a model that no memory holds: without memory, it is refused by its number of parameters.
+    # A file may describe a model too large for memory: on the meta device it is rejected by its number of parameters.
     with torch.device("meta"):
         model_class(model_config)
     return model_class(model_config)
@@ -57,13 +57,13 @@ def model_on_backbone(backbone: str, labels: LabelSet) -> MaskFormerForInstanceS
     """A MaskFormer for these classes whose backbone is pretrained and whose other weights are random.
 
     Args:
-        backbone: a folder or a name on the Hub of a model that transformers knows as a backbone, such as
-            "microsoft/resnet-50", "microsoft/swin-tiny-patch4-window7-224" or "facebook/dinov2-base"; or of a model of
-            timm, such as "timm/resnet50.a1_in1k".
+        backbone: a folder or a name on the Hub of a model that transformers supports as a backbone, such as
+            "microsoft/resnet-50", "microsoft/swin-tiny-patch4-window7-224" or "facebook/dinov2-base"; or of a timm
+            model, such as "timm/resnet50.a1_in1k".
         labels: the classes of the data.
 
     Raises:
-        ValueError: it is no such model, or lacks weights of the backbone.
+        ValueError: it is not such a model, or lacks weights of the backbone.
     """
     config = MaskFormerConfig.from_backbone(backbone, **class_fields(MaskFormerForInstanceSegmentation, labels))
     model = MaskFormerForInstanceSegmentation(config)
@@ -72,7 +72,7 @@ def model_on_backbone(backbone: str, labels: LabelSet) -> MaskFormerForInstanceS
 
 
 def load_backbone_weights(model: Model, source: str) -> None:
-    """Gives a model the weights of a pretrained backbone.
+    """Loads the weights of a pretrained backbone into a model.
 
     Args:
         model: the model.
@@ -97,36 +97,36 @@ def check_backbone(source: str) -> None:
 
 
 def load_backbone(model: Model, backbone: str) -> None:
-    """Gives a model the weights of a pretrained backbone, a folder or a name on the Hub, that it is built around.
+    """Loads the weights of a pretrained backbone, a folder or a name on the Hub, into a model built on it.
 
     Raises:
-        ValueError: weights that the backbone needs are missing there, or have another shape.
+        ValueError: weights that the backbone needs are missing, or have another shape.
     """
     encoder = model.model.pixel_level_module.encoder
     config = AutoConfig.from_pretrained(backbone)
     if config.model_type == "timm_wrapper":
-        from transformers import TimmBackbone  # here, because it fails where timm does not import
+        from transformers import TimmBackbone  # here, because it fails if timm does not import
 
         source = f"{'local-dir' if Path(backbone).is_dir() else 'hf-hub'}:{backbone}"
         loaded = TimmBackbone.from_pretrained(source, out_indices=model.config.backbone_config.out_indices)
-        loading_info: dict[str, Any] = {"missing_keys": ()}  # timm refuses
+        loading_info: dict[str, Any] = {"missing_keys": ()}  # timm raises for these
     else:
-        # AutoBackbone itself asks the Hub for every name, and so knows no folders.
+        # AutoBackbone itself looks up every name on the Hub, and so does not support folders.
         with torch.device("meta"):
             backbone_class: Any = type(AutoBackbone.from_config(config))
         loaded, loading_info = backbone_class.from_pretrained(backbone, output_loading_info=True)
     target = encoder.backbone if isinstance(encoder, SimpleFeaturePyramid) else encoder
-    # What was missing is there too, as random numbers.
+    # Missing weights are in the state dict too, randomly initialised.
     missing = set(loading_info["missing_keys"])
     tensors = {name: tensor for name, tensor in loaded.state_dict().items() if name not in missing}
     if isinstance(encoder, SwinBackbone):
-        # Our names are those on disk, from which transformers' names in memory differ for a Swin.
+        # Our names are those on disk, which differ from transformers' names in memory for a Swin.
         with TemporaryDirectory() as folder:
             loaded.save_pretrained(folder, state_dict=tensors)
             stored = load_file(Path(folder) / "model.safetensors")
         tensors = {name.replace("swin.", "model.", 1): tensor for name, tensor in stored.items()}
     own = target.state_dict()
-    # Norms on the maps that a backbone gives out are MaskFormer's own; the positions in a window are computed.
+    # Norms on the output maps of a backbone are MaskFormer's own; relative positions in a window are computed.
     elsewhere = ("hidden_states_norms.", "layernorm.", "relative_position_index")
     absent = [
         name
@@ -135,11 +135,11 @@ def load_backbone(model: Model, backbone: str) -> None:
     ]
     if absent:
         raise ValueError(
-            f"{backbone} lacks weights of the backbone or has them in another shape: {shorten(absent)}. Name the "
+            f"{backbone} lacks weights of the backbone or has them in another shape: {shorten(absent)}. Use a "
             "pretrained model of the same architecture."
         )
     target.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
-    model.name_or_path = backbone  # what the model card says the training began with
+    model.name_or_path = backbone  # the starting point in the model card
 
 
 def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool = False) -> Model:
@@ -148,7 +148,7 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
     Args:
         checkpoint: a folder, or a name on the Hub.
         labels: the classes of the data.
-        reinitialize_head: if the checkpoint has other classes, in number or by name, begin with a random class
+        reinitialize_head: if the checkpoint has other classes, in number or by name, start with a random class
             predictor; its tensors are named in a warning.
 
     Raises:
@@ -157,7 +157,7 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
     model_class = model_class_of(checkpoint)
     config = model_class.config_class.from_pretrained(checkpoint)
     check_classes_of_checkpoint(config, labels, checkpoint, reinitialize_head)
-    # The classifier's shape hides a change of meaning when only the names differ.
+    # If only the names differ, the classifier's shape does not reveal the change of meaning.
     renamed = renamed_classes(config.id2label, labels)
     if config.num_labels == labels.num_labels and renamed and not reinitialize_head:
         logger.warning(
@@ -175,7 +175,7 @@ def pretrained_model(checkpoint: str, labels: LabelSet, reinitialize_head: bool 
     if unexpected:
         raise ValueError(
             f"{len(unexpected)} tensors that the model needs are not in {checkpoint} or have another shape, such as "
-            f"{unexpected[0]}. It is no complete MaskFormer checkpoint."
+            f"{unexpected[0]}. It is not a complete MaskFormer checkpoint."
         )
     if renamed and reinitialize_head:
         for name in {name.rpartition(".")[0] for name in HEADS[model_class]} & dict(model.named_modules()).keys():
@@ -198,12 +198,12 @@ def check_classes_of_checkpoint(config: Any, labels: LabelSet, checkpoint: str, 
 
 
 def renamed_classes(names: dict[int, str], labels: LabelSet) -> list[str]:
-    """How the names of a checkpoint's classes differ from those of the data, in words; default names say nothing."""
+    """Describes how a checkpoint's class names differ from those of the data; default names are ignored."""
     if all(name == f"LABEL_{label}" for label, name in names.items()):
         return []
     apart = told_apart(names)
     return [
-        f"class {label} is {names[label]!r} there and {name!r} in the data"
+        f"class {label} is {names[label]!r} there but {name!r} in the data"
         for label, name in labels.id2label.items()
         if name not in (names.get(label, name), apart.get(label, name))
     ]
@@ -212,10 +212,10 @@ def renamed_classes(names: dict[int, str], labels: LabelSet) -> list[str]:
 def model_class_of(checkpoint: str) -> Any:
     """The class of a checkpoint's or configuration's model (a file, a folder or a name on the Hub).
 
-    Raises a FileNotFoundError if there is no such checkpoint or the Hub does not let it be read, and a ValueError if it
-    is of another model.
+    Raises a FileNotFoundError if there is no such checkpoint or the Hub denies access, and a ValueError if it is of
+    another model.
     """
-    # No name on the Hub looks like this, and asking takes long where there is no network.
+    # No name on the Hub looks like this, and asking it takes long without a network.
     if checkpoint.endswith(".json") and not Path(checkpoint).is_file():
         raise FileNotFoundError(
             f"{checkpoint} does not exist. Name a configuration file, a folder with one or a checkpoint."
@@ -224,9 +224,9 @@ def model_class_of(checkpoint: str) -> Any:
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"{checkpoint} holds adapters without their model. Merge them, "
-                "PeftModel.from_pretrained(model, FOLDER).merge_and_unload(), save that and the image processor, and "
-                "name the folder of these."
+                f"{checkpoint} holds adapters without their model. Merge them with "
+                "PeftModel.from_pretrained(model, FOLDER).merge_and_unload(), save the result and the image processor, "
+                "and name that folder."
             )
         inside = next(iter(sorted(folder.glob("*/config.json"))), None)
         raise FileNotFoundError(
@@ -253,7 +253,7 @@ def _unreadable(source: str, error: Exception) -> Exception:
     if (Path(source) / "config.json").is_file():
         return ValueError(f"The configuration of {source} cannot be read ({reason}). Save or copy it again.")
     return FileNotFoundError(
-        f"{source} is no folder with a config.json, and as a name on the Hub it cannot be read ({reason}). Check the "
+        f"{source} is not a folder with a config.json, and cannot be read as a name on the Hub ({reason}). Check the "
         "spelling of the path or name."
     )
 
@@ -276,14 +276,14 @@ def image_processor_for(
         labels: the classes of the data.
         image_size: shorter side of images at evaluation, in pixels; the longer one is at most four times that.
         checkpoint: a folder or a name on the Hub.
-        model: the model that the images are for. A plain vision transformer wants whole patches.
-        task: what is trained for and evaluated; `hf_maskformer.evaluation.tasks.task_of_data` tells that of a data set.
-            Panoptic segmentation has one segment of each stuff class; where the data do not say which are stuff, none
+        model: the model that the images are for. A plain vision transformer needs whole patches.
+        task: what is trained and evaluated; `hf_maskformer.evaluation.tasks.task_of_data` returns that of a data set.
+            Panoptic segmentation has one segment per stuff class; if the data do not say which classes are stuff, none
             is fused.
     """
     if model is not None:
         check_model(task, model)
-    # A semantic model knows no instances, whatever its classes are.
+    # A semantic model has no instances, whatever its classes are.
     all_is_stuff = task == "semantic" and not labels.thing_ids
     settings: dict[str, Any] = {
         "size": {"shortest_edge": image_size, "longest_edge": 4 * image_size},
@@ -301,7 +301,7 @@ def image_processor_for(
 
 
 def class_fields(model_class: Any, labels: LabelSet) -> dict[str, Any]:
-    """What the data say about a model's configuration."""
+    """The fields of a model's configuration that depend on the data."""
     fields = config_label_fields(labels, labels.num_labels)
     if model_class is PerPixelBaselineForSemanticSegmentation:
         fields["semantic_loss_ignore_index"] = labels.ignore_index

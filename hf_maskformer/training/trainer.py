@@ -1,4 +1,4 @@
-"""`Trainer` with the paper's parameter groups, its loss terms in the log and evaluation by the task's own metric."""
+"""`Trainer` with the paper's parameter groups, logging of all loss terms, and evaluation by the task's metric."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -57,14 +57,13 @@ class MaskFormerTrainer(Trainer):
     """Thin subclass of `Trainer`; the model also trains with `Trainer` itself.
 
     What differs: the optimiser's parameter groups (`parameter_groups`), every loss term by name in the log, batch norm
-    that is synchronised over the processes of several GPUs (unless it is frozen), an end when the loss stays NaN or
-    infinite, checkpoints that are whole or not there and one on SIGTERM, and `evaluate`, which gives the metric of the
-    image processor's `segmentation_task` at the resolution of the ground truth without ever gathering masks. Under
-    gradient accumulation the loss is that of the whole batch, whereas `Trainer` takes the mean of the losses of its
-    parts, in which a segment weighs more the fewer there are beside it. (A per-pixel baseline has the mean here too.)
-    Pass the image processor as `processing_class` and data sets of samples (see `hf_maskformer.data.sample.Sample`);
-    without `data_collator`, a `MaskFormerDataCollator` makes the batches. With "tensorboard" in report_to, it shows
-    pictures of predictions.
+    synchronised over the processes of several GPUs (unless it is frozen), an early stop if the loss stays NaN or
+    infinite, atomic checkpoints and one on SIGTERM, and `evaluate`, which computes the metric of the image processor's
+    `segmentation_task` at the resolution of the ground truth without ever gathering masks. Under gradient accumulation
+    the loss is that of the whole batch, whereas `Trainer` averages the losses of the micro-batches, in which a segment
+    weighs more the fewer there are. (For a per-pixel baseline it is the average here too.) Pass the image processor as
+    `processing_class` and data sets of samples (see `hf_maskformer.data.sample.Sample`); without `data_collator`, a
+    `MaskFormerDataCollator` is used. With "tensorboard" in report_to, it shows pictures of predictions.
     """
 
     args: MaskFormerTrainingArguments
@@ -84,7 +83,7 @@ class MaskFormerTrainer(Trainer):
         if self.args.takes_main_figure and self.args.metric_for_best_model is not None:
             of_data = f"{next(iter(self.eval_dataset))}_" if is_dict and self.eval_dataset else ""
             self.args.metric_for_best_model = of_data + MAIN_FIGURES[self.task]
-        is_own = type(self).evaluate is MaskFormerTrainer.evaluate  # another may take other data and give other figures
+        is_own = type(self).evaluate is MaskFormerTrainer.evaluate  # an override may have other data and figures
         for eval_dataset in self.eval_dataset.values() if is_dict else [self.eval_dataset]:
             check_eval_classes(self.train_dataset, eval_dataset)
             if is_own:
@@ -95,14 +94,14 @@ class MaskFormerTrainer(Trainer):
         self._interruption = InterruptionCallback()
         self.add_callback(self._interruption)
         self._add_pictures()
-        # Statistics of a few images per process are too noisy to train with; CPUs have no synchronised form.
+        # Statistics of a few images per process are too noisy to train with; SyncBatchNorm does not support CPUs.
         if self.args.world_size > 1 and self.args.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        # The model is given `num_items_in_batch` that mean something to it, see below.
+        # The model is given a `num_items_in_batch` of its own form, see below.
         self.model_accepts_loss_kwargs = True
-        # Set anew by each training.
+        # Reset by each training run.
         self._loss_terms, self._num_nonfinite = LossTerms(), 0
-        # The step from which the last training went on; 0 if it began anew.
+        # The step from which the last training run resumed; 0 if it started from scratch.
         self.first_step = 0
 
     @property
@@ -126,7 +125,7 @@ class MaskFormerTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Builds the optimiser that the arguments name, or `optimizer_cls_and_kwargs`, over `parameter_groups`.
 
-        Learning rates and weight decay are those of the arguments in any case.
+        Learning rates and weight decay are always those of the arguments.
         """
         if self.optimizer is None:
             model = self.model if model is None else model
@@ -155,34 +154,34 @@ class MaskFormerTrainer(Trainer):
             assert optimizer is not None  # Trainer builds it first
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
-        self.args.complete_scheduler_kwargs()  # the type may have changed, as in a search of hyperparameters
+        self.args.complete_scheduler_kwargs()  # the type may have changed, as in a hyperparameter search
         if self.args.lr_scheduler_type == "polynomial":
-            # transformers divides by the steps after the warm-up, of which a short training has none.
+            # transformers divides by the number of steps after the warm-up, which may be 0 in a short run.
             num_training_steps = max(num_training_steps, self.args.get_warmup_steps(num_training_steps) + 1)
         try:
             return super().create_scheduler(num_training_steps, optimizer)
-        except TypeError as error:  # how Python answers arguments that a function does not have, or lacks
+        except TypeError as error:  # unexpected or missing arguments
             raise ValueError(
-                f"lr_scheduler_kwargs {self.args.lr_scheduler_kwargs} are not those of lr_scheduler_type "
+                f"lr_scheduler_kwargs {self.args.lr_scheduler_kwargs} do not match lr_scheduler_type "
                 f"{self.args.lr_scheduler_type} ({error})."
             ) from error
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, as `Trainer` does.
 
-        On SIGTERM it saves a checkpoint after the step under way and raises SystemExit(75) (`EXIT_INTERRUPTED`); an
-        evaluation under way is given up.
+        On SIGTERM it saves a checkpoint after the current step and raises SystemExit(75) (`EXIT_INTERRUPTED`); a
+        running evaluation is aborted.
 
         Args:
-            resume_from_checkpoint: a folder; True for the last checkpoint that is whole; "auto" for that too, but to
-                start anew if there is none. That of the last step gives its model, without another step.
+            resume_from_checkpoint: a folder; True for the last complete checkpoint; "auto" likewise, but starting from
+                scratch if there is none. From that of the last step, the model is loaded and no step is trained.
             args, kwargs: as in `Trainer.train`.
 
         Raises:
-            OSError: `output_dir` cannot be written.
-            ValueError: the checkpoint is not whole, or of a model with other classes or another optimiser; or there
+            OSError: `output_dir` is not writable.
+            ValueError: the checkpoint is incomplete, or from a model with other classes or another optimiser; or there
                 are too few images for one step.
-            ChildProcessError: a process that reads data died.
+            ChildProcessError: a data-loading worker died.
         """
         check_length(self.train_dataset, self.args)
         if self.args.should_save:
@@ -196,33 +195,31 @@ class MaskFormerTrainer(Trainer):
             self._end_interrupted()
         if self._has_stream and self.state.global_step == self.first_step < self.state.max_steps:
             raise ValueError(
-                f"Nothing was trained: a pass of the stream has fewer than the {self.args.gradient_accumulation_steps} "
-                "batches of a step. Lower gradient_accumulation_steps or per_device_train_batch_size."
+                f"Nothing was trained: the stream has fewer than the {self.args.gradient_accumulation_steps} batches "
+                "of a step. Lower gradient_accumulation_steps or per_device_train_batch_size."
             )
         return result
 
     def _end_interrupted(self) -> None:
-        logger.warning(
-            f"SIGTERM ended the training after step {self.state.global_step}. {way_on(self.args.output_dir)}."
-        )
-        self.is_in_train = False  # which Trainer leaves as it is on exceptions
+        logger.warning(f"SIGTERM ended training after step {self.state.global_step}. {way_on(self.args.output_dir)}.")
+        self.is_in_train = False  # which Trainer does not reset on exceptions
         raise SystemExit(EXIT_INTERRUPTED)
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
     ) -> tuple[int, int]:
-        """The epoch in which training goes on, and how many of its batches were used: of a stream, pass and batches."""
+        """The epoch (for a stream, the pass) in which training resumes, and how many of its batches were used."""
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
         self.first_step = self.state.global_step
-        # An earlier training may have ended between two lines of the log, or by losses that were not finite; or in its
-        # first step, where auto_find_batch_size begins anew.
+        # An earlier run may have ended between two log entries, or because of non-finite losses; or in its first step,
+        # after which auto_find_batch_size restarts.
         self._loss_terms, self._num_nonfinite = LossTerms(), 0
         if checkpoint is not None and self.first_step >= max_steps:
-            return num_train_epochs, 0  # in the middle of an epoch, Trainer would make another step
+            return num_train_epochs, 0  # within an epoch, Trainer would train another step
         if checkpoint is not None and self._has_stream:
-            # Trainer takes a stream for endless, but begins anew where it ends; `epoch` counts passes.
+            # Trainer treats a stream as endless and restarts it at its end; `epoch` counts passes.
             saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             passes, share = divmod(saved.epoch or 0.0, 1)
             epochs = int(passes)
@@ -233,30 +230,30 @@ class MaskFormerTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one step of the optimiser; none where a stream ends before there are enough of them.
+        """The batches of one optimiser step; none if a stream ends before there are enough of them.
 
-        `Trainer` would add the gradient of such a rest to that of the first step after it.
+        `Trainer` would add the gradient of such a remainder to that of the next step.
         """
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         return (batch_samples, num_items_in_batch) if len(batch_samples) == num_batches else ([], None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves model, image processor and arguments; these also as training_args.json, without the Hub's token.
+        """Saves model, image processor and arguments, the latter also as training_args.json, without the Hub token.
 
-        With `push_to_hub`, `Trainer` publishes what it saves; here only where `hub_strategy` says more than "end".
+        With `push_to_hub`, `Trainer` publishes what it saves; here only if `hub_strategy` is not "end".
 
         Raises:
             ValueError: a weight is NaN or infinite; nothing is written.
-            OSError: the folder cannot be written, as on a full disk.
+            OSError: writing fails, as on a full disk.
         """
         assert self.model is not None
         check_weights(self.model, self.state.global_step, self.args.output_dir)
         folder = self._folder if output_dir is None else Path(output_dir)
         is_checkpoint = _internal_call and output_dir is not None
         if self.is_fsdp_enabled and not is_checkpoint:
-            # What from_pretrained reads, also where checkpoints are saved in the shards of the processes.
+            # The format that from_pretrained reads, even if checkpoints are saved as one shard per process.
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        # Of a checkpoint, `_save_checkpoint` says more.
+        # For a checkpoint, the error of `_save_checkpoint` says more.
         with nullcontext() if is_checkpoint else named_if_not_written(folder, self.args.output_dir):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +271,7 @@ class MaskFormerTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # What follows is the state, which says that the checkpoint is whole: with the parts of all processes.
+        # The state is written next and marks the checkpoint as complete, so all processes must be done.
         self.accelerator.wait_for_everyone()
 
     def compute_loss(
@@ -284,16 +281,16 @@ class MaskFormerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; its terms are remembered for the next line of the log."""
+        """The model's loss; its terms are stored for the next log entry."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         if outputs.loss is None:
             raise ValueError(
-                f"{type(self.model).__name__} has no loss for a batch of {', '.join(inputs)}: these are no targets of "
-                'its kind. Set target_format of MaskFormerDataCollator: "segment_map" for MaskFormer, "label_map" for '
+                f"{type(self.model).__name__} has no loss for a batch of {', '.join(inputs)}: it needs other targets. "
+                'Set target_format of MaskFormerDataCollator: "segment_map" for MaskFormer, "label_map" for '
                 "the per-pixel baselines."
             )
         if model.training:
-            # As Trainer does with the loss: without the numbers of the whole batch, each part has a loss of its own.
+            # As Trainer does with the loss: without the counts of the whole batch, each micro-batch has its own loss.
             share = 1 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
             self._loss_terms.add(outputs.loss_dict, share, self.state.global_step)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -301,21 +298,21 @@ class MaskFormerTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trains on one batch; raises a ValueError if too many losses in a row are NaN or infinite."""
         loss = super().training_step(*args, **kwargs)
-        # Matching waits for the model in every step and Trainer looks at the loss too: this costs no time.
+        # This costs no time: matching synchronises in every step anyway, and Trainer checks the loss too.
         self._num_nonfinite = 0 if loss.isfinite() else self._num_nonfinite + 1
         if self._num_nonfinite and self._num_nonfinite == self.args.max_nonfinite_losses:
             raise ValueError(
                 f"The loss was not finite for {self._num_nonfinite} batches in a row, the last in step "
-                f"{self.state.global_step + 1}: {self._loss_terms.of_last_batch()}. Go on from an earlier checkpoint "
-                "with a lower learning_rate, a smaller max_grad_norm or in higher precision; max_nonfinite_losses says "
-                "how many are let pass."
+                f"{self.state.global_step + 1}: {self._loss_terms.of_last_batch()}. Resume from an earlier checkpoint "
+                "with a lower learning_rate, a smaller max_grad_norm or in higher precision; max_nonfinite_losses is "
+                "the limit."
             )
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """The normalisers of one step of the optimiser (`count_items`), over all its batches and all processes."""
+        """The normalisers of one optimiser step (`count_items`), over all its batches and all processes."""
         has_labels = all("class_labels" in batch for batch in batch_samples)
-        # DataParallel would tear the two numbers apart, so each of its batches has a loss of its own.
+        # DataParallel would scatter the two numbers, so each of its batches has its own loss.
         if not batch_samples or not has_labels or self.args.n_gpu > 1:
             return None
         config: Any = self.accelerator.unwrap_model(self.model).config
@@ -326,7 +323,7 @@ class MaskFormerTrainer(Trainer):
         return self.accelerator.reduce(torch.stack(counts).sum(0).to(device), reduction="sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every loss term since the last line that reported the loss, over steps and processes."""
+        """Adds the mean of every loss term since the last entry with the loss, over steps and processes."""
         if "loss" in logs and self._loss_terms:
             logs |= self._loss_terms.take_means(self.state.global_step, self.accelerator)
         super().log(logs, start_time)
@@ -334,25 +331,25 @@ class MaskFormerTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluates the task of the image processor by `hf_maskformer.evaluation.evaluation.evaluate`.
+        """Evaluates the task of the image processor with `hf_maskformer.evaluation.evaluation.evaluate`.
 
         Args:
             eval_dataset: samples with their `labels`, or a dictionary of such data sets; default that of the trainer.
-                Of those in its dictionary, one is asked for by its name.
-            ignore_keys: without meaning here, since no outputs are gathered.
-            metric_key_prefix: begins the names of the figures; for a dictionary followed by the data set's name.
+                A string selects one from the trainer's dictionary.
+            ignore_keys: unused, since no outputs are gathered.
+            metric_key_prefix: prefix of the figures' names; for a dictionary followed by the data set's name.
 
         Returns:
-            The figures of the task's metric but those of single classes, fractions in 0 to 1: `eval_mean_iou`, ...,
-            `eval_pq`, ... or `eval_ap`, ..., for another `metric_key_prefix` under that. What the data give no figure
-            for is left out.
+            The figures of the task's metric except those of single classes, fractions in 0 to 1: `eval_mean_iou`, ...,
+            `eval_pq`, ... or `eval_ap`, ..., with `metric_key_prefix` as their prefix. Figures that are undefined for
+            the data are left out.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             name = eval_dataset
             known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
             if name not in known:
-                raise ValueError(f"There is no eval_dataset {name!r}; known are {', '.join(known) or 'none by name'}.")
+                raise ValueError(f"There is no eval_dataset {name!r}; the names are: {', '.join(known) or 'none'}.")
             eval_dataset = known[name]
         if isinstance(eval_dataset, dict):
             parts = [
@@ -361,7 +358,7 @@ class MaskFormerTrainer(Trainer):
             ]
             return {name: value for part in parts for name, value in part.items()}
         if eval_dataset is None:
-            raise ValueError("There is nothing to evaluate on. Give eval_dataset to evaluate or to the trainer.")
+            raise ValueError("There is nothing to evaluate on. Pass eval_dataset to evaluate or to the trainer.")
         check_eval_classes(self.train_dataset, eval_dataset)
         figures = evaluate(
             self._whole_model(),
@@ -383,10 +380,10 @@ class MaskFormerTrainer(Trainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises a ValueError: of all images together, no memory holds the masks."""
+        """Raises a ValueError: the masks of all images together do not fit into memory."""
         raise ValueError(
             "MaskFormerTrainer gathers no masks. For figures, call evaluate(dataset, metric_key_prefix='test'); for "
-            "segments, predict of hf_maskformer.evaluation.prediction or a pipeline."
+            "segments, use predict of hf_maskformer.evaluation.prediction or a pipeline."
         )
 
     def create_model_card(
@@ -405,17 +402,17 @@ class MaskFormerTrainer(Trainer):
         """Writes README.md into `output_dir`: figures, recipe, hardware, loss, `num_pictures` pictures, licence.
 
         Args:
-            license: identifier of the Hub; by default that of the checkpoint with which the training began.
-            tags: further tags of the Hub.
+            license: Hub identifier; by default that of the checkpoint from which training started.
+            tags: further Hub tags.
             model_name: what the examples load; by default `hub_model_id` or the name of `output_dir`.
-            finetuned_from: what the training began with; by default what the model was loaded from.
-            dataset_tags: names on the Hub of the data.
-            dataset: their names for people.
-            split: the part that was evaluated.
-            language, tasks, dataset_args: without meaning here.
+            finetuned_from: what training started from; by default what the model was loaded from.
+            dataset_tags: Hub names of the data.
+            dataset: their display names.
+            split: the split that was evaluated.
+            language, tasks, dataset_args: unused.
 
         Raises:
-            ValueError: the training began with weights of the paper's authors, and `license` is not theirs.
+            ValueError: training started from weights of the paper's authors, and `license` is not theirs.
         """
         if self.is_world_process_zero():
             write_run_card(
@@ -430,10 +427,10 @@ class MaskFormerTrainer(Trainer):
             )
 
     def init_hf_repo(self, *arguments: Any, **options: Any) -> None:
-        """Makes the repository of `push_to_hub`, before the training.
+        """Creates the repository of `push_to_hub`, before training.
 
         Raises:
-            PermissionError: there is no token, it has expired, or it may not write there.
+            PermissionError: there is no token, it has expired, or it has no write access.
             ConnectionError: the Hub cannot be reached.
         """
         with explained_errors(self._repo_id, BROKEN_OFF_BEFORE):
@@ -448,7 +445,7 @@ class MaskFormerTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Saves the model, writes its card and publishes all of it in one commit, by `publish`, which see for errors.
+        """Saves the model, writes its card and publishes everything in one commit with `publish`; errors are its own.
 
         Args:
             commit_message: of the commit.
@@ -482,13 +479,13 @@ class MaskFormerTrainer(Trainer):
         return publish(self._folder, repo_id, **arguments)
 
     def _whole_model(self) -> nn.Module:
-        """The model that a process can run by itself, whatever the others do: under FSDP2 a copy of all shards."""
+        """A model that each process can run independently of the others: under FSDP2 an unsharded copy."""
         model: Any = self.accelerator.unwrap_model(self.model)
         is_sharded = isinstance(model, FSDPModule)
         if not is_sharded:
             return model
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-        whole = type(model).__mro__[2](model.config)  # FSDP2 puts two classes of its own in front
+        whole = type(model).__mro__[2](model.config)  # FSDP2 prepends two classes of its own
         whole.load_state_dict(weights)
         return whole.to(self.args.device)
 

@@ -1,4 +1,4 @@
-"""Where the time of a call goes, and how near it comes to the speed of the hardware."""
+"""Where the time of a call goes, and how close it comes to the peak speed of the hardware."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .measuring import Figures, Peers, time_once
 
-# Kinds of operator by what is in their names; the first that fits counts.
+# Kinds of operator by parts of their names; the first match counts.
 KINDS = {
     "attention": ("scaled_dot_product", "softmax"),
     "convolutions": ("conv",),
@@ -22,11 +22,10 @@ PEAK_SIZE, PEAK_REPEATS = 2048, 10
 
 
 def add_breakdown(figures: Figures, peers: Peers, device: str, dtype: torch.dtype) -> None:
-    """Adds to the figures of each peer the shares of its time by kind of operator, and the share of the peak.
+    """Adds to the figures of each peer the shares of its time by kind of operator, and the share of peak speed.
 
-    The peak is that of a large matrix product. A peer's share of it is the work of the first peer in the peer's time:
-    who does the same with fewer multiplications may get above 1. A peer that does not run in torch has no shares of
-    its time.
+    The peak is that of a large matrix product. A peer's share is the first peer's work divided by the peer's time: one
+    that needs fewer multiplications may exceed 1. A peer that does not run in torch has no shares of its time.
     """
     peak = products_per_second(device, dtype)
     first = next(iter(peers.values()))
@@ -38,7 +37,7 @@ def add_breakdown(figures: Figures, peers: Peers, device: str, dtype: torch.dtyp
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts multiplications and additions; torch's own counter fails at modules called without gradients."""
+    """Counts multiplications and additions; torch's own counter fails for modules called without gradients."""
 
     total = 0
 
@@ -51,7 +50,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def shares(run: Callable[[], object], device: str) -> dict[str, float]:
-    """The part of the operators' time that each kind takes."""
+    """Each kind's share of the operators' time."""
     is_cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     with profile(activities=activities) as profiler:

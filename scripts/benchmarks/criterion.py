@@ -1,4 +1,4 @@
-"""The loss and its gradient alone, from the embeddings of queries and pixels on."""
+"""The loss and its gradient alone, starting from mask and pixel embeddings."""
 
 import argparse
 import functools
@@ -18,11 +18,11 @@ SWEEPS = {"size": (256, 384, 512, 640, 768), "segments": (5, 15, 30, 50, 75, 100
 
 
 def criterion(arguments: argparse.Namespace) -> Iterator[Comparison]:
-    """Stock against all pixels and sampled points; with `plot`, ours alone at several sizes and numbers of segments."""
+    """Stock against ours on all pixels and on sampled points; with `plot`, ours at several sizes and segment counts."""
     if not arguments.plot:
         yield "criterion", criteria(arguments)
         return
-    import matplotlib  # noqa: F401 - if it is missing, better before the minutes of measuring
+    import matplotlib  # noqa: F401 - fails now if it is missing, not after minutes of measuring
 
     for setting, values in SWEEPS.items():
         for value in values:
@@ -71,14 +71,14 @@ def criteria(arguments: argparse.Namespace, with_stock: bool = True) -> Peers:
         with autocast(arguments):
             total = loss()
         total.backward()
-        for tensor in inputs:  # at the end, so that every run begins with the same memory
+        for tensor in inputs:  # at the end, so that every run starts with the same memory
             tensor.grad = None
 
     return {name: functools.partial(run, loss) for name, loss in losses.items()}
 
 
 def draw_growth(figures: dict[str, Figures], path: str) -> None:
-    """Draws the processor time against the number of pixels and of segments."""
+    """Plots CPU time against the number of pixels and of segments."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

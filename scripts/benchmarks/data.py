@@ -1,4 +1,4 @@
-"""Making training batches from files: reading, the paper's augmentation for ADE20K, collation."""
+"""Building training batches from files: reading, the paper's augmentation for ADE20K, collation."""
 
 import argparse
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from .measuring import Comparison
 
 
 def data(arguments: argparse.Namespace) -> Iterator[Comparison]:
-    """A batch of drawn scenes on disk. Reading and augmentation are ours in all; each makes its own targets then."""
+    """A batch of drawn scenes on disk. Reading and augmentation are ours in all; each then builds its own targets."""
     augmentation = RandomScaleCropFlip.from_scales(arguments.size, 0.5, 2.0)
     collate = MaskFormerDataCollator(MaskFormerImageProcessor(ignore_index=255), do_resize=False)
     with TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Around the model: what image processors do before it (`preprocess`) and after it (`postprocess`)."""
+"""The image processors' work before the model (`preprocess`) and after it (`postprocess`)."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -21,16 +21,16 @@ from .measuring import Comparison
 
 
 def stock_image_processors(**settings: Any) -> dict[str, Any]:
-    """transformers' image processors: the one on Pillow, and where torchvision imports the one on torchvision.
+    """transformers' image processors: the Pillow one, and, if torchvision imports, the torchvision one.
 
-    Without torchvision `transformers.MaskFormerImageProcessor` is the one on Pillow under another name.
+    Without torchvision `transformers.MaskFormerImageProcessor` is the Pillow one under another name.
     """
     processors: dict[str, Any] = {"stock, Pillow": MaskFormerImageProcessorPil(**settings)}
     # hf_maskformer has hidden a torchvision that is installed but does not import.
     if is_torchvision_available() and transformers.MaskFormerImageProcessor is not MaskFormerImageProcessorPil:
         processors["stock, torchvision"] = transformers.MaskFormerImageProcessor(**settings)
     else:
-        print("torchvision does not import here, so transformers' image processor on torchvision is not measured.")
+        print("torchvision does not import here, so transformers' torchvision image processor is not measured.")
     return processors
 
 
@@ -41,7 +41,7 @@ def preprocess(arguments: argparse.Namespace) -> Iterator[Comparison]:
     """
     coarse = np.random.default_rng(0).integers(0, 256, (arguments.batch, 60, 80, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC) for pixels in coarse]
-    # 4 x 5 rectangles, each with an id of its own
+    # 4 x 5 rectangles, each with its own id
     maps = [np.arange(20, dtype=np.uint8).reshape(4, 5).repeat(120, 0).repeat(128, 1)] * len(images)
     for edge in arguments.edges:
         size = {"shortest_edge": edge, "longest_edge": 4 * edge}
@@ -61,7 +61,7 @@ def preprocess(arguments: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def postprocess(arguments: argparse.Namespace) -> Iterator[Comparison]:
-    """Each kind of segmentation from the logits of one image; "naive" is the paper's order with whole tensors."""
+    """Each task from the logits of one image; "naive" follows the paper's order of operations with whole tensors."""
     input_size = (arguments.size, arguments.size)
     target_size = (arguments.size * 8 // 5, arguments.size * 32 // 15)
     class_logits, mask_logits = (logits.to(arguments.device) for logits in confident_scene(arguments.size // 4))
@@ -97,7 +97,7 @@ def postprocess(arguments: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def confident_scene(side: int, num_segments: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (1, Q, K + 1) and (1, Q, side, side) of a model that is sure of wavy regions around random centres."""
+    """Logits (1, Q, K + 1) and (1, Q, side, side) that are confident about wavy regions around random centres."""
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     centres = torch.rand(num_segments, 2, 1, 1) * side
     distances = ((y - centres[:, 0]) ** 2 + (x - centres[:, 1]) ** 2).sqrt()

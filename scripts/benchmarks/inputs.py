@@ -10,7 +10,7 @@ NUM_QUERIES = 100
 
 def random_segments(arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Rectangular segments as an index map (B, H, W), and their labels (B, N)."""
-    # Every segment owns a cell or more of a 16 x 16 grid.
+    # Every segment owns at least one cell of a 16 x 16 grid.
     cells = torch.stack([torch.randperm(256) for _ in range(arguments.batch)]) % arguments.segments
     cells = cells.view(-1, 1, 16, 16).float()
     index_map = torch.nn.functional.interpolate(cells, size=(arguments.size, arguments.size))[:, 0].long()
@@ -29,7 +29,7 @@ def autocast(arguments: argparse.Namespace) -> torch.autocast:
 
 
 def check_equal(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> None:
-    """Stops a comparison of peers that do not compute the same; the tolerance is a part of the largest value."""
+    """Raises if two peers do not compute the same result; the tolerance is relative to the largest value."""
     difference = ((expected - found).abs().max() / expected.abs().max()).item()
     if not difference <= tolerance:
         raise RuntimeError(f"The results differ by {difference:.1e} of the largest value, so times mean nothing.")

@@ -1,4 +1,4 @@
-"""How every benchmark measures: time with all peers taking turns, memory from a call of its own."""
+"""How every benchmark measures: time with all peers taking turns, memory in a separate call."""
 
 import ctypes
 import importlib.metadata
@@ -18,13 +18,13 @@ Figures = dict[str, dict[str, float]]
 
 
 def measure(peers: Peers, repeats: int, device: str = "cpu") -> Figures:
-    """Times and peak memory of each peer, and how many times faster than the first peer it is.
+    """Times and peak memory of each peer, and its speed-up over the first peer.
 
-    All peers take turns in each of the rounds, so that a slow moment hits all alike.
+    All peers take turns in each round, so that a slow moment affects all of them.
 
     Returns:
-        For each peer `median_ms` and `fastest_ms` of the rounds; `processor_ms`, the least that all threads were at
-        work in a round, whatever else the machine did; `peak_mib` where it can be told; `ratio`, of the medians.
+        For each peer `median_ms` and `fastest_ms` of the rounds; `processor_ms`, the lowest CPU time of all threads in
+        a round, whatever else the machine did; `peak_mib` if available; `ratio`, of the medians.
     """
     memory: dict[str, float | None] = {}
     for name, run in peers.items():
@@ -52,7 +52,7 @@ def measure(peers: Peers, repeats: int, device: str = "cpu") -> Figures:
 
 
 def time_once(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """Milliseconds that a call took, and that all threads of this process were at work for it."""
+    """Wall time of a call, and CPU time of all threads of this process, in milliseconds."""
     synchronize(device)
     start, start_at_work = time.perf_counter(), time.process_time()
     run()
@@ -61,10 +61,10 @@ def time_once(run: Callable[[], object], device: str) -> tuple[float, float]:
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """The most MiB that a call holds above what was held before.
+    """The peak memory of a call in MiB, above what was allocated before.
 
-    On a GPU that is what torch's allocator hands out; else the memory of the process, numpy's and Pillow's included,
-    which only Linux tells: elsewhere it is None.
+    On a GPU that is what torch's allocator hands out; otherwise the memory of the process, including numpy's and
+    Pillow's, which is available on Linux only: elsewhere it is None.
     """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -75,8 +75,8 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed but not given back would be used first, uncounted
-    clear.write_text("5")  # the peak starts again from here
+    ctypes.CDLL(None).malloc_trim(0)  # or freed memory that was not returned would be reused first, uncounted
+    clear.write_text("5")  # resets the peak
     at_rest = process_memory("VmRSS")
     run()
     return process_memory("VmHWM") - at_rest

@@ -1,4 +1,4 @@
-"""Counting semantic predictions for the mean IoU."""
+"""Counting semantic predictions for mean IoU."""
 
 import argparse
 import itertools
@@ -18,9 +18,9 @@ NUM_SEGMENTS = 15
 
 
 def metric(arguments: argparse.Namespace) -> Iterator[Comparison]:
-    """Predictions as post-processing (int64) and references as image files (uint8) give them, ten pairs in turn.
+    """Predictions as from post-processing (int64) and references as from image files (uint8), ten pairs in turn.
 
-    "stock" is numpy's histogram, the way `evaluate`'s mean_iou counts, without its storage.
+    "stock" is numpy's histogram, as in `evaluate`'s mean_iou, without its storage.
     """
     pairs = [random_semantic_pair(arguments.size) for _ in range(10)]
     images = list(itertools.islice(itertools.cycle(pairs), arguments.batch))
@@ -35,7 +35,7 @@ def metric(arguments: argparse.Namespace) -> Iterator[Comparison]:
 
     count()
     matrix = ours.confusion_matrix.numpy()
-    # A predicted pixel counts only where the reference is not void, in both.
+    # In both, a predicted pixel counts only where the reference is not void.
     areas = np.stack([matrix.diagonal(), matrix[:, :-1].sum(0), matrix.sum(1)])
     if (areas != histogram()).any():
         raise RuntimeError("The counts differ, so their times mean nothing.")
@@ -43,7 +43,7 @@ def metric(arguments: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def random_semantic_pair(height: int) -> tuple[torch.Tensor, np.ndarray]:
-    """A reference of smooth segments with a void margin, and a prediction that agrees at 9 of 10 pixels."""
+    """A reference of smooth segments with a void margin, and a prediction that agrees on 9 of 10 pixels."""
     size = (height, round(height * 4 / 3))
     coarse, fine = torch.randn(1, NUM_SEGMENTS, 6, 8), torch.randn(1, NUM_SEGMENTS, size[0] // 16, size[1] // 16)
     smooth, noise = (F.interpolate(field, size, mode="bicubic") for field in (coarse, fine))
@@ -54,7 +54,7 @@ def random_semantic_pair(height: int) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def areas_by_histogram(prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Pixels of each class (3, K) where both agree, in the prediction and in the reference; void left out."""
+    """Pixels of each class (3, K) where both agree, in the prediction and in the reference; void excluded."""
     is_counted = reference != 255
     prediction, reference = prediction[is_counted], reference[is_counted]
     groups = (prediction[prediction == reference], prediction, reference)

@@ -40,14 +40,14 @@ PLOT_SIZES = (256, 384, 512, 640, 768)
 
 
 def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
-    """An evaluation pass of each model; of several widths, over images of each in turn.
+    """An evaluation pass of each model; with several widths, over images of each in turn.
 
-    With `kept`, also ours with the masks of that many queries alone; with `bf16`, also both with weights and images in
-    bfloat16 instead of autocast; with `onnx`, also ours under ONNX Runtime; with `compile`, both compiled in
-    comparisons of their own, and ours as it is; with `plot`, both and ONNX Runtime at several sizes.
+    With `kept`, also ours with the masks of only that many queries; with `bf16`, also both with weights and images in
+    bfloat16 instead of autocast; with `onnx`, also ours in ONNX Runtime; with `compile`, separate comparisons of both
+    compiled, and ours uncompiled; with `plot`, both and ONNX Runtime at several sizes.
     """
     if arguments.plot:
-        import matplotlib  # noqa: F401 - if it is missing, better before the minutes of measuring
+        import matplotlib  # noqa: F401 - fails now if it is missing, not after minutes of measuring
     stock, ours = (model.eval() for model in build_models(arguments, deep_supervision=False, freeze_batch_norm=True))
     session = onnx_session(ours) if arguments.onnx or arguments.plot else None
     if arguments.plot:
@@ -65,7 +65,7 @@ def forward(arguments: argparse.Namespace) -> Iterator[Comparison]:
             peers[f"{name}, no autocast"] = pass_in_bfloat16(model, batches)
     yield "forward", peers
     if arguments.compile:
-        # Frozen weights are constants of the compiled code, which folds and rearranges them beforehand.
+        # Frozen weights are constants of the compiled code, which folds and reorders them in advance.
         for name, options in (("compiled", {}), ("compiled, frozen", {"freezing": True})):
             stock_compiled, ours_compiled = (
                 torch.compile(model, dynamic=False, options={**options}) for model in (stock, ours)
@@ -81,7 +81,7 @@ def passes(
     arguments: argparse.Namespace,
     session: "InferenceSession | None" = None,
 ) -> dict[str, Callable[[], object]]:
-    """A pass of each over these batches, one after the other, once they are seen to agree."""
+    """A pass of each over these batches, one after the other, after checking that the results agree."""
 
     def run(model: Callable[..., Any]) -> Any:
         with torch.no_grad(), autocast(arguments):
@@ -102,13 +102,13 @@ def passes(
 
 
 def pass_in_bfloat16(model: torch.nn.Module, batches: list[torch.Tensor]) -> Callable[[], object]:
-    """A pass of a copy whose weights are in bfloat16, over images in it; in float32 it was seen to agree."""
+    """A pass of a bfloat16 copy of the model over bfloat16 images; `passes` checks that the models agree in float32."""
     model, batches = copy.deepcopy(model).bfloat16(), [pixel_values.bfloat16() for pixel_values in batches]
     return torch.no_grad()(lambda: [model(pixel_values) for pixel_values in batches])
 
 
 def onnx_session(model: MaskFormerForInstanceSegmentation) -> "InferenceSession":
-    """ONNX Runtime with the model for any size, on as many threads as torch has."""
+    """An ONNX Runtime session of the model for any size, with as many threads as torch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -119,7 +119,7 @@ def onnx_session(model: MaskFormerForInstanceSegmentation) -> "InferenceSession"
 
 
 def draw_latency(figures: dict[str, Figures], path: str) -> None:
-    """Draws the time of a pass against the side of the images."""
+    """Plots the time of a pass against the side of the images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.5), layout="constrained")
@@ -134,12 +134,12 @@ def draw_latency(figures: dict[str, Figures], path: str) -> None:
 def late_bound(
     model: MaskFormerForInstanceSegmentation, pixel_values: torch.Tensor, arguments: argparse.Namespace
 ) -> Callable[[], object]:
-    """`predict` with a threshold that keeps `kept` queries of one image and no more of any other."""
+    """`predict` with a threshold that keeps `kept` queries of one image and at most as many of the others."""
     with torch.no_grad(), autocast(arguments):
         everything = model(pixel_values)
     scores = everything.class_queries_logits.float().softmax(-1)[..., :-1].amax(-1)
-    # Random weights are sure of nothing, so the threshold lies where the scores say: between the last query to keep and
-    # the next one, of the image whose next one is the most likely.
+    # Random weights are confident about nothing, so the threshold depends on the scores: it is between the last query
+    # to keep and the next one, of the image whose next one has the highest score.
     last, following = scores.topk(arguments.kept + 1).values[:, -2:].unbind(1)
     image = following.argmax()
     threshold = float(last[image] + following[image]) / 2
@@ -170,7 +170,7 @@ def step(arguments: argparse.Namespace) -> Iterator[Comparison]:
         with autocast(arguments):
             loss = model(pixel_values, **inputs).loss
         loss.backward()
-        model.zero_grad()  # at the end, so that every run begins with the same memory
+        model.zero_grad()  # at the end, so that every run starts with the same memory
 
     # Without hidden states transformers crashes under deep supervision; with them it has one more layer than ours.
     yield (
@@ -206,12 +206,12 @@ def stock_of(ours: MaskFormerForInstanceSegmentation) -> transformers.MaskFormer
     for name, cost in ours.config.matching_costs.items():
         cost_name = "cost_" + name.removesuffix("_cost")
         assert hasattr(stock.matcher, cost_name)
-        setattr(stock.matcher, cost_name, cost)  # it reads no `class_cost` in the configuration
+        setattr(stock.matcher, cost_name, cost)  # it does not read `class_cost` from the configuration
     return stock
 
 
 def freeze_batch_norm_of_stock(stock: transformers.MaskFormerForInstanceSegmentation) -> None:
-    """For transformers' model in training what `freeze_batch_norm` is for ours: it has no setting for it."""
+    """Does for transformers' model in training what `freeze_batch_norm` does for ours: it has no such setting."""
     for module in stock.model.pixel_level_module.encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval().requires_grad_(False)
@@ -222,7 +222,7 @@ def random_images(arguments: argparse.Namespace, width: int | None = None) -> to
 
 
 def tolerance(arguments: argparse.Namespace) -> float:
-    """How far results may lie apart: GPUs round products to TF32 where they may, and bfloat16 has 8 bits."""
+    """How much results may differ: GPUs may round products to TF32, and bfloat16 has 8 bits."""
     if arguments.bf16:
         return 5e-2
     return 1e-2 if arguments.device.startswith("cuda") else 1e-4

@@ -1,4 +1,4 @@
-"""What a service does: load a model (`load`), then turn photographs into segments (`photo`)."""
+"""The work of a service: loading a model (`load`), then segmenting photographs (`photo`)."""
 
 import argparse
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from .models import build_models, new_config
 
 
 def load(arguments: argparse.Namespace) -> Iterator[Comparison]:
-    """`from_pretrained` of one checkpoint by each class, from files that the operating system has read before."""
+    """`from_pretrained` of one checkpoint by each class, from files in the operating system's cache."""
     config = new_config(arguments)
     classes: dict[str, Any] = {
         "stock": transformers.MaskFormerForInstanceSegmentation,
@@ -35,7 +35,7 @@ def load(arguments: argparse.Namespace) -> Iterator[Comparison]:
 def photo(arguments: argparse.Namespace) -> Iterator[Comparison]:
     """A photograph, half as large again as the input each way, to its panoptic segmentation.
 
-    Random weights are sure of nothing, so the class logits of both are replaced by such that 20 queries count.
+    Random weights are confident about nothing, so the class logits of both are replaced so that 20 queries count.
     """
     stock, ours = (model.eval() for model in build_models(arguments, deep_supervision=False, freeze_batch_norm=True))
     class_logits = confident_scene(side=8)[0].to(arguments.device)
