@@ -9,7 +9,7 @@ from .configuration_maskformer_parts import MaskFormerTransformerConfig, check_l
 from .configuration_with_code import ConfigWithCode
 
 DETR = {"model_type": "detr"}
-LOSS_FIELDS = (  # beside the matching costs
+LOSS_FIELDS = (  # besides the matching costs
     "cross_entropy_weight",
     "mask_weight",
     "dice_weight",
@@ -34,7 +34,7 @@ class MaskFormerConfig(ConfigWithCode):
             used, strides 4 to 32; a plain vision transformer gets a pyramid. Default: Swin-B, window 12.
         decoder_config: Configuration (or its dictionary) of type `detr`: `d_model`, `decoder_layers`,
             `decoder_attention_heads`, `decoder_ffn_dim`, `num_queries`, `dropout` and the like of the transformer
-            decoder. Its encoder and backbone fields mean nothing here. Or of type `maskformer-transformer` for a model
+            decoder; its encoder and backbone fields are ignored here. Or of type `maskformer-transformer` for a model
             with transformer encoders or pre-norm, which transformers' class does not have.
         fpn_feature_size: Channels of the pixel decoder, a multiple of 32 (group normalisation).
         mask_feature_size: Channels of the pixel embeddings and of the mask embeddings (C of the paper's section 3.3).
@@ -43,35 +43,35 @@ class MaskFormerConfig(ConfigWithCode):
         dice_weight: Weight of the dice mask loss.
         no_object_weight: Weight of the "no object" class in the cross-entropy, relative to the others.
         class_cost: Weight of the class probability in the matching cost.
-        mask_cost: Weight of the focal term in the matching cost; None: `mask_weight`, as in the paper.
-        dice_cost: Weight of the dice term in the matching cost; None: `dice_weight`, as in the paper.
-        void_in_loss: What pixels of no segment (-1 in an index map, covered by no mask of a list, padding) are to
-            matching and losses: "background" of every mask, as in the paper, or left out of both ("ignore").
-        matching: "bipartite" assigns segments to queries by cost; "fixed", the paper's ablation, gives query i to
-            class i and needs as many queries as classes.
-        train_num_points: Points per mask on which matching and mask losses compare masks; None takes all pixels, as
-            the paper does. Mask2Former takes 12544.
-        oversample_ratio: How many times as many points are drawn to choose the most uncertain ones from.
-        importance_sample_ratio: Share of the points that is chosen by uncertainty.
+        mask_cost: Weight of the focal term in the matching cost; None means `mask_weight`, as in the paper.
+        dice_cost: Weight of the dice term in the matching cost; None means `dice_weight`, as in the paper.
+        void_in_loss: How matching and losses treat void pixels (-1 in an index map, covered by no mask in a list,
+            padding): as "background" of every mask, as in the paper, or not at all ("ignore").
+        matching: "bipartite" assigns segments to queries by cost; "fixed", the paper's ablation, assigns class i to
+            query i and needs as many queries as classes.
+        train_num_points: Points sampled per mask for matching and mask losses; None uses all pixels, as the paper does.
+            Mask2Former uses 12544.
+        oversample_ratio: How many times as many candidates are drawn, from which the most uncertain are chosen.
+        importance_sample_ratio: Fraction of the points chosen by uncertainty.
         deep_supervision: Apply the loss after every decoder layer, as the paper does.
-        freeze_batch_norm: Keep the batch normalisation of the backbone at its stored statistics, without gradient, as
-            the paper does. Set it to False to train a backbone with batch normalisation from scratch.
-        mask_padding: Keep the padding of a batch out of the transformer decoder: queries do not attend to it, and
-            positions are normalised by the image's own size. The paper's code does neither, so weights trained without
-            it predict a little differently with it.
-        use_auxiliary_loss: transformers' name for `deep_supervision`; True switches that on. Always False afterwards
-            and in saved files, because transformers' own class crashes on True.
+        freeze_batch_norm: Freeze the statistics and parameters of the backbone's batch normalisation, as the paper
+            does. Set it to False to train a backbone with batch normalisation from scratch.
+        mask_padding: Mask the padding of a batch in the transformer decoder: queries do not attend to it, and positions
+            are normalised by the image's own size. The paper's code does neither, so weights trained without it predict
+            slightly differently with it.
+        use_auxiliary_loss: transformers' name for `deep_supervision`; True enables it. Always False afterwards and in
+            saved files, because transformers' own class crashes on True.
         output_auxiliary_logits: Return the logits after every decoder layer but the last.
         init_std, init_xavier_std: Kept for transformers' class; the paper's initialisation, used here, has no such
-            numbers.
+            parameters.
 
     Raises:
-        ValueError: A value or combination that no model can have; the message names field and remedy.
+        ValueError: A value or combination is invalid; the message names the field and the remedy.
     """
 
     model_type = "maskformer"
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "mask_feature_size"}
-    # Swin-B, window 12, as transformers' own MaskFormer: a file without a backbone means the same model in both.
+    # Swin-B, window 12, as in transformers' own MaskFormer: a file without a backbone means the same model in both.
     default_backbone: ClassVar[dict[str, Any]] = {
         "model_type": "swin",
         "image_size": 384,
@@ -116,8 +116,8 @@ class MaskFormerConfig(ConfigWithCode):
         if self.use_auxiliary_loss:
             if not self.deep_supervision:
                 raise ValueError(
-                    "use_auxiliary_loss=True and deep_supervision=False contradict each other: both switch the loss "
-                    "after every decoder layer. Leave use_auxiliary_loss out."
+                    "use_auxiliary_loss=True and deep_supervision=False contradict each other: both control the loss "
+                    "after every decoder layer. Omit use_auxiliary_loss."
                 )
             self.use_auxiliary_loss = False
         super().__post_init__(**kwargs)
@@ -128,7 +128,7 @@ class MaskFormerConfig(ConfigWithCode):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in `ConfigWithCode`; `use_auxiliary_loss=True` switches `deep_supervision` on."""
+        """As in `ConfigWithCode`; `use_auxiliary_loss=True` enables `deep_supervision`."""
         if kwargs.get("use_auxiliary_loss"):
             kwargs.setdefault("deep_supervision", True)
         return super().from_dict(config_dict, **kwargs)
@@ -138,7 +138,7 @@ class MaskFormerConfig(ConfigWithCode):
         """Builds a configuration around a backbone.
 
         Args:
-            backbone: Its configuration; or a folder or a name on the Hub that holds one, such as "microsoft/resnet-50".
+            backbone: Its configuration, or a folder or Hub name that holds one, such as "microsoft/resnet-50".
             fields: The other fields of the configuration.
         """
         config = AutoConfig.from_pretrained(backbone) if isinstance(backbone, str) else backbone
@@ -147,18 +147,18 @@ class MaskFormerConfig(ConfigWithCode):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved; a Swin backbone has the type that transformers gives it in its own files."""
         fields = super().to_dict()
-        # Auxiliary losses that were switched on later mean nothing here, and break transformers' class.
+        # Auxiliary losses enabled later have no effect here, and break transformers' class.
         fields["use_auxiliary_loss"] = False
         if "auxiliary_loss" in fields["decoder_config"]:
             fields["decoder_config"]["auxiliary_loss"] = False
-        # Under the other name, transformers' MaskFormerModel misses the backbone's tensors in a whole checkpoint.
+        # Under the other name, transformers' MaskFormerModel misses the backbone's tensors in a full checkpoint.
         if fields["backbone_config"]["model_type"] == "swin":
             fields["backbone_config"]["model_type"] = "maskformer-swin"
         return fields
 
     @property
     def matching_costs(self) -> dict[str, float]:
-        """The weights of the matching cost, with None resolved to the weight of the same loss."""
+        """The weights of the matching cost, with None resolved to the weight of the corresponding loss."""
         return {
             "class_cost": self.class_cost,
             "mask_cost": self.mask_weight if self.mask_cost is None else self.mask_cost,
@@ -175,7 +175,7 @@ class MaskFormerConfig(ConfigWithCode):
         check_sizes(self)
         if self.matching == "fixed" and self.decoder_config.num_queries != self.num_labels:
             raise ValueError(
-                f"matching='fixed' gives every class a query of its own, but decoder_config.num_queries is "
+                "matching='fixed' gives every class its own query, but decoder_config.num_queries is "
                 f"{self.decoder_config.num_queries} and there are {self.num_labels} labels. Set num_queries to "
                 f"{self.num_labels}."
             )
@@ -191,7 +191,7 @@ def _decoder_config(value: Any) -> PreTrainedConfig:
             f"decoder_config is of type {config.model_type!r}, but must be of type 'detr' or "
             f"{MaskFormerTransformerConfig.model_type!r}."
         )
-    # transformers' decoder normalises twice when this is set: other predictions from the same weights.
+    # transformers' decoder normalises twice when this is set, so the same weights predict differently.
     if getattr(config, "auxiliary_loss", False):
         config.auxiliary_loss = False
     return config

@@ -1,7 +1,7 @@
-"""The nested configurations: those of transformers, and our own for what its MaskFormer cannot express.
+"""Nested configurations: transformers' own, and ours for what its MaskFormer cannot express.
 
-Our own types are known to this file only. A checkpoint that needs one therefore stops transformers' class with an
-error, instead of loading there with weights missing.
+Our own types are known only to this file. A checkpoint that needs one therefore makes transformers' class fail, instead
+of loading with weights missing.
 """
 
 import copy
@@ -22,18 +22,18 @@ logger = logging.get_logger(__name__)
 
 NUM_FEATURE_MAPS = 4  # strides 4, 8, 16, 32
 GROUP_NORM_GROUPS = 32
-# Far above any model; a file that asks for more would fill the memory, or the time, before its first tensor is read.
+# Far above any model; a file that asks for more would exhaust memory, or time, before its first tensor is read.
 MAX_SIZE = 2**16
 MAX_LAYERS = 512
 MAX_NESTING = 8
 MAX_WINDOW = 64  # a table for each pair of pixels in a window
-# More points than masks have pixels say nothing more, and each takes memory.
+# More points than a mask has pixels add nothing, and each takes memory.
 MAX_POINTS = 2**20
 MAX_OVERSAMPLING = 100
 ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-# Plain transformers, whose feature maps all have the stride of their patches: a pyramid is made of the last one.
+# Plain vision transformers: all feature maps have the stride of the patches, so a pyramid is built on the last.
 PLAIN_BACKBONES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-# Names that every configuration takes beside its fields.
+# Names that every configuration accepts besides its fields.
 PASSED_ON = ("num_labels", "torch_dtype", "attn_implementation", "experts_implementation", "output_attentions")
 
 
@@ -43,15 +43,15 @@ class MaskFormerTransformerConfig(PreTrainedConfig):
 
     Args:
         d_model: Width of the queries.
-        num_queries: Number of queries, and so of predicted masks.
+        num_queries: Number of queries, and thus of predicted masks.
         pixel_decoder_layers: Encoder layers on the stride-32 features inside the pixel decoder; the queries then attend
-            to what comes out. 6 in the paper's panoptic models with a ResNet. Their width is `fpn_feature_size`.
+            to their output. 6 in the paper's panoptic models with a ResNet. Their width is `fpn_feature_size`.
         encoder_layers: Encoder layers between the features and the decoder.
-        encoder_attention_heads, encoder_ffn_dim: Of every encoder layer, in both places.
+        encoder_attention_heads, encoder_ffn_dim: Of every encoder layer, of both kinds.
         decoder_layers, decoder_attention_heads, decoder_ffn_dim: Of the decoder.
         pre_norm: Normalise the input of every sublayer instead of its output.
-        dropout: Of every sublayer's output.
-        attention_dropout: Of the attention weights.
+        dropout: On every sublayer's output.
+        attention_dropout: On the attention weights.
         activation_dropout: Inside the feed-forward networks.
         activation_function: Of the feed-forward networks.
     """
@@ -80,7 +80,7 @@ class MaskFormerResNetConfig(ResNetConfig):
     r"""Configuration of a ResNet with the changes that the paper's ResNet-101c has (section 4.1, after DeepLab).
 
     Args:
-        deep_stem: Three 3x3 convolutions in place of the one 7x7; the first two have half of `embedding_size`.
+        deep_stem: Three 3x3 convolutions instead of one 7x7; the first two have `embedding_size` / 2 channels.
         last_stage_dilations: Dilation of the 3x3 convolution in each layer of the last stage, which keeps its stride.
     """
 
@@ -104,7 +104,7 @@ class MaskFormerResNetConfig(ResNetConfig):
 
 @strict
 class SimpleFeaturePyramidConfig(PreTrainedConfig):
-    r"""Configuration of a plain vision transformer whose last feature map is made into a pyramid (arXiv 2203.16527).
+    r"""Configuration of a plain vision transformer whose last feature map is turned into a pyramid (arXiv 2203.16527).
 
     Args:
         backbone_config: Configuration (or its dictionary) of the vision transformer. Default: DINOv2-B.
@@ -116,14 +116,13 @@ class SimpleFeaturePyramidConfig(PreTrainedConfig):
     backbone_config: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # transformers builds a default of every configuration when it saves one.
+        # transformers builds every configuration with its defaults when it saves one.
         default = {"model_type": PLAIN_BACKBONES[0]}
         self.backbone_config = nested_config(self.backbone_config, "backbone_config.backbone_config", default)
         if self.backbone_config.model_type not in PLAIN_BACKBONES:
             raise ValueError(
-                f"backbone_config.backbone_config is of type {self.backbone_config.model_type!r}, but a pyramid is "
-                f"made of one of {', '.join(PLAIN_BACKBONES)}. Other backbones have one of their own: give them "
-                "directly."
+                f"backbone_config.backbone_config is of type {self.backbone_config.model_type!r}, but a pyramid needs "
+                f"one of {', '.join(PLAIN_BACKBONES)}. Other backbones have their own: give them directly."
             )
         super().__post_init__(**kwargs)
 
@@ -135,16 +134,16 @@ OWN_TYPES: dict[str, type[PreTrainedConfig]] = {
 
 
 def is_of_type(config: PreTrainedConfig | None, config_class: type[PreTrainedConfig]) -> bool:
-    """Whether there is a configuration and it has this type of our own.
+    """Whether there is a configuration and it is of this type of our own.
 
-    The model asks this way, not by `isinstance`: of code that came with a checkpoint, transformers imports one copy for
-    the configuration and one for the model.
+    The model checks this instead of `isinstance`: transformers imports code that came with a checkpoint twice, once for
+    the configuration and once for the model.
     """
     return config is not None and config.model_type == config_class.model_type
 
 
 def nested_config(value: Any, field: str, default: dict[str, Any] | None = None) -> PreTrainedConfig:
-    """Gives a private copy of a nested configuration, whatever form the caller gave it in.
+    """Returns a private copy of a nested configuration, in whatever form the caller gave it.
 
     Args:
         value: A configuration, its dictionary with a `model_type`, or None for the default.
@@ -152,7 +151,7 @@ def nested_config(value: Any, field: str, default: dict[str, Any] | None = None)
         default: What None means.
 
     Raises:
-        ValueError: It is something else, of a type that nobody knows, or has a value that no such configuration has.
+        ValueError: It is something else, of an unknown type, or has an invalid value.
     """
     if isinstance(value, PreTrainedConfig):
         check_fields(value.to_dict(), field)
@@ -178,14 +177,14 @@ def nested_config(value: Any, field: str, default: dict[str, Any] | None = None)
 
 
 def _check_values(config: PreTrainedConfig, field: str) -> None:
-    """Raises a ValueError for what would fail in the model only, or in its first training step."""
+    """Raises a ValueError for what would fail only in the model, or in its first training step."""
     for name, value in vars(config).items():
         where = f"{field}.{name}"
-        # NaN is a number here, and a flag is none.
+        # NaN is a number here, and a flag is not.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if "dropout" in name and is_number and not 0 <= value <= 1:
             raise ValueError(f"{where} is {value}, but must be a probability.")
-        # What drop path keeps is divided by how often it is kept.
+        # Drop path divides what it keeps by the keep probability.
         if name == "drop_path_rate" and is_number and not 0 <= value < 1:
             raise ValueError(f"{where} is {value}, but must be a probability below 1.")
         if name in ("hidden_act", "activation_function") and isinstance(value, str) and value not in ACT2FN:
@@ -196,7 +195,7 @@ def _check_values(config: PreTrainedConfig, field: str) -> None:
 
 @contextmanager
 def errors_as_value_errors(source: str) -> Iterator[None]:
-    """Makes a ValueError of whatever a configuration's class meets a wrong type with: errors of many kinds."""
+    """Turns whatever error a configuration's class raises for a wrong type into a ValueError."""
     try:
         yield
     except (ValueError, OSError, ImportError):
@@ -217,7 +216,7 @@ def check_fields(fields: dict[str, Any], source: str) -> None:
         if callable(getattr(PreTrainedConfig, str(name), None)):
             raise ValueError(f"{where} is the name of a method, not of a field. Remove it.")
         if str(name) in ATTENTION_FIELDS and "/" in str(value):
-            raise ValueError(f"{where} is {value!r}, code of the Hub, which no file may ask for. Remove it.")
+            raise ValueError(f"{where} is {value!r}, code of the Hub, which no file may request. Remove it.")
         highest = max((abs(number) for number in _numbers(value, where)), default=0)
         if highest > MAX_SIZE:
             raise ValueError(f"{where} is {str(value)[:60]}, but no number there may exceed {MAX_SIZE}.")
@@ -241,38 +240,38 @@ def _numbers(value: Any, where: str, depth: int = 0) -> Iterator[float]:
 
 
 def warn_of_misspelt_fields(config: PreTrainedConfig, given: Iterable[str], prefix: str = "") -> None:
-    """Warns of given names that are not fields of a configuration but nearly so.
+    """Warns of given names that are almost, but not quite, fields of a configuration.
 
-    transformers keeps any name as an attribute, and files may hold names from other versions: none is refused.
+    transformers keeps any name as an attribute, and files may hold names from other versions: none is rejected.
     """
     known = {*config.__dataclass_fields__, *config.attribute_map, *PASSED_ON}
     for name in given:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if nearest and nearest != [name]:
             logger.warning(
-                f"{prefix}{name} is no field of {type(config).__name__} and changes nothing. Did you mean "
+                f"{prefix}{name} is not a field of {type(config).__name__} and has no effect. Did you mean "
                 f"{prefix}{nearest[0]}?"
             )
 
 
 def warn_of_misplaced_fields(config: PreTrainedConfig, given: dict[str, Any]) -> None:
-    """Warns of names that are fields of `decoder_config` and have another value there."""
+    """Warns of names that are fields of `decoder_config` and have a different value there."""
     decoder = config.decoder_config
     fields = set() if decoder is None else decoder.__dataclass_fields__.keys() - config.__dataclass_fields__.keys()
     for name in given.keys() & fields - {"model_type", "num_attention_heads", "num_hidden_layers"}:  # written by both
         value = given[name]
         if getattr(decoder, name) != value:
             logger.warning(
-                f"{name}={value} changes nothing here: it is a field of decoder_config, which has "
+                f"{name}={value} has no effect here: it is a field of decoder_config, which has "
                 f"{getattr(decoder, name)}. Set it there."
             )
 
 
 def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a backbone with four feature maps, made of what the user gave (None: the default).
+    """Builds a backbone configuration with four feature maps from what the user gave (None: the default).
 
-    A plain vision transformer is put into a `SimpleFeaturePyramidConfig`. Raises a ValueError for what is no backbone,
-    or for one that cannot give the pixel decoder its four maps.
+    A plain vision transformer is wrapped in a `SimpleFeaturePyramidConfig`. Raises a ValueError for anything but a
+    backbone, or for one that cannot give the pixel decoder its four maps.
     """
     config = nested_config(value, "backbone_config", default)
     _check_is_backbone(config)
@@ -281,14 +280,14 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
         if isinstance(getattr(config, name, None), tuple):
             setattr(config, name, list(getattr(config, name)))
     if config.model_type == "timm_wrapper":
-        # What AutoConfig makes of a model of timm is a classifier.
+        # AutoConfig turns a timm model into a classifier.
         config = TimmBackboneConfig(backbone=config.architecture)
     if config.model_type in PLAIN_BACKBONES:
         config = SimpleFeaturePyramidConfig(backbone_config=config)
     if config.model_type == SimpleFeaturePyramidConfig.model_type:
         return config
     stage_names = getattr(config, "stage_names", None)
-    # A single output is what a backbone's configuration defaults to; nobody can mean it here.
+    # A backbone's configuration defaults to a single output; nobody can mean that here.
     if stage_names is not None and len(config.out_features) == 1:
         stages = [name for name in stage_names if name != "stem"]
         config.out_features = stages[-NUM_FEATURE_MAPS:]
@@ -308,25 +307,26 @@ def make_backbone_config(value: Any, default: dict[str, Any]) -> PreTrainedConfi
 
 
 def _check_is_backbone(config: PreTrainedConfig) -> None:
-    """Raises a ValueError for a type of transformers that is no backbone; of other types `AutoBackbone` will know."""
+    """Raises a ValueError for a transformers type that is not a backbone; others are left to `AutoBackbone`."""
     is_other = config.model_type in CONFIG_MAPPING_NAMES.keys() - MODEL_FOR_BACKBONE_MAPPING_NAMES.keys()
     is_other &= config.model_type != "timm_wrapper" and "AutoBackbone" not in (getattr(config, "auto_map", None) or {})
     if is_other or config.model_type == MaskFormerTransformerConfig.model_type:
         inner = getattr(config, "backbone_config", None)
-        remedy = "Give its own backbone_config." if inner is not None else "docs/architectures.md names some."
-        raise ValueError(f"backbone_config is of type {config.model_type!r}, which is no backbone. {remedy}")
+        remedy = "Give its own backbone_config." if inner is not None else "docs/architectures.md lists some."
+        raise ValueError(f"backbone_config is of type {config.model_type!r}, which is not a backbone. {remedy}")
 
 
 def refuse_backbone_by_name(backbone_config: Any, fields: Mapping[str, Any]) -> None:
     """Raises a ValueError where transformers would look up the backbone's configuration by its name.
 
-    The name alone would be kept as a field that means nothing, beside the default backbone.
+    The name alone would be stored as a field without effect, beside the default backbone.
     """
     name = fields.get("backbone")
     if name is not None and backbone_config is None:
         raise ValueError(
-            f"backbone={name!r} names a backbone, but its configuration is needed: give backbone_config="
-            f"AutoConfig.from_pretrained({name!r}), or of a model of timm TimmBackboneConfig(backbone={name!r})."
+            f"backbone={name!r} names a backbone, but its configuration is needed: give "
+            f"backbone_config=AutoConfig.from_pretrained({name!r}), or, for a timm model, "
+            f"TimmBackboneConfig(backbone={name!r})."
         )
 
 
@@ -334,7 +334,7 @@ def _check_resnet(config: PreTrainedConfig) -> None:
     if len(config.hidden_sizes) != len(config.depths):
         raise ValueError(
             f"backbone_config has hidden_sizes {list(config.hidden_sizes)} and depths {list(config.depths)}, but each "
-            "stage has one of both: give as many numbers."
+            "stage has one of each: give equally many."
         )
 
 
@@ -357,13 +357,13 @@ def _check_swin(config: PreTrainedConfig) -> None:
 
 
 def check_num_labels(num_labels: Any) -> None:
-    """Raises a ValueError for a number of labels, as given, that no model has: their names are about to be made up."""
+    """Raises a ValueError for an invalid number of labels, before names are generated for them."""
     if num_labels is not None and (not isinstance(num_labels, int) or not 1 <= num_labels <= MAX_SIZE):
         raise ValueError(f"num_labels is {str(num_labels)[:60]!r}, but must be an integer from 1 to {MAX_SIZE}.")
 
 
 def check_labels(id2label: Any) -> None:
-    """Raises a ValueError unless there are labels, whose ids are 0 to K - 1."""
+    """Raises a ValueError unless there are labels, with the ids 0 to K - 1."""
     if not id2label:
         raise ValueError("id2label is empty, but a model needs at least one class. Give id2label or num_labels.")
     if sorted(id2label) != list(range(len(id2label))):
@@ -375,7 +375,7 @@ def check_labels(id2label: Any) -> None:
 
 
 def check_loss(settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError for settings of the loss, by their names in `MaskFormerLoss`, that have no meaning."""
+    """Raises a ValueError for invalid settings of the loss, by their names in `MaskFormerLoss`."""
     for name, known in (("void_in_loss", ("background", "ignore")), ("matching", ("bipartite", "fixed"))):
         if settings[name] not in known:
             raise ValueError(f"{name} is {settings[name]!r}, but must be {known[0]!r} or {known[1]!r}.")
@@ -407,7 +407,7 @@ def check_loss(settings: Mapping[str, Any]) -> None:
     if not _is_number(oversample_ratio) or not 1 <= oversample_ratio <= MAX_OVERSAMPLING:
         raise ValueError(f"oversample_ratio is {oversample_ratio}, but must be a number from 1 to {MAX_OVERSAMPLING}.")
     if not _is_number(settings["importance_sample_ratio"]) or not 0 <= settings["importance_sample_ratio"] <= 1:
-        raise ValueError(f"importance_sample_ratio is {settings['importance_sample_ratio']}, but must lie in 0 to 1.")
+        raise ValueError(f"importance_sample_ratio is {settings['importance_sample_ratio']}, but must be from 0 to 1.")
 
 
 def _is_number(value: Any) -> bool:
@@ -415,7 +415,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
-    """Raises a ValueError for widths and numbers of heads with which the model cannot be built."""
+    """Raises a ValueError for widths and numbers of heads for which the model cannot be built."""
     for field in ("fpn_feature_size", "mask_feature_size"):
         if not 1 <= getattr(config, field) <= MAX_SIZE:
             raise ValueError(f"{field} is {getattr(config, field)}, but must be 1 to {MAX_SIZE}.")

@@ -1,4 +1,4 @@
-"""The paper's per-pixel baselines on paper."""
+"""Configuration of the paper's per-pixel baselines."""
 
 from typing import Any, ClassVar
 
@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, check_sizes, nested_config
 from .configuration_with_code import ConfigWithCode
 
-# In files, in place of None, for which transformers' MaskFormer would put a decoder with random weights.
+# Saved instead of None, for which transformers' MaskFormer would build a decoder with random weights.
 NO_DECODER = {"model_type": "maskformer-no-decoder"}
 
 
@@ -16,8 +16,8 @@ class PerPixelBaselineConfig(ConfigWithCode):
     r"""Configuration of PerPixelBaseline and PerPixelBaseline+ (arXiv 2107.06278, section 4.2).
 
     Both classify every pixel and have MaskFormer's backbone and pixel decoder. PerPixelBaseline has a linear classifier
-    on the pixel embeddings; PerPixelBaseline+ has MaskFormer's transformer decoder with one query for each class, whose
-    masks are the scores of the classes.
+    on the pixel embeddings; PerPixelBaseline+ has MaskFormer's transformer decoder with one query per class, whose
+    masks are the class scores.
 
     Nested configurations are copied: the caller's objects are never changed.
 
@@ -27,12 +27,12 @@ class PerPixelBaselineConfig(ConfigWithCode):
             `maskformer-transformer`. Its `num_queries` is always the number of classes.
         fpn_feature_size: Channels of the pixel decoder, a multiple of 32 (group normalisation).
         mask_feature_size: Channels of the pixel embeddings.
-        semantic_loss_ignore_index: Label of pixels that the loss leaves out.
+        semantic_loss_ignore_index: Label of pixels that the loss ignores.
         deep_supervision: In PerPixelBaseline+, apply the loss after every decoder layer, as the paper does.
         freeze_batch_norm: As in `MaskFormerConfig`.
 
     Raises:
-        ValueError: A value or combination that no model can have; the message names field and remedy.
+        ValueError: A value or combination is invalid; the message names the field and the remedy.
     """
 
     model_type = "per-pixel-baseline"
@@ -66,7 +66,7 @@ class PerPixelBaselineConfig(ConfigWithCode):
         if self.semantic_loss_ignore_index in range(num_labels):
             raise ValueError(
                 f"semantic_loss_ignore_index is {self.semantic_loss_ignore_index}, which is also one of the "
-                f"{num_labels} classes. Take a number above, such as 65535, here and in the image processor."
+                f"{num_labels} classes. Choose a larger number, such as 65535, here and in the image processor."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,5 +78,5 @@ class PerPixelBaselineConfig(ConfigWithCode):
 
 
 def is_per_pixel_baseline(model: Any) -> bool:
-    """Whether a model is one of the baselines, by its configuration, which adapters and compilers around it pass on."""
+    """Whether a model is one of the baselines, by its configuration, which adapters and compilers around it expose."""
     return getattr(getattr(model, "config", None), "model_type", None) == PerPixelBaselineConfig.model_type

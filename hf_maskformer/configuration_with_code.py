@@ -1,4 +1,4 @@
-"""What both configurations share: backbone and labels, fields that outweigh a file, and code that comes with it."""
+"""What both configurations share: backbone and labels, fields that override a file, and code that comes with it."""
 
 from os import PathLike
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from .configuration_maskformer_parts import (
 )
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
-LABELS = ("num_labels", "id2label", "label2id")  # three names of one thing: new labels replace all of them
+LABELS = ("num_labels", "id2label", "label2id")  # three names for one thing: new labels replace all of them
 
 
 class ConfigWithCode(PreTrainedConfig):
@@ -28,7 +28,7 @@ class ConfigWithCode(PreTrainedConfig):
     """
 
     sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
-    # Per-image sizes and loss terms are no predictions: Trainer must not gather them.
+    # Per-image sizes and loss terms are not predictions: Trainer must not gather them.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["loss_dict", "image_sizes", "padded_sizes"]
     default_backbone: ClassVar[dict[str, Any]] = {}
     # "file.Class" for each Auto class.
@@ -48,7 +48,7 @@ class ConfigWithCode(PreTrainedConfig):
         if self.id2label is None and self.label2id:  # transformers would count two classes
             names: dict[Any, Any] = {label: name for name, label in self.label2id.items()}
             if len(names) < len(self.label2id):
-                raise ValueError(f"label2id has {len(self.label2id)} names of {len(names)} labels; give each its own.")
+                raise ValueError(f"label2id has {len(self.label2id)} names for {len(names)} labels; give each its own.")
             self.id2label = names
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label:
@@ -62,10 +62,10 @@ class ConfigWithCode(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads the JSON of a configuration. Raises an OSError if there is none, or it is no JSON object."""
+        """Reads the JSON of a configuration. Raises an OSError if there is none, or it is not a JSON object."""
         try:
             content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        # transformers takes for granted that it holds an object, and not a thousand of them inside each other.
+        # transformers assumes that the file holds an object, and not a thousand nested ones.
         except (AttributeError, TypeError, RecursionError) as error:
             raise OSError(
                 f"{pretrained_model_name_or_path} holds no configuration as a JSON object ({error})."
@@ -76,19 +76,20 @@ class ConfigWithCode(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds a configuration from a file's content. Fields among `kwargs` outweigh it and are checked as it is.
+        """Builds a configuration from a file's content. Fields among `kwargs` override it and are checked like it.
 
-        A dictionary for a nested configuration changes the fields that it names, not single ones of what they nest; or
-        it is the whole of one, where it names another `model_type`. As many labels as the file has keep their names.
+        A dictionary for a nested configuration replaces the fields that it names, as a whole if they are nested; or, if
+        it names another `model_type`, the entire configuration. If the number of labels is that of the file, they keep
+        their names.
 
         Raises:
-            ValueError: A field has a value or a type that no model can have; the message names it.
+            ValueError: A field has an invalid value or type; the message names it.
         """
         # transformers only warns, and builds this model with weights missing.
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"The configuration is of a model of type {model_type!r}, but {cls.__name__} is for "
+                f"The configuration is for a model of type {model_type!r}, but {cls.__name__} is for "
                 f"{cls.model_type!r}. Use the class of that type."
             )
         overrides = {name: kwargs.pop(name) for name in kwargs.keys() & {*cls.__dataclass_fields__, *LABELS}}
@@ -104,12 +105,12 @@ class ConfigWithCode(PreTrainedConfig):
         overrides |= labels
         left_out = set(LABELS) if labels else set()
         if cls._auto_class is None:
-            # It names files beside the one that was read, which a checkpoint saved from here will not have.
+            # It refers to files beside the one that was read, which a checkpoint saved from here will not have.
             left_out.add("auto_map")
-        # A name of the Hub there would have transformers download code and run it.
+        # A Hub name there would make transformers download code and run it.
         left_out.update(ATTENTION_FIELDS)
         config_dict = {name: value for name, value in config_dict.items() if name not in left_out}
-        # Fields that this class does not know are kept as they are, and so must not take the place of a method.
+        # Fields unknown to this class become attributes, and so must not shadow a method.
         methods = sorted(name for name in config_dict if callable(getattr(cls, str(name), None)))
         if methods:
             raise ValueError(
@@ -130,9 +131,9 @@ class ConfigWithCode(PreTrainedConfig):
 
 
 def _changed(content: Any, changes: dict[str, Any]) -> Any:
-    """The content of a nested configuration with the fields changed that a dictionary names.
+    """The content of a nested configuration with the fields that a dictionary names replaced.
 
-    One of another type takes its place; and what is no configuration stays, to be refused like any of a file.
+    One of another type replaces it; anything but a configuration stays, to be rejected as if from a file.
     """
     content = content.to_dict() if isinstance(content, PreTrainedConfig) else content
     if not isinstance(content, dict):

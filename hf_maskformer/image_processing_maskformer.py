@@ -1,7 +1,7 @@
 """Images and segmentation maps in, a batch out; model outputs in, segmentations out.
 
 B images, N_i segments in image i, H x W the padded size of the batch. A segment is one region with one label in one
-image. Sizes are (height, width). Images stay uint8 until they lie in the batch.
+image. Sizes are (height, width). Images stay uint8 until they are written to the batch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -73,9 +73,9 @@ class SemanticSegmentation(ModelOutput):
 class MaskFormerImageProcessor(BaseImageProcessor):
     """Prepares images and segmentation maps for MaskFormer and turns the model's outputs into segmentations.
 
-    Call it with images, and with segmentation maps to train (see `preprocess`); the `post_process_*` methods go the way
-    back. It reads and writes the `preprocessor_config.json` of transformers' class of the same name, including files of
-    2022 (`reduce_labels`, `size_divisibility`, an integer `size` with `max_size`), and does not need torchvision.
+    Call it with images, and with segmentation maps to train (see `preprocess`); the `post_process_*` methods do the
+    reverse. It reads and writes the `preprocessor_config.json` of transformers' class of the same name, including files
+    from 2022 (`reduce_labels`, `size_divisibility`, an integer `size` with `max_size`), and does not need torchvision.
 
     Args:
         do_resize: whether to resize images and their maps.
@@ -84,24 +84,24 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             `{"height", "width"}` to exactly this size, whatever the aspect ratio. An integer is the shortest edge.
         size_divisor: the batch is padded (images are not stretched) until height and width are multiples of this; with
             0 or None only to the size of its largest image.
-        resample: PIL's number of the filter for images: 2 (bilinear), 3 (bicubic) or 0 (nearest). Maps take nearest.
+        resample: PIL's number for the image filter: 2 (bilinear), 3 (bicubic) or 0 (nearest). Maps use nearest.
         do_rescale, rescale_factor: whether to multiply pixels by this factor, by default 1 / 255.
-        do_normalize, image_mean, image_std: whether to subtract the mean of each channel and divide by its deviation,
-            by default those of ImageNet.
-        ignore_index: the value in segmentation maps whose pixels belong to no segment, also in maps of ids.
+        do_normalize, image_mean, image_std: whether to subtract the mean of each channel and divide by its standard
+            deviation, by default those of ImageNet.
+        ignore_index: the value of void pixels in segmentation maps, also in maps of ids.
         do_reduce_labels: labels in maps are one too high and 0 means "other": 1 becomes 0, and so on; 0 and the ignore
-            value (255 unless ignore_index says otherwise) belong to no segment. With `instance_id_to_semantic_id` it
-            applies to the semantic ids.
-        num_labels: maps are checked to hold labels below this number only; by default they are not.
+            value (255 unless ignore_index is set) are void. With `instance_id_to_semantic_id` it applies to the
+            semantic ids.
+        num_labels: maps are checked to hold only labels below this number; by default they are not checked.
         pad_size: `{"height", "width"}` of every batch, instead of that of its largest image.
-        label_ids_to_fuse: labels of uncountable stuff, of which a panoptic segmentation has one segment each.
+        label_ids_to_fuse: labels of stuff classes, each of which forms a single segment in a panoptic segmentation.
         segmentation_task: what the model was trained for, "semantic", "instance" or "panoptic"; `MaskFormerPipeline`
-            does that unless it is told otherwise.
+            does that by default.
         panoptic_thresholds: `{"threshold", "mask_threshold", "overlap_mask_area_threshold"}` or some of them, the
             defaults of `post_process_panoptic_segmentation`; the paper's differ between data sets.
 
     Raises:
-        ValueError: a setting is unknown, contradicts another or has no meaning.
+        ValueError: a setting is unknown, invalid or contradicts another.
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 (as the base class declares it)
@@ -128,21 +128,21 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         self._take(ImageProcessorSettings(**current_settings(settings, DEFAULT_SIZE)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings for a file, with Python's numbers in the place of numpy's."""
+        """The settings for a file, with Python's numbers instead of numpy's."""
         return {name: plain(value) for name, value in super().to_dict().items()}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As everywhere in transformers. Raises a ValueError for a setting without a meaning, and writes nothing."""
+        """As everywhere in transformers. Raises a ValueError for an invalid setting, and writes nothing."""
         self._take(self._settings_with({}))
         return super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Reads the JSON of a processor. Raises an OSError if there is none, or it is no JSON object."""
+        """Reads the JSON of a processor. Raises an OSError if there is none, or it is not a JSON object."""
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         name = kwargs.get("image_processor_filename", IMAGE_PROCESSOR_NAME)
         if folder.is_dir() and not any((folder / each).is_file() for each in (name, PROCESSOR_NAME)):
-            raise OSError(f"{folder} has no {name}. Save the image processor there too, by its save_pretrained.")
+            raise OSError(f"{folder} has no {name}. Save the image processor there too, with its save_pretrained.")
         try:
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         except (TypeError, RecursionError) as error:
@@ -151,23 +151,21 @@ class MaskFormerImageProcessor(BaseImageProcessor):
     @classmethod
     @errors_as_value_errors("The image processor's file")
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds a processor from the settings of a file. Settings among `kwargs`, old names too, outweigh them.
+        """Builds a processor from the settings of a file. Settings among `kwargs`, old names too, override them.
 
         Returns the processor, or with `return_unused_kwargs=True` a tuple of it and the other `kwargs`. Raises a
-        ValueError for a setting of a wrong type or without a meaning.
+        ValueError for a setting of a wrong type or with an invalid value.
         """
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         base = {name: value for name, value in image_processor_dict.items() if name in _BASE_CLASS_SETTINGS}
         settings = {name: value for name, value in image_processor_dict.items() if name not in base}
         if cls._auto_class is None:
-            # It names files beside the one that was read, which a processor saved from here will not have.
+            # It refers to files beside the one that was read, which a processor saved from here will not have.
             base.pop("auto_map", None)
-        # A file of a later transformers may hold more; an argument of the caller must mean something.
+        # A file from a later transformers may hold more; an argument of the caller must be known.
         unknown = unknown_settings(settings)
         if unknown:
-            logger.warning(
-                f"Unknown settings in the image processor's file are left out: {', '.join(sorted(unknown))}."
-            )
+            logger.warning(f"Unknown settings in the image processor's file are ignored: {', '.join(sorted(unknown))}.")
         settings = {name: value for name, value in settings.items() if name not in unknown}
         settings = current_settings(settings, DEFAULT_SIZE)
         overrides = {
@@ -189,23 +187,22 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         device: str | torch.device | None = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """Makes a batch of images and, from segmentation maps, the targets to train with.
+        """Makes a batch of images and, from segmentation maps, the training targets.
 
         Args:
             images: a PIL image, an array or tensor ((height, width, 3), (3, height, width) or (height, width), uint8 or
-                float), a path or URL; a list of these or a stacked array. Files are turned upright as their EXIF tag
-                says, PIL images are taken as they are. Grey images of 16 bits and uint16 are scaled to 8 bits.
+                float), a path or URL; a list of these or a stacked array. Files are rotated upright by their EXIF tag,
+                PIL images are used as they are. 16-bit grey images and uint16 are scaled to 8 bits.
             segmentation_maps: for each image a PIL image, array or tensor of integers (height, width), of its size, or
-                the path or URL of such an image (of a palette its indices count); or a PNG of COCO panoptic in colour,
+                the path or URL of such an image (a palette image is read as indices); or a COCO panoptic PNG in colour,
                 (height, width, 3) uint8, whose ids are R + 256 G + 65536 B.
-            instance_id_to_semantic_id: says that maps hold ids of segments, and which label each has; one dictionary
-                for all images or a list with one for each. Without it maps hold labels, and all pixels of a label
-                form one segment.
+            instance_id_to_semantic_id: the label of each segment id that maps hold; one dictionary for all images or a
+                list with one for each. Without it maps hold labels, and all pixels of a label form one segment.
             target_format: `"masks"`, or `"segment_map"` for the same targets in a fraction of the memory; `"label_map"`
                 for models that classify pixels, such as the per-pixel baselines.
-            input_data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape leaves it open.
+            input_data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape is ambiguous.
             return_tensors: `"np"` for arrays; otherwise the batch holds tensors.
-            device: where to resize and normalise, and where the batch shall lie; by default on the CPU.
+            device: where to resize and normalise, and to put the batch; by default the CPU.
             overrides: settings of the processor, for this call only.
 
         Returns:
@@ -215,12 +212,12 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             - `pixel_mask` (B, H, W) int64, 1 in the image and 0 in the padding,
             - with maps, `mask_labels` and `class_labels`: as `"masks"`, lists of (N_i, H, W) bool masks and of (N_i,)
               int64 labels; as `"segment_map"`, (B, H, W) int32 with the index of the segment that owns each pixel, -1
-              for none, and (B, max N_i) int64 labels filled up with -100. Segments are in ascending order of their
-              value in the map; padding belongs to none. As `"label_map"`, instead `labels` (B, H, W) int64 with the
-              label of each pixel, and `ignore_index` (255 unless set, and no label) where no segment or padding is.
+              for none, and (B, max N_i) int64 labels padded with -100. Segments are in ascending order of their value
+              in the map; padding belongs to none. As `"label_map"`, instead `labels` (B, H, W) int64 with the label of
+              each pixel, and `ignore_index` (255 unless set; not a label) for void pixels and padding.
 
         Raises:
-            ValueError: images, maps or settings that do not fit, naming the image by its index.
+            ValueError: images, maps or settings are invalid; the message gives the image's index.
         """
         settings = self._settings_with(overrides)
         if target_format not in ("masks", "segment_map", "label_map"):
@@ -232,7 +229,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         resized_sizes = [settings.resized_size(size) for size in sizes]
         padded_size = settings.padded_size(resized_sizes)
         targets: dict[str, Any] = {}
-        # Maps first: what is wrong with them shows before the work on the images.
+        # Maps first, so that their errors show before the images are processed.
         if segmentation_maps is not None:
             check_ignore_value(settings, target_format)
             num_dimensions = 2 + is_single_map(segmentation_maps, len(pixels))
@@ -259,12 +256,12 @@ class MaskFormerImageProcessor(BaseImageProcessor):
     def pad_and_create_pixel_mask(
         self, pixel_values_list: Sequence[Any], return_tensors: str | None = None, **overrides: Any
     ) -> BatchFeature:
-        """Makes a batch of images that are resized and normalised already.
+        """Makes a batch of images that are already resized and normalised.
 
         Args:
             pixel_values_list: arrays or tensors (3, height, width).
             return_tensors: `"np"` for arrays; otherwise the batch holds tensors.
-            overrides: settings of the processor, for this call only; of these, `size_divisor` and `pad_size` matter.
+            overrides: settings of the processor, for this call; only `size_divisor` and `pad_size` matter.
 
         Returns:
             A dictionary with `pixel_values` and `pixel_mask` as `preprocess` gives them.
@@ -281,7 +278,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         return _batch_feature(data, return_tensors)
 
     def resized_size(self, size: Size) -> Size:
-        """The size, (height, width), to which images of a size are brought before they are padded."""
+        """The (height, width) to which images of this size are resized, before padding."""
         return self._settings_with({}).resized_size(size)
 
     def post_process_semantic_segmentation(
@@ -292,25 +289,25 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         *,
         mode: Mode = "paper",
     ) -> list[Any]:
-        """Gives each pixel a label, as the paper does.
+        """Assigns each pixel a label, as the paper does.
 
         Args:
-            outputs: of the model, or of a per-pixel baseline. Without their `image_sizes` and `padded_sizes` (from
-                transformers' model), an image is taken to fill its input, and its input to be four times the size of
+            outputs: of the model, or of a per-pixel baseline. Without `image_sizes` and `padded_sizes` (from
+                transformers' model), an image is assumed to fill its input, and its input to be four times the size of
                 the mask logits.
             target_sizes: the (height, width) of each result, usually that of the original image; without it, results
                 have the size that the image had in the batch.
-            return_segmentation_scores: whether to return the scores too, which takes their memory: those of
-                `semantic_scores`, or of a baseline probabilities.
+            return_segmentation_scores: whether to return the scores too, at the cost of their memory: those of
+                `semantic_scores`, or a baseline's probabilities.
             mode: what is resized to the target: `"paper"`, `"direct"` or `"fast"` (see `semantic_scores`). Baselines
-                know `"paper"` only.
+                support only `"paper"`.
 
         Returns:
             One (height, width) int64 map of labels per image; or with scores, one `SemanticSegmentation`.
 
         Raises:
-            ValueError: the mode is unknown or not one of the model, logits are not finite, or target_sizes does not fit
-                the batch.
+            ValueError: the mode is unknown or unsupported by the model, logits are not finite, or target_sizes does not
+                match the batch.
         """
         if hasattr(outputs, "logits"):
             if mode != "paper":
@@ -346,8 +343,8 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
             threshold, mask_threshold, overlap_mask_area_threshold, top_k, min_area: as in `instance_segmentation`.
-            return_coco_annotation: return masks in COCO's run-length encoding instead of a map of ids.
-            return_binary_maps: return masks instead of a map of ids.
+            return_coco_annotation: return masks in COCO's run-length encoding instead of an id map.
+            return_binary_maps: return masks instead of an id map.
 
         Returns:
             One dictionary per image: `segmentation`, (height, width) int32 with ids of instances, the highest-scoring
@@ -355,7 +352,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             for each instance its `id`, `label_id`, `was_fused` and `score`, in descending order of score.
 
         Raises:
-            ValueError: both other forms are asked for; see also `instance_segmentation`.
+            ValueError: both other forms are requested; see also `instance_segmentation`.
         """
         if return_coco_annotation and return_binary_maps:
             raise ValueError("return_coco_annotation and return_binary_maps exclude each other; set one of them.")
@@ -373,13 +370,13 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         label_ids_to_fuse: Collection[int] | None = None,
         target_sizes: Sequence[Size] | None = None,
     ) -> list[dict[str, Any]]:
-        """Gives each pixel to at most one segment, as the paper does (see `panoptic_segmentation`).
+        """Assigns each pixel to at most one segment, as the paper does (see `panoptic_segmentation`).
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
             threshold, mask_threshold, overlap_mask_area_threshold: as in `panoptic_segmentation`; by default those of
                 the processor's `panoptic_thresholds`, and for what that leaves out 0.5, 0.5 and 0.8.
-            label_ids_to_fuse: labels of which all queries form one segment; without it, those of the processor.
+            label_ids_to_fuse: labels whose queries are fused into one segment each; by default those of the processor.
 
         Returns:
             One dictionary per image: `segmentation`, (height, width) int32 with ids of segments and 0 for void, and
@@ -409,7 +406,7 @@ class MaskFormerImageProcessor(BaseImageProcessor):
         return batch
 
     def _warn_of_padding(self, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None) -> None:
-        """Warns if the model took padding for image: targets of the photographs' sizes tell how much there is."""
+        """Warns if the model treated padding as image: targets of the original sizes tell how much there is."""
         if target_sizes is None or not torch.equal(image_sizes, padded_sizes):
             return
         settings = self._settings_with({})
@@ -418,12 +415,12 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             sizes = [settings.resized_size(target) for target in targets]
             padded_size = settings.padded_size(sizes)
         except (TypeError, ValueError, ArithmeticError):
-            return  # they are no sizes, which is told later, or not those of photographs
+            return  # they are not sizes, which is reported later, or not the original ones
         is_padded = any(padded_size not in (target, size) for target, size in zip(targets, sizes, strict=True))
         if is_padded and padded_size == tuple(padded_sizes[0].tolist()):
             logger.warning_once(
-                "The model was called without pixel_mask, or ignores it, so it took padding for image, and results are "
-                "shifted. Give it all that the image processor makes: model(**inputs)."
+                "The model was called without pixel_mask, or ignores it, so it treated padding as image, and results "
+                "are shifted. Pass it all outputs of the image processor: model(**inputs)."
             )
 
     def _take(self, settings: ImageProcessorSettings) -> None:
@@ -448,11 +445,11 @@ def _batch_feature(data: dict[str, Any], return_tensors: Any) -> BatchFeature:
 
 def _warn_of_wrong_rescaling(images: Sequence[Tensor], settings: ImageProcessorSettings) -> None:
     if settings.do_rescale and any(image.is_floating_point() and image.max() <= 1 for image in images):
-        logger.warning_once("Images lie between 0 and 1 already and are rescaled again; set do_rescale=False.")
-    # The factor that 16 bits would need, which are read as 8.
+        logger.warning_once("Images are already between 0 and 1 and are rescaled again; set do_rescale=False.")
+    # A factor for 16-bit images, which are read as 8-bit.
     blackens_bytes = settings.do_rescale and settings.rescale_factor < 1e-4
     if blackens_bytes and not all(image.is_floating_point() for image in images):
         logger.warning_once(
-            f"Images of integers are read as 0 to 255, those of 16 bits too, and become black by the rescale_factor "
+            "Integer images, 16-bit ones too, are read as 0 to 255, and become black with the rescale_factor "
             f"{settings.rescale_factor:.2g}; leave it at 1 / 255."
         )

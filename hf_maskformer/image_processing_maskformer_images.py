@@ -1,6 +1,6 @@
 """Images of any kind into one tensor: reading, resizing, normalising, padding.
 
-B images of h x w pixels, H x W the padded size of the batch. Pixels stay uint8 until they lie in the batch.
+B images of h x w pixels, H x W the padded size of the batch. Pixels stay uint8 until they are written to the batch.
 """
 
 import queue
@@ -22,9 +22,9 @@ from torch import Tensor
 from .image_processing_maskformer_settings import RESAMPLING, ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
 
-# Pillow knows some fifty formats by their content, whatever a file is called, and hands one of them to Ghostscript.
+# Pillow detects some fifty formats by content, whatever a file is called, and passes one of them to Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# Where an image's `info` says that it was stored with so many bits of grey, which Pillow spreads over 0 to 255.
+# Key in an image's `info` for the bits of grey it was stored with, which Pillow scales to 0 to 255.
 BITS = "hf_maskformer_bits"
 
 MAX_DOWNLOAD_BYTES = 100 * 2**20
@@ -47,18 +47,18 @@ def enumerate_items(name: str, items: Any, num_dimensions: int) -> Iterator[tupl
 def read_image(image: Any, index: int, input_data_format: str | None = None) -> Tensor:
     """Reads image `index`, in any form that `MaskFormerImageProcessor.preprocess` takes: (3, h, w), uint8 or float32.
 
-    Files are turned upright as their EXIF tag says; PIL images are taken as they are, since maps may come with them.
+    Files are rotated upright by their EXIF tag; PIL images are used as they are, since maps may come with them.
 
     Raises:
-        ValueError: it is damaged, too large for Pillow's limit, no image, behind a URL that `download_image` does not
-            read, has a wrong shape, or its values are wide integers other than uint16 or not finite.
+        ValueError: it is damaged, too large for Pillow's limit, not an image, behind a URL that `download_image` does
+            not read, has a wrong shape, or its values are wide integers other than uint16 or not finite.
     """
     if isinstance(image, str | Path | Image.Image):
         source = "" if isinstance(image, Image.Image) else f" ({image})"
         try:
             opened = image if isinstance(image, Image.Image) else read_upright(image)
             decoded = np.array(to_rgb(opened))  # (h, w, 3) uint8
-        # Decoders meet damage with OSError, SyntaxError, struct.error and more, clients with errors of their own.
+        # Decoders report damage by OSError, SyntaxError, struct.error and more, HTTP clients by errors of their own.
         except Exception as error:
             raise ValueError(f"Image {index}{source} cannot be read: {error}") from error
         return torch.from_numpy(decoded).permute(2, 0, 1)
@@ -96,7 +96,7 @@ def read_image(image: Any, index: int, input_data_format: str | None = None) -> 
 def _as_tensor(array: np.ndarray, name: str) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"{name} holds {array.dtype}; give uint8, uint16 or floats.")
-    # torch knows the machine's byte order only.
+    # torch supports only the machine's byte order.
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
@@ -106,19 +106,19 @@ def to_eight_bits(pixels: Tensor) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a PIL image of any mode of 8 bits, or of 16 bits of grey. Raises ValueError for modes I and F."""
+    """Converts a PIL image of any 8-bit mode, or of 16-bit grey. Raises ValueError for modes I and F."""
     if image.mode.startswith("I;16"):
-        # Pillow would cut these off at 255, which leaves an almost white picture.
+        # Pillow would clip these at 255, which leaves an almost white image.
         image = Image.fromarray(to_eight_bits(_as_tensor(np.asarray(image), "The image")).numpy())
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} does not say which values are black and white; convert it to RGB.")
-    if image.mode == "La":  # Pillow knows the way to LA only
+    if image.mode == "La":  # Pillow converts it to LA only
         image = image.convert("LA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_upright(source: str | Path) -> Image.Image:
-    """The upright image of a file or URL, in its own mode. Raises errors of Pillow and of the client."""
+    """The upright image of a file or URL, in its own mode. Raises errors of Pillow and of the HTTP client."""
     return download_image(str(source)) if is_url(source) else ImageOps.exif_transpose(open_image(source))
 
 
@@ -129,9 +129,9 @@ def open_image(file: str | Path | IO[bytes]) -> Image.Image:
     try:
         image: Any = Image.open(file, formats=formats)
     except UnidentifiedImageError:
-        # Pillow's own words name an object in memory.
+        # Pillow's own message names an object in memory.
         raise UnidentifiedImageError(f"cannot identify it as one of {', '.join(formats)}") from None
-    # Of a loaded image Pillow no longer says it.
+    # Pillow drops this once an image is loaded.
     arguments = image.tile[0][3] if image.mode == "L" and image.tile else ""
     raw_mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
     bits = re.match("L;([24])", str(raw_mode))
@@ -141,14 +141,14 @@ def open_image(file: str | Path | IO[bytes]) -> Image.Image:
 
 
 def stored_values(image: Image.Image) -> np.ndarray:
-    """The values (h, w) or (h, w, C) of an image of `open_image` as the file holds them."""
+    """The values (h, w) or (h, w, C) of an image from `open_image` as stored in the file."""
     values = np.array(image)
     bits = image.info.get(BITS)
     return values if bits is None else values // (255 // (2**bits - 1))
 
 
 def is_url(source: str | Path) -> bool:
-    """Whether an image lies behind a URL and not in a file. Raises a ValueError unless that is http or https."""
+    """Whether an image is behind a URL and not in a file. Raises a ValueError unless that is http or https."""
     scheme = re.match(r"([a-z][a-z0-9+.-]+)://", str(source), re.IGNORECASE)
     if isinstance(source, Path) or scheme is None:
         return False
@@ -158,11 +158,11 @@ def is_url(source: str | Path) -> bool:
 
 
 def download_image(url: str, seconds: float = MAX_DOWNLOAD_SECONDS) -> Image.Image:
-    """The upright image behind an http(s) URL, in its own mode: transformers' `load_image` would cut 16 bits at 255.
+    """The upright image behind an http(s) URL, in its own mode: transformers' `load_image` would clip 16 bits at 255.
 
     Raises:
         OSError: it has not arrived after so many seconds, or is larger than `MAX_DOWNLOAD_BYTES`.
-        Exception: of the client and of Pillow, of many kinds.
+        Exception: of the HTTP client and of Pillow, of many kinds.
     """
     answers: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
@@ -172,7 +172,7 @@ def download_image(url: str, seconds: float = MAX_DOWNLOAD_SECONDS) -> Image.Ima
         except Exception as error:
             answers.put(error)
 
-    # The client's own limits are for each piece: a server that sends its header byte by byte would keep us for days.
+    # The client's own timeouts are per chunk: a server that sends its header byte by byte would hold us for days.
     threading.Thread(target=fetch, daemon=True).start()
     try:
         answer = answers.get(timeout=seconds)
@@ -186,7 +186,7 @@ def download_image(url: str, seconds: float = MAX_DOWNLOAD_SECONDS) -> Image.Ima
 def _download(url: str, seconds: float) -> bytes:
     end = time.monotonic() + seconds
     content = bytearray()
-    # Unpacking what a server has packed could take any amount of memory for a piece of it.
+    # Decompressing a chunk of a compressed response could take any amount of memory.
     with get_session().stream("GET", url, timeout=seconds, headers={"Accept-Encoding": "identity"}) as response:
         response.raise_for_status()
         for piece in response.iter_raw():
@@ -204,7 +204,7 @@ def _channels_are_last(shape: tuple[int, ...], input_data_format: str | None) ->
         if order not in ("channels_first", "channels_last"):
             raise ValueError(f'input_data_format is {order!r}; give "channels_first" or "channels_last".')
         return order == "channels_last"
-    # Three channels are the most likely, then grey and RGBA; where both ends fit, the first are the channels.
+    # Three channels are the most likely, then grey and RGBA; where both ends fit, channels come first.
     counts = [count for count in (3, 1, 4) if count in (shape[0], shape[-1])]
     return bool(counts) and shape[0] != counts[0]
 
@@ -212,7 +212,7 @@ def _channels_are_last(shape: tuple[int, ...], input_data_format: str | None) ->
 def resize_image(image: Tensor, size: Size, resample: int) -> Tensor:
     """Resizes images (..., 3, h, w), uint8 or float, with the antialiased filter of this number in PIL.
 
-    Bilinear uint8 results lie within two levels of PIL's, nearly all within one.
+    Bilinear uint8 results are within two levels of PIL's, nearly all within one.
     """
     if size_of(image) == size:
         return image
@@ -222,7 +222,7 @@ def resize_image(image: Tensor, size: Size, resample: int) -> Tensor:
             image = image.index_select(axis, positions.to(image.device))
         return image
     batch = image if image.ndim == 4 else image[None]
-    if image.dtype == torch.uint8 and image.device.type != "cpu":  # torch filters bytes on the CPU only
+    if image.dtype == torch.uint8 and image.device.type != "cpu":  # torch resizes uint8 on the CPU only
         batch = batch.float()
     resized = F.interpolate(batch, size, mode=RESAMPLING[resample], antialias=True, align_corners=False)
     if resized.dtype != image.dtype:
@@ -235,14 +235,14 @@ def resize_nearest(pixels: np.ndarray, size: Size) -> np.ndarray:
     for axis, length in ((-1, size[1]), (-2, size[0])):
         if pixels.shape[axis] != length:
             positions = nearest_positions(pixels.shape[axis], length)
-            pixels = pixels.take(positions, axis, mode="clip")  # faster than to look whether one is out of range
+            pixels = pixels.take(positions, axis, mode="clip")  # faster than checking bounds
     return pixels
 
 
 def nearest_positions(length: int, new_length: int) -> np.ndarray:
-    """Which pixel of a line each pixel of a longer or shorter one takes, (new_length,) int64."""
+    """The source pixel of each pixel of a resized axis, (new_length,) int64."""
     step = length / new_length
-    # Summed up step by step as PIL does, so that a centre between two pixels falls on the same side.
+    # Accumulated step by step as PIL does, so that a centre between two pixels falls on the same side.
     centres = np.cumsum([step / 2] + [step] * (new_length - 1))
     return centres.astype(np.int64)
 
@@ -260,13 +260,13 @@ def make_batch(
     # (pixel * factor - mean) / std, with two passes over the pixels instead of three.
     scales = [factor / deviation for deviation in std]
     shifts = [average / deviation for average, deviation in zip(mean, std, strict=True)]
-    # Whatever the default type and device are.
+    # Whatever the default dtype and device are.
     scale, shift = (
         torch.tensor(values, dtype=torch.float32, device=device or "cpu")[:, None, None] for values in (scales, shifts)
     )
     data = empty_batch(sizes, padded_size, device)
     for indices in _alike(images, sizes, device):
-        # Moved before they are resized and turned to float: bytes are a quarter of that.
+        # Moved before they are resized and converted to float: uint8 is a quarter of that.
         stacked = torch.stack([images[index] for index in indices]) if len(indices) > 1 else images[indices[0]][None]
         height, width = sizes[indices[0]]
         resized = resize_image(stacked.to(device or "cpu"), (height, width), settings.resample)
@@ -276,10 +276,10 @@ def make_batch(
 
 
 def _write_normalized(place: Tensor, image: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """Writes an image (3, h, w), times a scale and less a shift (3, 1, 1), to its place in a batch."""
+    """Writes an image (3, h, w), times a scale minus a shift (3, 1, 1), to its place in a batch."""
     if image.dtype == torch.uint8 and place.device.type == "cpu":
-        # By numpy, on one thread: those of torch meet after each of these short operations, and where other programs
-        # are at work, they wait for each other a hundred times as long as an operation takes.
+        # With numpy, on one thread: torch's threads synchronise after each of these short operations, and where other
+        # programs are running, they wait for each other a hundred times as long as an operation takes.
         pixels = place.numpy()
         pixels[...] = image.numpy()
         pixels *= scale.numpy()
@@ -289,9 +289,9 @@ def _write_normalized(place: Tensor, image: Tensor, scale: Tensor, shift: Tensor
 
 
 def empty_batch(sizes: Sequence[Size], padded_size: Size, device: str | torch.device | None = None) -> dict[str, Any]:
-    """A batch for images of these sizes: all pixels 0, the mask complete."""
-    # Zeros from the start, although images overwrite most of them: filling a fresh tensor in order, from its beginning,
-    # is many times faster than touching its pages here and there first, as filling in the padding alone would.
+    """A batch for images of these sizes: all pixels 0, the mask filled in."""
+    # All zeroed, although images overwrite most of it: filling a fresh tensor sequentially is many times faster than
+    # first touching its pages here and there, as zeroing the padding alone would.
     pixel_values = zeros((len(sizes), 3, *padded_size), torch.float32, device)
     pixel_mask = zeros((len(sizes), *padded_size), torch.int64, device)
     for mask, (height, width) in zip(pixel_mask, sizes, strict=True):
@@ -301,7 +301,7 @@ def empty_batch(sizes: Sequence[Size], padded_size: Size, device: str | torch.de
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device | None = None) -> Tensor:
-    """`torch.zeros`, on a CPU in memory that numpy asks the operating system for in large pages."""
+    """`torch.zeros`, on a CPU in memory that numpy requests in huge pages."""
     if torch.device(device or "cpu").type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(shape, dtype=str(dtype).removeprefix("torch.")))

@@ -1,4 +1,4 @@
-"""The settings of the image processor: what each may be, and how files of earlier years name them."""
+"""The settings of the image processor: their valid values, and their names in older files."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +22,7 @@ DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 _DEFAULT_SIZE_DIVISOR = 32
 _SIZE_FORMS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"}, {"max_height", "max_width"})
 
-# transformers' files may hold these; here each has one value only.
+# transformers' files may hold these; here each has a single valid value.
 FIXED_SETTINGS: dict[str, Any] = {
     "do_convert_rgb": True,
     "do_pad": True,
@@ -48,7 +48,7 @@ _TYPES: tuple[tuple[tuple[str, ...], str, Any], ...] = (
 
 @dataclass
 class ImageProcessorSettings:
-    """The settings that `MaskFormerImageProcessor` explains. Raises ValueError for a value that has no meaning."""
+    """The settings that `MaskFormerImageProcessor` documents. Raises ValueError for an invalid value."""
 
     do_resize: bool = True
     size: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_SIZE))
@@ -76,13 +76,13 @@ class ImageProcessorSettings:
                 if value is not None and (not isinstance(value, types) or is_number_by_accident):
                     raise ValueError(f"{name} is {repr(given)[:60]}, but must be {kind}.")
                 setattr(self, name, value)
-        self.size_divisor = self.size_divisor or 0  # None, as an attribute may be set
+        self.size_divisor = self.size_divisor or 0  # an attribute may have been set to None
         self.size = _checked_size("size", self.size, _SIZE_FORMS)
         if self.pad_size is not None:
             self.pad_size = _checked_size("pad_size", self.pad_size, ({"height", "width"},))
         if not 0 <= self.size_divisor <= MAX_EDGE:
             raise ValueError(
-                f"size_divisor is {self.size_divisor}; give an integer to {MAX_EDGE}, or 0 not to round up."
+                f"size_divisor is {self.size_divisor}; give an integer up to {MAX_EDGE}, or 0 not to round up."
             )
         if not isinstance(self.resample, int) or self.resample not in RESAMPLING:
             known = ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
@@ -93,7 +93,7 @@ class ImageProcessorSettings:
         self.image_mean = _three_channels("image_mean", self.image_mean)
         self.image_std = _three_channels("image_std", self.image_std)
         if not all(self.image_std):
-            raise ValueError(f"image_std is {self.image_std}; images are divided by it, so it must not hold a zero.")
+            raise ValueError(f"image_std is {self.image_std}; images are divided by it, so it must not contain a zero.")
         if self.num_labels is not None and self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; give the number of labels, or None not to check them.")
         if self.segmentation_task not in (None, *SEGMENTATION_TASKS):
@@ -108,7 +108,7 @@ class ImageProcessorSettings:
             self.label_ids_to_fuse = sorted(map(int, checked_label_ids(self.label_ids_to_fuse)))
 
     def resized_size(self, size: Size) -> Size:
-        """The size that an image of this size gets: rounded half up, as in the original, and at least one pixel."""
+        """The resized size of an image of this size: rounded half up, as in the original, and at least one pixel."""
         if not self.do_resize:
             return size
         if "height" in self.size:
@@ -140,7 +140,7 @@ class ImageProcessorSettings:
         if height * width > MAX_PIXELS:
             raise ValueError(
                 f"Images would be {height} x {width} after resizing and padding, more than {MAX_PIXELS} pixels. Give a "
-                "smaller size, with a longest_edge, or leave out images that are lines."
+                "smaller size, with a longest_edge, or leave out extremely narrow images."
             )
         return height, width
 
@@ -151,11 +151,10 @@ _MAY_BE_NONE = {setting.name for setting in fields(ImageProcessorSettings) if se
 
 
 def current_settings(given: Mapping[str, Any], known_size: Mapping[str, int]) -> dict[str, Any]:
-    """Translates settings from files of any year to those of today, dropping what has one value only.
+    """Translates settings from files of any year to today's, dropping those with a single valid value.
 
     Args:
-        given: settings by name. None stands for "not given" where it has no meaning of its own, and for 0 in
-            size_divisor.
+        given: settings by name. None means "not given" where it is not itself a valid value, and 0 for size_divisor.
         known_size: the `size` of which an integer `size` or a `max_size` changes one edge.
 
     Raises:
@@ -177,32 +176,32 @@ def current_settings(given: Mapping[str, Any], known_size: Mapping[str, int]) ->
 
 
 def unknown_settings(given: Mapping[str, Any]) -> set[str]:
-    """The names among these that mean nothing to the processor."""
+    """The names among these that the processor does not know."""
     return given.keys() - SETTINGS - OLD_SETTINGS - _BOOKKEEPING_SETTINGS - FIXED_SETTINGS.keys()
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
     for name in unknown_settings(given):
         known = ", ".join(sorted(SETTINGS))
-        raise ValueError(f"{name}={given[name]!r} is no setting of MaskFormerImageProcessor; it has {known}.")
+        raise ValueError(f"{name}={given[name]!r} is not a setting of MaskFormerImageProcessor; it has {known}.")
     for name in given.keys() & FIXED_SETTINGS.keys():
         if given[name] is not None and given[name] != FIXED_SETTINGS[name]:
             raise ValueError(f"{name}={given[name]!r} is not supported; only {FIXED_SETTINGS[name]!r} is.")
 
 
 def _take_old_name(settings: dict[str, Any], old: str, new: str, default: Any) -> None:
-    """Moves a setting of 2022 to its new name."""
+    """Moves a setting from 2022 to its new name."""
     if old not in settings:
         return
     value = settings.pop(old)
-    # transformers does not know the old names: saving such a file again, it adds its own default beside them.
+    # transformers does not know the old names: when it saves such a file again, it adds its own defaults.
     if settings.get(new, default) not in (default, value):
         raise ValueError(f"{old}={value!r} contradicts {new}={settings[new]!r}, its new name; keep only {new}.")
     settings[new] = value
 
 
 def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -> dict[str, int]:
-    """Gives the edges that a size in any of its forms means."""
+    """Returns the edges that a size in any of its forms means."""
     size = plain(size)
     known_edges = known_size if "shortest_edge" in known_size else DEFAULT_SIZE
     if size is None or isinstance(size, Integral):
@@ -213,7 +212,7 @@ def _read_size(size: Any, max_size: int | None, known_size: Mapping[str, int]) -
         raise ValueError(f"size is {str(size)[:60]!r}; give an integer, (height, width) or a dictionary of edges.")
     edges = {"height": size[0], "width": size[1]} if is_pair else dict(size)
     if edges.keys() == {"height", "width"} and max_size == DEFAULT_SIZE["longest_edge"]:
-        return edges  # files of 2022 have this beside any size, which meant nothing there
+        return edges  # files from 2022 have this beside any size, where it had no effect
     if edges.keys() == {"shortest_edge"} and max_size is not None:
         return {**edges, "longest_edge": max_size}
     if max_size is not None and edges.get("longest_edge") != max_size:

@@ -1,9 +1,9 @@
-"""From segmentation maps to training targets: which segments an image has, where they lie and what their labels are.
+"""From segmentation maps to training targets: which segments an image has, where they are and what their labels are.
 
 N_i segments in image i, H x W the padded size of the batch. A segmentation map is (height, width) integers: labels, or
-ids of segments whose labels a dictionary tells ("instance labels" below). It stays a map until the very end, and an
-array: numpy does this work on one thread. Those of torch would meet after each short operation, and wait for each other
-many times as long as it takes where other programs are at work.
+ids of segments whose labels are in a dictionary ("instance labels" below). It stays a map until the very end, and an
+array: numpy does this work on one thread. torch's threads would synchronise after each short operation, and wait for
+each other many times as long as it takes where other programs are running.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from .image_processing_maskformer_images import read_upright, resize_nearest, st
 from .image_processing_maskformer_settings import ImageProcessorSettings
 from .post_processing_maskformer_inputs import Size
 
-# Above, masks are no training targets: a few bytes of a file can ask for any number of segments.
+# Above this, masks are not usable as targets: a few bytes of a file can ask for any number of segments.
 MAX_MASK_BYTES = 8 * 10**9
-# Fills up class labels in their tensor form; cross-entropy ignores this value by default.
+# Pads class labels in their tensor form; cross-entropy ignores this value by default.
 NO_LABEL = -100
-# What stands for "ignore" when the settings do not say; 8-bit maps use it.
+# Means "ignore" when the settings do not set another value; 8-bit maps use it.
 COMMON_IGNORE_VALUE = 255
 MAX_LABELS = 2**63  # labels are int64
 
@@ -34,7 +34,7 @@ Device = str | torch.device | None
 def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> np.ndarray:
     """Reads the map of image `index`, in any form that `preprocess` takes: integers (height, width).
 
-    Three channels of 8 bits are taken for the ids of COCO panoptic. `has_ids` says that there are labels of ids.
+    Three 8-bit channels are read as COCO panoptic ids. `has_ids` says whether there are labels of ids.
 
     Raises:
         ValueError: it is something else, is damaged or does not hold integers, or is grey and there are no ids.
@@ -49,17 +49,17 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> n
     source = f" ({segmentation_map})" if isinstance(segmentation_map, str | Path) else ""
     try:
         if isinstance(segmentation_map, str | Path):
-            # In its own mode: pixels of a palette are indices, which are the labels.
+            # In its own mode: pixels of a palette image are indices, which are the labels.
             segmentation_map = read_upright(segmentation_map)
         is_image = isinstance(segmentation_map, Image.Image)
         values = stored_values(segmentation_map) if is_image else np.asarray(segmentation_map)
-    except Exception as error:  # a damaged file shows when it is decoded
+    except Exception as error:  # damage shows when a file is decoded
         raise ValueError(f"Segmentation map {index}{source} cannot be read: {error}") from error
     if is_coloured(values):
         if not has_ids and (values == values[..., :1]).all():
             raise ValueError(
-                f"Segmentation map {index} is grey, but has three channels, which would be read as colours of COCO "
-                'panoptic. If it holds labels or plain ids, give one channel: image.convert("L"), or array[..., 0]. If '
+                f"Segmentation map {index} is grey, but has three channels, which would be read as COCO panoptic "
+                'colours. If it holds labels or plain ids, give one channel: image.convert("L"), or array[..., 0]. If '
                 "it holds ids as R + 256 G + 65536 B, pass instance_id_to_semantic_id."
             )
         values = ids_of_colors(values)
@@ -68,7 +68,7 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> n
     if values.ndim != 2 or values.dtype.kind not in "bui":
         raise ValueError(
             f"Segmentation map {index} has shape {values.shape} and type {values.dtype}; give integers (height, "
-            "width), or the colours of COCO panoptic, (height, width, 3) uint8."
+            "width), or COCO panoptic colours, (height, width, 3) uint8."
         )
     if values.size == 0:
         raise ValueError(f"Segmentation map {index} has shape {values.shape}, so it holds no pixel.")
@@ -76,14 +76,14 @@ def read_segmentation_map(segmentation_map: Any, index: int, has_ids: bool) -> n
 
 
 def is_single_map(segmentation_map: Any, num_images: int) -> bool:
-    """Whether an array or tensor of three dimensions is one map with its channels last, and no stack of maps."""
+    """Whether an array or tensor of three dimensions is one map with its channels last, and not a stack of maps."""
     if not isinstance(segmentation_map, np.ndarray | Tensor) or segmentation_map.ndim != 3:
         return False
     return is_coloured(segmentation_map) or (segmentation_map.shape[-1] == 1 and num_images == 1)
 
 
 def is_coloured(segmentation_map: Any) -> bool:
-    """Whether an array or tensor is one map in the colours of COCO panoptic, (height, width, 3) uint8."""
+    """Whether an array or tensor is one map in COCO panoptic colours, (height, width, 3) uint8."""
     if not isinstance(segmentation_map, np.ndarray | Tensor):
         return False
     is_bytes = segmentation_map.dtype in (np.uint8, torch.uint8)
@@ -91,19 +91,19 @@ def is_coloured(segmentation_map: Any) -> bool:
 
 
 def ids_of_colors(colors: np.ndarray) -> np.ndarray:
-    """The ids (height, width), int32, that the colours of COCO panoptic stand for: R + 256 G + 65536 B."""
+    """The ids (height, width), int32, that COCO panoptic colours encode: R + 256 G + 65536 B."""
     channels = colors.astype(np.int32)
     return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
 
 
 def check_ignore_value(settings: ImageProcessorSettings, target_format: str) -> None:
-    """Raises ValueError if what stands for "ignore" because no setting says otherwise is also a label."""
+    """Raises ValueError if the value that means "ignore" by default is also a label."""
     highest = (settings.num_labels or 0) - 1 + bool(settings.do_reduce_labels)
     uses_common_value = settings.do_reduce_labels or target_format == "label_map"
     if settings.ignore_index is None and uses_common_value and highest >= COMMON_IGNORE_VALUE:
         raise ValueError(
             f"With num_labels {settings.num_labels}, {COMMON_IGNORE_VALUE} in a map is a label, but without "
-            "ignore_index it stands for no segment too. Set ignore_index to a value that is no label, such as 65535 "
+            "ignore_index it stands for no segment too. Set ignore_index to a value that is not a label, such as 65535 "
             "(and semantic_loss_ignore_index of a per-pixel baseline to the same)."
         )
 
@@ -124,9 +124,9 @@ def check_map_sizes(maps: Sequence[np.ndarray], image_sizes: Sequence[Size]) -> 
 
 
 def instance_labels_of_images(instance_labels: Any, num_images: int) -> list[InstanceLabels]:
-    """Gives each image its dictionary, from one for all or a list.
+    """Returns each image's dictionary, from one for all or a list.
 
-    Raises ValueError if the list has another length, or ids or labels are text.
+    Raises ValueError if the list has another length, or ids or labels are strings.
     """
     is_one = instance_labels is None or isinstance(instance_labels, Mapping)
     tables = [instance_labels] * num_images if is_one else list(instance_labels)
@@ -142,7 +142,7 @@ def instance_labels_of_images(instance_labels: Any, num_images: int) -> list[Ins
             if isinstance(number, str) or isinstance(label, str):
                 raise ValueError(
                     f"instance_id_to_semantic_id has {number!r}: {label!r}, but ids and labels must be integers. JSON "
-                    "makes text of ids: {int(number): label for number, label in table.items()}."
+                    "turns ids into strings: {int(number): label for number, label in table.items()}."
                 )
     return tables
 
@@ -157,7 +157,7 @@ def resized_segments(
     """The segments of a map at another size, as `split_segmentation_map` gives them."""
     if size[0] < segmentation_map.shape[0] or size[1] < segmentation_map.shape[1]:
         return split_segmentation_map(resize_nearest(segmentation_map, size), settings, instance_labels, index)
-    # Enlarging loses no segment, and numbering the fewer pixels is less work.
+    # Upsampling loses no segment, and numbering the fewer pixels is less work.
     segment_map, labels = split_segmentation_map(segmentation_map, settings, instance_labels, index)
     return resize_nearest(segment_map, size), labels
 
@@ -172,7 +172,7 @@ def split_segmentation_map(
     whose label is out of range.
     """
     pixels = segmentation_map.ravel()
-    # Neighbours nearly always belong together: runs of equal pixels are some hundredth of all, and soon sorted.
+    # Neighbours nearly always belong together: runs of equal pixels are about a hundredth of all, and quickly sorted.
     starts = np.append(0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1)
     runs = pixels[starts]
     if runs.dtype in (np.uint8, np.uint16):
@@ -195,7 +195,7 @@ def split_segmentation_map(
 def _check_ids(
     ids: Sequence[int], settings: ImageProcessorSettings, instance_labels: Mapping[int, int], index: int
 ) -> None:
-    """Raises ValueError unless all ids in the map of image `index` may be there."""
+    """Raises ValueError unless all ids in the map of image `index` are valid."""
     unlabelled = {settings.ignore_index, 0} if settings.do_reduce_labels else {settings.ignore_index}
     used = [number for number in ids if number not in unlabelled]
     negative = [number for number in used if number < 0]
@@ -208,7 +208,7 @@ def _check_ids(
     if missing:
         raise ValueError(
             f"Segmentation map {index} contains the {_listed(missing)}, which instance_id_to_semantic_id does not "
-            f"hold. Add labels, or set ignore_index={missing[0]} if pixels with this id belong to no segment."
+            f"contain. Add labels, or set ignore_index={missing[0]} if pixels with this id belong to no segment."
         )
 
 
@@ -220,8 +220,8 @@ def _listed(ids: Sequence[int], limit: int = 10) -> str:
 def _label_of(value: int, settings: ImageProcessorSettings, instance_labels: InstanceLabels, index: int) -> int | None:
     """The label of a value in the map, None if it belongs to no segment.
 
-    The ignore value is a value as it stands in the map, before labels are reduced: so 1 is kept when 0 is ignored and
-    reduced, and 255 does not turn into 254.
+    The ignore value is a value as in the map, before labels are reduced: so 1 is kept when 0 is ignored and reduced,
+    and 255 does not turn into 254.
     """
     if value == settings.ignore_index:
         return None
@@ -261,14 +261,14 @@ def pad_as_masks(
         if len(labels) * size[0] * size[1] > MAX_MASK_BYTES:
             raise ValueError(
                 f"Segmentation map {index} has {len(labels)} segments; masks of {size[0]} x {size[1]} pixels take "
-                f'more than {MAX_MASK_BYTES / 1e9:.0f} GB. Take target_format="segment_map", or a smaller size.'
+                f'more than {MAX_MASK_BYTES / 1e9:.0f} GB. Use target_format="segment_map", or a smaller size.'
             )
         masks = zeros((len(labels), *size), torch.bool, device)
         within = masks[:, :height, :width]
         indices = np.arange(len(labels), dtype=segment_map.dtype)[:, None, None]
         if within.device.type == "cpu":
             np.equal(segment_map, indices, out=within.numpy())
-        else:  # a map is less to move than its masks
+        else:  # a map is less to transfer than its masks
             within.copy_(torch.from_numpy(segment_map).to(device) == torch.from_numpy(indices).to(device))
         all_masks.append(masks)
     return all_masks, [torch.from_numpy(labels).to(device) for _, labels in segments]
@@ -277,9 +277,9 @@ def pad_as_masks(
 def pad_as_segment_map(
     segments: Sequence[tuple[np.ndarray, np.ndarray]], size: Size, device: Device = None
 ) -> tuple[Tensor, Tensor]:
-    """Makes one (B, H, W) int32 map of segment indices, -1 for none, and (B, max N_i) labels filled up with -100.
+    """Makes one (B, H, W) int32 map of segment indices, -1 for none, and (B, max N_i) labels padded with -100.
 
-    Not int16, which processes cannot gather.
+    Not int16, which cannot be gathered over processes.
     """
     most_segments = max(len(labels) for _, labels in segments)
     segment_maps = np.full((len(segments), *size), -1, dtype=np.int32)
@@ -294,16 +294,16 @@ def pad_as_segment_map(
 def pad_as_label_map(
     segments: Sequence[tuple[np.ndarray, np.ndarray]], size: Size, ignore_index: int, device: Device
 ) -> Tensor:
-    """Makes one (B, H, W) int64 map of labels, `ignore_index`, which must be no label, where no segment is."""
+    """Makes one (B, H, W) int64 map of labels, with `ignore_index`, which must not be a label, for void pixels."""
     label_maps = np.full((len(segments), *size), ignore_index, dtype=np.int64)
     for index, (segment_map, labels) in enumerate(segments):
         if (labels == ignore_index).any():
             raise ValueError(
                 f"Segmentation map {index} has segments of label {ignore_index}, which in a label map stands for no "
-                "segment. Set ignore_index to a value that is no label, such as 65535 (and semantic_loss_ignore_index "
-                "of a per-pixel baseline to the same)."
+                "segment. Set ignore_index to a value that is not a label, such as 65535 (and "
+                "semantic_loss_ignore_index of a per-pixel baseline to the same)."
             )
         height, width = segment_map.shape
-        # -1, no segment, is the place of the last label here.
+        # -1, no segment, indexes the last entry here.
         label_maps[index, :height, :width] = np.append(labels, ignore_index)[segment_map]
     return torch.from_numpy(label_maps).to(device)

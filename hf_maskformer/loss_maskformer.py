@@ -44,11 +44,12 @@ class MaskFormerLoss(nn.Module):
 
     Matching minimises class_cost * (-probability of the class) + mask_cost * focal + dice_cost * dice per image.
     Matched queries then learn the class and the mask of their segment, all others "no object". As in the paper's code,
-    matching compares masks at stride 4, the mask losses at full resolution, and pixels of no segment are background.
+    matching compares masks at stride 4, the mask losses at full resolution, and void pixels are background.
 
     The mask terms are divided by the number of masks, the class term by the sum of the class weights of its queries.
-    Over processes whose gradients are averaged both are those of the whole batch, so that it does not matter how
-    images are spread over processes. Without gradient each process divides by its own numbers and waits for no other.
+    Over processes whose gradients are averaged, both are those of the whole batch, so that it does not matter how
+    images are distributed over processes. Without gradients, each process divides by its own numbers and waits for no
+    other.
 
     transformers' loss of the same name takes a matcher and divides the number of masks by the number of processes
     twice.
@@ -58,13 +59,13 @@ class MaskFormerLoss(nn.Module):
         cross_entropy_weight, mask_weight, dice_weight: Weights of the loss terms.
         no_object_weight: Weight of "no object" in the cross-entropy, above 0.
         class_cost, mask_cost, dice_cost: Weights of the matching cost.
-        void_in_loss: What pixels of no segment are: "background" of every mask, or left out ("ignore").
-        matching: "bipartite", or "fixed": query i answers for class i.
+        void_in_loss: What void pixels are: "background" of every mask, or ignored ("ignore").
+        matching: "bipartite", or "fixed": query i is matched to class i.
         train_num_points, oversample_ratio, importance_sample_ratio: Compare masks on sampled points (`PointSampling`)
             instead of all pixels.
 
     Raises:
-        ValueError: An argument is none of these.
+        ValueError: An argument is invalid.
     """
 
     empty_weight: Tensor
@@ -128,7 +129,7 @@ class MaskFormerLoss(nn.Module):
         weights[-1] = self.no_object_weight
         init.copy_(self.empty_weight, weights)
 
-    # The assignment runs on the host: a compiled model ends here and does not try to look inside.
+    # The assignment runs on the host: a compiled model breaks its graph here instead of tracing it.
     @torch.compiler.disable
     def forward(
         self,
@@ -142,23 +143,23 @@ class MaskFormerLoss(nn.Module):
         image_sizes: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gives the loss and its terms.
+        """Returns the loss and its terms.
 
         Args:
             class_queries_logits: (L, B, Q, K + 1).
             masks_queries_logits: (L, B, Q, h, w). None with `embeddings`.
-            mask_labels: List of B tensors (N_i, H_i, W_i), or an index map (B, H, W), -1 = no segment. Masks of
-                integers are inside where they are not 0; those of floating type are 1 inside, 0 outside, or 255.
+            mask_labels: List of B tensors (N_i, H_i, W_i), or an index map (B, H, W), -1 = no segment. Integer masks
+                are inside where they are not 0; floating-point masks are 1 inside, 0 outside, or 255 (padding).
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
             size: (H, W) of the padded images, if known; otherwise that of the largest masks.
-            embeddings: Mask embeddings (L, B, Q, C) and pixel embeddings (B, C, h, w), whose products the mask logits
-                are. Those of all queries are then never held at once, or computed for pixels that matching does not
-                look at; those of the matched queries are computed again, with gradient. If logits are given too,
-                matching takes them as they are.
+            embeddings: Mask embeddings (L, B, Q, C) and pixel embeddings (B, C, h, w), whose products are the mask
+                logits. Those of all queries are then never held at once, or computed for pixels that matching does not
+                use; those of the matched queries are recomputed, with gradients. If logits are given too, matching uses
+                them as they are.
             image_sizes: (B, 2), (height, width) of each image without its padding, if known: masks in lists that end
-                neither there nor where the batch does are then refused. Otherwise the largest must have the size of
-                the batch, and smaller ones are taken to end where their image does.
-            num_items_in_batch: (2,), what `count_items` gives for the whole batch, if this is only a part of it
+                neither there nor where the batch does are then rejected. Otherwise the largest must have the size of
+                the batch, and smaller ones are assumed to end where their image does.
+            num_items_in_batch: (2,), what `count_items` returns for the whole batch, if this is only a part of it
                 (gradient accumulation), over all processes.
 
         Returns:
@@ -166,15 +167,15 @@ class MaskFormerLoss(nn.Module):
             the last layer, and with `_0`, `_1`, ... those of the layers before it.
 
         Raises:
-            ValueError: The labels do not fit each other, the batch or the number of classes; or there are neither mask
-                logits nor embeddings.
+            ValueError: The labels do not match each other, the batch or the number of classes; or there are neither
+                mask logits nor embeddings.
         """
         if masks_queries_logits is None and embeddings is None:
-            raise ValueError("Give masks_queries_logits, or embeddings whose products they are.")
+            raise ValueError("Give masks_queries_logits, or the embeddings that they are products of.")
         num_layers, batch_size, num_queries = class_queries_logits.shape[:3]
         if self.is_matching_fixed and num_queries != self.num_labels:
             raise ValueError(
-                f"matching='fixed' gives every class a query of its own, but there are {num_queries} queries and "
+                f"matching='fixed' gives every class its own query, but there are {num_queries} queries and "
                 f"{self.num_labels} classes. Give as many queries, or set matching='bipartite'."
             )
         _check_num_items(num_items_in_batch)
@@ -199,7 +200,7 @@ class MaskFormerLoss(nn.Module):
         else:
             mask_logits = cast(Tensor, masks_queries_logits)[layers, images, queries]
 
-        # Autocast would take products to half precision, where areas overflow.
+        # Autocast would compute products in half precision, where areas overflow.
         with torch.autocast(class_queries_logits.device.type, enabled=False):
             cross_entropy = self.cross_entropies(
                 class_queries_logits.float(), targets.labels, layers, images, queries, segments
@@ -227,7 +228,7 @@ class MaskFormerLoss(nn.Module):
         return loss, named_terms(terms)
 
     def _normalisers(self, labels: Tensor, num_queries: int, num_items: Tensor | None) -> tuple[Tensor, Tensor]:
-        """By what this process divides its mask terms, and its class term; `num_items` as in `forward`."""
+        """The normalisers of this process's mask terms and class term; `num_items` as in `forward`."""
         # Gradients are averaged over processes, so the normalisers are averages too.
         num_averaged = num_processes()
         if num_items is None:
@@ -256,7 +257,7 @@ class MaskFormerLoss(nn.Module):
 
         Returns:
             For each layer and image the matched queries, and their segments; min(Q, N_i) each. And the targets'
-            `starts`, which came along.
+            `starts`, copied to the host along the way.
         """
         facts = targets.starts, *what_the_host_checks(targets)
         if self.is_matching_fixed:
@@ -267,7 +268,7 @@ class MaskFormerLoss(nn.Module):
         costs = self.matching_costs(class_logits, mask_logits, targets, embeddings)
         total = torch.stack(list(costs.values())).sum(0)
         is_finite = torch.stack([cost.isfinite().all() for cost in costs.values()])
-        # Here, once in a step, the host waits for the device; whatever could be queued on it has been.
+        # Here, once per step, the host waits for the device; all work that could be queued has been.
         starts, *checks, host_costs, are_finite = copy_to_host(*facts, total, is_finite)
         num_segments = [len(labels) for labels in checked_labels(targets, self.num_labels, *checks)]
         terms = dict(zip(costs, are_finite.tolist(), strict=True))
@@ -285,7 +286,7 @@ class MaskFormerLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Each weighted term of the cost of every query with every segment, (L, B, Q, N) float32."""
         num_queries, num_segments = class_logits.shape[2], targets.labels.shape[1]
-        labels = targets.labels.clamp(0, self.num_labels - 1)  # columns past an image's labels are never looked at
+        labels = targets.labels.clamp(0, self.num_labels - 1)  # columns past an image's labels are never used
         class_cost = (
             -class_logits.float()
             .softmax(-1)
@@ -303,7 +304,7 @@ class MaskFormerLoss(nn.Module):
             left_out = ~are_owned(image_masks).flatten()[pixels] if self.ignores_void else None
             costs = []
             for logits in mask_logits_of_image(mask_logits, embeddings, image, chosen):
-                # Autocast would take the sums to half precision, where areas overflow.
+                # Autocast would compute the sums in half precision, where areas overflow.
                 with torch.autocast(class_logits.device.type, enabled=False):
                     costs.append(torch.stack(pairwise_mask_costs(logits, masks, left_out)))
             focal_cost[:, image, :, :count], dice_cost[:, image, :, :count] = torch.cat(costs, 1).unflatten(
@@ -336,7 +337,7 @@ class MaskFormerLoss(nn.Module):
     def masks_of_segments(
         self, pairs: list[tuple[int, int, int, int]], targets: Targets, starts: list[list[int]]
     ) -> Iterator[MasksOfSegment]:
-        """The matched rows, sorted by image and segment, with the pixels of each segment, made when it is due."""
+        """The matched rows, sorted by image and segment, with the pixels of each segment, computed lazily."""
         stop = 0
         for image, pairs_of_image in groupby(pairs, key=lambda pair: pair[0]):
             void = void_pixels(targets, image, starts[image]) if self.ignores_void else None
@@ -353,9 +354,9 @@ class MaskFormerLoss(nn.Module):
 
 
 def count_items(class_labels: Tensor | Sequence[Tensor], num_queries: int, no_object_weight: float) -> Tensor:
-    """By what the losses are divided: the number of masks and the sum of the class weights of all queries, (2,).
+    """The normalisers of the losses: the number of masks and the sum of the class weights of all queries, (2,).
 
-    Both are known before matching. Of a batch in several parts, or on several processes, add up the parts' numbers.
+    Both are known before matching. For a batch in several parts, or on several processes, add up the parts' numbers.
 
     Args:
         class_labels: List of B tensors (N_i,), or (B, N) padded with -100.
@@ -369,7 +370,7 @@ def count_items(class_labels: Tensor | Sequence[Tensor], num_queries: int, no_ob
 
 
 def matched_pairs(matches: list[list[Match]]) -> list[tuple[int, int, int, int]]:
-    """(image, segment, layer, query) of each matched pair, those of one segment side by side: they share its pixels."""
+    """(image, segment, layer, query) of each matched pair, grouped by segment: those of one share its pixels."""
     return sorted(
         (image, segment, layer, query)
         for layer, layer_matches in enumerate(matches)
@@ -379,7 +380,7 @@ def matched_pairs(matches: list[list[Match]]) -> list[tuple[int, int, int, int]]
 
 
 def named_terms(terms: Tensor) -> dict[str, Tensor]:
-    """The loss terms (3, L) by name: the last layer's plain, those of the layers before it with their number."""
+    """The loss terms (3, L) by name: the last layer's without a suffix, those of earlier layers with their index."""
     suffixes = [*(f"_{layer}" for layer in range(terms.shape[1] - 1)), ""]
     return {
         f"{name}{suffix}": terms[row, layer]
@@ -389,11 +390,11 @@ def named_terms(terms: Tensor) -> dict[str, Tensor]:
 
 
 def _check_num_items(num_items: Any) -> None:
-    # Its shape and no more: the host would wait for the device to look at values.
+    # Only its shape: to check values, the host would wait for the device.
     if num_items is not None and (not isinstance(num_items, Tensor) or num_items.shape != (2,)):
         raise ValueError(
             f"num_items_in_batch is {num_items}, but must be a tensor of two numbers: what "
-            "hf_maskformer.loss_maskformer.count_items gives for the whole batch."
+            "hf_maskformer.loss_maskformer.count_items returns for the whole batch."
         )
 
 

@@ -1,4 +1,4 @@
-"""Mask logits from the embeddings of queries and pixels: of all queries for matching, of matched ones to learn from.
+"""Mask logits from the embeddings of queries and pixels: of all queries for matching, of matched ones for the losses.
 
 Letters: B images, L decoder layers, Q queries, M matched pairs of the batch, m those of one image, C pixel feature
 width, F channels of the pyramid, P pixels; h x w = H/4 x W/4 for the H x W padded image.
@@ -15,13 +15,13 @@ from .loss_maskformer_masks import rows_at_once, works_in_cache
 
 
 class Projection(NamedTuple):
-    """The 3 x 3 convolution, of stride 1 with one pixel of zeros around, that made pixel embeddings.
+    """The 3 x 3 convolution, with stride 1 and zero padding 1, that produced pixel embeddings.
 
     Args:
         level: Its input, (B, F, h, w).
         weight: (C, F, 3, 3).
         bias: (C,).
-        version: What torch counted of changes to the pixel embeddings when they were made.
+        version: torch's version counter of the pixel embeddings when they were made.
     """
 
     level: Tensor
@@ -30,21 +30,21 @@ class Projection(NamedTuple):
     version: int
 
 
-# What made which pixel embeddings. Not an attribute of theirs, which would be saved and copied along.
+# The projection behind each tensor of pixel embeddings. Not an attribute of it, which would be saved and copied.
 _PROJECTIONS = WeakTensorKeyDictionary()
 
 
 def remember_projection(pixel_embeddings: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Notes on pixel embeddings what made them, so that the gradient of a loss may go around them."""
+    """Records what produced pixel embeddings, so that the gradient of a loss may bypass them."""
     _PROJECTIONS[pixel_embeddings] = Projection(level, weight, bias, pixel_embeddings._version)
 
 
 def take_projection(pixel_embeddings: Tensor) -> Projection | None:
-    """What made pixel embeddings, if they are as it made them and nobody waits for their gradient.
+    """What produced pixel embeddings, if they are unchanged and nobody needs their gradient.
 
-    What a hook or an adapter puts in their place has no such note; in-place changes are counted; and whoever gathers
-    weights only for the backward pass, as sharding does, has a hook on the tensor. The note is gone afterwards: it
-    keeps the pyramid in memory.
+    What a hook or an adapter puts in their place has no such record; in-place changes are counted; and whoever gathers
+    weights only for the backward pass, as sharding does, has a hook on the tensor. The record is removed: it keeps the
+    pyramid in memory.
     """
     projection = _PROJECTIONS.pop(pixel_embeddings, None)
     is_waited_for = pixel_embeddings._backward_hooks or pixel_embeddings.retains_grad
@@ -56,9 +56,9 @@ def take_projection(pixel_embeddings: Tensor) -> Projection | None:
 def mask_logits_of_image(
     mask_logits: Tensor | None, embeddings: tuple[Tensor, Tensor] | None, image: int, pixels: Tensor | None
 ) -> Iterator[Tensor]:
-    """Mask logits (n, P) of an image at some pixels or all (None): of the queries after each layer, some at a time.
+    """Yields mask logits (n, P) of an image at some pixels or all (None), for the queries of a few layers at a time.
 
-    If there are no logits they are made from embeddings, at those pixels only.
+    Without logits they are computed from embeddings, at those pixels only.
 
     Args:
         mask_logits: (L, B, Q, h, w).
@@ -81,7 +81,7 @@ def mask_logits_of_image(
 
 
 def _layers_at_once(num_layers: int, num_queries: int, num_pixels: int, device: torch.device) -> int:
-    """On a CPU one, elsewhere as many as are in work at once, in parts of like size."""
+    """One on a CPU, elsewhere as many as are processed at once, in parts of similar size."""
     if works_in_cache(device):
         return 1
     at_most = max(1, rows_at_once(device, num_pixels) // num_queries)
@@ -97,15 +97,15 @@ def matched_mask_logits(mask_embeddings: Tensor, pixel_embeddings: Tensor, count
         counts: How many of the M belong to each image.
     """
     projection = take_projection(pixel_embeddings)
-    # Going around them costs M / (B * C) of their own gradient in convolutions, and some smaller products: at a half
-    # it saves a third of the time or more.
+    # Bypassing them costs M / (B * C) of their own gradient in convolutions, and some smaller products: at a half it
+    # saves a third of the time or more.
     if projection is not None and 2 * len(mask_embeddings) <= pixel_embeddings.shape[:2].numel():
         return FoldedMaskLogits.apply(mask_embeddings, pixel_embeddings.detach(), counts, *projection[:3])
     return _products(mask_embeddings, pixel_embeddings, counts)
 
 
 def _products(mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[int]) -> Tensor:
-    # Each image by itself, so that the gradient of its pixels is made by one product for all layers.
+    # Image by image, so that the gradient of its pixels is one product for all layers.
     products = [
         of_image @ pixels.flatten(1)
         for of_image, pixels in zip(mask_embeddings.split(counts), pixel_embeddings.unbind(), strict=True)
@@ -116,13 +116,13 @@ def _products(mask_embeddings: Tensor, pixel_embeddings: Tensor, counts: list[in
 class FoldedMaskLogits(torch.autograd.Function):
     """Mask logits whose gradient does not go through the pixel embeddings.
 
-    Mask embeddings and the projection make one convolution from the pyramid to the masks of an image, with m output
-    channels instead of C. The gradient is that of this convolution.
+    Mask embeddings and the projection fold into one convolution from the pyramid to the masks of an image, with m
+    output channels instead of C. The gradient is that of this convolution.
 
     Shapes:
         mask_embeddings: (M, C), sorted by image; `counts` says how many each image has.
         pixel_embeddings: (B, C, h, w), without gradient.
-        level, weight, bias: Those of `Projection`.
+        level, weight, bias: As in `Projection`.
         returns: (M, h, w), differentiable once.
     """
 

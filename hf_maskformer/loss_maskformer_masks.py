@@ -1,6 +1,6 @@
-"""Focal and dice loss of matched masks, on all pixels without holding them.
+"""Focal and dice loss of matched masks, on all pixels without storing them.
 
-Letters: M masks, m of them in work at once, P pixels or points; h x w is the size of the logits, H x W of the image.
+Letters: M masks, m of them processed at once, P pixels or points; h x w is the size of the logits, H x W of the image.
 """
 
 import functools
@@ -15,22 +15,22 @@ from torch import Tensor
 from .loss_maskformer_targets import masks_at
 
 FOCAL_ALPHA = 0.25
-FOCAL_GAMMA = 2.0  # the closed forms of the gradient below are those of an exponent of 2
+FOCAL_GAMMA = 2.0  # the closed-form gradients below assume an exponent of 2
 
-# The logit of a pixel that shall not count outside: its probability, 2e-35, and focal loss add nothing to any sum.
+# The logit of a pixel that must not count as outside: its probability, 2e-35, and focal loss add nothing to any sum.
 NEVER = -80.0
-# Pixels in work at once: small enough for a CPU's cache, large enough to keep a GPU busy.
+# Pixels processed at once: few enough for a CPU's cache, enough to keep a GPU busy.
 CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**19, 2**23
 BLOCK_SIZE = 32
 
 
 def works_in_cache(device: torch.device) -> bool:
-    """Whether few pixels at a time are fastest, as on a CPU; on a GPU each operation may take longer to start."""
+    """Whether few pixels at a time are fastest, as on a CPU; on a GPU each operation may take longer to launch."""
     return device.type == "cpu"
 
 
 def rows_at_once(device: torch.device, num_pixels: int) -> int:
-    """How many masks of so many pixels are in work at once."""
+    """How many masks of so many pixels are processed at once."""
     return max(1, (CHUNK_SIZE_CPU if works_in_cache(device) else CHUNK_SIZE_GPU) // num_pixels)
 
 
@@ -67,12 +67,12 @@ class MasksOfImage:
 
 
 class WithGradient(torch.autograd.Function):
-    """A sum of losses of masks whose gradient is known already: it is made where their pixels are at hand.
+    """A sum of mask losses whose gradient is already known: it is computed while their pixels are at hand.
 
     Shapes:
         logits: (M, h, w), any floating type.
         total: The sum, without gradient.
-        gradient: That of the sum by the logits, float32; None where nobody wants it.
+        gradient: Of the sum with respect to the logits, float32; None if not needed.
         returns: the sum, differentiable once.
     """
 
@@ -97,13 +97,13 @@ def dense_mask_losses(
     focal_weight: float | None,
     dice_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Focal and dice loss on all H x W pixels, with logits enlarged bilinearly, a few masks at a time.
+    """Focal and dice loss on all H x W pixels, with logits upsampled bilinearly, a few masks at a time.
 
-    The gradient at h x w is made on the way, on a CPU while the pixels of a mask are in the cache, and nothing of size
-    H x W outlives its mask.
+    The gradient at h x w is computed along the way, on a CPU while the pixels of a mask are in the cache, and nothing
+    of size H x W outlives its mask.
 
     Takes logits (M, h, w) of any floating type, computed in float32. Returns focal (mean over pixels) and dice of each
-    mask, (M,), and the gradient of their weighted sum by the logits; without `focal_weight` None.
+    mask, (M,), and the gradient of their weighted sum with respect to the logits, None without `focal_weight`.
     """
     focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
     gradient = None if focal_weight is None else torch.empty_like(logits, dtype=torch.float32)
@@ -126,10 +126,10 @@ def dense_mask_losses(
 def _losses_of_segment(
     logits: Tensor, group: MasksOfSegment, focal_weight: float | None, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Focal and dice loss of a few masks of one segment, (m, P) -> (m,) each; `logits` become the gradient.
+    """Focal and dice loss of a few masks of one segment, (m, P) -> (m,) each; `logits` are overwritten by the gradient.
 
-    A segment owns few pixels of an image: all pixels are treated as outside first, those inside are then taken out and
-    treated apart, so that no mask is ever built.
+    A segment owns few pixels of an image: all pixels are treated as outside except those inside, which are gathered
+    first and treated separately, so that no mask is ever built.
 
     Without `focal_weight` there is no gradient, and `logits` become meaningless.
     """
@@ -145,7 +145,7 @@ def _losses_of_segment(
     p_squared = p * p
     focal_outside = torch.linalg.vecdot(p_squared, negative_log)
     area_outside = p.sum(1)
-    # Inside, the error is 1 - p, taken from the negative logit because subtraction would lose its digits.
+    # Inside, the error is 1 - p, computed from the negated logit because subtraction would lose precision.
     p_inside, error, negative_log_inside = (
         logits_inside.sigmoid(),
         (-logits_inside).sigmoid(),
@@ -161,7 +161,7 @@ def _losses_of_segment(
         per_pixel = focal_weight / num_pixels
         by_area = (dice_weight * numerator / denominator**2)[:, None]
         by_overlap = (2 * dice_weight / denominator)[:, None]
-        # Outside: d focal = p^2 * (2 * (1 - p) * softplus + p), d p = p - p^2; in place, since memory is what costs.
+        # Outside: d focal = p^2 * (2 * (1 - p) * softplus + p), d p = p - p^2; in place: this is memory-bound.
         focal_gradient = negative_log.addcmul_(p, negative_log, value=-1)
         torch.add(p, focal_gradient, alpha=2, out=focal_gradient).mul_(p_squared)
         torch.sub(p, p_squared, out=logits).mul_(by_area).add_(focal_gradient, alpha=(1 - FOCAL_ALPHA) * per_pixel)
@@ -172,9 +172,9 @@ def _losses_of_segment(
 
 
 class Enlargement:
-    """Bilinear enlargement of (m, h, w) to (m, H, W), as two products with small matrices, and its transpose.
+    """Bilinear upsampling of (m, h, w) to (m, H, W), as two products with small matrices, and its transpose.
 
-    Both are several times faster than the library's on a CPU, above all the transpose, which is the backward pass.
+    Both are several times faster than torch's on a CPU, above all the transpose, which is the backward pass.
     """
 
     def __init__(self, low_size: Sequence[int], size: Sequence[int], device: torch.device) -> None:
@@ -191,12 +191,12 @@ class Enlargement:
 class Interpolation:
     """Linear interpolation of the rows of (m, n, P) to (m, N, P).
 
-    A row depends on two, so the matrix is cut into blocks of 32 rows with the few columns each of them needs. The last
-    block is filled up with rows of 0, which are cut from the result.
+    A row depends on two, so the matrix is split into blocks of 32 rows with the few columns that each needs. The last
+    block is padded with rows of 0, which are cropped from the result.
     """
 
     def __init__(self, low_length: int, length: int, device: torch.device) -> None:
-        # The library's own weights: (N, n). On the host, where the window can be read without waiting for the device.
+        # torch's own weights: (N, n). On the host, where the window can be read without waiting for the device.
         identity = torch.eye(low_length, dtype=torch.float32, device="cpu")[None]
         matrix = F.interpolate(identity, length, mode="linear", align_corners=False)[0].T
         self.low_length, self.length, self.num_missing = low_length, length, -length % BLOCK_SIZE
@@ -229,19 +229,19 @@ def _interpolation(low_length: int, length: int, device: torch.device) -> Interp
 def mask_losses(
     logits: Tensor, inside: Tensor, counted: Tensor | None, focal_weight: float | None, dice_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """`plain_mask_losses`; `logits` (M, P) become the gradient.
+    """As `plain_mask_losses`; `logits` (M, P) are overwritten by the gradient.
 
-    Without `focal_weight` there is no gradient, and `logits` become meaningless. What counts may be the same for all
+    Without `focal_weight` there is no gradient, and `logits` become meaningless. `counted` may be the same for all
     masks, (P,).
     """
     sign = inside.float().mul_(2).sub_(1)
-    logits *= sign  # now of the truth
-    # Each from its own logit: 1 - truth would lose the digits of a small error.
+    logits *= sign  # now those of the truth
+    # Each from its own logit: 1 - truth would lose the precision of a small error.
     truth, error, negative_log = logits.sigmoid(), logits.neg().sigmoid_(), F.softplus(logits.neg_())
     focal_factor = sign.mul(FOCAL_ALPHA - 0.5).add_(0.5).mul_(error).mul_(error)
-    probabilities, slope = torch.where(inside, truth, error), truth * error  # slope of either with its logit
+    probabilities, slope = torch.where(inside, truth, error), truth * error  # derivative with respect to the logit
     num_points: int | Tensor = logits.shape[1]
-    if counted is not None:  # what is inside counts
+    if counted is not None:  # pixels inside always count
         for factor in (focal_factor, probabilities, slope):
             factor *= counted
         num_points = counted.sum(-1).clamp(min=1)
@@ -258,14 +258,14 @@ def mask_losses(
 
 
 def plain_mask_losses(logits: Tensor, inside: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Focal (mean over pixels) and dice loss of each mask, (M,), by their definition.
+    """Focal (mean over pixels) and dice loss of each mask, (M,), by definition.
 
     Args:
         logits: (M, P).
         inside: (M, P) bool, whether a pixel belongs to the segment.
         counted: (M, P) bool, pixels that count; None if all do.
     """
-    log_truth = F.logsigmoid(torch.where(inside, logits, -logits))  # of the probability of the truth
+    log_truth = F.logsigmoid(torch.where(inside, logits, -logits))  # log-probability of the truth
     error = 1 - log_truth.exp()
     focal = torch.where(inside, -FOCAL_ALPHA, FOCAL_ALPHA - 1) * error**FOCAL_GAMMA * log_truth
     probabilities = torch.where(inside, 1 - error, error)

@@ -1,4 +1,4 @@
-"""Which query answers for which segment: matching costs and the assignment of least cost (paper, section 3.2).
+"""Which query is matched to which segment: matching costs and bipartite matching (paper, section 3.2).
 
 Letters: B images, L decoder layers, Q queries, N segments in one image, P pixels or points.
 """
@@ -16,7 +16,7 @@ from .loss_maskformer_masks import FOCAL_ALPHA, NEVER, rows_at_once
 
 # Far above every finite cost, and still exact enough in float32 for the sums of the assignment.
 COST_OF_THE_LAST = 1e6
-# From about this many costs on the assignments take milliseconds, and threads are worth their start.
+# From about this many costs on, the assignments take milliseconds, and threads are worth starting.
 MANY_COSTS = 2**18
 # Matrix products with a column count that fills vector registers are up to three times faster on a CPU.
 REGISTER_SIZE = 16
@@ -27,8 +27,8 @@ Match = tuple[list[int], list[int]]
 def pairwise_mask_costs(mask_logits: Tensor, masks: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Focal and dice cost of every query (Q, P) with every segment (N, P), both (Q, N), float32.
 
-    A sum over pixels of the segment and one over the others is one matrix product each, so that nothing of size
-    Q x N x P is held; queries are worked off a few at a time, so that little of size Q x P is.
+    A sum over pixels of the segment and one over the others is one matrix product each, so that nothing of size Q x N x
+    P is held; queries are processed a few at a time, so that little of size Q x P is.
 
     Args:
         mask_logits: (Q, P), any floating type.
@@ -58,7 +58,7 @@ def pairwise_mask_costs(mask_logits: Tensor, masks: Tensor, left_out: Tensor | N
 
 
 def assign(costs: Tensor, num_segments: list[int]) -> list[list[Match]]:
-    """The assignments of least cost of all decoder layers and images.
+    """The minimum-cost assignments of all decoder layers and images.
 
     Args:
         costs: (L, B, Q, N) on the CPU, finite.
@@ -84,7 +84,7 @@ def assign(costs: Tensor, num_segments: list[int]) -> list[list[Match]]:
 
 
 def finite_costs(costs: Tensor, are_finite: dict[str, bool], reported: set[str]) -> Tensor:
-    """Costs in which those that are not finite match last; each term that has some is reported once.
+    """Costs in which those that are not finite match last; each term that has any is reported once.
 
     Args:
         costs: Any shape, on the CPU.

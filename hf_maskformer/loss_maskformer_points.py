@@ -1,6 +1,6 @@
-"""Focal and dice loss of matched masks on points that are drawn anew in every step, instead of all pixels.
+"""Focal and dice loss of matched masks on points sampled anew in every step, instead of all pixels.
 
-Letters: M masks, m of them in work at once, P points; h x w is the size of the logits, H x W of the image.
+Letters: M masks, m of them processed at once, P points; h x w is the size of the logits, H x W of the image.
 """
 
 import itertools
@@ -14,29 +14,29 @@ from torch import Tensor
 from .loss_maskformer_masks import mask_losses, rows_at_once
 from .loss_maskformer_targets import Targets, are_owned, masks_at
 
-# Logits at points to choose from in work at once: 16 MiB.
+# Logits at sampled points processed at once: 16 MiB.
 MANY_POINTS = 2**22
 
 
 @dataclass
 class PointSampling:
-    """Focal and dice loss, and matching costs, on points drawn anew in every step instead of all pixels.
+    """Focal and dice loss, and matching costs, on points sampled anew in every step instead of all pixels.
 
-    Matching draws pixels of the logits, all with the same chance (or takes all, if they are few). The losses draw
-    points anywhere: for each mask the most uncertain ones (logits near 0) of more such points, and some more. A point
-    has the logit that bilinear interpolation gives, and belongs to the segment that owns the pixel it falls into.
+    Matching samples pixels of the logits uniformly (or uses all, if they are few). The losses sample points anywhere:
+    for each mask the most uncertain ones (logits near 0) of a larger set of candidates, and some without selection. A
+    point has the bilinearly interpolated logit, and belongs to the segment that owns the pixel it falls into.
 
-    Mask2Former draws for each mask by itself, and for matching in each image after each layer. Here all layers and
-    images share the pixels for matching, masks of an image the points to choose from: what one mask or one cost sees
+    Mask2Former samples for each mask separately, and for matching in each image after each layer. Here all layers and
+    images share the pixels for matching, and the masks of an image share the candidates: what one mask or one cost sees
     has the same distribution, so that the expected loss and gradient are the same.
 
-    Where void does not count its points are never uncertain, and those drawn without choice are left out afterwards:
-    what is predicted there changes neither which points are taken nor their loss.
+    If void is ignored, its points are never uncertain, and those sampled without selection are left out afterwards:
+    what is predicted there changes neither which points are chosen nor their loss.
 
     Args:
         num_points: P, points per mask.
-        oversample_ratio: How many times P are drawn to choose the most uncertain ones from.
-        importance_sample_ratio: The share of P that is chosen by uncertainty.
+        oversample_ratio: Number of candidates, as a multiple of P.
+        importance_sample_ratio: The fraction of P that is chosen by uncertainty.
     """
 
     num_points: int
@@ -53,24 +53,24 @@ class PointSampling:
 
     @property
     def num_drawn(self) -> int:
-        """Candidates, and the points that count without being chosen, which stand behind them."""
+        """Candidates, followed by the points that are used without selection."""
         return self.num_candidates + self.num_points - self.num_uncertain
 
     def choose_pixels(self, pixels: Tensor) -> Tensor | None:
-        """Draws P positions in a list of pixels, ascending, for the matching; None says to take all."""
+        """Samples P positions in a list of pixels, ascending, for matching; None means all."""
         if len(pixels) <= self.num_points:
             return None
         return torch.randperm(len(pixels), device=pixels.device)[: self.num_points].sort().values
 
     def choose_points(self, logits: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Which P of the points that were drawn each mask takes, (m, P), by its logits there, (m, `num_drawn`).
+        """Which P of the sampled points each mask uses, (m, P), by its logits there, (m, `num_drawn`).
 
         Points that do not count, (`num_drawn`,) bool, are chosen last, whatever their logits are.
         """
         certainty = logits[:, : self.num_candidates].abs()
         if counted is not None:
             certainty.masked_fill_(~counted[: self.num_candidates], float("inf"))
-        # As integers, floats without a sign have the same order, which is found in two thirds of the time on a CPU.
+        # Read as integers, non-negative floats keep their order, and topk takes two thirds of the time on a CPU.
         order = certainty.view(torch.int32)
         uncertain = order.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
         others = torch.arange(self.num_candidates, self.num_drawn, device=logits.device)
@@ -129,8 +129,8 @@ def sampled_mask_losses(
 class Points:
     """Bilinear interpolation of (m, h, w) at P points, and its transpose, for all m at once.
 
-    A point depends on four pixels. Maps are turned so that the m values of a pixel stand together: each point is then a
-    weighted sum of four rows, several times faster on a CPU than the library's `grid_sample`.
+    A point depends on four pixels. Maps are transposed so that the m values of a pixel are contiguous: each point is
+    then a weighted sum of four rows, several times faster on a CPU than torch's `grid_sample`.
 
     Args:
         positions: (2, P) float32, y and x in 0 to 1.

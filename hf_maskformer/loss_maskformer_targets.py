@@ -1,4 +1,4 @@
-"""The segments of a batch, in the forms in which matching and losses ask for them.
+"""The segments of a batch, in the forms that matching and losses need.
 
 Letters: B images, N segments in one image, P pixels or points; H x W is the padded image, h x w = H/4 x W/4.
 """
@@ -27,11 +27,11 @@ class Targets:
         size: (H, W).
         mask_sizes: (height, width) of each image's masks as they were given.
         image_sizes: (B, 2) int64, (height, width) of each image without its padding, for the check of `mask_sizes`.
-        values: (B,) float32, a value of each image's masks that no mask may have, or a valid one if there is none.
-        pixels: For each image the positions of its pixels in the flattened image, sorted by the segment that owns
-            them, those of no segment first, (H * W,); None if it has masks, or if nobody asked for them.
+        values: (B,) float32, an invalid value in each image's masks, or a valid one if there is none.
+        pixels: For each image the positions of its pixels in the flattened image, sorted by the segment that owns them,
+            those of no segment first, (H * W,); None if it has masks, or if not requested.
         starts: (B, N + 1) int64, where in `pixels` those of each segment start, and where those of the last end. Masks
-            may overlap and have no such list, but as many pixels as one of that length would hold; 0 if nobody asked.
+            may overlap and have no such list: there the running sum of void and segment areas; 0 if not requested.
     """
 
     labels: Tensor
@@ -53,32 +53,32 @@ def prepare_targets(
     sort_pixels: bool = False,
     image_sizes: Tensor | None = None,
 ) -> Targets:
-    """Brings every form of labels to one, without waiting for the device.
+    """Converts every form of labels to one, without waiting for the device.
 
     In a list masks and index maps may end where their image does: they are then padded on the right and below to the
-    size of the batch. Where `image_sizes` does not say where that is, the largest of them must fill the batch.
+    size of the batch. Without `image_sizes`, the largest of them must fill the batch.
 
     Args:
         mask_labels: B tensors (N_i, H_i, W_i), 1 inside (integers: not 0), or index maps (B, H, W) or (H_i, W_i) each.
         class_labels: B tensors (N_i,), or (B, N) padded with -100.
         batch_size: B.
-        size: (H, W); None takes that of the largest masks.
-        device: Where the targets shall be; None leaves them where they are.
+        size: (H, W); None means that of the largest masks.
+        device: Device of the targets; None leaves them where they are.
         sort_pixels: Make `pixels` and `starts`.
         image_sizes: (B, 2), (height, width) of each image without its padding; compared by `checked_labels`.
 
     Raises:
-        ValueError: Labels of another number of images, masks of another size than the padded images, or tensors of
-            another shape or type than these.
+        ValueError: The number of images, the size of the masks, or the shape or type of a tensor does not match.
     """
     if len(mask_labels) != len(class_labels):
         raise ValueError(
-            f"mask_labels are of {len(mask_labels)} images, but class_labels of {len(class_labels)}. Give both "
-            "for every image."
+            f"mask_labels are for {len(mask_labels)} images, but class_labels for {len(class_labels)}. Give both for "
+            "every image."
         )
     if len(class_labels) != batch_size:
         raise ValueError(
-            f"The labels are of {len(class_labels)} images, but the batch has {batch_size}. Give those of each image."
+            f"The labels are for {len(class_labels)} images, but the batch has {batch_size}. Give labels for each "
+            "image."
         )
     _check_forms(mask_labels, class_labels)
     labels = (
@@ -114,7 +114,7 @@ def prepare_targets(
 
 
 def _check_forms(mask_labels: Tensor | Sequence[Tensor], class_labels: Tensor | Sequence[Tensor]) -> None:
-    """Raises a ValueError for tensors of a shape or type that means nothing; values are looked at later."""
+    """Raises a ValueError for tensors of an invalid shape or type; values are checked later."""
     for image, masks in enumerate(mask_labels):
         if masks.dim() not in (2, 3):
             raise ValueError(
@@ -127,7 +127,7 @@ def _check_forms(mask_labels: Tensor | Sequence[Tensor], class_labels: Tensor | 
                 "If it is a mask, give it the shape (1, H, W)."
             )
     for image, labels in enumerate(class_labels):
-        # An empty tensor is of floating type unless it says otherwise.
+        # An empty tensor is floating-point by default.
         if labels.dim() != 1 or (labels.numel() > 0 and (labels.is_floating_point() or labels.dtype == torch.bool)):
             raise ValueError(
                 f"class_labels of image {image} are {labels.dtype} of shape {tuple(labels.shape)}, but must be "
@@ -137,7 +137,7 @@ def _check_forms(mask_labels: Tensor | Sequence[Tensor], class_labels: Tensor | 
         if masks.dim() == 2 and len(labels) > MAX_SEGMENTS_OF_MAP:
             raise ValueError(
                 f"class_labels of image {image} are {len(labels)}, but an index map has at most {MAX_SEGMENTS_OF_MAP} "
-                "segments. Join some, or give a list of masks."
+                "segments. Merge some, or give a list of masks."
             )
 
 
@@ -146,13 +146,13 @@ def _prepared_masks(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     value = masks.new_zeros((), dtype=torch.float32)
     padding = (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2])
     if masks.dim() == 2:
-        # Two bytes suffice for all indices that have a label; one that has none is refused later, as one below -1 is.
+        # Two bytes suffice for all indices that have a label; others are rejected later, as are those below -1.
         prepared = masks.long().clamp(NO_SEGMENT - 1, MAX_SEGMENTS_OF_MAP).to(torch.int16)
     elif masks.is_floating_point():
         prepared = masks == 1
         if masks.numel() > 0:
             is_padding = masks == FLOAT_PADDING
-            # Padding is that of all masks of an image, and never at its top left.
+            # Padding is common to all masks of an image, and never at its top left.
             is_padding &= is_padding.all(0) & ~is_padding[:, :1, :1]
             is_other = (masks != 0).logical_xor_(prepared).logical_and_(~is_padding)
             value = masks.flatten().take(is_other.view(torch.uint8).argmax()).float()
@@ -170,18 +170,18 @@ def _pixels_and_starts(masks: Tensor, num_segments: int) -> tuple[Tensor | None,
         segments = torch.arange(num_segments + 1, device=masks.device, dtype=owners.dtype)
         return pixels, torch.searchsorted(owners, segments)
     num_void = (~are_owned(masks)).sum()
-    # One by one: the sum of all would convert all. That there are as many as labels is checked later.
+    # One by one: a sum over all would convert all. That there are as many as labels is checked later.
     areas = [mask.sum() for mask in masks[:num_segments]]
     areas += [torch.zeros_like(num_void)] * (num_segments - len(areas))
     return None, torch.stack([num_void, *areas]).cumsum(0)
 
 
 def copy_to_host(*tensors: Tensor) -> list[np.ndarray]:
-    """Copies tensors from their device to the host, all at once, since it is the waiting that takes time."""
+    """Copies tensors from their device to the host, all at once, since the synchronisation is what takes time."""
     parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
     copies = torch.cat(parts).cpu().split([len(part) for part in parts])
     return [
-        # A copy begins where a number of its type may begin; a slice need not.
+        # A copy is aligned for its type; a slice need not be.
         copied.clone().view(tensor.dtype).view(tensor.shape).numpy()
         for copied, tensor in zip(copies, tensors, strict=True)
     ]
@@ -202,7 +202,7 @@ def checked_labels(
     values: np.ndarray,
     image_sizes: np.ndarray,
 ) -> list[list[int]]:
-    """The labels of every image as numbers.
+    """The labels of every image as Python integers.
 
     Args:
         targets: The segments.
@@ -211,8 +211,8 @@ def checked_labels(
 
     Raises:
         ValueError: A label outside 0 to K - 1, an index map that points past the labels or below -1, numbers of masks
-            and labels that differ, masks with values that mean nothing, or masks that end neither where their image
-            does nor where the batch does.
+            and labels that differ, masks with invalid values, or masks that end neither where their image does nor
+            where the batch does.
     """
     _check_mask_sizes(targets, image_sizes)
     rows = labels.tolist()
@@ -223,7 +223,7 @@ def checked_labels(
         if row[: len(image_labels)] != image_labels:
             raise ValueError(
                 f"class_labels of image {image} have {NO_LABEL} before their end, but it only pads on the right: the "
-                "index of a segment is the place of its label."
+                "index of a segment is the position of its label."
             )
         if index >= len(image_labels):
             raise ValueError(
@@ -245,8 +245,8 @@ def checked_labels(
             )
         if value not in (0, 1):
             raise ValueError(
-                f"mask_labels of image {image} contain {value:g}, but masks of floating type are 1 inside, 0 outside "
-                f"and {FLOAT_PADDING} where there is padding in all masks. Make them bool, for example by a threshold."
+                f"mask_labels of image {image} contain {value:g}, but floating-point masks are 1 inside, 0 outside and "
+                f"{FLOAT_PADDING} where there is padding in all masks. Make them bool, for example by a threshold."
             )
     return labels_of_images
 
@@ -286,9 +286,9 @@ def are_owned(masks: Tensor) -> Tensor:
 
 
 def pixels_at_stride(size: Sequence[int], low_size: Sequence[int], device: torch.device) -> Tensor:
-    """The pixels (h * w,) of H x W that nearest-neighbour interpolation keeps, as the matcher of the paper's code."""
+    """The pixels (h * w,) of H x W that nearest-neighbour interpolation keeps, as in the paper's matcher."""
     rows, columns = (
-        # The library's own rounding, whatever the ratio is.
+        # torch's own rounding, whatever the ratio is.
         F.interpolate(torch.arange(length, dtype=torch.float32, device=device)[None, None], low_length)[0, 0].long()
         for length, low_length in zip(size, low_size, strict=True)
     )
@@ -298,7 +298,7 @@ def pixels_at_stride(size: Sequence[int], low_size: Sequence[int], device: torch
 def pixels_of_segment(targets: Targets, image: int, segment: int, starts: Sequence[int]) -> Tensor:
     """Positions in the flattened image of the pixels of a segment.
 
-    Of masks they are looked for here, one at a time: those of all would take eight times the memory of the masks.
+    Those of masks are found here, one mask at a time: all at once would take eight times the memory of the masks.
 
     Args:
         targets: The segments, with sorted pixels.
@@ -313,7 +313,7 @@ def pixels_of_segment(targets: Targets, image: int, segment: int, starts: Sequen
 
 
 def void_pixels(targets: Targets, image: int, starts: Sequence[int]) -> Tensor:
-    """Positions of the pixels of no segment, likewise."""
+    """Positions of the void pixels, likewise."""
     pixels = targets.pixels[image]
     if pixels is None:
         return (~are_owned(targets.masks[image])).flatten().nonzero_static(size=starts[0])[:, 0]

@@ -22,7 +22,7 @@ class MaskEmbedder(nn.Sequential):
     """Three-layer perceptron from a query (D) to its mask embedding (C)."""
 
     def __init__(self, hidden_size: int, mask_feature_size: int) -> None:
-        # Each layer sits in a container of its own, the last one too, because checkpoints name it `mask_embedder.0.0`.
+        # Each layer has its own container, the last one too, because checkpoints name it `mask_embedder.0.0`.
         super().__init__(
             nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU()),
             nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU()),
@@ -54,10 +54,10 @@ class MaskFormerModel(MaskFormerPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W), RGB, normalised, padded on the right and below with 0.
-            pixel_mask: (B, H, W), 1 = image, 0 = padding. Like the paper's code, the network does not read it unless
-                the configuration's `mask_padding` is set.
+            pixel_mask: (B, H, W), 1 = image, 0 = padding. Like the paper's code, the network ignores it unless the
+                configuration's `mask_padding` is set.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
-            kwargs: Not read; they let callers pass what other models take.
+            kwargs: Ignored; they let callers pass what other models take.
 
         Raises:
             ValueError: The images do not have the backbone's number of channels or, with `mask_padding`, pixel_mask
@@ -94,7 +94,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         config = own_config(config)
         super().__init__(config)
         hidden_size = config.decoder_config.d_model
-        num_labels: int = config.num_labels  # type: ignore[assignment]  # the configuration insists on classes
+        num_labels: int = config.num_labels  # type: ignore[assignment]  # the configuration requires classes
         self.model = MaskFormerModel(config)
         self.class_predictor = nn.Linear(hidden_size, num_labels + 1)  # the last class is "no object"
         self.mask_embedder = MaskEmbedder(hidden_size, config.mask_feature_size)
@@ -123,21 +123,21 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
                 for none.
             class_labels: List of B int64 tensors (N_i,), or (B, N) int64 padded with -100.
             pixel_mask: (B, H, W), 1 = image, 0 = padding. It tells post-processing where each image ends; the network
-                does not read it (nor does the paper's code) unless the configuration's `mask_padding` is set.
+                ignores it (as does the paper's code) unless the configuration's `mask_padding` is set.
             output_auxiliary_logits: Return the logits after every decoder layer but the last.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
-            num_items_in_batch: (2,), by what the loss is divided if this batch is one of several whose gradients are
-                added up; see `MaskFormerLoss`. `MaskFormerTrainer` gives it.
-            kwargs: Not read; they let callers pass what other models take.
+            num_items_in_batch: (2,), the normalisers of the loss if this batch is one of several whose gradients are
+                accumulated; see `MaskFormerLoss`. `MaskFormerTrainer` passes it.
+            kwargs: Ignored; they let callers pass what other models take.
 
         Raises:
             ValueError: The images do not have the backbone's number of channels, pixel_mask does not have their shape,
-                only one kind of label is given, or the labels do not fit the batch (see `MaskFormerLoss`).
+                only one kind of label is given, or the labels do not match the batch (see `MaskFormerLoss`).
         """
         has_labels = mask_labels is not None
         if has_labels != (class_labels is not None):
             given, missing = ("mask_labels", "class_labels") if has_labels else ("class_labels", "mask_labels")
-            raise ValueError(f"{given} came without {missing}: give both for a loss, or neither for a prediction.")
+            raise ValueError(f"{given} was given without {missing}: give both for a loss, or neither for a prediction.")
         image_sizes, padded_sizes = sizes_in_batch(pixel_values, pixel_mask)
         outputs = self.model(
             pixel_values,
@@ -147,14 +147,14 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
             return_dict=True,
         )
         pixel_embeddings = outputs.pixel_decoder_last_hidden_state
-        # The last state itself, so that its gradient can be asked for.
+        # The last state itself, so that its gradient can be requested.
         queries = outputs.transformer_decoder_last_hidden_state[None]
         output_auxiliary_logits = first_set(output_auxiliary_logits, self.config.output_auxiliary_logits)
         if output_auxiliary_logits or (has_labels and self.config.deep_supervision):
             queries = torch.cat((outputs.transformer_decoder_intermediate_states[:-1], queries))
         class_logits = self.class_predictor(queries)  # (L, B, Q, K + 1)
         mask_embeddings = self.mask_embedder(queries)
-        # The loss computes the masks that it needs by itself: with gradient only those that matched.
+        # The loss itself computes the masks that it needs: with gradients only the matched ones.
         shown = slice(None) if output_auxiliary_logits else slice(-1, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not has_labels):
             mask_logits = products_with_pixels(mask_embeddings[shown], pixel_embeddings)
@@ -195,16 +195,16 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
     def predict(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, threshold: float = 0.0
     ) -> MaskFormerForInstanceSegmentationOutput:
-        """Predicts the masks of the likely queries of an image, and of no others.
+        """Predicts the masks of only the likely queries of an image.
 
-        Panoptic and instance segmentation look at a few queries of an image only. The others are left out of the
-        outputs, which `post_process_panoptic_segmentation` and `post_process_instance_segmentation` take as they take
-        those of `forward`, with the same result if their threshold is not lower; instances need the same `top_k` too,
-        which by default is the number of queries in the outputs.
+        Panoptic and instance segmentation use only a few queries of an image. The others are left out of the outputs,
+        which `post_process_panoptic_segmentation` and `post_process_instance_segmentation` accept like those of
+        `forward`, with the same result if their threshold is not lower; instances also need the same `top_k`, which by
+        default is the number of queries in the outputs.
 
         Args:
             pixel_values, pixel_mask: As in `forward`.
-            threshold: Queries stay if one of their classes is at least this probable. With 0 all do.
+            threshold: Queries are kept if one of their classes is at least this probable. With 0 all are.
 
         Returns:
             `class_queries_logits` (B, Q', K + 1) and `masks_queries_logits` (B, Q', h, w), in the order of the queries,
@@ -228,7 +228,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
         if isinstance(projection, MaskProjection) and not is_hooked(projection):
             mask_logits = projection(levels[-1], mask_embeddings)
         else:
-            # An adapter has taken its place, or somebody looks at the embeddings.
+            # An adapter has replaced it, or a hook reads the embeddings.
             mask_logits = torch.einsum("bqc,bchw->bqhw", mask_embeddings, projection(levels[-1]))
         return MaskFormerForInstanceSegmentationOutput(
             class_queries_logits=class_logits.take_along_dim(kept, dim=1),
@@ -241,7 +241,7 @@ class MaskFormerForInstanceSegmentation(MaskFormerPreTrainedModel):
 def likely_queries(class_logits: Tensor, threshold: float) -> Tensor:
     """Indices (B, Q'), ascending, of the queries of each image one of whose classes is at least this probable.
 
-    Q' is their largest number in an image, at least 1; other images are filled up with their next likely queries.
+    Q' is their largest number in an image, at least 1; other images are padded with their next most likely queries.
     """
     scores = class_logits.float().softmax(-1)[..., :-1].amax(-1)
     count = max(int((scores >= threshold).sum(1).max()), 1)

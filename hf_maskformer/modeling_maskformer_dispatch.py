@@ -1,12 +1,12 @@
-"""When the network may compute in ways of its own, and its operators for compiled graphs.
+"""When the network may take fast paths of its own, and its operators for compiled graphs.
 
-The fast ways need plain numbers on a CPU, and no transform and no exported graph. Those that keep weights or overwrite
-an input also need that nobody looks at the steps in between: no gradient, hook or tool that counts operators. They are
-taken where all of this is seen to hold; elsewhere torch's own are.
+The fast paths need plain tensors on a CPU, and no transform and no exported graph. Those that cache weights or
+overwrite an input also require that nobody reads intermediate results: no gradient, hook or tool that counts operators.
+They are taken where all of this is known to hold; elsewhere torch's own are.
 
-One of them is to write where the input lies. A part may do so if nobody else reads what it is given
-(`can_overwrite`), and if its caller says that the input is its own: the output of a part known to give new memory, as
-something else may stand in the place of any part and keep what it gave.
+One of them is to work in place. A module may do so if nobody else reads its input (`can_overwrite`), and if its caller
+owns the input: the output of a module known to return new memory, as any module may have been replaced by one that
+keeps its output.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# On x86-64 torch leaves matrix products in float32 to MKL and convolutions to oneDNN.
+# On x86-64 torch delegates float32 matrix products to MKL and convolutions to oneDNN.
 HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 # Others are quantised, sharded or without values.
 PLAIN_TYPES = (Tensor, nn.Parameter)
-# What torch's compiler calls: to arrange the weights of a convolution before, here for many strips of an image, to add
-# to a residual, and to see what was arranged.
+# Operators of torch's compiler: to repack the weights of a convolution, here for many strips of an image, to add to a
+# residual, and to read the repacked weights.
 HAS_ONEDNN_OPERATORS = HAS_MKL_AND_ONEDNN and all(
     hasattr(torch.ops.mkldnn, name)
     for name in (
@@ -34,8 +34,8 @@ _LIBRARIES: list[torch.library.Library] = []
 
 
 def is_plain(states: Tensor, weight: Tensor) -> bool:
-    """Whether these are plain numbers in float32 on a CPU, for which torch has oneDNN and its operators."""
-    # GPU libraries have it inside, and exported graphs are read by others: they get the plain operator.
+    """Whether these are plain float32 tensors on a CPU, for which torch has oneDNN and its operators."""
+    # GPU libraries have it built in, and exported graphs are for other runtimes: they get the plain operator.
     if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if type(states) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
@@ -44,39 +44,39 @@ def is_plain(states: Tensor, weight: Tensor) -> bool:
 
 
 def is_inference() -> bool:
-    """Whether nobody wants gradients, or a graph or count of plain operators."""
+    """Whether nobody needs gradients, or a graph or count of plain operators."""
     if torch.is_grad_enabled() or is_exported() or is_transformed():
         return False
-    # A compiled graph asks when it runs.
+    # A compiled graph checks when it runs.
     return torch.compiler.is_compiling() or has_plain_dispatch()
 
 
 def has_plain_dispatch() -> bool:
-    """Whether no tool looks at the operators and oneDNN is not turned off."""
+    """Whether no tool intercepts the operators and oneDNN is not disabled."""
     return not torch._C._len_torch_dispatch_stack() and torch._C._get_mkldnn_enabled()
 
 
 def is_transformed() -> bool:
-    """Whether `torch.vmap`, `torch.func.grad` and the like are at work, or forward-mode derivatives.
+    """Whether `torch.vmap`, `torch.func.grad` and the like are active, or forward-mode differentiation.
 
     They have to see plain operators; the operators of this package have no rules for them.
     """
     functorch = torch._C._functorch
-    # By its type, since torch's compiler takes a stack without interpreters for something else than None.
+    # By type, since torch's compiler does not treat a stack without interpreters as None.
     is_in_function = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
     return is_in_function or torch.autograd.forward_ad._current_level >= 0
 
 
 def can_overwrite(module: nn.Module) -> bool:
-    """Whether nobody but its own modules reads what a module computes inside, as backward passes and hooks do."""
+    """Whether nobody but a module itself reads its intermediate results, as backward passes and hooks do."""
     if torch.is_grad_enabled() or is_traced() or is_transformed():
         return False
     return not any(map(is_hooked, module.modules()))
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether others take part in a module's call, as offloading does, and tools that look inside a model."""
-    # Not by attributes: to miss one takes a module longer than all the rest, and hundreds of modules are asked.
+    """Whether others take part in a module's call, as offloading and tools that inspect a model do."""
+    # Not by attributes: a missing one takes a module longer than all the rest, and hundreds of modules are checked.
     own = vars(module)
     has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or nn.modules.module._has_any_global_hook()
     return bool(has_hooks or "forward" in own or "_hf_hook" in own)
@@ -88,24 +88,24 @@ def is_traced() -> bool:
 
 
 def is_exported() -> bool:
-    """Whether a graph is being recorded that others will read, which holds torch's own operators only."""
+    """Whether a graph is being recorded for other runtimes, which holds only torch's own operators."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def is_for_any_size(size: Sequence[int]) -> bool:
-    """Whether a graph is being compiled that leaves a height or width open."""
+    """Whether a graph is being compiled with a dynamic height or width."""
     if not torch.compiler.is_compiling() or is_exported():
         return False
-    # Here, as it brings all of sympy.
+    # Here, as it imports all of sympy.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not all(has_static_value(length) for length in size)
 
 
 def without_view(feature_map: Tensor) -> Tensor:
-    """(B, C, h, w) in that order of memory too, in graphs for any size.
+    """(B, C, h, w), contiguous in graphs for any size.
 
-    Of a view whose channels lie last, inductor cannot sort the strides, for a convolution or a backward pass.
+    Inductor cannot sort the strides of a view with channels last, for a convolution or a backward pass.
     """
     return feature_map.contiguous() if is_for_any_size(feature_map.shape[-2:]) else feature_map
 
@@ -117,19 +117,19 @@ def register_operator(
     key: str = "CPU",
     gradient: tuple[Callable[..., None], Callable[..., tuple]] | None = None,
 ) -> None:
-    """Makes a function an operator of compiled graphs; `output` says what its result is like.
+    """Registers a function as an operator for compiled graphs; `output` is its fake implementation.
 
     Plain `torch.library.custom_op` would do, but takes longer per call than a small convolution.
 
     Args:
-        key: Where torch's dispatcher takes it: on CPUs, or as `CompositeExplicitAutograd` on every device.
-        gradient: `setup_context` and `backward`, as of a `torch.autograd.Function`.
+        key: Its dispatch key: for CPUs, or `CompositeExplicitAutograd` for every device.
+        gradient: `setup_context` and `backward`, as in a `torch.autograd.Function`.
     """
     name = schema.partition("(")[0]
     if hasattr(torch.ops.hf_maskformer, name):  # by copies of these files that a checkpoint brought along
         return
     library = torch.library.Library("hf_maskformer", "FRAGMENT")
-    _LIBRARIES.append(library)  # it takes its operator along when it goes
+    _LIBRARIES.append(library)  # its operator is removed with it
     library.define(schema)
     library.impl(name, function, key)
     torch.library.register_fake(f"hf_maskformer::{name}", output, lib=library)

@@ -37,7 +37,7 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         self.patch_size: int = config.backbone_config.patch_size
         self.backbone = build_foreign_backbone(config.backbone_config)
-        # Of its own training on masked images; distributed training would wait for its gradient.
+        # From its pre-training on masked images; distributed training would wait for its gradient.
         self.backbone.embeddings.mask_token.requires_grad_(False)
         dim = self.backbone.channels[-1]
         self.channels = [dim // 4, dim // 2, dim, dim]
@@ -56,11 +56,11 @@ class SimpleFeaturePyramid(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Raises a ValueError for images that are no whole number of patches."""
+        """Raises a ValueError for images that are not a whole number of patches."""
         height, width = pixel_values.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"pixel_values are {height} x {width} pixels, but this backbone cuts images into whole patches of "
+                f"pixel_values are {height} x {width} pixels, but this backbone splits images into whole patches of "
                 f"{self.patch_size} x {self.patch_size}. Pad to a multiple of that: size_divisor={self.patch_size} of "
                 "the image processor."
             )
@@ -69,9 +69,9 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 def build_foreign_backbone(config: PreTrainedConfig) -> Any:
-    """A backbone of transformers, with the attention of its configuration if it has that."""
+    """A backbone from transformers, with the attention implementation of its configuration if it has that."""
     requested = config._attn_implementation
-    # Asked for one that it does not have, it would refuse to be built.
+    # With one that it does not have, building it would fail.
     config._attn_implementation = None
     backbone = AutoBackbone.from_config(config)
     if requested is not None:
@@ -80,6 +80,6 @@ def build_foreign_backbone(config: PreTrainedConfig) -> Any:
 
 
 def switch_attention(backbone: PreTrainedModel, implementation: str) -> None:
-    """Sets the attention of a backbone that has this one; another keeps its own."""
+    """Sets the attention implementation of a backbone that has it; others keep theirs."""
     with contextlib.suppress(ValueError):
         backbone.set_attn_implementation(implementation)

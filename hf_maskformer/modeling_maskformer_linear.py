@@ -1,4 +1,4 @@
-"""Linear layers and mask logits, whose products are taken where they are fastest."""
+"""Linear layers and mask logits, with products computed by the fastest library."""
 
 import platform
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .modeling_maskformer_packing import can_cache, computes_in_bfloat16, linear
 
 
 def is_intel_processor() -> bool:
-    """Whether the CPU is Intel's, by /proc/cpuinfo or, where there is none, by `platform.processor()`."""
+    """Whether the CPU is Intel's, according to /proc/cpuinfo or, where there is none, by `platform.processor()`."""
     try:
         with open("/proc/cpuinfo") as file:
             description = file.read(1000)
@@ -28,19 +28,19 @@ def is_intel_processor() -> bool:
 
 
 IS_MKL_SLOW = HAS_MKL_AND_ONEDNN and not is_intel_processor()
-# With fewer positions, arranging the weights takes as long as the product.
+# With fewer positions, repacking the weights takes as long as the product.
 MIN_POSITIONS = 64
 
 
 class Linear(nn.Linear):
     """`torch.nn.Linear`, on a CPU in bfloat16 with packed weights, and in float32 as a convolution with a 1 x 1 kernel.
 
-    Where the processor is not Intel's, MKL does not use all that it can do: on an AMD Zen 5 the convolution takes less
-    than half the time, forward and backward; on a Zen 4 it takes the same. On Intel's it would take longer.
+    On processors other than Intel's, MKL does not use everything they support: on an AMD Zen 5 the convolution takes
+    less than half the time, forward and backward; on a Zen 4 it takes the same. On Intel's it would take longer.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Takes (..., C) and gives (..., O)."""
+        """Takes (..., C) and returns (..., O)."""
         if can_cache(self) and computes_in_bfloat16(input, self.weight, self.bias):
             return linear_in_bfloat16(input, (self.weight,), () if self.bias is None else (self.bias,))
         if not convolution_pays(input, self.weight):
@@ -51,11 +51,11 @@ class Linear(nn.Linear):
 
 
 def project(layers: Sequence[nn.Module], states: Tensor) -> Sequence[Tensor]:
-    """What linear layers make of the same states; at inference in bfloat16 by one product, since they are narrow.
+    """Applies linear layers to the same states; at inference in bfloat16 as one product, since they are narrow.
 
-    Takes (..., C) and gives (..., O) of each layer.
+    Takes (..., C) and returns (..., O) of each layer.
     """
-    # Something else may stand in the place of a layer.
+    # A layer may have been replaced.
     plain = [layer for layer in layers if isinstance(layer, Linear) and type(layer).forward is Linear.forward]
     if len(plain) == len(layers) and all(map(can_cache, plain)):
         weights = [layer.weight for layer in plain]
@@ -66,8 +66,8 @@ def project(layers: Sequence[nn.Module], states: Tensor) -> Sequence[Tensor]:
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` by a convolution."""
-    # One image of one row of positions; with the channels of each side by side, as they are, nothing is copied.
+    """`torch.nn.functional.linear` as a convolution."""
+    # One image of one row of positions; already in channels_last layout, so nothing is copied.
     positions = states.reshape(1, 1, -1, states.shape[-1]).permute(0, 3, 1, 2)
     output = F.conv2d(positions, weight[:, :, None, None], bias)
     return output.permute(0, 2, 3, 1).reshape(*states.shape[:-1], len(weight))
@@ -83,14 +83,14 @@ def convolution_pays(states: Tensor, weight: Tensor) -> bool:
 
 
 def reaches_onednn(states: Tensor) -> bool:
-    """Whether torch leaves a 1 x 1 convolution at these positions (..., C) to oneDNN, and this gains something."""
+    """Whether torch delegates a 1 x 1 convolution at these positions (..., C) to oneDNN, and this pays off."""
     return torch.get_num_threads() > 1 and states.numel() >= MIN_POSITIONS * states.shape[-1] > 0
 
 
 def products_with_pixels(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
-    """Products of the embeddings of queries, after each layer, and pixels (paper, section 3.3).
+    """Dot products of mask embeddings, after each layer, and pixel embeddings (paper, section 3.3).
 
-    Takes (L, B, Q, C) and (B, C, h, w); gives (L, B, Q, h, w).
+    Takes (L, B, Q, C) and (B, C, h, w); returns (L, B, Q, h, w).
     """
     is_fixed = not (torch.is_grad_enabled() or is_transformed() or is_exported())
     if is_fixed and computes_in_bfloat16(embeddings, pixel_embeddings):
@@ -106,7 +106,7 @@ def products_with_pixels(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor
 
 
 def products_one_by_one(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
-    """`products_with_pixels` by one product per layer and image: for several at once torch copies the pixels."""
+    """`products_with_pixels` by one product per layer and image: batched, torch would copy the pixels."""
     logits = _output_of_products(embeddings, pixel_embeddings)
     for of_layer, of_queries in zip(logits, embeddings, strict=True):
         for of_image, queries, image in zip(of_layer, of_queries, pixel_embeddings, strict=True):
@@ -120,21 +120,21 @@ def products_by_convolutions(embeddings: Tensor, pixel_embeddings: Tensor) -> Te
     if not logits.numel():
         return logits
     for of_layer, kernels in zip(logits, embeddings[..., None, None], strict=True):
-        # Split, since of a part that gets its first dimension back torch no longer sees that it is channels_last.
+        # Split: torch no longer recognises an image as channels_last once it is indexed and unsqueezed.
         for of_image, kernel, image in zip(of_layer, kernels, pixel_embeddings.split(1), strict=True):
             of_image.copy_(F.conv2d(image, kernel)[0])
     return logits
 
 
 def linear_for_compiler(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a compiled graph calls: a convolution in sight of the compiler would have it rearrange all around it."""
+    """What a compiled graph calls: a visible convolution would make the compiler change the layouts around it."""
     if not reaches_onednn(states):
         return F.linear(states, weight, bias)
     return linear(states, weight, bias).contiguous()
 
 
 def products_for_compiler(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor:
-    """What a compiled graph calls: the compiler neither unrolls the loop over images nor asks for their number."""
+    """What a compiled graph calls: the compiler neither unrolls the loop over images nor specialises on it."""
     if embeddings.dtype == torch.bfloat16:
         return products_one_by_one(embeddings, pixel_embeddings)
     if not reaches_onednn(pixel_embeddings.movedim(1, -1)):

@@ -1,8 +1,8 @@
-"""Weights in the order in which oneDNN multiplies them, kept from pass to pass at inference on a CPU.
+"""Weights repacked into oneDNN's layout, cached across forward passes at inference on a CPU.
 
-To fold, round and arrange the weights of a ResNet-50 takes an eighth of a pass in float32, and where a processor has
-units for bfloat16 (AMX) half as long as all products. Each pass looks whether weights have changed (`CacheEntry`) and
-then makes them anew. Parameters and checkpoints stay as they are.
+Folding, rounding and repacking the weights of a ResNet-50 takes an eighth of a forward pass in float32, and where a
+processor has bfloat16 units (AMX) half as long as all products. Each pass checks whether weights have changed
+(`CacheEntry`) and if so repacks them. Parameters and checkpoints are not modified.
 """
 
 import ctypes
@@ -39,17 +39,17 @@ HAS_BFLOAT16_OPERATORS = (
 )
 
 
-# For how many sizes of maps a convolution remembers its weights.
+# For how many sizes of feature maps a convolution caches its weights.
 MAX_SIZES = 256
 
 
 class FixedConvolution(NamedTuple):
-    """A convolution and perhaps the batch normalisation after it, which at inference scales and shifts each channel.
+    """A convolution and optionally the batch normalisation after it, which at inference scales and shifts each channel.
 
     Args:
         weight, bias: (O, C, k, k), and (O,) or None; with a norm None.
-        stride, padding, dilation: As of `torch.nn.Conv2d`.
-        norm: Its weight, bias, running mean and variance, or nothing.
+        stride, padding, dilation: As in `torch.nn.Conv2d`.
+        norm: Its weight, bias, running mean and variance, or empty.
         eps: Of the norm, or None without one.
     """
 
@@ -62,34 +62,34 @@ class FixedConvolution(NamedTuple):
     eps: float | None = None
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a convolution that also scales and shifts as the norm would after it."""
+        """Weight and bias of the convolution with the norm folded in."""
         if self.eps is None:
             return self.weight, self.bias
         weight, bias, mean, variance = self.norm
         dtype = self.weight.dtype
-        # Half precision rounds the product only, as in the norm itself.
+        # Half precision rounds only the product, as in the norm itself.
         precise = torch.promote_types(dtype, torch.float32)
         scale = weight.to(precise) * torch.rsqrt(variance.to(precise) + self.eps)
         return (self.weight * scale[:, None, None, None]).to(dtype), (bias - mean * scale).to(dtype)
 
     def finite(self) -> tuple[Tensor, Tensor | None]:
-        """As `folded`; raises a ValueError for NaN and infinity, which oneDNN's ReLU would hide: it makes 0 of NaN."""
+        """As `folded`; raises a ValueError for NaN and infinity, which oneDNN's ReLU would hide: NaN becomes 0."""
         weight, bias = self.folded()
         for values in (weight, bias):
-            # A sum is finite only if all it adds up is. It may overflow all the same, so only then each is looked at.
+            # A sum is finite only if all its terms are. It may still overflow, so only then each is checked.
             if values is not None and not values.sum().isfinite() and not values.isfinite().all():
                 raise ValueError(
-                    f"A convolution of weight {tuple(weight.shape)}, with the norm after it if there is one, is not "
-                    "finite, so that no prediction of this model means anything. Load another checkpoint."
+                    f"A convolution with weight {tuple(weight.shape)}, including the norm after it if any, is not "
+                    "finite, so the predictions of this model are meaningless. Load another checkpoint."
                 )
         return weight, bias
 
     def packing_dtype(self, states: Tensor) -> torch.dtype | None:
-        """In which type these states (B, C, h, w) meet packed weights; None if the weights are not to be packed."""
+        """The dtype in which packed weights apply to these states (B, C, h, w); None if they are not to be packed."""
         return packing_dtype(states, self.weight, self.bias, *self.norm) if states.dim() == 4 else None
 
     def __call__(self, states: Tensor, dtype: torch.dtype, activation: str = "none") -> Tensor:
-        """Takes (B, C, h, w), gives (B, O, h', w') in this type; the activation is "relu" or "none"."""
+        """Takes (B, C, h, w), returns (B, O, h', w') in this dtype; the activation is "relu" or "none"."""
         if torch.compiler.is_compiling():
             weight, bias, *geometry, norm, eps = self
             return torch.ops.hf_maskformer.convolve(states, weight, bias, *geometry, norm, eps, dtype, activation)
@@ -103,15 +103,15 @@ class FixedConvolution(NamedTuple):
         if is_plain and cached_winograd_pays(states, self.weight):
             by_winograd = partial(PackedWinograd, self)
             return cached(by_winograd, PackedWinograd, self.eps, self.weight, *weights)
-        # The order of the weights of some 1 x 1 convolutions depends on the size of the map. In that of another size
-        # they take ten times as long, as they arrange the weights again in each pass.
+        # The weight layout of some 1 x 1 convolutions depends on the size of the feature map. In that of another size
+        # they take ten times as long, as they repack the weights in each pass.
         by_size: dict[Sequence[int], PackedConvolution] = cached(
             dict, dtype, (geometry, self.eps), self.weight, *weights
         )
         packed = by_size.get(states.shape)
         if packed is None:
             packed = PackedConvolution(self, dtype, states.shape)
-            # Few orders serve all sizes, mostly one.
+            # Few layouts serve all sizes, mostly one.
             packed = next((other for other in list(by_size.values()) if other.is_arranged_as(packed)), packed)
             if len(by_size) >= MAX_SIZES:
                 by_size.clear()
@@ -124,8 +124,8 @@ class PackedConvolution:
 
     Args:
         convolution: What to pack.
-        dtype: Type of inputs, weights and outputs.
-        size: Of the inputs to expect, (B, C, h, w); others are taken too, perhaps slowly.
+        dtype: Of inputs, weights and outputs.
+        size: Of the expected inputs, (B, C, h, w); others work too, perhaps slowly.
     """
 
     def __init__(self, convolution: FixedConvolution, dtype: torch.dtype, size: Sequence[int]) -> None:
@@ -138,10 +138,10 @@ class PackedConvolution:
         self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
 
     def __call__(self, states: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        """Takes (B, C, h, w), gives (B, O, h', w').
+        """Takes (B, C, h, w), returns (B, O, h', w').
 
-        The activation is "relu" or "none". With a residual: the ReLU of their sum, in its memory if it is of the type
-        and layout of the output.
+        The activation is "relu" or "none". With a residual: the ReLU of their sum, in place if it has the dtype and
+        layout of the output.
         """
         if residual is not None and not self._adds_to(residual):
             return self(states).add_(residual).relu_()
@@ -149,12 +149,12 @@ class PackedConvolution:
         stride, padding, dilation = self.geometry
         arguments = (states, self.weight, self.bias, padding, stride, dilation, 1)
         if residual is not None:
-            # Added and cut off where it is written: memory for the convolution alone would be new, and read again.
+            # Sum and ReLU fused into the write: a separate output would need new memory, and be read again.
             return torch.ops.mkldnn._convolution_pointwise_.binary(residual, *arguments, "add", 1.0, "relu", [], "")
         return torch.ops.mkldnn._convolution_pointwise(*arguments, activation, [], "")
 
     def is_arranged_as(self, other: "PackedConvolution") -> bool:
-        """Whether the weights of another size lie in the same order; both are of the same convolution."""
+        """Whether the weights for another size have the same layout; both are of the same convolution."""
         return np.array_equal(memory_of(self.weight), memory_of(other.weight))
 
     def _adds_to(self, residual: Tensor) -> bool:
@@ -163,7 +163,7 @@ class PackedConvolution:
 
 
 class PackedWinograd:
-    """A convolution in float32 with a 3 x 3 kernel, by Winograd's way, with the kernel at its points."""
+    """A Winograd convolution in float32 with a 3 x 3 kernel, which is stored transformed."""
 
     def __init__(self, convolution: FixedConvolution) -> None:
         weight, bias = convolution.finite()
@@ -171,7 +171,7 @@ class PackedWinograd:
         self.bias = None if bias is None else bias.detach().clone()
 
     def __call__(self, states: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        """As `PackedConvolution`, but the sum with a residual has memory of its own."""
+        """As `PackedConvolution`, but the sum with a residual is not in place."""
         states = winograd(states, self.kernel, self.bias)
         if residual is not None:
             return states.add_(residual).relu_()
@@ -179,7 +179,7 @@ class PackedWinograd:
 
 
 class PackedLinear:
-    """A linear layer in bfloat16, or several that read the same as one product: O counts the outputs of all.
+    """A linear layer in bfloat16, or several of the same input as one product: O counts the outputs of all.
 
     Args:
         weights, biases: (O', C) and (O',) of each, or no biases.
@@ -190,12 +190,12 @@ class PackedLinear:
         self.bias = torch.cat(list(biases)).bfloat16() if biases else None
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Takes (..., C) and gives (..., O)."""
+        """Takes (..., C) and returns (..., O)."""
         return torch.ops.mkldnn._linear_pointwise(states.bfloat16(), self.weight, self.bias, "none", [], "")
 
 
 def linear_in_bfloat16(states: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """Takes (..., C), and weights (O', C) and biases (O',) of each of some layers, or no biases; gives (..., O)."""
+    """Takes (..., C), and weights (O', C) and biases (O',) of each of some layers, or no biases; returns (..., O)."""
     if torch.compiler.is_compiling():
         return torch.ops.hf_maskformer.linear_in_bfloat16(states, weights, biases)
     return packed_linear(weights, biases)(states)
@@ -207,10 +207,10 @@ def packed_linear(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Packed
 
 
 def can_cache(module: nn.Module) -> bool:
-    """Whether something may be kept of a module's weights.
+    """Whether anything derived from a module's weights may be cached.
 
-    Not where its call has hooks, which may bring the weights and take them away again, and not with processes beside
-    it, which may hold a part of the weights each. Nor in training: gradient checkpointing runs without gradient too.
+    Not where its call has hooks, which may load and offload the weights, nor in distributed runs, whose processes may
+    each hold a shard of the weights. Nor in training: gradient checkpointing also runs without gradients.
     """
     if module.training or not is_inference() or is_hooked(module):
         return False
@@ -218,12 +218,12 @@ def can_cache(module: nn.Module) -> bool:
 
 
 def computes_in_bfloat16(states: Tensor, *weights: Tensor | None) -> bool:
-    """Whether an operation on these computes in bfloat16 on a CPU, by autocast too."""
+    """Whether an operation on these computes in bfloat16 on a CPU, also under autocast."""
     return packing_dtype(states, *weights) == torch.bfloat16
 
 
 def packing_dtype(states: Tensor, *weights: Tensor | None) -> torch.dtype | None:
-    """bfloat16 or float32, if an operation on these computes in it on a CPU, by autocast too, and with oneDNN."""
+    """bfloat16 or float32, if an operation on these computes in it on a CPU, also under autocast, with oneDNN."""
     dtype = states.dtype
     dtypes: tuple[torch.dtype, ...] = (dtype,)
     if torch.is_autocast_enabled("cpu"):
@@ -233,7 +233,7 @@ def packing_dtype(states: Tensor, *weights: Tensor | None) -> torch.dtype | None
             return None
     if not (HAS_BFLOAT16_OPERATORS if dtype == torch.bfloat16 else HAS_ONEDNN_OPERATORS and dtype == torch.float32):
         return None
-    # A plain loop, since layers ask this hundreds of times in a pass.
+    # A plain loop, since layers call this hundreds of times per pass.
     for tensor in (states, *weights):
         if tensor is None:
             continue
@@ -248,11 +248,11 @@ Made = TypeVar("Made")
 
 
 class CacheEntry:
-    """What was made of settings and weights, and how to see that these are still the same.
+    """A result of settings and weights, and how to tell whether these are still the same.
 
-    torch counts most changes of a tensor. It does not count those through `.data` or by optimisers with `fused=True`,
-    so a few values are compared too: of a vector all, of a matrix or kernel the first row (output) and at least one
-    value of each other, in another column than that of the row before.
+    torch counts most changes of a tensor, but not those through `.data` or by optimisers with `fused=True`, so a few
+    values are compared too: all of a vector; of a matrix or kernel the first row (output) and at least one value of
+    each other, in another column than in the row before.
     """
 
     value: Any
@@ -264,7 +264,7 @@ class CacheEntry:
         self.seen = self._values()
 
     def is_current(self, weights: Sequence[Tensor | None]) -> bool:
-        # The marks first: they say that the memory of the samples is still that of the weights.
+        # The marks first: they ensure that the memory of the samples is still that of the weights.
         return self.marks == marks(weights) and self.seen == self._values()
 
     def _values(self) -> list[bytes]:
@@ -272,7 +272,7 @@ class CacheEntry:
 
 
 def marks(weights: Sequence[Tensor | None]) -> list[tuple]:
-    """Where weights lie, what they are and how often they were changed, which inference mode does not count."""
+    """Addresses, dtypes, layouts and version counters of weights; inference mode has no counter."""
     return [
         (
             weight.data_ptr(),
@@ -287,7 +287,7 @@ def marks(weights: Sequence[Tensor | None]) -> list[tuple]:
 
 
 def samples(weight: Tensor) -> list[np.ndarray]:
-    """Some values of a tensor where they lie, without a part in the memory: others may want to free it.
+    """Views of some values of a tensor that do not own its memory: others may want to free it.
 
     numpy reads a few values in a tenth of the time that torch takes.
     """
@@ -302,31 +302,31 @@ def samples(weight: Tensor) -> list[np.ndarray]:
 
 
 def memory_of(packed: Tensor) -> np.ndarray:
-    """The bytes of weights that oneDNN has arranged, while these are there: torch itself does not show them."""
+    """The bytes of weights that oneDNN has repacked, while these exist: torch itself does not expose them."""
     count = torch.ops.mkldnn._nbytes(packed)
     return np.frombuffer((ctypes.c_ubyte * count).from_address(torch.ops.mkldnn.data_ptr(packed)), np.uint8)
 
 
-# By the first weight, which it goes with, and by kind.
+# By the first weight, with which an entry is freed, and by kind.
 _CACHE: MutableMapping[Tensor, dict[Any, CacheEntry]] = WeakIdKeyDictionary()
 
 
 def cached(make: Callable[[], Made], kind: Any, settings: Any, weight: Tensor, *weights: Tensor | None) -> Made:
-    """What `make` makes of settings and weights, from an earlier pass if they are still the same.
+    """The result of `make` for settings and weights, from an earlier pass if they are still the same.
 
-    Of each kind only the last one is kept.
+    Only the last one of each kind is cached.
     """
     all_weights = (weight, *weights)
     of_weight = _CACHE.get(weight, {})
     entry = of_weight.get(kind)
     if entry is not None:
         if not entry.is_current(all_weights):
-            of_weight.clear()  # of other kinds too, which may never be asked for again
+            of_weight.clear()  # of other kinds too, which may never be requested again
         elif entry.settings == settings:
             return entry.value
     if not all(is_watched(weight) for weight in all_weights if weight is not None):
         return make()
-    # Looked at before, so that the next pass sees what somebody changes meanwhile.
+    # Recorded first, so that the next pass sees what somebody changes meanwhile.
     entry = CacheEntry(settings, all_weights)
     entry.value = make()
     _CACHE.setdefault(weight, {})[kind] = entry
@@ -334,13 +334,13 @@ def cached(make: Callable[[], Made], kind: Any, settings: Any, weight: Tensor, *
 
 
 def is_watched(weight: Tensor) -> bool:
-    """Whether changes of a weight can be seen: they are not counted in inference mode, and gaps would be sampled."""
+    """Whether changes of a weight can be detected: inference mode does not count them, and gaps would be sampled."""
     is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     return is_dense and not weight.is_inference()
 
 
 def clear_cache(module: nn.Module) -> None:
-    """Frees what is kept of the weights of a module and those inside."""
+    """Frees what is cached of the weights of a module and its submodules."""
     for weight in module.parameters() if _CACHE else ():
         _CACHE.pop(weight, None)
 
@@ -348,7 +348,7 @@ def clear_cache(module: nn.Module) -> None:
 def linear_in_graph(states: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """What a compiled graph calls for `linear_in_bfloat16`.
 
-    Does not ask whether something is compiled, which is true in all threads while one compiles.
+    Does not check whether a graph is being compiled, which is true in all threads while one compiles.
     """
     if has_plain_dispatch() and states.numel():
         return packed_linear(weights, biases)(states)

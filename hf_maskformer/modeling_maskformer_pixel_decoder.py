@@ -35,24 +35,24 @@ class XavierConv2d(nn.Conv2d):
 
 
 class MaskProjection(XavierConv2d):
-    """The projection to the pixel embeddings, or at once to the masks of given queries.
+    """The projection to the pixel embeddings, or directly to the masks of given queries.
 
-    Nothing but products lies between its input and the masks. So the mask embedding of each query and the projection
-    make one convolution: with Q output channels instead of C, followed by a product with Q x C numbers per pixel.
+    The map from its input to the masks is linear. So the mask embeddings of the queries and the projection fold into
+    one convolution: with Q output channels instead of C followed by a product with Q x C numbers per pixel.
     """
 
     def forward(self, level: Tensor, mask_embeddings: Tensor | None = None) -> Tensor:
-        """Takes (B, C_pyramid, h, w) and mask embeddings (B, Q, C); gives (B, C, h, w), or masks (B, Q, h, w)."""
+        """Takes (B, C_pyramid, h, w) and mask embeddings (B, Q, C); returns (B, C, h, w), or masks (B, Q, h, w)."""
         if mask_embeddings is None:
             pixel_embeddings = super().forward(level)
-            # Where it was measured, on CPUs; and a compiled graph has a backward pass of its own.
+            # Where it was measured, on CPUs; and a compiled graph has its own backward pass.
             can_go_around = level.device.type == "cpu" and pixel_embeddings.requires_grad and not is_traced()
             if can_go_around and self.bias is not None and {type(self.weight), type(self.bias)} == {nn.Parameter}:
                 remember_projection(pixel_embeddings, level, self.weight, self.bias)
             return pixel_embeddings
         kernels = torch.einsum("bqc,cfyx->bqfyx", mask_embeddings, self.weight)
         biases = torch.einsum("bqc,c->bq", mask_embeddings, self.bias)
-        # Split, since of a part that gets its first dimension back torch no longer sees that it is channels_last.
+        # Split: torch no longer recognises an image as channels_last once it is indexed and unsqueezed.
         return torch.cat(
             [
                 convolve(image, kernel, bias, padding=self.padding)
@@ -66,7 +66,8 @@ class FeaturePyramidLayer(nn.Module):
 
     Shapes:
         coarse: (B, C, h', w'), the pyramid so far.
-        lateral: (B, C_backbone, 2h', 2w') or thereabouts: odd sizes are met by nearest upsampling to the lateral map.
+        lateral: (B, C_backbone, 2h', 2w') or close to it: for odd sizes, nearest upsampling targets that of the lateral
+            map.
         returns: (B, C, 2h', 2w').
     """
 
@@ -79,12 +80,12 @@ class FeaturePyramidLayer(nn.Module):
         self.block = conv_norm_relu(feature_size, feature_size)
 
     def forward(self, coarse: Tensor, lateral: Tensor) -> Tensor:
-        # One by one, since a call holds its inputs until it returns: at stride 4 these maps are the peak of memory.
+        # One by one, since a call holds its inputs until it returns: at stride 4 these maps are the memory peak.
         for module in steps_of(self.proj):
             lateral = module(lateral)
         height, width = coarse.shape[-2:]
         if can_overwrite(self.proj) and lateral.shape[-2:] == (2 * height, 2 * width):
-            # Each pixel of the coarse map to the four that it covers, without a map of the finer size in between.
+            # Each pixel of the coarse map to the four that it covers, without an upsampled copy.
             lateral.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(coarse[:, :, :, None, :, None])
             states = lateral
         else:
@@ -111,11 +112,11 @@ class FeaturePyramid(nn.Module):
     def forward(self, features: list[Tensor], with_levels: bool = True) -> list[Tensor]:
         """Takes the feature maps finest first; returns the levels after the stem, coarsest first, or the last alone.
 
-        The list is empty afterwards: a map that has been used need not be kept while finer ones are, which are larger.
+        The list is emptied: a map that has been used need not be kept while finer ones, which are larger, are computed.
         """
         levels = [self.stem(features.pop())]
         for layer in self.layers:
-            # A module's call would hold the maps that its forward has used.
+            # A module's call would keep the maps that its forward has used.
             is_plain = is_only_called(layer) and not (torch.is_grad_enabled() or is_traced())
             coarse = levels[-1:] if with_levels else levels
             levels.append((layer.forward if is_plain else layer)(coarse.pop(), features.pop()))
@@ -126,11 +127,12 @@ class PixelDecoderOutput(NamedTuple):
     """What the pixel decoder makes of the backbone's feature maps.
 
     Args:
-        pixel_embeddings: (B, mask_feature_size, h, w); None if not asked for.
+        pixel_embeddings: (B, mask_feature_size, h, w); None if not requested.
         memory: (B, C', H/32, W/32), what the transformer decoder attends to: the backbone's last feature map or, with
             encoder layers, their output.
-        levels: The levels of the pyramid at strides 16, 8 and 4, or the last alone if the others are not asked for.
-        memory_sizes: (B, 2), how many rows and columns of the memory hold an image; None if padding counts as image.
+        levels: The levels of the pyramid at strides 16, 8 and 4, or the last alone if the others are not requested.
+        memory_sizes: (B, 2), how many rows and columns of the memory hold an image; None if padding is treated as
+            image.
     """
 
     pixel_embeddings: Tensor | None
@@ -142,8 +144,8 @@ class PixelDecoderOutput(NamedTuple):
 class PixelDecoder(nn.Module):
     """Feature pyramid and projection to the pixel embeddings.
 
-    In the paper's panoptic models with a ResNet, transformer encoder layers first let the positions of the coarsest
-    feature map exchange what they know (appendix B).
+    In the paper's panoptic models with a ResNet, transformer encoder layers first exchange information between the
+    positions of the coarsest feature map (appendix B).
 
     Args:
         channels: Channels of the backbone's feature maps, finest first.
@@ -179,9 +181,9 @@ class PixelDecoder(nn.Module):
         with_embeddings: bool = True,
         with_levels: bool = True,
     ) -> PixelDecoderOutput:
-        """Without embeddings the last projection is left to whoever knows the queries (`MaskProjection`).
+        """Without embeddings the last projection is left to the caller, who knows the queries (`MaskProjection`).
 
-        The list of features is empty afterwards, so that their memory is free where nobody else holds them.
+        The list of features is emptied, so that their memory is freed if nobody else holds them.
         """
         memory = features.pop()
         if self.input_projection is not None and self.encoder is not None:

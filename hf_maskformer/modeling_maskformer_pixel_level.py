@@ -1,4 +1,4 @@
-"""The paper's pixel-level module: an image to the feature maps of a backbone, and on to the embeddings of its pixels.
+"""The paper's pixel-level module: from an image to the feature maps of a backbone and to pixel embeddings.
 
 Letters: B images; H x W is the padded image.
 """
@@ -57,15 +57,15 @@ class PixelLevelModule(nn.Module):
         with_embeddings: bool = True,
         with_features: bool = False,
     ) -> tuple[tuple[Tensor, ...], PixelDecoderOutput]:
-        """With a `pixel_mask` (B, H, W), transformer encoder layers leave the padding out.
+        """With a `pixel_mask` (B, H, W), transformer encoder layers ignore the padding.
 
         Without features the pixel decoder frees each map of the backbone but the last once it has used it, and likewise
         the levels of the pyramid, which are then not among its outputs.
 
-        Raises a ValueError for what are no images of the backbone's channels.
+        Raises a ValueError unless these are images with the backbone's number of channels.
         """
         check_images(pixel_values, self.num_channels)
-        # Convolutions are fastest with the channels of a pixel side by side; what follows keeps that layout.
+        # Convolutions are fastest in channels_last layout; what follows keeps it.
         is_safe = self._is_safe_with_channels_last(pixel_values)
         images = pixel_values.contiguous(memory_format=torch.channels_last) if is_safe else pixel_values
         is_foreign = isinstance(self.encoder, PreTrainedModel)
@@ -79,12 +79,12 @@ class PixelLevelModule(nn.Module):
         return returned, self.decoder(features, memory_sizes, with_embeddings, with_levels=with_features)
 
     def _is_safe_with_channels_last(self, pixel_values: Tensor) -> bool:
-        if is_transformed():  # torch.vmap knows no such layout
+        if is_transformed():  # torch.vmap does not support this layout
             return False
         if pixel_values.is_cuda or not torch.is_grad_enabled():
             return True
-        # On a CPU, torch 2.13 corrupts memory in the backward pass of some narrow convolutions in that layout: of 1 x 1
-        # pixels with a stride, which backbones of others may have, and in bfloat16 of dilated ones.
+        # On a CPU, torch 2.13 corrupts memory in the backward pass of some narrow convolutions in that layout: strided
+        # 1 x 1 ones, which third-party backbones may have, and dilated ones in bfloat16.
         if pixel_values.device.type != "cpu" or not isinstance(self.encoder, ResNetBackbone):
             return False
         is_single = pixel_values.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -107,13 +107,13 @@ def build_backbone(config: PreTrainedConfig) -> Any:
         ValueError: There is no such backbone.
     """
     own = OWN_BACKBONES.get(config.model_type)
-    # Each type has its own rules for its fields, of which only its modules know some.
+    # Each type has its own rules for its fields, some of which only its modules know.
     with errors_as_value_errors("backbone_config"):
         return build_foreign_backbone(config) if own is None else own(config)
 
 
 def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Sequence[Tensor]:
-    """The feature maps of a backbone that is not ours, whose strides only its maps tell.
+    """The feature maps of a backbone that is not ours, whose strides show only in the maps.
 
     Raises:
         ValueError: The image is too small for it, or its strides are not 4, 8, 16 and 32.
@@ -126,7 +126,7 @@ def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Seq
         )
     feature_maps = backbone(pixel_values).feature_maps
     heights = [feature_map.shape[-2] for feature_map in feature_maps]
-    # Sides that do not divide are rounded either way.
+    # Sides that are not divisible may be rounded either way.
     fits = [height // stride <= found <= -(-height // stride) for found, stride in zip(heights, STRIDES, strict=False)]
     if len(fits) != len(STRIDES) or not all(fits):
         found = tuple(round(height / found) for found in heights)
@@ -145,7 +145,7 @@ def check_images(pixel_values: Tensor, num_channels: int | None) -> None:
     if is_exported():
         return
     shape = tuple(pixel_values.shape)
-    # One by one and not by `in`, which fails for sizes that are symbols, as where torch compiles.
+    # One by one and not with `in`, which fails for symbolic sizes, as under torch.compile.
     if len(shape) != 4 or any(side == 0 for side in shape) or (num_channels or shape[1]) != shape[1]:
         hint = " The image processor makes such a batch." if num_channels in (3, None) else ""
         raise ValueError(
@@ -157,8 +157,8 @@ def check_images(pixel_values: Tensor, num_channels: int | None) -> None:
 def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(height, width) of each image without and with its padding, both (B, 2) int64.
 
-    Images lie at the top left, so the mask's rows and columns that hold any image give the size. Raises a ValueError
-    for a mask of another shape than the images'.
+    Images lie at the top left, so the numbers of the mask's rows and columns that hold any image give the size. Raises
+    a ValueError for a mask whose shape does not match the images.
     """
     shape = (pixel_values.shape[0], *pixel_values.shape[-2:])
     if pixel_mask is not None and pixel_mask.shape != shape:
@@ -166,7 +166,7 @@ def sizes_in_batch(pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Ten
             f"pixel_mask has the shape {tuple(pixel_mask.shape)}, but the images are {tuple(pixel_values.shape)}: give "
             f"one number for each pixel, {shape}, 1 in the image and 0 in its padding."
         )
-    # Not from a list of numbers: to copy it to a GPU, the host would wait for all that was queued there.
+    # Not from a list of numbers: to copy it to a GPU, the host would wait for everything queued there.
     batch_size, device = pixel_values.shape[0], pixel_values.device
     lengths = [torch.full((batch_size,), side, dtype=torch.int64, device=device) for side in pixel_values.shape[-2:]]
     padded_sizes = torch.stack(lengths, dim=1)

@@ -1,4 +1,4 @@
-"""What all models of this package do as pretrained models of transformers: load, save, initialise, switch attention."""
+"""What all models of this package do as transformers' pretrained models: load, save, initialise, set attention."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """As everywhere in transformers; a dictionary may name "decoder_config" and "backbone_config".
 
-        A backbone of transformers that does not have the implementation keeps its own, as our Swin always does.
+        A backbone from transformers that does not have the implementation keeps its own, as our Swin always does.
         """
         if not isinstance(attn_implementation, dict):
             attn_implementation = dict.fromkeys(("", *self.config.sub_configs), attn_implementation)
@@ -50,7 +50,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
             part: self._check_and_adjust_attn_implementation(name, allow_all_kernels=allow_all_kernels)
             for part, name in attn_implementation.items()
         }
-        # No model stands behind the decoder's configuration; transformers' setter would write to the backbone's too.
+        # No model belongs to the decoder's configuration; transformers' setter would write to the backbone's too.
         for part, config in (("", self.config), ("decoder_config", self.config.decoder_config)):
             if part in checked and config is not None:
                 config._attn_implementation_internal = checked[part]
@@ -60,20 +60,20 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
                     switch_attention(module, checked["backbone_config"])
 
     def get_input_embeddings(self) -> nn.Module:
-        """The convolution that sees the image first. transformers asks when it quantises, or checkpoints adapters."""
+        """The first convolution. transformers asks for it to quantise, or for gradient checkpointing with adapters."""
         encoder = self.base_model.get_submodule("pixel_level_module.encoder")
         return next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
 
     def post_init(self) -> None:
-        # Each model has some of them only, and wrapping policies refuse names that they do not find. transformers asks
-        # the children of a model for theirs, but a backbone lies deeper.
+        # Each model has only some of them, and wrapping policies reject names that they do not find. transformers asks
+        # the children of a model for theirs, but a backbone is nested deeper.
         present = {type(module).__name__ for module in self.modules()}
         names = list(type(self)._no_split_modules)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 names += module._no_split_modules or ()
         self._no_split_modules = [name for name in dict.fromkeys(names) if name in present]
-        # From a checkpoint, nothing is allocated yet: transformers builds models on the meta device first.
+        # When loading a checkpoint, nothing is allocated yet: transformers builds models on the meta device first.
         num_parameters = sum(tensor.numel() for tensor in itertools.chain(self.parameters(), self.buffers()))
         if num_parameters > MAX_PARAMETERS:
             raise ValueError(
@@ -87,23 +87,23 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         """As everywhere in transformers.
 
         Raises:
-            OSError: There are no weights, or a file of weights is damaged or of another kind.
-            ValueError: The configuration is one that no model can have.
-            RuntimeError: Weights have another shape than the model's.
+            OSError: There are no weights, or a weight file is damaged or of another kind.
+            ValueError: The configuration is invalid.
+            RuntimeError: The shapes of weights do not match the model's.
         """
         check_weight_indices(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if str(pretrained_model_name_or_path).endswith(".json"):
-            raise OSError(f"{pretrained_model_name_or_path} is no file of weights. Name the folder that it lies in.")
+            raise OSError(f"{pretrained_model_name_or_path} is not a weight file. Name the folder that it is in.")
         if "config" in kwargs:
             kwargs["config"] = own_config(kwargs["config"])
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        # What transformers passes on of the readers of weights and of their index.
+        # What transformers passes on from the readers of weights and of their index.
         except (SafetensorError, pickle.UnpicklingError, LookupError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise OSError(
-                f"{pretrained_model_name_or_path} cannot be loaded ({reason}). Are its weights damaged or cut "
-                "off? Then download them again. Or is an argument of another type than it should be?"
+                f"{pretrained_model_name_or_path} cannot be loaded ({reason}). Are its weights damaged or truncated? "
+                "Then download them again. Or is an argument of the wrong type?"
             ) from error
 
     def train(self, mode: bool = True) -> Any:
@@ -116,7 +116,7 @@ class MaskFormerPreTrainedModel(PreTrainedModel):
         return super()._apply(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        clear_cache(self)  # as torch may swap tensors, which it refuses while something is kept of them
+        clear_cache(self)  # as torch may swap tensors, which it refuses while anything is cached of them
         return super().load_state_dict(*args, **kwargs)
 
     @torch.no_grad()
@@ -138,20 +138,20 @@ def own_config(config: Any) -> Any:
 
 
 def check_weight_indices(folder: Any, subfolder: str) -> None:
-    """Checks that each index of a folder's weights names files of this folder; transformers would read any others.
+    """Checks that each weight index in a folder names only files in it; transformers would read any others.
 
     Raises an OSError; does nothing where no folder is given.
     """
     if not isinstance(folder, str | os.PathLike):
         return
-    for path in Path(folder, subfolder).glob("*.index*.json"):  # a variant's name stands in between
+    for path in Path(folder, subfolder).glob("*.index*.json"):  # a variant's name comes in between
         try:
             names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            raise OSError(f"{path} is no index of weights ({str(error)[:200]}). Download it again.") from error
+            raise OSError(f"{path} is not a weight index ({str(error)[:200]}). Download it again.") from error
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-                raise OSError(f"{path} names {str(name)[:200]!r}, which is no file of its folder; do not trust it.")
+                raise OSError(f"{path} names {str(name)[:200]!r}, which is not a file in its folder; do not trust it.")
 
 
 def first_set(value: bool | None, default: bool | None) -> bool:

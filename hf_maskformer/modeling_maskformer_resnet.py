@@ -1,7 +1,7 @@
 """ResNet backbone (arXiv 1512.03385) as MaskFormer uses it; the names are those of checkpoints of transformers' ResNet.
 
-Own code because transformers has neither the deep stem nor the dilated last stage of the paper's ResNet-101c, and does
-not checkpoint gradients.
+Our own code because transformers has neither the deep stem nor the dilated last stage of the paper's ResNet-101c, and
+no gradient checkpointing.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ BOTTLENECK_REDUCTION = 4
 
 
 class Convolution(nn.Conv2d):
-    """A convolution without bias, initialised as in the ResNet paper's successor (arXiv 1502.01852), by its outputs."""
+    """A convolution without bias, with Kaiming initialisation (arXiv 1502.01852) by fan-out."""
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
@@ -33,14 +33,14 @@ class Convolution(nn.Conv2d):
         is_strided = self.kernel_size == (1, 1) and self.stride != (1, 1)
         if is_strided and input.device.type == "cpu" and torch.is_grad_enabled():
             # On a CPU, torch 2.13 corrupts memory in the backward pass of such convolutions, if their input has fewer
-            # than 16 channels, side by side. Without padding, only the pixels taken here count.
-            # Pooling of single pixels takes them, and keeps the layout of the gradient, which slicing does not.
+            # than 16 channels, in channels_last layout. Without padding, only the pixels taken here matter.
+            # Pooling over single pixels takes them, and keeps the layout of the gradient, which slicing does not.
             return F.conv2d(F.avg_pool2d(input, 1, self.stride), self.weight, self.bias)
         return super().forward(input)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose reset spares statistics that a checkpoint has filled."""
+    """Batch normalisation whose reset keeps statistics that were loaded from a checkpoint."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -55,10 +55,9 @@ class BatchNorm(nn.BatchNorm2d):
 class ConvNorm(nn.Module):
     """Convolution, batch normalisation and, unless None, an activation.
 
-    At inference on a CPU the norm's scale and shift of each channel are done to the weights, which are far fewer than
-    the pixels. Not on a GPU, where each of the small operations that this takes in each pass is one more to start. And
-    not where gradients are wanted, which would differ from the paper's code by more than need be: a sum in another
-    order lets some ReLU fall on the other side of zero.
+    At inference on a CPU the norm is folded into the weights, which are far fewer than the pixels. Not on a GPU, where
+    each of the small operations that this takes in each pass is one more launch. And not with gradients, which would
+    differ from the paper's code more than necessary: summing in another order puts some ReLU on the other side of zero.
     """
 
     def __init__(
@@ -77,9 +76,9 @@ class ConvNorm(nn.Module):
         self.activation = None if activation is None else activation_in_place(activation)
 
     def forward(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Takes (B, C, h, w), gives (B, O, h', w').
+        """Takes (B, C, h, w), returns (B, O, h', w').
 
-        With a residual like the output, which nobody else reads: the ReLU of their sum, perhaps in its memory.
+        With a residual like the output, which nobody else reads: the ReLU of their sum, perhaps in place.
         """
         convolution, norm = self.convolution, self.normalization
         is_fixed = not (norm.training or torch.is_grad_enabled()) and states.device.type == "cpu"
@@ -107,7 +106,7 @@ class ConvNorm(nn.Module):
         norm: Any = self.normalization  # or what takes its place on several GPUs
         if not (norm.training and is_recomputed()):
             return norm(states)
-        # The running statistics have counted this batch already.
+        # The running statistics already include this batch.
         momentum, counter = norm.momentum, norm.num_batches_tracked
         norm.momentum, norm.num_batches_tracked = 0.0, None if counter is None else counter.clone()
         try:
@@ -149,7 +148,7 @@ class ResNetLayer(GradientCheckpointingLayer):
         self.activation = activation_in_place(config.hidden_act)
 
     def forward(self, states: Tensor, owns_residual: bool = False) -> Tensor:
-        """Takes (B, C, h, w), gives (B, O, h', w'), perhaps in the memory of the residual if it owns that."""
+        """Takes (B, C, h, w), returns (B, O, h', w'), perhaps overwriting the residual if it owns that."""
         residual = states if self.shortcut is None else self.shortcut(states)
         *others, last = self.layer
         if owns_residual and type(self.activation) is nn.ReLU and type(last) is ConvNorm:
@@ -179,7 +178,7 @@ class ResNetStage(nn.Module):
         is_private = states.device.type == "cpu" and can_overwrite(self)
         is_of_layer = False
         for layer in self.layers:
-            # Something else may stand in the place of a layer, or of its shortcut, and keep what it gives.
+            # A layer, or its shortcut, may have been replaced by a module that keeps its output.
             is_plain = type(layer) is ResNetLayer
             is_own = is_plain and (is_of_layer if layer.shortcut is None else type(layer.shortcut) is ConvNorm)
             states = layer(states, owns_residual=True) if is_private and is_own else layer(states)
@@ -226,7 +225,7 @@ class ResNetBackbone(nn.Module):
     """Image to four feature maps.
 
     Args:
-        config: Of type `resnet` or `maskformer-resnet`; `out_features` names the stages whose output is given.
+        config: Of type `resnet` or `maskformer-resnet`; `out_features` names the stages whose output is returned.
 
     Shapes:
         pixel_values: (B, 3, H, W), any size.
@@ -249,7 +248,7 @@ class ResNetBackbone(nn.Module):
             outputs[f"stage{index}"] = states = stage(states)
         *others, last = (outputs[name] for name in self.out_features)
         if pixel_values.device.type == "cpu" and not (torch.is_grad_enabled() or is_exported()):
-            # The ReLU of oneDNN makes 0 of NaN, so that a damaged image would have results like any other.
+            # oneDNN's ReLU turns NaN into 0, so that a damaged image would have results like any other.
             nan_if_damaged = pixel_values.sum((1, 2, 3), dtype=torch.float32) * 0
             last = last + nan_if_damaged[:, None, None, None].to(last.dtype)
         return [*others, last]

@@ -1,7 +1,8 @@
 """Swin Transformer backbone (arXiv 2103.14030) as MaskFormer uses it: any input size, a norm on each stage's output.
 
-Own code because transformers' version materialises every attention matrix, at inference too. Where the window does not
-divide the feature map, zeros are added after the first norm and take part in the attention, as in the paper's code.
+Our own code because transformers' version materialises every attention matrix, at inference too. Where the window does
+not divide the feature map, zero padding is added after the first norm and takes part in attention, as in the paper's
+code.
 
 Letters: B images, h x w feature map of the stage, C its channels, W windows in one image, N = window x window
 positions in a window.
@@ -28,9 +29,9 @@ from .modeling_maskformer_linear import Linear, project
 from .modeling_maskformer_packing import cached, can_cache, computes_in_bfloat16, packing_dtype
 from .modeling_maskformer_swin_windows import WindowGrid, Windows, count_parts, pad_to_multiple, window_grid
 
-# What a block makes of a map on the way is several times as large as the map. At inference on a CPU attention and
-# feed-forward network see so many positions at a time that most of this stays in the cache, and not so few that the
-# time to start their products counts; likewise the products inside attention.
+# The intermediate results of a block are several times as large as its map. At inference on a CPU, attention and
+# feed-forward network process few enough positions at a time that most of this stays in the cache, and enough that the
+# time to start their products does not matter; likewise the products inside attention.
 POSITIONS_AT_ONCE, SCORES_AT_ONCE = 3200, 2**19
 
 
@@ -107,9 +108,9 @@ class WindowSelfAttention(nn.Module):
             num_images = windows.shape[0] // attention_mask.shape[0]
             bias = (bias + attention_mask[:, None]).repeat(num_images, 1, 1, 1)  # (B W, heads, N, N)
         bias = bias.to(query.dtype)
-        # How torch's own lays out its result differs between the steps of an export to ONNX. On a CPU it spells out
-        # attention too if what is added to the scores wants a gradient, and looks at all scores for rows of -inf.
-        # In a transform of torch.func the bias does not say whether it does.
+        # The layout of the result of torch's own attention differs between the steps of an ONNX export. On a CPU that
+        # is not fused either if the bias requires a gradient, and checks all scores for rows of -inf. In a torch.func
+        # transform the bias does not tell whether it does.
         wants_gradient = bias.requires_grad or is_transformed()
         needs_gradient_on_cpu = wants_gradient and bias.device.type == "cpu" and not torch.compiler.is_compiling()
         if torch.compiler.is_exporting() or needs_gradient_on_cpu:
@@ -139,11 +140,11 @@ class WindowSelfAttention(nn.Module):
 def attend_in_windows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Attention inside windows at inference on a CPU, a few of them at a time.
 
-    Their products are taken at once. torch's own takes those of each window and head by themselves, in twice the time.
-    In bfloat16 only the products are rounded.
+    Their products are batched. torch's own attention computes those of each window and head separately, in twice the
+    time. In bfloat16 only the products are rounded.
 
     Takes (B W, heads, N, C/heads) three times, and what is added to the scores, (1, heads, N, N) in float32 and
-    (W, N, N); gives (B W, N, C).
+    (W, N, N); returns (B W, N, C).
     """
     num_windows, num_heads, num_positions, width = query.shape
     output = query.new_empty(num_windows, num_positions, num_heads, width)
@@ -167,7 +168,7 @@ def _output_of_attention(
     return query.new_empty(num_windows, num_positions, num_heads * width)
 
 
-# The compiler neither unrolls the loop over parts nor asks for their number.
+# The compiler neither unrolls the loop over parts nor specialises on their number.
 register_operator(
     "attend_in_windows(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor? attention_mask) -> Tensor",
     attend_in_windows,
@@ -215,7 +216,7 @@ class SwinBlock(GradientCheckpointingLayer):
     def forward(self, states: Tensor, grids: tuple[Windows, Windows], in_place: bool = False) -> Tensor:
         """Takes (B, h, w, C), and the stage's windows without and with shift; returns (B, h, w, C).
 
-        In place, on a CPU: a few windows and positions at a time, and where the states are.
+        In place, on a CPU: a few windows and positions at a time, overwriting the states.
         """
         grid = grids[1 if self.shift else 0]
         if not in_place or self.training or states.device.type != "cpu" or is_traced():
@@ -225,7 +226,7 @@ class SwinBlock(GradientCheckpointingLayer):
         is_half = is_inference() and computes_in_bfloat16(states)
         assert isinstance(grid, WindowGrid)
         normalized = self.layernorm_before(states)
-        # Under autocast too, since attention would round them one by one.
+        # Under autocast too, since attention would round them one at a time.
         windows = grid.to_windows(normalized.bfloat16() if is_half else normalized)
         del normalized
         self._attend_in_parts(windows, grid)
@@ -237,7 +238,7 @@ class SwinBlock(GradientCheckpointingLayer):
         return states
 
     def _attend_in_parts(self, windows: Tensor, grid: WindowGrid) -> None:
-        """Replaces the windows (B W, N, C) by what they attend to, a few of one image at a time."""
+        """Replaces the windows (B W, N, C) by their attention output, a few of one image at a time."""
         at_once = max(POSITIONS_AT_ONCE // grid.num_positions, 1)
         for image in windows.unflatten(0, (-1, grid.num_windows)):
             whole, cut = image.tensor_split((grid.num_whole_windows,))
@@ -288,16 +289,16 @@ class SwinStage(nn.Module):
         self.downsample = PatchMerging(dim) if stage < len(config.depths) - 1 else None
 
     def forward(self, states: Tensor, owns_states: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns the stage's output, perhaps in the memory of states that it owns, and the input of the next stage."""
+        """Returns the stage's output, perhaps overwriting states that it owns, and the input of the next stage."""
         size, device = states.shape[1:3], states.device
-        # Once for all blocks: they differ in the shift only.
+        # Once for all blocks: they differ only in the shift.
         grids = (
             window_grid(size, self.window_size, 0, device),
             window_grid(size, self.window_size, self.shift, device),
         )
         is_private = can_overwrite(self)
         for block in self.blocks:
-            # Something else may stand in the place of a block, and keep what it takes or gives.
+            # A block may have been replaced by a module that keeps its input or output.
             is_plain = type(block) is SwinBlock
             if is_private and is_plain:
                 states = block(states if owns_states else states.clone(), grids, in_place=True)
@@ -319,7 +320,7 @@ class SwinEncoder(nn.Module):
 
 
 class UnusedNorm(nn.Module):
-    """The weights of a norm as buffers: saved, but no parameter that distributed training would wait for."""
+    """The weights of a norm as buffers: saved, but not parameters that distributed training would wait for."""
 
     weight: Tensor
     bias: Tensor
@@ -336,7 +337,7 @@ class UnusedNorm(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """Holds the weights under the names of the checkpoints; the final norm is in them, but nothing reads it."""
+    """Holds the weights under the names of the checkpoints; the final norm is in them, but unused."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -379,7 +380,7 @@ class SwinBackbone(nn.Module):
 
 
 def gives_its_own(module: nn.Module | None) -> bool:
-    """Whether nobody else reads what a module gives: something else may stand in its place or inside, and keep it."""
+    """Whether nobody else reads a module's output: it, or a part of it, may be a replacement that keeps it."""
     if module is None or not can_overwrite(module):
         return False
     return {type(part) for part in module.modules()} <= PARTS_THAT_GIVE_THEIR_OWN
@@ -398,7 +399,7 @@ PARTS_THAT_GIVE_THEIR_OWN = {
 
 def relative_position_index(window_size: int) -> Tensor:
     """(N, N): the row of the bias table for each pair of positions in a window, on the CPU."""
-    # Wherever the model is made: on the meta device, where loading makes it, each of these operations takes a while.
+    # Wherever the model is built: on the meta device, where loading builds it, each of these operations is slow.
     axis = torch.arange(window_size, device="cpu")
     rows, columns = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
     row_offsets = rows[:, None] - rows + window_size - 1

@@ -1,4 +1,4 @@
-"""How a Swin cuts feature maps into windows and puts them together again.
+"""How a Swin partitions feature maps into windows and merges them again.
 
 Letters: B images, h x w feature map of the stage, C its channels, W windows in one image, N = window x window
 positions in a window.
@@ -18,26 +18,26 @@ from .modeling_maskformer_dispatch import is_exported, is_for_any_size, is_trace
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 MASK_VALUE = -100.0
 
-# Pairs of positions in the windows of a map, up to which they are kept: 64 MB.
+# Pairs of positions in the windows of a map, up to which they are cached: 64 MB.
 MAX_CACHED_PAIRS = 2**24
 
 
 class WindowGrid:
     """The windows of a feature map of one size: which position goes where.
 
-    Padding, cyclic shift and the cut into windows are one rearrangement of positions, and so one copy each way.
+    Padding, cyclic shift and window partition are one rearrangement of positions, and so one copy each way.
 
     Args:
         size: (h, w) of the feature map.
         window_size: Side of a window.
         shift: By how much the windows are moved down and to the right.
         device: Of the feature maps.
-        in_graph: Whether a graph is being recorded, which does not tell windows that the shift cuts from others: to
-            take the last ones apart would fix in it that there are others.
-        with_mask: Whether the attention mask is wanted, which is most of the work.
+        in_graph: Whether a graph is being recorded, which does not separate windows that the shift cuts from others:
+            that would fix in it that there are others.
+        with_mask: Whether the attention mask is needed, which is most of the work.
 
     Attributes:
-        attention_mask: (W, N, N), what is added to the scores of positions that a shift brought together, and 0 of
+        attention_mask: (W, N, N), what is added to the scores of positions that a shift brought together, and 0 for
             others; None without a shift.
         num_whole_windows: How many windows, the first ones, are known not to be cut by the shift.
     """
@@ -53,8 +53,8 @@ class WindowGrid:
     ) -> None:
         self.height, self.width = size
         self.window_size = window_size
-        # By whole windows, which the sizes of all that follows are products of: with remainders, those of a model that
-        # is exported for any size grow into formulas that take minutes.
+        # In whole windows, of which all later sizes are products: with remainders, those of a model that is exported
+        # for any size grow into expressions that take minutes.
         num_rows, num_columns = (count_parts(length, window_size) for length in size)
         self.num_windows = num_rows * num_columns
         self.num_positions = window_size**2
@@ -84,23 +84,23 @@ class WindowGrid:
         positions = windows.reshape(num_images, self.num_windows * self.num_positions, windows.shape[-1])
         states = rearrange(positions, self.inverse, self.order).unflatten(1, self.padded_size)
         states = states[:, : self.height, : self.width]
-        # Strides show whether something is cut off, so that a graph would be for such sizes only, or for others.
+        # Strides show whether anything is cropped, so that a graph would be specialised to such sizes, or to others.
         return states.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else states
 
 
-# Of the stages of a Swin, at two sizes of images.
+# Enough for the stages of a Swin at two image sizes.
 @lru_cache(maxsize=16)
 def _cached_grid(size: tuple[int, int], window_size: int, shift: int, device: torch.device) -> WindowGrid:
-    # Other passes may want gradients.
+    # Other passes may need gradients.
     with torch.inference_mode(False):
         return WindowGrid(size, window_size, shift, device)
 
 
 class CompiledWindowGrid:
-    """As `WindowGrid`, for graphs that are compiled for any size: all that it computes are operators.
+    """As `WindowGrid`, for graphs that are compiled for any size: everything is computed by operators.
 
-    Of those torch's compiler sees the sizes alone. With the formulas of all positions inductor does not come to an
-    end, and graphs for training tell padded maps from others.
+    torch's compiler sees only their sizes. With the index arithmetic of all positions inductor does not terminate, and
+    training graphs would be specialised to padded maps or others.
     """
 
     def __init__(self, size: Sequence[int], window_size: int, shift: int, device: torch.device) -> None:
@@ -123,8 +123,8 @@ Windows: TypeAlias = WindowGrid | CompiledWindowGrid
 
 
 def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch.device) -> Windows:
-    """The windows of a feature map for the kind of pass that asks."""
-    # Asked once: it is true in all threads while one compiles.
+    """The windows of a feature map for the current kind of pass."""
+    # Checked once: it is true in all threads while one compiles.
     in_graph = is_traced()
     if in_graph and is_for_any_size(size) and not is_transformed():
         return CompiledWindowGrid(size, window_size, shift, device)
@@ -136,7 +136,7 @@ def window_grid(size: Sequence[int], window_size: int, shift: int, device: torch
 def reused_grid(
     size: Sequence[int], window_size: int, shift: int, device: torch.device, with_mask: bool = True
 ) -> WindowGrid:
-    """A `WindowGrid` of an earlier pass where possible: a Swin-T's at 512 x 512 take some milliseconds."""
+    """A `WindowGrid` cached from an earlier pass where possible: a Swin-T's at 512 x 512 take some milliseconds."""
     # On accelerators others might use it before it is filled, or after it is freed.
     if device.type != "cpu" or math.prod(size) * window_size**2 > MAX_CACHED_PAIRS:
         return WindowGrid(size, window_size, shift, device, with_mask=with_mask)
@@ -144,12 +144,12 @@ def reused_grid(
 
 
 def rearrange(states: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """`Rearrange`, but in exported graphs the operator inside, which others can read."""
+    """`Rearrange`, but in exported graphs the operator inside, which other runtimes know."""
     return states.index_select(1, order) if is_exported() else Rearrange.apply(states, order, inverse)
 
 
 class Rearrange(torch.autograd.Function):
-    """Puts the positions of (B, P, C) into another order. Its gradient is a copy too; that of an index adds up."""
+    """Reorders the positions of (B, P, C). Its gradient is a copy too; that of indexing accumulates."""
 
     generate_vmap_rule = True
 
@@ -169,9 +169,9 @@ class Rearrange(torch.autograd.Function):
 
 
 def pad_to_multiple(states: Tensor, divisor: int, dims: tuple[int, int]) -> Tensor:
-    """Appends zeros to rows and columns, the dimensions `dims`, until their numbers are multiples of the divisor."""
+    """Pads rows and columns, the dimensions `dims`, with zeros to multiples of the divisor."""
     missing = [count_parts(states.shape[dim], divisor) * divisor - states.shape[dim] for dim in dims]
-    # A program for any size always pads: a branch would fix on which side of it the sizes are.
+    # A graph for any size always pads: a branch would specialise it to one side.
     if not (torch.compiler.is_compiling() or any(missing)):
         return states
     padding = [0, 0] * states.dim()  # from the last dimension to the first, before and after each
@@ -183,8 +183,8 @@ def pad_to_multiple(states: Tensor, divisor: int, dims: tuple[int, int]) -> Tens
 def count_parts(length: int, part: int) -> int:
     """How many parts cover a length, which the last one may exceed."""
     # In this form torch's compiler reduces the sizes of a Swin's maps to quotients of the image's and knows that they
-    # are positive. Of (length + part - 1) // part it builds towers, and -(-length // part) may be negative for it; in
-    # that ONNX, which rounds quotients towards zero, would lose the last part too.
+    # are positive. (length + part - 1) // part grows into nested expressions, and -(-length // part) may be negative to
+    # it; with that, ONNX, which rounds quotients towards zero, would also lose the last part.
     return (length - 1) // part + 1
 
 
@@ -203,7 +203,7 @@ def windows_by_rows(positions: Tensor, window_size: int) -> Tensor:
     places = torch.arange(height * width, device=positions.device)
     windows, in_window = places // window_size**2, places % window_size**2
     window_rows = windows // (width // window_size)
-    window_columns = windows - window_rows * (width // window_size)  # ONNX knows no remainder of what varies
+    window_columns = windows - window_rows * (width // window_size)  # ONNX has no remainder of dynamic values
     rows = window_rows * window_size + in_window // window_size
     columns = window_columns * window_size + in_window % window_size
     return positions.flatten().index_select(0, rows * width + columns).view(num_windows, window_size**2)
@@ -227,8 +227,8 @@ def shift_regions(size: Sequence[int], window_size: int, shift: int, device: tor
     return rows[:, None] * 3 + columns
 
 
-# The operators of `CompiledWindowGrid`. Those that move positions are each other's gradients: padding is given 0, and
-# what it gets is dropped.
+# The operators of `CompiledWindowGrid`. Those that move positions are each other's gradients: padding is filled with 0,
+# and its gradient is dropped.
 def _to_windows(states: Tensor, window_size: int, shift: int) -> Tensor:
     grid = reused_grid(states.shape[1:3], window_size, shift, states.device, with_mask=False)
     return grid.to_windows(states)
@@ -271,7 +271,7 @@ def _backward_of_to_map(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 def _attention_mask(height: int, width: int, window_size: int, shift: int, device: torch.device) -> Tensor:
     attention_mask = reused_grid((height, width), window_size, shift, device).attention_mask
     assert attention_mask is not None
-    return attention_mask.clone()  # a compiled graph may write over what it has read
+    return attention_mask.clone()  # a compiled graph may overwrite what it has read
 
 
 def _output_of_attention_mask(height: int, width: int, window_size: int, shift: int, device: torch.device) -> Tensor:

@@ -22,14 +22,14 @@ from .modeling_maskformer_transformer_layers import (
 
 
 class TransformerModuleOutput(NamedTuple):
-    """What the queries became.
+    """The decoded queries.
 
     Args:
         last_hidden_state: (B, Q, D), after the last layer and the final norm.
         intermediate_states: (L, B, Q, D), every layer's output after the final norm, which all layers share.
-        hidden_states: L + 1 tensors (B, Q, D) if asked for: the input (zeros), every layer's output but the last
+        hidden_states: L + 1 tensors (B, Q, D), if requested: the input (zeros), every layer's output but the last
             before the norm, and `last_hidden_state`.
-        attentions: L tensors (B, heads, Q, P) if asked for: where each query looked in the image.
+        attentions: L tensors (B, heads, Q, P), if requested: the cross-attention weights.
     """
 
     last_hidden_state: Tensor
@@ -56,10 +56,9 @@ class TransformerDecoderLayer(TransformerLayer):
         output_attentions: bool,
         memory_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes (B, Q, D), (Q, D), (B, P, D), (P, D) or (B, P, D), and which positions are no padding,
-        (B, P) bool.
+        """Takes (B, Q, D), (Q, D), (B, P, D), (P, D) or (B, P, D), and which positions are not padding, (B, P) bool.
 
-        Returns (B, Q, D) and the cross-attention if asked for.
+        Returns (B, Q, D) and the cross-attention weights if requested.
         """
         value = self.before(self.self_attn_layer_norm, queries)
         placed = value + query_positions
@@ -109,14 +108,14 @@ class TransformerModule(nn.Module):
 
     def __init__(self, in_channels: int, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.num_queries = config.num_queries  # an adapter around the embedding does not say how many it has
+        self.num_queries = config.num_queries  # an adapter around the embedding does not tell how many it has
         self.queries_embedder = nn.Embedding(self.num_queries, config.d_model)
         self.input_projection = (
             XavierConv2d(in_channels, config.d_model, kernel_size=1) if in_channels != config.d_model else None
         )
-        # The encoder of type `detr` is DETR's own; in a MaskFormer's file it says nothing.
+        # The encoder fields of type `detr` are DETR's own; in a MaskFormer's file they are ignored.
         num_encoder_layers = config.encoder_layers if is_of_type(config, MaskFormerTransformerConfig) else 0
-        # As in the original, a pre-norm model has the norm that ends the encoder even where it has no layers.
+        # As in the original, a pre-norm model has the encoder's final norm even without encoder layers.
         has_encoder = num_encoder_layers > 0 or has_pre_norm(config)
         self.encoder = TransformerEncoder(config, config.d_model, num_encoder_layers) if has_encoder else None
         self.decoder = TransformerDecoder(config)
@@ -130,14 +129,14 @@ class TransformerModule(nn.Module):
     ) -> TransformerModuleOutput:
         """Takes the stride-32 feature map (B, C, h, w).
 
-        With `memory_sizes` (B, 2), how many of its rows and columns hold an image, the others are left out.
+        With `memory_sizes` (B, 2), how many of its rows and columns hold an image, the others are masked.
         """
         if self.input_projection is not None:
             memory = self.input_projection(memory)
         if self.encoder is not None:
             memory = self.encoder(memory, memory_sizes)
         memory, memory_positions, memory_mask = as_memory(memory, memory_sizes)  # (B, P, D)
-        # Through the module, since weights that are offloaded or sharded come back when their module is called.
+        # Through the module, since weights that are offloaded or sharded are loaded when their module is called.
         numbers = torch.arange(self.num_queries, device=memory.device)
         query_positions = self.queries_embedder(numbers)
         queries = query_positions.new_zeros(memory.shape[0], *query_positions.shape)

@@ -1,4 +1,4 @@
-"""What the transformers in MaskFormer are made of: attention, feed-forward, encoder layers, sine positions.
+"""Building blocks of the transformers in MaskFormer: attention, feed-forward, encoder layers, sine positions.
 
 Letters: B images, Q queries, D width, P = h x w positions of a feature map, the memory that is attended to.
 """
@@ -26,7 +26,7 @@ class AttentionProjection(Linear):
 
     Args:
         dim: Width.
-        num_stacked: How many projections share one matrix there, whose bound is that of its whole shape.
+        num_stacked: How many projections share one matrix there, whose whole shape sets the bound.
     """
 
     def __init__(self, dim: int, num_stacked: int) -> None:
@@ -49,17 +49,17 @@ class FeedForwardLinear(Linear):
 class Attention(nn.Module):
     """Multi-head attention whose queries and keys carry positions and whose values do not.
 
-    What computes it is the configuration's `attn_implementation`: any function of transformers' attention interface.
+    It is computed by the configuration's `attn_implementation`: any function of transformers' attention interface.
     """
 
-    is_causal = False  # transformers' functions ask
+    is_causal = False  # transformers' functions read it
 
     def __init__(self, config: PreTrainedConfig, dim: int, num_heads: int) -> None:
         super().__init__()
         self.config = config
         self.num_heads = num_heads
-        # Not read from the configuration in each pass: torch.compile takes such a number for one that may change, and
-        # has no place for it where layers are computed anew (gradient checkpointing).
+        # Not read from the configuration in each pass: torch.compile treats such a number as dynamic, and cannot handle
+        # that where layers are recomputed (gradient checkpointing).
         self.dropout = config.attention_dropout
         self.q_proj = AttentionProjection(dim, num_stacked=3)
         self.k_proj = AttentionProjection(dim, num_stacked=3)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Takes (B, Q, D), (B, P, D), (B, P, D) and which positions may be attended to, (B, P) bool, by default all.
 
-        Returns (B, Q, D) and, if asked for, the weights (B, heads, Q, P).
+        Returns (B, Q, D) and, if requested, the weights (B, heads, Q, P).
         """
         if query is key:
             projected = (*project((self.q_proj, self.k_proj), query), self.v_proj(value))
@@ -86,9 +86,9 @@ class Attention(nn.Module):
         implementation = self.config._attn_implementation or "sdpa"
         mask = None
         if output_attentions:
-            implementation = "eager"  # the others do not give the weights
+            implementation = "eager"  # the others do not return the weights
         if memory_mask is not None:
-            # Flash attention has masks for text only, whose queries and keys are padded alike.
+            # Flash attention supports masks for text only, whose queries and keys are padded alike.
             if is_flash_attention_requested(requested_attention_implementation=implementation):
                 implementation = "sdpa"
             mask = mask_for(implementation, memory_mask, query)
@@ -99,10 +99,10 @@ class Attention(nn.Module):
 
 
 def mask_for(implementation: str, memory_mask: Tensor, query: Tensor) -> Tensor | BlockMask:
-    """How an attention function is told which positions, (B, P) bool, the queries (B, heads, Q, D/heads) may attend to.
+    """The mask by which an attention function lets queries (B, heads, Q, D/heads) attend to positions, (B, P) bool.
 
     Returns what is added to the scores, (B, 1, Q, P). On a CPU, torch 2.13 corrupts memory when flex attention adds it;
-    that has a mask of its own.
+    that gets its own kind of mask.
     """
     (num_images, num_positions), num_queries = memory_mask.shape, query.shape[2]
     if implementation == "flex_attention":
@@ -182,7 +182,7 @@ class TransformerEncoderLayer(TransformerLayer):
         self.self_attn = Attention(config, dim, config.encoder_attention_heads)
 
     def forward(self, memory: Tensor, memory_positions: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """Takes (B, P, D), (P, D) or (B, P, D), and which positions are no padding, (B, P) bool; returns (B, P, D)."""
+        """Takes (B, P, D), (P, D) or (B, P, D), and which positions are not padding, (B, P) bool; returns (B, P, D)."""
         value = self.before(self.self_attn_layer_norm, memory)
         placed = value + memory_positions
         update, _ = self.self_attn(placed, placed, value, memory_mask=memory_mask)
@@ -200,7 +200,7 @@ class TransformerEncoder(nn.Module):
     def __init__(self, config: PreTrainedConfig, dim: int, num_layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(TransformerEncoderLayer(config, dim) for _ in range(num_layers))
-        # Post-norm layers end with a norm of their own.
+        # Post-norm layers already end with a norm.
         self.layernorm = nn.LayerNorm(dim) if has_pre_norm(config) else None
 
     def forward(self, features: Tensor, memory_sizes: Tensor | None = None) -> Tensor:
@@ -219,10 +219,10 @@ def has_pre_norm(config: PreTrainedConfig) -> bool:
 
 
 def as_memory(features: Tensor, memory_sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What attention to a feature map (B, D, h, w) takes: it as (B, P, D), its sine positions, and the memory mask.
+    """A feature map (B, D, h, w) as memory for attention: it as (B, P, D), its sine positions, and the memory mask.
 
-    The mask, (B, P) bool, leaves out all but the `memory_sizes` (B, 2) rows and columns that hold an image; without
-    these there is none.
+    The mask, (B, P) bool, excludes all but the `memory_sizes` (B, 2) rows and columns that hold an image; None without
+    these.
     """
     size = features.shape[-2:]
     memory = features.flatten(2).transpose(1, 2)
@@ -254,7 +254,7 @@ def sine_positions(size: Sequence[int], width: int, device: torch.device, memory
 
 
 def positions_inside(size: Sequence[int], memory_sizes: Tensor) -> Tensor:
-    """Which positions of a map of this size lie in the top left part (B, 2) that each image takes, (B, P) bool."""
+    """Which positions of a map of this size lie in the top left part (B, 2) that each image covers, (B, P) bool."""
     rows, columns = (
         torch.arange(length, device=lengths.device) < lengths[:, None]
         for length, lengths in zip(size, memory_sizes.unbind(1), strict=True)

@@ -1,9 +1,9 @@
-"""3 x 3 convolution on a CPU with a quarter of the multiplications (Winograd's way, arXiv 1509.09308).
+"""3 x 3 convolution on a CPU with a quarter of the multiplications (Winograd, arXiv 1509.09308).
 
-A tile of 4 x 4 outputs depends on 6 x 6 inputs. Both are evaluations of polynomials: taken at 6 x 6 points, inputs and
-kernel are multiplied point by point, 36 products where the definition has 144. Over channels and tiles that makes 36
-matrix products, which are computed as one grouped 1 x 1 convolution: on an AMD Zen 5 torch's convolutions are twice as
-fast as its matrix products, on a Zen 4 as fast. float32 loses some two bits on the way. Gradients go the same way back.
+A tile of 4 x 4 outputs depends on 6 x 6 inputs. Transformed to values at 6 x 6 points, inputs and kernel are multiplied
+elementwise, 36 products where the definition has 144. Over channels and tiles that makes 36 matrix products, which are
+computed as one grouped 1 x 1 convolution: on an AMD Zen 5 torch's convolutions are twice as fast as its matrix
+products, on a Zen 4 as fast. float32 loses about two bits on the way. Gradients are computed likewise.
 
 Other convolutions are left to torch.
 
@@ -23,20 +23,20 @@ from .modeling_maskformer_dispatch import is_plain, is_transformed, register_ope
 
 TILE, KERNEL = 4, 3
 PATCH = TILE + KERNEL - 1
-# Five points and infinity; 0, 1, -1 and a pair of other size and sign keep the rounding errors small.
+# Five points and infinity; 0, 1, -1 and a pair of different magnitude and sign keep the rounding errors small.
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
-# At 1 in both directions, where each output counts once: what is added to that product is added to all outputs.
+# At 1 in both directions, where each output has weight 1: what is added to that product is added to all outputs.
 POINT_OF_BIAS = PATCH * POINTS.index(1.0) + POINTS.index(1.0)
-# Of narrower or smaller maps the transforms, of the kernel too unless that is kept, cost what the products save.
+# For narrower or smaller maps the transforms, also of the kernel unless it is cached, cost what the products save.
 MIN_CHANNELS, MIN_TILES, MIN_TILES_OF_CACHED = 192, 128, 64
-# A kernel at the points is four times as large: of more channels, 9 MB for these, that is not worth the memory.
+# A transformed kernel is four times as large: for more channels, 9 MB for these, that is not worth the memory.
 MAX_CHANNELS_OF_CACHED = 256
 # Tiles at a time: enough for the matrix products, few enough for the cache. The gradient of the kernel sums over tiles
-# and writes its sum once for each of these times.
+# and writes its sum once per chunk.
 TILES_AT_ONCE, TILES_AT_ONCE_FOR_KERNEL = 160, 256
-# Stride, padding and dilation of the convolutions that can be computed so.
+# Stride, padding and dilation of the convolutions that can be computed this way.
 WINOGRAD_GEOMETRY = ((1, 1), (1, 1), (1, 1))
-# Padding, stride, dilation and groups of the convolution that multiplies at the points.
+# Padding, stride, dilation and groups of the convolution that computes the elementwise products.
 GROUPED = ([0, 0], [1, 1], [1, 1], PATCH**2)
 
 
@@ -48,22 +48,22 @@ def convolve(
     padding: str | tuple[int, ...] = (1, 1),
     dilation: tuple[int, ...] = (1, 1),
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, in the way that is fast for what is given."""
+    """`torch.nn.functional.conv2d`, by the algorithm that is fast for these arguments."""
     if (stride, padding, dilation) == WINOGRAD_GEOMETRY and winograd_pays(states, weight):
         return WinogradConvolution.apply(states, weight, bias)
     return F.conv2d(states, weight, bias, stride, padding, dilation)
 
 
 def winograd_pays(states: Tensor, weight: Tensor) -> bool:
-    """Whether Winograd's way is faster, for a convolution of the geometry that it needs."""
+    """Whether Winograd is faster, for a convolution of the geometry that it needs."""
     if not is_plain(states, weight) or not is_wide(weight) or is_transformed():
         return False
-    # One compiled graph serves all sizes: there the operator looks at them.
+    # One compiled graph serves all sizes: there the operator checks them.
     return torch.compiler.is_compiling() or has_tiles(states, MIN_TILES)
 
 
 def cached_winograd_pays(states: Tensor, weight: Tensor) -> bool:
-    """Whether it is faster at inference with a kernel that is kept at the points."""
+    """Whether it is faster at inference with a cached transformed kernel."""
     is_small = weight.shape[:2].numel() <= MAX_CHANNELS_OF_CACHED**2
     return is_small and is_wide(weight) and has_tiles(states, MIN_TILES_OF_CACHED)
 
@@ -77,9 +77,9 @@ def has_tiles(states: Tensor, count: int) -> bool:
 
 
 class WinogradConvolution(torch.autograd.Function):
-    """Convolution with stride 1 and one pixel of zeros around, and its gradients.
+    """Convolution with stride 1 and zero padding 1, and its gradients.
 
-    Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,) or None; gives (B, O, h, w).
+    Takes (B, C, h, w), weight (O, C, 3, 3) and bias (O,) or None; returns (B, O, h, w).
     """
 
     @staticmethod
@@ -121,7 +121,7 @@ def _kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
 
 
 def winograd(states: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """Takes (B, C, h, w), a kernel from `arranged_kernel` and bias (O,); gives (B, O, h, w) in channels_last layout."""
+    """Takes (B, C, h, w), a kernel from `arranged_kernel` and bias (O,); returns channels_last (B, O, h, w)."""
     batch_size, _, height, width = states.shape
     out_channels = len(kernel) // PATCH**2
     num_rows, num_columns = -(-height // TILE), -(-width // TILE)
@@ -135,7 +135,7 @@ def winograd(states: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def arranged_kernel(weight: Tensor) -> Tensor:
-    """Takes (O, C, 3, 3); gives it at the points, in the order in which oneDNN multiplies it, four times as large."""
+    """Takes (O, C, 3, 3); returns it transformed, in oneDNN's layout, four times as large."""
     in_channels = weight.shape[1]
     kernel = transforms()[1].to(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(KERNEL**2, -1)
     sizes = [1, PATCH**2 * in_channels, TILES_AT_ONCE, 1]
@@ -143,8 +143,8 @@ def arranged_kernel(weight: Tensor) -> Tensor:
 
 
 def _outputs(values: Tensor, kernel: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
-    """Takes inputs at the points (T, 36, C); gives outputs (T, 16, O)."""
-    # One image of one column of tiles, with all points and channels of a tile side by side.
+    """Takes transformed inputs (T, 36, C); returns outputs (T, 16, O)."""
+    # One image of one column of tiles, with all points and channels of a tile contiguous.
     column = values.view(1, len(values), 1, -1).permute(0, 3, 1, 2)
     products = torch.ops.mkldnn._convolution_pointwise(column, kernel, None, *GROUPED, "none", [], "")
     products = products.permute(0, 2, 3, 1).view(-1, PATCH**2, out_channels)
@@ -154,7 +154,7 @@ def _outputs(values: Tensor, kernel: Tensor, bias: Tensor | None, out_channels: 
 
 
 def winograd_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
-    """Takes inputs (B, C, h, w) and the gradient of the outputs (B, O, h, w); gives that of the kernel (O, C, 3, 3)."""
+    """Takes inputs (B, C, h, w) and the gradient of outputs (B, O, h, w); returns that of the kernel (O, C, 3, 3)."""
     of_outputs, of_kernel, _ = (matrix.to(states.dtype) for matrix in transforms())
     in_channels, out_channels = states.shape[1], gradient.shape[1]
     width = states.shape[3]
@@ -171,16 +171,16 @@ def winograd_kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _inputs_in_strips(image: Tensor, tiles_at_once: int) -> Iterator[tuple[int, int, Tensor]]:
-    """The inputs of an image (h, w, C) at the points, a few rows of tiles at a time.
+    """The transformed inputs of an image (h, w, C), a few rows of tiles at a time.
 
-    Gives the first row of outputs, the one after the last, and the values (T, 36, C).
+    Yields the first row of outputs, the one after the last, and the values (T, 36, C).
     """
     height, width, _ = image.shape
     num_columns = -(-width // TILE)
     rows_at_once = TILE * max(1, round(tiles_at_once / num_columns))
     for top in range(0, height, rows_at_once):
         bottom = min(top + rows_at_once, height)
-        # What the tiles read, beyond the image too.
+        # What the tiles read, also beyond the image.
         first, last = top - 1, top + -(-(bottom - top) // TILE) * TILE + 1
         missing = (max(-first, 0), max(last - height, 0))
         sides = (1, num_columns * TILE + 1 - width)
@@ -188,9 +188,9 @@ def _inputs_in_strips(image: Tensor, tiles_at_once: int) -> Iterator[tuple[int, 
 
 
 def _at_points(strip: Tensor) -> Tensor:
-    """Takes all that some rows of tiles read (4 * rows + 2, 4 * columns + 2, C); gives values (T, 36, C)."""
+    """Takes all that some rows of tiles read (4 * rows + 2, 4 * columns + 2, C); returns values (T, 36, C)."""
     matrix, channels = transforms()[2].to(strip.dtype), strip.shape[-1]
-    # Rows first, then columns. The first product reads the strip where it lies.
+    # Rows first, then columns. The first product reads the strip without a copy.
     rows = strip.flatten(1).unfold(0, PATCH, TILE).mT  # (rows of tiles, 6, columns * C)
     rows = torch.bmm(matrix.expand(len(rows), -1, -1), rows).unflatten(2, (-1, channels))
     columns = rows.unfold(2, PATCH, TILE).permute(0, 2, 1, 4, 3).reshape(-1, PATCH, channels)
@@ -201,23 +201,23 @@ def _at_points(strip: Tensor) -> Tensor:
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
     """The matrices for outputs (16, 36), kernel (36, 9) and rows or columns of inputs (6, 6), float64.
 
-    Multiplying polynomials: both factors at the points, the values multiplied, the product from its values.
-    Correlation, which neural networks call convolution, is the transpose of that in one factor.
+    Polynomial multiplication: evaluate both factors at the points, multiply, interpolate the product. Correlation,
+    which neural networks call convolution, is the transpose of that in one factor.
     """
     outputs, kernel, inputs = powers(TILE).T, powers(KERNEL), torch.linalg.inv(powers(PATCH)).T
-    # Rows first, then columns: together the Kronecker product. Of the inputs, which are most, each by itself.
+    # Rows first, then columns: together the Kronecker product. For the inputs, which are the most, separately.
     return torch.kron(outputs.contiguous(), outputs.contiguous()), torch.kron(kernel, kernel), inputs.contiguous()
 
 
 def powers(count: int) -> Tensor:
-    """(6, count): the powers 0 to count - 1 of each point; at infinity the highest counts alone."""
+    """(6, count): the powers 0 to count - 1 of each point; at infinity only the highest counts."""
     rows = [[point**exponent for exponent in range(count)] for point in POINTS]
-    # Whatever the default device is at the first call: `transforms` keeps them.
+    # Whatever the default device is at the first call: `transforms` caches them.
     return torch.tensor([*rows, [0.0] * (count - 1) + [1.0]], dtype=torch.float64, device="cpu")
 
 
 def convolve_3x3(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a compiled graph calls: the compiler neither unrolls the loops nor asks for the size."""
+    """What a compiled graph calls: the compiler neither unrolls the loops nor specialises on the size."""
     if has_tiles(states, MIN_TILES):
         return winograd(states, arranged_kernel(weight), bias)
     return F.conv2d(states, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)

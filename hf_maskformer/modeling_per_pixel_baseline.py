@@ -27,8 +27,8 @@ class PerPixelBaselineOutput(ModelOutput):
         loss: Sum of the loss terms, if labels were given.
         logits: (B, K, h, w), before the softmax.
         hidden_states: The backbone's four feature maps, the pyramid at strides 16, 8 and 4 and, in PerPixelBaseline+,
-            the queries of every decoder layer, if asked for.
-        attentions: In PerPixelBaseline+, L tensors (B, heads, K, H/32 * W/32) if asked for.
+            the queries of every decoder layer, if requested.
+        attentions: In PerPixelBaseline+, L tensors (B, heads, K, H/32 * W/32), if requested.
         loss_dict: Every loss term by name, detached, if labels were given: `loss_sem_seg` and, with deep supervision,
             `loss_sem_seg_0`, `loss_sem_seg_1`, ... of the decoder layers before the last.
         image_sizes: (B, 2) int64, (height, width) of each image inside the padded batch, from `pixel_mask`.
@@ -83,7 +83,7 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
     def __init__(self, config: PerPixelBaselineConfig) -> None:
         super().__init__(config)
         self.model = PerPixelBaselineModel(config)
-        num_labels: int = config.num_labels  # type: ignore[assignment]  # the configuration insists on classes
+        num_labels: int = config.num_labels  # type: ignore[assignment]  # the configuration requires classes
         self.num_labels = num_labels
         self.classifier: PixelClassifier | None = None
         self.mask_embedder: MaskEmbedder | None = None
@@ -103,19 +103,19 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> PerPixelBaselineOutput | tuple:
-        """Scores every class at every pixel, and gives the loss if labels are given.
+        """Scores every class at every pixel, and returns the loss if labels are given.
 
         Args:
             pixel_values: (B, 3, H, W), RGB, normalised, padded on the right and below with 0.
-            labels: (B, H, W) integers, 0 to K - 1 and `semantic_loss_ignore_index`, which padding has too.
-            pixel_mask: (B, H, W), 1 = image, 0 = padding. The network does not read it; it tells post-processing where
-                each image ends.
+            labels: (B, H, W) integers, 0 to K - 1 or `semantic_loss_ignore_index`, as in padding.
+            pixel_mask: (B, H, W), 1 = image, 0 = padding. The network ignores it; it tells post-processing where each
+                image ends.
             output_hidden_states, output_attentions, return_dict: As everywhere in transformers.
-            kwargs: Not read; they let callers pass what other models take.
+            kwargs: Ignored; they let callers pass what other models take.
 
         Raises:
-            ValueError: The images do not have the backbone's number of channels, a label is no class, or the labels or
-                pixel_mask have another size than the images.
+            ValueError: The images do not have the backbone's number of channels, a label is not a class, or the size of
+                the labels or pixel_mask does not match the images.
         """
         output_hidden_states = first_set(output_hidden_states, self.config.output_hidden_states)
         output_attentions = first_set(output_attentions, self.config.output_attentions)
@@ -150,10 +150,10 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
         return output if first_set(return_dict, self.config.return_dict) else output.to_tuple()
 
     def _losses(self, logits: Tensor, labels: Tensor, pixel_values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of each layer's logits (L, B, K, h, w), enlarged to the labels; their sum and its terms."""
+        """Cross-entropy of each layer's logits (L, B, K, h, w), upsampled to the labels; their sum and its terms."""
         self._check_labels(labels, pixel_values)
         ignore_index, labels = self.config.semantic_loss_ignore_index, labels.long()
-        # The mean over labelled pixels; a batch without any has no loss rather than 0 / 0.
+        # The mean over labelled pixels; a batch without any has loss 0 rather than 0 / 0.
         num_pixels = (labels != ignore_index).sum().clamp(min=1)
         terms = {}
         for layer, layer_logits in enumerate(logits):
@@ -168,7 +168,7 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
                 f"labels have the shape {tuple(labels.shape)}, but the images are {tuple(pixel_values.shape)}: give "
                 "one label for each pixel, (B, H, W), resized and padded together with the images."
             )
-        # A compiled model cannot look at values.
+        # A compiled model cannot check values.
         if torch.compiler.is_compiling():
             return
         ignore_index, num_labels = self.config.semantic_loss_ignore_index, self.num_labels

@@ -2,8 +2,8 @@
 
 B images, Q queries, K labels ("no object" comes last and is not counted). Mask logits live on an h x w grid that covers
 the padded image (H_p, W_p); the image fills its top left corner (H_i, W_i), the rest is padding and is cropped before
-anything is resized to the size asked for (H, W). Sizes are (height, width). The arithmetic is float32 for all logits.
-Nothing of size Q x H x W or K x H x W is held unless it is asked for: see `TiledMasks`.
+anything is resized to the requested size (H, W). Sizes are (height, width). The arithmetic is float32 for all logits.
+Nothing of size Q x H x W or K x H x W is held unless requested: see `TiledMasks`.
 """
 
 from collections.abc import Collection, Sequence
@@ -22,7 +22,8 @@ from .post_processing_maskformer_inputs import (
 )
 from .post_processing_maskformer_tiles import TILE, Mode, TiledMasks
 
-# Labels that reach this part of the best score anywhere in a tile are tried first; others only where these are weak.
+# Labels that reach this fraction of the best score anywhere in a tile are tried first; others only where these are
+# weak.
 _STRONG = 0.1
 
 
@@ -35,7 +36,7 @@ def semantic_segmentation(
     target_sizes: Sequence[Size] | None = None,
     mode: Mode = "paper",
 ) -> list[Tensor]:
-    """Gives each pixel the label with the highest score (see `semantic_scores`), one image at a time.
+    """Assigns each pixel the label with the highest score (see `semantic_scores`), one image at a time.
 
     Args:
         class_queries_logits: (B, Q, K + 1).
@@ -52,7 +53,7 @@ def semantic_segmentation(
         ValueError: see `split_batch`.
     """
     images = split_batch(class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes)
-    # Autocast would take the sums over queries to half precision.
+    # Autocast would compute the sums over queries in half precision.
     with torch.autocast(masks_queries_logits.device.type, enabled=False):
         return [_label_map(image, mode) for image in images]
 
@@ -119,7 +120,7 @@ def _labels_of_tiles(masks: TiledMasks, tiles: Tensor, probabilities: Tensor, hi
     strong = is_strong.nonzero().flatten()
     scores, winners = masks.at_pixels(mask_probabilities @ probabilities[:, strong], tiles).max(dim=-1)
     labels = strong[winners]
-    # A tile where some other label could beat the winner of some pixel has all labels compared.
+    # In a tile where another label could beat the winner of some pixel, all labels are compared.
     is_open = highest.masked_fill(is_strong, -1).amax(dim=-1) >= scores.amin(dim=(1, 2))
     if is_open.any():
         labels[is_open] = masks.at_pixels(mask_probabilities[is_open] @ probabilities, tiles[is_open]).argmax(dim=-1)
@@ -138,7 +139,7 @@ def panoptic_segmentation(
     label_ids_to_fuse: Collection[int] = (),
     target_sizes: Sequence[Size] | None = None,
 ) -> list[dict[str, Any]]:
-    """Gives each pixel to at most one segment.
+    """Assigns each pixel to at most one segment.
 
     A query is kept if its most probable label is not "no object" and is more probable than `threshold`. Each pixel goes
     to the kept query with the highest P(label) x P(pixel in mask). A query becomes a segment if the pixels it won make
@@ -149,9 +150,9 @@ def panoptic_segmentation(
         class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes: as in
             `semantic_segmentation`.
         threshold: probability that the label of a kept query must exceed.
-        mask_threshold: probability from which on a pixel counts as part of a query's own mask.
-        overlap_mask_area_threshold: smallest part of its own mask that a query must win.
-        label_ids_to_fuse: labels of uncountable stuff, such as sky: their queries form one segment per label.
+        mask_threshold: lowest probability of a pixel in a query's own mask.
+        overlap_mask_area_threshold: smallest fraction of its own mask that a query must win.
+        label_ids_to_fuse: labels of stuff classes, such as sky: their queries form one segment per label.
 
     Returns:
         One dictionary per image:
@@ -164,7 +165,7 @@ def panoptic_segmentation(
           fused segment each query counts with the pixels it brought.
 
     Raises:
-        ValueError: a threshold is no number from 0 to 1, or a label id no integer; see also `split_batch`.
+        ValueError: a threshold is not a number from 0 to 1, or a label id not an integer; see also `split_batch`.
     """
     labels_to_fuse = checked_label_ids(label_ids_to_fuse)
     check_thresholds(
@@ -237,11 +238,11 @@ def _compete(mask_logits: Tensor, sizes: ImageSizes, scores: Tensor, mask_thresh
     for tiles in masks.chunks(undecided, len(scores)):
         places = tiles[:, 0] * winners.shape[1] + tiles[:, 1]
         borders = has_border.flatten(0, 1).index_select(0, places)
-        # Most queries have no say in a part of the image.
+        # Most queries do not matter in a part of the image.
         has_say = is_rival.flatten(0, 1).index_select(0, places) | borders
         queries = has_say.any(dim=0).nonzero().flatten()
         probabilities = masks.resized_logits_by_query(tiles, queries).sigmoid_()
-        # Comparisons that give numbers are several times as fast as those that give bools.
+        # Comparisons that return numbers are several times as fast as those that return bools.
         is_in_mask = torch.ge(probabilities, mask_threshold, out=torch.empty_like(probabilities))
         masks.clear_outside(is_in_mask, tiles)
         found_areas = is_in_mask.flatten(2).sum(dim=2).long()
@@ -251,7 +252,7 @@ def _compete(mask_logits: Tensor, sizes: ImageSizes, scores: Tensor, mask_thresh
 
 
 def _first_of_largest(values: Tensor) -> Tensor:
-    """`argmax` over the second dimension of values (n, q, ...), which are overwritten: faster than that by far."""
+    """`argmax` over the second dimension of values (n, q, ...), which are overwritten: far faster than that."""
     num_values = values.shape[1]
     ranks = torch.arange(num_values, 0, -1, dtype=values.dtype, device=values.device)
     is_largest = values.eq_(values.amax(dim=1, keepdim=True))
@@ -261,7 +262,7 @@ def _first_of_largest(values: Tensor) -> Tensor:
 def _number_segments(
     queries: list[_KeptQuery], overlap_mask_area_threshold: float, label_ids_to_fuse: Collection[int]
 ) -> list[int]:
-    """Gives the id of the segment that each query belongs to, 0 for none."""
+    """Returns the id of the segment that each query belongs to, 0 for none."""
     segment_ids = []
     num_segments = 0
     id_of_fused_label: dict[int, int] = {}

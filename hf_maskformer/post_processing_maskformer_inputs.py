@@ -21,7 +21,7 @@ class ImageSizes(NamedTuple):
 
 
 class ImageLogits(NamedTuple):
-    """What the model says about one image."""
+    """What the model predicts for one image."""
 
     class_logits: Tensor  # (Q, K + 1)
     mask_logits: Tensor  # (Q, h, w)
@@ -29,10 +29,10 @@ class ImageLogits(NamedTuple):
 
 
 def logits_and_sizes(outputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `split_batch` takes, of the outputs of a model; of transformers' model, whose input is 4 times the logits.
+    """The arguments of `split_batch` from a model's outputs; the input of transformers' model is 4 times the logits.
 
     Raises:
-        ValueError: there are no queries in the outputs, or they are none.
+        ValueError: the outputs have no queries, or are not a model's outputs.
     """
     if not isinstance(outputs, ModelOutput) and not hasattr(outputs, "class_queries_logits"):
         raise ValueError(
@@ -60,7 +60,7 @@ def split_batch(
     padded_sizes: Tensor,
     target_sizes: Sequence[Size] | None,
 ) -> list[ImageLogits]:
-    """Gives the images of a batch one by one.
+    """Splits a batch into its images.
 
     Raises:
         ValueError: logits that are not finite or do not belong together, or target_sizes that does not hold one
@@ -113,7 +113,7 @@ def check_thresholds(**thresholds: Any) -> None:
 
 
 def checked_label_ids(label_ids: Any) -> set[int]:
-    """Label ids as a set. Raises a ValueError unless they are integers: those of JSON's keys would name no label."""
+    """Label ids as a set. Raises a ValueError unless they are integers: JSON keys, as strings, would match no label."""
     ids = label_ids.tolist() if hasattr(label_ids, "tolist") else label_ids
     is_collection = isinstance(ids, Collection) and not isinstance(ids, str)
     if not is_collection or not all(isinstance(label_id, Integral) for label_id in ids):
@@ -122,14 +122,14 @@ def checked_label_ids(label_ids: Any) -> set[int]:
 
 
 def check_finite(logits: Mapping[str, Tensor]) -> None:
-    """Raises a ValueError for logits, by what they are called, that contain NaN or infinity."""
-    # A sum is finite only if all it adds up is. It may overflow all the same, so only then each number is looked at.
+    """Raises a ValueError for logits, by name, that contain NaN or infinity."""
+    # A sum is finite only if all its terms are. It may still overflow, so only then each is checked.
     sums = torch.stack([values.sum(dtype=torch.float32) for values in logits.values()])
     for (name, values), has_finite_sum in zip(logits.items(), sums.isfinite().tolist(), strict=True):
         if not has_finite_sum and not values.isfinite().all():
             raise ValueError(
-                f"The {name} contain NaN or infinity, so they mean no segmentation. Check the weights and the inputs "
-                "of the model; in float16, try bfloat16."
+                f"The {name} contain NaN or infinity, so there is no segmentation. Check the weights and the inputs of "
+                "the model; in float16, try bfloat16."
             )
 
 
@@ -139,7 +139,7 @@ def _as_sizes(sizes: Tensor | Sequence[Size]) -> list[Size]:
 
 
 def _whole(number: Any) -> int:
-    # A fraction cut off, and the result would not fit the image it is meant for.
+    # With a fraction truncated, the result would not match the image it is meant for.
     if int(number) != number:
-        raise ValueError(f"{number} is no whole number")
+        raise ValueError(f"{number} is not a whole number")
     return int(number)

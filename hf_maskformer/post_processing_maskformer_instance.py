@@ -1,6 +1,7 @@
 """From logits to instances, which may overlap. Letters and sizes as in `post_processing_maskformer`.
 
-N instances. A mask is a small part of the image, so it is kept as the tiles that it touches, n of T x T pixels in all.
+N instances. A mask is a small part of the image, so it is stored as the tiles that it touches, n of T x T pixels in
+all.
 """
 
 from collections.abc import Sequence
@@ -33,20 +34,20 @@ def instance_segmentation(
 ) -> list[dict[str, Any]]:
     """Finds instances, which may overlap, in descending order of score.
 
-    Every label of every query is a candidate; the `top_k` most probable are looked at. The mask of an instance consists
-    of the pixels where P(pixel in mask), of mask logits resized to the target, reaches `mask_threshold`. Its score is
-    P(label) x the mean of P(pixel in mask) over the mask.
+    Every label of every query is a candidate; the `top_k` most probable are considered. The mask of an instance
+    consists of the pixels where P(pixel in mask), of mask logits resized to the target, reaches `mask_threshold`. Its
+    score is P(label) x the mean of P(pixel in mask) over the mask.
 
     Args:
         class_queries_logits, masks_queries_logits, image_sizes, padded_sizes, target_sizes: as in
             `semantic_segmentation`.
         threshold: lowest score of an instance.
-        mask_threshold: probability from which on a pixel belongs to the mask.
-        overlap_mask_area_threshold: in an id map, the smallest part of its mask that an instance must show from under
-            those with higher scores; what the others showed becomes void. None keeps all.
+        mask_threshold: lowest probability of a pixel in the mask.
+        overlap_mask_area_threshold: in an id map, the smallest fraction of its mask that must stay visible under
+            instances with higher scores; pixels of those dropped become void. None keeps all.
         form: of `segmentation`, see below.
-        top_k: candidates, by default as many as queries.
-        min_area: fewest pixels of a mask. One without pixels is no instance, whatever this is.
+        top_k: number of candidates, by default that of queries.
+        min_area: minimum number of pixels of a mask. One without pixels is never an instance.
 
     Returns:
         One dictionary per image:
@@ -58,8 +59,8 @@ def instance_segmentation(
           `label_id`, `was_fused` (False) and `score`.
 
     Raises:
-        ValueError: top_k is no whole number of at least 1, a threshold is no number from 0 to 1, or there is no such
-            form; see also `split_batch`.
+        ValueError: top_k is not a whole number of at least 1, a threshold is not a number from 0 to 1, or the form is
+            unknown; see also `split_batch`.
     """
     check_thresholds(threshold=threshold, mask_threshold=mask_threshold)
     if overlap_mask_area_threshold is not None:
@@ -93,8 +94,8 @@ def instance_segmentation(
 class _Instances(NamedTuple):
     """The instances of one image, in descending order of score, and the tiles that their masks touch.
 
-    Several labels of one query are several instances of one mask, whose tiles are kept once. There are M masks, in the
-    order of the highest-scoring instance of each.
+    Several labels of one query are several instances of one mask, whose tiles are stored once. There are M masks, in
+    the order of the highest-scoring instance of each.
     """
 
     tiling: TiledMasks
@@ -137,14 +138,14 @@ def _find_instances(
     num_queries, num_labels = probabilities.shape
     top_k = min(num_queries if top_k is None else top_k, probabilities.numel())
     scores, candidates = probabilities.flatten().topk(top_k)
-    # A mean probability is at most 1, so what lies below the threshold already stays there.
+    # A mean probability is at most 1, so what is already below the threshold stays there.
     candidates, scores = candidates[scores >= threshold], scores[scores >= threshold]
     queries, mask_of_candidate = (candidates // num_labels).unique(return_inverse=True)
     tiling = TiledMasks(image.mask_logits[queries], image.sizes, "direct")
 
     _, highest = tiling.bounds()
     touched = (highest.sigmoid() >= mask_threshold).nonzero()
-    # Of each tile by itself: thousands added up one after another would lose the fourth digit of a large image.
+    # For each tile separately: accumulating thousands one by one would lose the fourth digit in a large image.
     areas, sums = queries.new_zeros(len(queries)), torch.zeros_like(highest, dtype=scores.dtype)
     pixels = [areas.new_zeros(0, TILE, TILE, dtype=torch.bool)]
     for chunk in tiling.chunks(touched, 1):
@@ -182,7 +183,7 @@ def _find_instances(
 
 
 def _id_map(instances: _Instances, overlap_mask_area_threshold: float | None) -> tuple[Tensor, Tensor]:
-    """Ids from 1 of the instances that show enough of themselves, (H, W) int32, and which these are, (N,) bool."""
+    """Ids from 1 of the instances that are visible enough, (H, W) int32, and which these are, (N,) bool."""
     owners = instances.owners()
     num_instances = len(instances.scores)
     is_kept = torch.ones(num_instances, dtype=torch.bool, device=owners.device)

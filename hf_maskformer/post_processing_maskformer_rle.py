@@ -1,6 +1,6 @@
 """The run-length encoding of COCO: lengths of runs down the columns of a mask, written as a short string.
 
-N masks of H x W pixels. Runs of 0 and 1 take turns and begin with 0, so the first length may be 0.
+N masks of H x W pixels. Runs of 0 and 1 alternate and begin with 0, so the first length may be 0.
 """
 
 import itertools
@@ -16,13 +16,13 @@ _FIRST_CHARACTER = 48
 def encode_tiles(
     num_masks: int, masks_of_tiles: Tensor, tiles: Tensor, pixels: Tensor, size: tuple[int, int]
 ) -> list[str]:
-    """Encodes masks of which only the tiles are known that are not empty.
+    """Encodes masks given as their non-empty tiles.
 
     Args:
         num_masks: how many masks there are.
         masks_of_tiles: (n,) int64, to which mask a tile belongs.
         tiles: (n, 2) int64, its row and column.
-        pixels: (n, T, T) bool, those of the mask; none lies outside it.
+        pixels: (n, T, T) bool, those of the mask; none is outside the image.
         size: (H, W).
 
     Returns:
@@ -51,11 +51,11 @@ def _changes(
     tile_at[masks_of_tiles, rows + 1, columns] = torch.arange(len(tiles), device=tiles.device)
     above, below = (tile_at[masks_of_tiles, row, columns] for row in (rows, rows + 2))
     bottoms = torch.cat([pixels[:, -1], pixels.new_zeros(1, side)])  # the last is that of tile -1
-    # Each column by itself, as if 0 lay before and after it.
+    # Each column separately, as if 0 came before and after it.
     differs = torch.cat([pixels, (bottoms[:-1] & (below < 0)[:, None])[:, None]], dim=1)
     differs[:, 0] ^= bottoms[above]
     differs[:, 1:-1] ^= pixels[:, :-1]
-    # All at once: each copy from a GPU waits for it.
+    # All at once: each copy from a GPU synchronises.
     starts = masks_of_tiles * (height * width + 1) + columns * (side * height) + rows * side
     places = differs.flatten().nonzero().flatten()
     in_tile = torch.arange(side + 1, device="cpu")[:, None] + torch.arange(side, device="cpu") * height
@@ -63,7 +63,7 @@ def _changes(
     positions = starts[places // area] + in_tile.flatten().to(places.device)[places % area]
     changes = positions.cpu().numpy()
     changes.sort()
-    # A run that goes on from the end of one column at the beginning of the next does not change there.
+    # A run that continues from the end of one column at the beginning of the next does not change there.
     is_pair = changes[1:] == changes[:-1]
     is_change = np.ones(len(changes), dtype=bool)
     is_change[1:] &= ~is_pair

@@ -1,8 +1,8 @@
 """Resizing mask logits to the pixels of an image, only where it matters.
 
-A segmentation is the same over large parts of an image, and there a few logits tell who wins: resizing bilinearly is
-averaging, so a resized logit lies between the lowest and the highest of those it is made of. The target is cut into
-square tiles; bounds say which tiles are decided, and the others are computed exactly, a few at a time.
+A segmentation is the same over large parts of an image, and there a few logits determine the winner: resizing
+bilinearly is averaging, so a resized logit lies between the lowest and the highest of those it is made of. The target
+is split into square tiles; bounds tell which tiles are decided, and the others are computed exactly, a few at a time.
 
 Q queries, h x w the grid of the mask logits; R rows and C columns of tiles of T x T pixels, n tiles among them, given
 by row and column. A tile depends on S x S' grid points and takes the sigmoid at M x M' points.
@@ -23,17 +23,17 @@ from .post_processing_maskformer_inputs import ImageSizes
 Mode = Literal["paper", "direct", "fast"]
 
 TILE = 16
-# Numbers in the largest tensor of a chunk of tiles: four megabytes stay in a CPU's cache; a GPU wants more.
+# Numbers in the largest tensor of a chunk of tiles: four megabytes stay in a CPU's cache; a GPU needs more.
 _CHUNK_ON_CPU = 2**20
 _CHUNK_ON_GPU = 2**25
-_FEWEST_TILES = 32  # of a chunk; with fewer, calling takes longer than computing
-# Beyond this a logit says nothing more, and far beyond it, as where a mask is filled with the lowest number there is,
-# its resized neighbours would not be finite.
+_FEWEST_TILES = 32  # per chunk; with fewer, call overhead exceeds the computation
+# Beyond this a logit adds nothing, and far beyond it, as where a mask is filled with the lowest finite number, its
+# resized neighbours would not be finite.
 _LARGEST_LOGIT = 1e30
 
 
 class Axis(NamedTuple):
-    """How one axis of the tiles comes from one axis of the grid: two linear maps, the sigmoid between them."""
+    """How one axis of the tiles is computed from one axis of the grid: two linear maps, the sigmoid between them."""
 
     support: Tensor  # (tiles, S) int64: the grid points
     before: Tensor | None  # (tiles, M, S): from grid points to those where the sigmoid is taken; None: the same
@@ -59,7 +59,7 @@ class TiledMasks:
         self.target_size = sizes.target
         axes = zip(sizes.target, sizes.image, sizes.padded, mask_logits.shape[1:], strict=True)
         self.rows, self.columns = (_axis(*lengths, mode).to(mask_logits.device) for lengths in axes)
-        # (h, w, Q): copying grid points copies whole rows of numbers.
+        # (h, w, Q): gathering grid points copies contiguous rows.
         logits = mask_logits.float().permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
         self.logits = logits.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
 
@@ -76,7 +76,7 @@ class TiledMasks:
         return self.rows.is_inside.sum(1)[:, None] * self.columns.is_inside.sum(1)
 
     def clear_outside(self, pixels: Tensor, tiles: Tensor) -> None:
-        """Sets the pixels (n, q, T, T) of tiles (n, 2) that lie beyond the target to 0."""
+        """Zeroes the pixels (n, q, T, T) of tiles (n, 2) that lie beyond the target."""
         # Only the last row and column of tiles may reach that far.
         last = tiles.new_tensor([len(self.rows.support) - 1, len(self.columns.support) - 1])
         border = (tiles == last).any(dim=1).nonzero().flatten()
@@ -107,24 +107,24 @@ class TiledMasks:
         return rows @ self.logits.take(points) @ columns.mT
 
     def at_pixels(self, values: Tensor, tiles: Tensor) -> Tensor:
-        """Takes values (n, M, M', any) to the pixels of their tiles, (n, T, T, any)."""
+        """Maps values (n, M, M', any) to the pixels of their tiles, (n, T, T, any)."""
         return _apply(self.rows.after, self.columns.after, tiles, values)
 
     def paste(self, canvas: Tensor, tiles: Tensor, values: Tensor) -> Tensor:
-        """Puts pixels (n, T, T) of some tiles into a map of all (R, C), of one value each; returns (H, W)."""
+        """Pastes pixels (n, T, T) of some tiles into a map (R, C) of one value per tile; returns (H, W)."""
         canvas = canvas[:, None, :, None].repeat(1, TILE, 1, TILE)
         canvas[tiles[:, 0], :, tiles[:, 1]] = values
         return self.crop(canvas)
 
     def spread(self, num_maps: int, maps: Tensor, tiles: Tensor, pixels: Tensor) -> Tensor:
-        """Makes bool maps (num_maps, H, W) of pixels (n, T, T) of some tiles, each of the map with this number (n,)."""
+        """Makes bool maps (num_maps, H, W) from pixels (n, T, T) of tiles, each in the map with this index (n,)."""
         height, width = self.target_size
         if pixels.device.type == "cpu":
             # numpy leaves pages of zeros to the operating system until they are written; most of a map never is.
             canvas = torch.from_numpy(np.zeros((num_maps, height, width), dtype=bool))
         else:
             canvas = pixels.new_zeros(num_maps, height, width)
-        # The last row and column of tiles may be cut off, so they are written apart from the others.
+        # The last row and column of tiles may be cut off, so they are written separately from the others.
         for (top, bottom), (left, right) in itertools.product(_whole_and_rest(height), _whole_and_rest(width)):
             num_rows, num_columns = min(TILE, bottom - top), min(TILE, right - left)
             block = canvas[:, top:bottom, left:right].unflatten(2, (-1, num_columns)).unflatten(1, (-1, num_rows))
@@ -177,7 +177,7 @@ def _axis(target: int, image: int, padded: int, grid: int, mode: Mode) -> Axis:
 def _interpolation(positions: Tensor, scale: float, length: int) -> tuple[Tensor, Tensor]:
     """Bilinear resizing of an axis of this length, at positions (tiles, m) of its result.
 
-    Returns the points (tiles, s) that matter to each tile and the weights (tiles, m, s) with which they do.
+    Returns the points (tiles, s) that matter to each tile and their weights (tiles, m, s).
     """
     source = ((positions.float() + 0.5) * scale - 0.5).clamp(min=0, max=length - 1)
     low = source.long()
@@ -197,7 +197,7 @@ def _interpolation(positions: Tensor, scale: float, length: int) -> tuple[Tensor
 
 
 def _whole_and_rest(length: int) -> list[tuple[int, int]]:
-    """Where the whole tiles of an axis lie, from and to, and where the last one if it is cut off."""
+    """The ranges of an axis's whole tiles and, if it is cut off, of the last one."""
     whole = length // TILE * TILE
     return [(start, stop) for start, stop in ((0, whole), (whole, length)) if start < stop]
 

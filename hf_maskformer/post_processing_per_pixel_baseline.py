@@ -16,7 +16,7 @@ from .post_processing_maskformer_inputs import Size, check_finite, sizes_of_imag
 def per_pixel_segmentation(
     logits: Tensor, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None = None
 ) -> list[Tensor]:
-    """Gives each pixel the label with the highest logit, enlarged in the original's order.
+    """Assigns each pixel the label with the highest logit, upsampled in the original's order.
 
     Args:
         logits: (B, K, h, w).
@@ -26,7 +26,7 @@ def per_pixel_segmentation(
         One (H, W) int64 map of labels per image.
 
     Raises:
-        ValueError: logits that are no batch or not finite, or target_sizes that does not fit the batch.
+        ValueError: logits are not a batch or not finite, or target_sizes does not match the batch.
     """
     return [logits.argmax(dim=0) for logits in _at_targets(logits, image_sizes, padded_sizes, target_sizes)]
 
@@ -35,7 +35,7 @@ def per_pixel_segmentation(
 def per_pixel_scores(
     logits: Tensor, image_sizes: Tensor, padded_sizes: Tensor, target_sizes: Sequence[Size] | None = None
 ) -> list[Tensor]:
-    """Gives the probability of each label at each pixel: the softmax of what `per_pixel_segmentation` compares.
+    """Returns the probability of each label at each pixel: the softmax of what `per_pixel_segmentation` compares.
 
     Args and errors: as there.
 
@@ -56,7 +56,7 @@ def _at_targets(
 
 
 def per_pixel_logits(logits: Tensor, image_size: Size, target_size: Size) -> Tensor:
-    """Brings the logits (K, h, w) of one image to its target, (K, H, W) float32: enlarges, crops, resizes."""
+    """Resizes the logits (K, h, w) of one image to its target, (K, H, W) float32: upsamples, crops, resizes."""
     height, width = image_size
     enlarged = enlarge_per_pixel_logits(logits[None])[..., :height, :width]
     if target_size != image_size:
@@ -65,8 +65,8 @@ def per_pixel_logits(logits: Tensor, image_size: Size, target_size: Size) -> Ten
 
 
 def enlarge_per_pixel_logits(logits: Tensor) -> Tensor:
-    """Enlarges (B, K, h, w) four times, to float32: the size of the input, or up to 3 pixels more, as in the original.
+    """Upsamples (B, K, h, w) by 4, in float32: to the size of the input, or up to 3 pixels more, as in the original.
 
-    Unlike MaskFormer's masks, which are brought to exactly the size of the input.
+    Unlike MaskFormer's masks, which are resized to exactly the size of the input.
     """
     return F.interpolate(logits.float(), scale_factor=4, mode="bilinear", align_corners=False)

@@ -378,10 +378,10 @@ def test_a_backbone_is_built_of_the_defaults_that_transformers_gives_it() -> Non
 
 @pytest.mark.parametrize(
     ("config", "remedy"),
-    [(tiny_config(), "Give its own backbone_config"), (ViTConfig(), r"docs/architectures\.md names some")],
+    [(tiny_config(), "Give its own backbone_config"), (ViTConfig(), r"docs/architectures\.md lists some")],
 )
 def test_what_is_no_backbone_is_refused(config, remedy) -> None:
-    with pytest.raises(ValueError, match=f"is of type '{config.model_type}', which is no backbone. {remedy}"):
+    with pytest.raises(ValueError, match=f"is of type '{config.model_type}', which is not a backbone. {remedy}"):
         MaskFormerConfig.from_backbone(config)
 
 
@@ -422,7 +422,7 @@ def test_our_nested_types_are_written_and_read(tmp_path) -> None:
                     "backbone_config": ConvNextConfig(),
                 }
             },
-            "is of type 'convnext', but a pyramid is made of one of dinov2",
+            "is of type 'convnext', but a pyramid needs one of dinov2",
         ),
     ],
 )

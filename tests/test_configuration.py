@@ -216,9 +216,9 @@ def test_points_are_drawn_as_mask2former_does_by_default():
 
 def test_a_file_of_another_model_is_refused_and_one_without_a_type_is_ours(tmp_path):
     ours, baseline = tiny_config().to_dict(), PerPixelBaselineConfig().to_dict()
-    with pytest.raises(ValueError, match="is of a model of type 'per-pixel-baseline', but MaskFormerConfig is for"):
+    with pytest.raises(ValueError, match="is for a model of type 'per-pixel-baseline', but MaskFormerConfig is for"):
         MaskFormerConfig.from_dict(baseline)
-    with pytest.raises(ValueError, match="is of a model of type 'maskformer', but PerPixelBaselineConfig is for"):
+    with pytest.raises(ValueError, match="is for a model of type 'maskformer', but PerPixelBaselineConfig is for"):
         PerPixelBaselineConfig.from_dict(ours)
     untyped = {name: value for name, value in ours.items() if name != "model_type"}
     assert MaskFormerConfig.from_dict(untyped).to_dict() == ours
@@ -261,12 +261,12 @@ def test_a_field_of_the_wrong_type_is_named(field, value):
 @pytest.mark.parametrize(
     ("config_class", "fields", "message"),
     [
-        (MaskFormerConfig, {"mask_weigth": 5.0}, "mask_weigth is no field .* Did you mean mask_weight?"),
-        (MaskFormerConfig, {"num_label": 5}, "num_label is no field .* Did you mean num_labels?"),
+        (MaskFormerConfig, {"mask_weigth": 5.0}, "mask_weigth is not a field .* Did you mean mask_weight?"),
+        (MaskFormerConfig, {"num_label": 5}, "num_label is not a field .* Did you mean num_labels?"),
         (
             MaskFormerConfig,
             {"num_queries": 50},
-            "num_queries=50 changes nothing here: .* of decoder_config, which has 100",
+            "num_queries=50 has no effect here: .* of decoder_config, which has 100",
         ),
         (
             MaskFormerConfig,
@@ -330,7 +330,7 @@ def test_names_with_their_labels_are_enough(tmp_path):
     config = MaskFormerConfig.from_pretrained(tmp_path, label2id={"tree": 0, "dog": 1, "cat": 2})
     for each in (config, MaskFormerConfig(label2id={"tree": 0, "dog": 1, "cat": 2})):
         assert (each.id2label, each.num_labels) == ({0: "tree", 1: "dog", 2: "cat"}, 3)
-    with pytest.raises(ValueError, match="label2id has 3 names of 2 labels"):
+    with pytest.raises(ValueError, match="label2id has 3 names for 2 labels"):
         MaskFormerConfig(label2id={"tree": 0, "dog": 1, "cat": 1})
     with pytest.raises(ValueError, match=r"id2label has the ids \[0, 2\]"):
         MaskFormerConfig.from_pretrained(tmp_path, label2id={"tree": 0, "dog": 2})

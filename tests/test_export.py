@@ -175,7 +175,7 @@ def test_what_the_model_or_the_file_cannot_do_is_refused(image_processor, tmp_pa
     with pytest.raises(ValueError, match=r"output_size is .*must be positive"):
         export_model(tiny_model(), image_processor, tmp_path, "torch_export", "semantic", output_size=(0, 64))
     backbone = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=16)
-    with pytest.raises(ValueError, match=r"whole patches, so that it does not take any size\. Give size\."):
+    with pytest.raises(ValueError, match=r"whole patches, so it does not accept every size\. Give size\."):
         export_model(tiny_model(backbone), image_processor, tmp_path, "torch_export")
     with pytest.raises(ValueError, match="output_size needs a segmentation"):
         export_model(tiny_model(), image_processor, tmp_path, "torch_export", output_size=(32, 64))

@@ -319,7 +319,7 @@ def test_errors_that_a_worker_reports_itself_pass_unchanged(error):
 
 
 def test_a_death_is_named_by_the_evaluation_that_met_it():
-    with pytest.raises(ChildProcessError, match="One of the 3 processes"), dead_workers_named(2), dead_workers_named(3):
+    with pytest.raises(ChildProcessError, match="One of the 3 data-loading workers"), dead_workers_named(2), dead_workers_named(3):
         raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
 
 

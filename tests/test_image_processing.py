@@ -185,7 +185,7 @@ def test_settings_of_one_value_are_refused_with_a_file_too(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shortest": 3}, "shortest=3 is no setting"),
+        ({"shortest": 3}, "shortest=3 is not a setting"),
         ({"do_center_crop": True}, "do_center_crop=True is not supported"),
         ({"reduce_labels": False, "do_reduce_labels": True}, "reduce_labels=False contradicts do_reduce_labels=True"),
         ({"size_divisibility": 16, "size_divisor": 64}, "size_divisibility=16 contradicts size_divisor=64"),
@@ -199,7 +199,7 @@ def test_settings_of_one_value_are_refused_with_a_file_too(tmp_path):
         ({"resample": 1}, r"resample is 1; known are 0 \(nearest\), 2 \(bilinear\)"),
         ({"image_mean": [0.5]}, "image_mean is .* give three numbers"),
         ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean is .* give three numbers"),
-        ({"image_std": [1, 0, 1]}, "image_std is .* must not hold a zero"),
+        ({"image_std": [1, 0, 1]}, "image_std is .* must not contain a zero"),
         ({"num_labels": 0}, "num_labels is 0"),
         ({"num_labels": "a"}, "num_labels is 'a', but must be an integer"),
         ({"size_divisor": 1.5}, "size_divisor is 1.5"),
@@ -618,7 +618,7 @@ def test_a_factor_for_16_bits_is_warned_of_where_they_are_read_as_8(kind, factor
     warnings = []
     monkeypatch.setattr("hf_maskformer.image_processing_maskformer.logger.warning_once", warnings.append)
     MaskFormerImageProcessor(rescale_factor=factor)(images=np.full((3, 40, 40), 200, dtype=kind))
-    assert any("become black by the rescale_factor" in warning for warning in warnings) == is_warned
+    assert any("become black with the rescale_factor" in warning for warning in warnings) == is_warned
 
 
 def test_a_divisor_of_none_and_a_set_of_labels_may_be_assigned(tmp_path):

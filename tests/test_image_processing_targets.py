@@ -176,7 +176,7 @@ def test_what_stands_for_no_segment_is_no_label(settings):
     if settings == {"num_labels": 256}:
         assert processor(image, segmentation_map, **settings)["class_labels"][0].tolist() == [3, 255]
         settings |= {"target_format": "label_map"}
-    with pytest.raises(ValueError, match="Set ignore_index to a value that is no label, such as 65535"):
+    with pytest.raises(ValueError, match="Set ignore_index to a value that is not a label, such as 65535"):
         processor(image, segmentation_map, **settings)
     settings |= {"ignore_index": 65535, "target_format": "label_map"}
     labels = processor(image, segmentation_map, **settings)["labels"]
@@ -262,7 +262,7 @@ def test_ids_beyond_31_bits_keep_their_labels(dtype):
 
 def test_255_is_no_label_of_a_label_map_whatever_the_map_shows():
     processor, image = MaskFormerImageProcessor(num_labels=256), np.zeros((2, 3, 3), np.uint8)
-    with pytest.raises(ValueError, match="Set ignore_index to a value that is no label"):
+    with pytest.raises(ValueError, match="Set ignore_index to a value that is not a label"):
         processor(image, np.zeros((2, 3), int), target_format="label_map")
 
 
@@ -303,7 +303,7 @@ def test_an_image_without_segments_has_no_masks():
         ([[1, 11]], None, {"num_labels": 9, "do_reduce_labels": True}, "the value 11, which means label 10"),
         ([[1, 2]], {1: 0, 2: 9}, {"num_labels": 9}, "the value 2, which means label 9"),
         ([[0, -1]], None, {}, "the value -1, but labels start at 0"),
-        ([[1, 7]], {1: 0}, {}, "map 0 contains the id 7, which instance_id_to_semantic_id does not hold"),
+        ([[1, 7]], {1: 0}, {}, "map 0 contains the id 7, which instance_id_to_semantic_id does not contain"),
         ([[1, 7, 900]], {1: 0}, {"do_reduce_labels": True}, "map 0 contains the ids 7, 900, which"),
         ([list(range(30))], {1: 0}, {}, r"the ids 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\. \(29 in all\), which"),
         ([[-3, 1]], {1: 0, -3: 2}, {}, "map 0 contains the negative id -3; ids start at 0"),

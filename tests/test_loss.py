@@ -288,10 +288,13 @@ def test_half_precision_logits_give_a_finite_loss():
             "mask_labels of image 0 point to segment 4.*has 2 class_labels",
         ),
         (lambda b: b["mask_labels"][0, 0, 0].fill_(2), "mask_labels of image 0 point to segment 2.*has 2 class_labels"),
-        (lambda b: b.update(class_labels=b["class_labels"][:1]), "mask_labels are of 2 images, but class_labels of 1"),
+        (
+            lambda b: b.update(class_labels=b["class_labels"][:1]),
+            "mask_labels are for 2 images, but class_labels for 1",
+        ),
         (
             lambda b: b.update(mask_labels=b["mask_labels"][:1], class_labels=b["class_labels"][:1]),
-            "labels are of 1 images, but the batch has 2",
+            "labels are for 1 images, but the batch has 2",
         ),
         (
             lambda b: b.update(mask_labels=[torch.ones(3, 16, 24)] * 2, class_labels=[torch.tensor([0, 1])] * 2),
@@ -383,14 +386,14 @@ def test_float_masks_that_are_255_inside_are_refused(num_masks):
     batch = as_mask_list(tiny_batch(size=(16, 24)))
     batch["mask_labels"] = [255 * masks.float()[:num_masks] for masks in batch["mask_labels"]]
     batch["class_labels"] = [labels[:num_masks] for labels in batch["class_labels"]]
-    with pytest.raises(ValueError, match="contain 255, but masks of floating type are 1 inside"):
+    with pytest.raises(ValueError, match="contain 255, but floating-point masks are 1 inside"):
         MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch))
 
 
 def test_float_masks_that_are_255_inside_are_refused_away_from_the_corner_too():
     masks = torch.zeros(2, 16, 24)
     masks[0, 4:8, 4:8] = masks[1, 9:12, 9:12] = 255
-    with pytest.raises(ValueError, match="contain 255, but masks of floating type are 1 inside"):
+    with pytest.raises(ValueError, match="contain 255, but floating-point masks are 1 inside"):
         MaskFormerLoss(NUM_LABELS)(*random_logits(batch_size=1), [masks], [torch.tensor([0, 1])])
 
 
@@ -459,7 +462,7 @@ def test_masks_of_integers_are_inside_where_they_are_not_0(dtype):
 def test_masks_of_floating_type_with_other_values_are_refused(value, options):
     batch = as_mask_list(tiny_batch(size=(16, 24)))
     batch["mask_labels"][1][1, 15, 3] = value
-    with pytest.raises(ValueError, match=f"mask_labels of image 1 contain {value:g}, but masks of floating type"):
+    with pytest.raises(ValueError, match=f"mask_labels of image 1 contain {value:g}, but floating-point masks"):
         MaskFormerLoss(NUM_LABELS, **options)(*random_logits(num_queries=NUM_LABELS), *labels_of(batch))
 
 
@@ -474,7 +477,7 @@ def test_masks_of_floating_type_with_other_values_are_refused(value, options):
         ({"train_num_points": 0}, "train_num_points is 0, but must be a whole number from 1"),
         ({"train_num_points": 1.5}, "train_num_points is 1.5, but must be a whole number from 1"),
         ({"oversample_ratio": 0.5}, "oversample_ratio is 0.5, but must be a number from 1"),
-        ({"importance_sample_ratio": 2}, "importance_sample_ratio is 2, but must lie in 0 to 1"),
+        ({"importance_sample_ratio": 2}, "importance_sample_ratio is 2, but must be from 0 to 1"),
     ],
 )
 def test_a_loss_without_meaning_is_not_built(arguments, message):
@@ -491,7 +494,7 @@ def test_fixed_matching_needs_a_query_for_each_class():
 @pytest.mark.parametrize("number", [5, torch.tensor(5), torch.ones(3)])
 def test_numbers_of_items_that_are_not_two_are_refused(number):
     batch = tiny_batch(size=(16, 24))
-    with pytest.raises(ValueError, match=r"must be a tensor of two numbers: what .*count_items gives"):
+    with pytest.raises(ValueError, match=r"must be a tensor of two numbers: what .*count_items returns"):
         MaskFormerLoss(NUM_LABELS)(*random_logits(), *labels_of(batch), num_items_in_batch=number)
 
 

@@ -310,7 +310,7 @@ def test_without_logits_they_are_made_from_the_embeddings():
             torch.manual_seed(0)
             found.append(loss(class_logits, given, *labels, embeddings=embeddings)[0].item())
         assert found[0] == pytest.approx(found[1], rel=1e-5)
-    with pytest.raises(ValueError, match="Give masks_queries_logits, or embeddings"):
+    with pytest.raises(ValueError, match="Give masks_queries_logits, or the embeddings"):
         loss(class_logits, None, *labels)
 
 

@@ -205,7 +205,7 @@ def test_hidden_states_of_the_queries_begin_with_zeros_and_end_with_the_norm():
 def test_one_kind_of_label_without_the_other_is_refused():
     batch = tiny_batch()
     del batch["class_labels"]
-    with pytest.raises(ValueError, match="mask_labels came without class_labels"):
+    with pytest.raises(ValueError, match="mask_labels was given without class_labels"):
         tiny_model()(**batch)
 
 

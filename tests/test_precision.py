@@ -58,7 +58,7 @@ def test_integers_are_saved_and_loaded(saved, precision, tmp_path):
 def test_integers_are_not_exported(saved, tmp_path):
     pytest.importorskip("torchao")
     rounded = MaskFormerForInstanceSegmentation.from_pretrained(saved[1], **loading_options("int8_weights"))
-    with pytest.raises(ValueError, match="Weights of 8 bits cannot be exported"):
+    with pytest.raises(ValueError, match="8-bit weights cannot be exported"):
         export_model(rounded, MaskFormerImageProcessor(), tmp_path / "exported", "torch_export", size=(64, 96))
     assert not (tmp_path / "exported").exists()
 

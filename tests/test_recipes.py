@@ -204,7 +204,7 @@ def test_images_of_a_recipe_are_filled_up_to_its_crops_in_training_alone(options
 
 def test_sizes_that_a_named_augmentation_does_not_use_are_told_of(caplog):
     parse("--config=c", "--augmentation=ade20k", "--image_size=64", "--min_scale=1", "--crop=false")
-    assert "--min_scale, --crop: not used, as the augmentation 'ade20k' has its own" in caplog.text
+    assert "--min_scale, --crop: ignored, as the augmentation 'ade20k' has its own" in caplog.text
     caplog.clear()
     parse("--config=c", "--image_size=64", "--min_scale=1")
     parse("--config=c", "--augmentation=ade20k", "--image_size=64")
@@ -238,7 +238,7 @@ def test_departures_from_the_paper_are_said_aloud(monkeypatch):
     assert not warnings
     batch = ("--per_device_train_batch_size=3", "--gradient_accumulation_steps=1")
     parse("--preset=ade20k-swin-tiny", "--max_steps=100", *batch)
-    assert "A step has 3 images, but 16 in the paper" in warnings[0]
+    assert "A step has 3 images, but the paper's learning rate is for 16" in warnings[0]
     assert "ends after 100 steps, within the 1500 of the warm-up" in warnings[1]
 
 

@@ -299,7 +299,7 @@ def test_output_that_cannot_be_written_is_refused_before_training(tmp_path):
     trainer = our_trainer(tmp_path / "run")
     (tmp_path / "run").rmdir()
     (tmp_path / "run").write_text("in the way")
-    with pytest.raises(OSError, match=r"output_dir .*run cannot be written .*Nothing was trained"):
+    with pytest.raises(OSError, match=r"output_dir .*run is not writable .*Nothing was trained"):
         trainer.train()
 
 

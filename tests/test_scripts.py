@@ -766,7 +766,7 @@ def test_what_cannot_be_written_shows_before_anything_is_read(tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", [f"{name}.py", *(f"--{key}={value}" for key, value in options.items())])
     with pytest.raises(SystemExit):
         runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-    assert re.search(r"error: --\w+ is closed/\S+, but closed cannot be written", capsys.readouterr().err)
+    assert re.search(r"error: --\w+ is closed/\S+, but closed is not writable", capsys.readouterr().err)
 
 
 def test_a_file_in_the_place_of_a_folder_shows_before_anything_is_read(tmp_path, monkeypatch):
@@ -799,7 +799,7 @@ def test_a_folder_above_a_checkpoint_and_a_file_in_it_are_answered(checkpoint, t
     shutil.copytree(checkpoint, tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json, but .*run has"):
         call("predict", checkpoint=tmp_path, input="photo.jpg", output=tmp_path / "out")
-    with pytest.raises(OSError, match=r"config\.json is no file of weights\. Name the folder"):
+    with pytest.raises(OSError, match=r"config\.json is not a weight file\. Name the folder"):
         call("predict", checkpoint=tmp_path / "run" / "config.json", input="photo.jpg", output=tmp_path / "out")
     (tmp_path / "run" / "preprocessor_config.json").unlink()
     with pytest.raises(OSError, match=r"run has no preprocessor_config\.json\. Save the image processor there too"):

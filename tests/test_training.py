@@ -609,7 +609,7 @@ def test_a_part_of_a_data_set_has_its_classes_and_what_has_none_says_what_to_do(
     check_samples(part)
     first_two = GeneratedScenes(2, image_size=(64, 64))
     assert trainer.evaluate(part)["eval_mean_iou"] == trainer.evaluate(first_two)["eval_mean_iou"]
-    with pytest.raises(ValueError, match=r"of type list, does not say which classes it has\. Open it by a reader"):
+    with pytest.raises(ValueError, match=r"of type list, does not say which classes it has\. Open it with a reader"):
         trainer.evaluate([SCENES[0]])
     with pytest.raises(ValueError, match=r"of type ConcatDataset, does not say which classes it has"):
         our_trainer(tmp_path, eval_dataset=ConcatDataset([SCENES, SCENES]))

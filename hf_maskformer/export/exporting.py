@@ -1,4 +1,4 @@
-"""Writes a model as one file for ONNX Runtime or `torch.export.load`, and beside it what its user must know."""
+"""Writes a model as one file for ONNX Runtime or `torch.export.load`, and beside it its configuration files."""
 
 import importlib.util
 from copy import copy
@@ -22,8 +22,8 @@ Format = Literal["onnx", "torch_export"]
 Output = Literal["logits", "semantic", "panoptic"]
 OPSET = 18
 SMALLEST_SIDE = 33  # of an image, in pixels: smaller ones leave a single row or column at stride 32
-# Nothing of this size is computed. Sides that divide by nothing and several windows at every stage of any Swin keep
-# sizes apart which the program must not take for equal.
+# Nothing of this size is computed. Prime sides and several windows at every stage of any Swin keep sizes apart that the
+# program must not take for equal.
 EXAMPLE_SIZE = (1061, 1373)
 
 
@@ -41,15 +41,15 @@ def export_model(
     """Writes the model with `task` inside, and its `config.json` and `preprocessor_config.json`, into a folder.
 
     Args:
-        model: A `MaskFormerForInstanceSegmentation` or a per-pixel baseline, in float32 on the CPU. Its modules stay
-            in the modes, training or evaluation, in which they are.
-        image_processor: Says how images become `pixel_values`, and which labels panoptic segmentation fuses.
-        folder: Where to; made if missing. Not that of a checkpoint, whose configuration would be replaced.
+        model: A `MaskFormerForInstanceSegmentation` or a per-pixel baseline, in float32 on the CPU. Its modules keep
+            their modes, training or evaluation.
+        image_processor: Defines how images become `pixel_values`, and which labels panoptic segmentation fuses.
+        folder: Created if missing. Not that of a checkpoint, whose configuration would be overwritten.
         format: "onnx" gives `model.onnx`, "torch_export" gives `model.pt2`.
         task: What the file computes from `pixel_values` (B, 3, H, W); see `heads`.
-        size: (H, W) of all images, to which the saved image processor then brings them. By default any size of at least
-            33 pixels each way, with a ResNet or Swin; with other backbones what their code allows. The batch may be of
-            any size.
+        size: (H, W) of all images, to which the saved image processor then resizes them. By default any size of at
+            least 33 pixels each way, with a ResNet or Swin; with other backbones what their code allows. The batch size
+            is always dynamic.
         output_size: (height, width) of the segmentation; by default that of the images.
         thresholds: Of `Panoptic`, for that task only; by default the image processor's `panoptic_thresholds`.
 
@@ -57,10 +57,10 @@ def export_model(
         The path of the file.
 
     Raises:
-        ValueError: Format or task is unknown, the model does not do the task, a threshold is not one of the task or no
-            number from 0 to 1, weights are of 8 bits, a size is too small, or there is none for a plain vision
-            transformer.
-        FileExistsError: The folder is a file, or that of a checkpoint.
+        ValueError: Format or task is unknown, the model does not support the task, a threshold does not belong to the
+            task or is not a number from 0 to 1, weights are 8-bit, or a size is too small, or missing for a plain
+            vision transformer.
+        FileExistsError: The folder is a file, or holds a checkpoint.
         ImportError: What ONNX needs is not installed.
     """
     if format not in get_args(Format):
@@ -70,11 +70,11 @@ def export_model(
     if size is not None and min(size) < SMALLEST_SIDE:
         raise ValueError(f"size is {tuple(size)}, but both sides must have at least {SMALLEST_SIDE} pixels.")
     if size is None and any(isinstance(module, SimpleFeaturePyramid) for module in model.modules()):
-        raise ValueError("The backbone cuts images into whole patches, so that it does not take any size. Give size.")
+        raise ValueError("The backbone splits images into whole patches, so it does not accept every size. Give size.")
     if output_size is not None and min(output_size) < 1:
         raise ValueError(f"output_size is {tuple(output_size)}, but height and width must be positive.")
     if any(type(parameter) not in PLAIN_TYPES for parameter in model.parameters()):
-        raise ValueError("Weights of 8 bits cannot be exported. Export the model that they were made of.")
+        raise ValueError("8-bit weights cannot be exported. Export the model that was quantised.")
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
         raise ValueError(f"The model is in {model.dtype} on {model.device}. Export model.float().cpu() instead.")
     folder = Path(folder)
@@ -84,7 +84,7 @@ def export_model(
     if weights:
         raise FileExistsError(
             f"{folder} holds {weights[0].name}, to which its config.json and preprocessor_config.json belong; they "
-            f"would be replaced. Name another folder, such as {folder / 'exported'}."
+            f"would be overwritten. Name another folder, such as {folder / 'exported'}."
         )
     head = build_head(model, image_processor, task, output_size, **thresholds)
     modes = [(module, module.training) for module in model.modules()]
@@ -112,7 +112,7 @@ def export_model(
 
 
 def at_size(image_processor: MaskFormerImageProcessor, size: Size) -> MaskFormerImageProcessor:
-    """A copy that brings every image to exactly this size."""
+    """A copy that resizes every image to exactly this size."""
     fixed = copy(image_processor)
     fixed.do_resize, fixed.size = True, {"height": size[0], "width": size[1]}
     fixed.size_divisor, fixed.pad_size = 0, None
@@ -167,8 +167,8 @@ def trace(head: nn.Module, size: Size | None = None, num_channels: int = 3) -> E
         dynamic_shapes={"pixel_values": {0: Dim.DYNAMIC, 2: side, 3: side}},
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    # Tracing notes on the way which sizes leave a tensor of one row or no padding, where its strides could be read in
-    # another way. Every operation here takes these sizes too, so the notes would only refuse images.
+    # Tracing records which sizes leave a tensor of one row or no padding, where its strides could be read in another
+    # way. Every operation here supports these sizes too, so these assertions would only reject images.
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
             program.graph.erase_node(node)

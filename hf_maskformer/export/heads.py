@@ -73,7 +73,7 @@ class Semantic(nn.Module):
 
 
 class Panoptic(nn.Module):
-    """Pixel values (B, 3, H, W) to segments, as `panoptic_segmentation` gives them.
+    """Pixel values (B, 3, H, W) to segments, as `panoptic_segmentation` returns them.
 
     Args:
         logits: A `Logits`.
@@ -108,7 +108,7 @@ class Panoptic(nn.Module):
         self.overlap_mask_area_threshold = overlap_mask_area_threshold
         self.output_size = output_size
         labels = torch.arange(logits.model.class_predictor.out_features)
-        # As there, ids that are no labels of the model fuse nothing.
+        # As there, ids that are not labels of the model have no effect.
         self.register_buffer("is_fused", torch.isin(labels, torch.tensor([*label_ids_to_fuse], dtype=torch.long)))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -132,7 +132,7 @@ class Panoptic(nn.Module):
         return segmentation.int(), segment_ids.int(), labels, scores
 
     def _number_segments(self, is_segment: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-        """Ids from 1 in the order of the queries, (B, Q); the first query of a fused label lends the others its id."""
+        """Ids from 1 in the order of the queries, (B, Q); queries of a fused label share the id of the first."""
         is_alike = (labels[:, :, None] == labels[:, None, :]) & self.is_fused[labels][:, :, None]
         is_alike = (is_alike & is_segment[:, None, :]) | (queries[:, None] == queries)
         first = torch.where(is_alike, queries, queries.shape[0]).amin(-1)
@@ -145,6 +145,6 @@ def resize(logits: Tensor, size: Size | torch.Size) -> Tensor:
 
 
 def sigmoid(logits: Tensor) -> Tensor:
-    """ONNX Runtime's own loses digits below -11, and all at -18, by which pixels that no query wants are given away."""
+    """ONNX Runtime's own loses digits below -11, and all at -18, which decide who wins pixels that no query claims."""
     small = (-logits.abs()).exp()
     return torch.where(logits >= 0, 1.0, small) / (1.0 + small)
