@@ -47,7 +47,7 @@ AutoConfig.register(PerPixelBaselineConfig.model_type, PerPixelBaselineConfig)
 AutoModelForSemanticSegmentation.register(PerPixelBaselineConfig, PerPixelBaselineForSemanticSegmentation)
 
 # Training and evaluation import Trainer and its libraries; prediction alone should not wait for them.
-_SIDE_ROOMS = {
+_LAZY_MODULES = {
     "AveragePrecision": "evaluation.average_precision",
     "MaskFormerDataCollator": "data.collator",
     "MaskFormerTrainer": "training.trainer",
@@ -68,8 +68,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("hf-maskformer")
-    if name not in _SIDE_ROOMS:
+    if name not in _LAZY_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_SIDE_ROOMS[name]}", __name__), name)
+    return getattr(import_module(f".{_LAZY_MODULES[name]}", __name__), name)

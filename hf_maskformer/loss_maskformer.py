@@ -20,7 +20,7 @@ from .loss_maskformer_masks import (
     MasksOfSegment,
     WithGradient,
     dense_mask_losses,
-    works_in_cache,
+    prefers_small_chunks,
 )
 from .loss_maskformer_matching import Match, assign, finite_costs, pairwise_mask_costs
 from .loss_maskformer_points import PointSampling, sampled_mask_losses
@@ -30,12 +30,12 @@ from .loss_maskformer_targets import (
     are_owned,
     checked_labels,
     copy_to_host,
+    host_check_tensors,
     masks_at,
     pixels_at_stride,
     pixels_of_segment,
     prepare_targets,
     void_pixels,
-    what_the_host_checks,
 )
 
 
@@ -179,7 +179,7 @@ class MaskFormerLoss(nn.Module):
                 f"{self.num_labels} classes. Give as many queries, or set matching='bipartite'."
             )
         _check_num_items(num_items_in_batch)
-        is_by_segment = self.point_sampling is None and works_in_cache(class_queries_logits.device)
+        is_by_segment = self.point_sampling is None and prefers_small_chunks(class_queries_logits.device)
         targets = prepare_targets(
             mask_labels,
             class_labels,
@@ -259,7 +259,7 @@ class MaskFormerLoss(nn.Module):
             For each layer and image the matched queries, and their segments; min(Q, N_i) each. And the targets'
             `starts`, copied to the host along the way.
         """
-        facts = targets.starts, *what_the_host_checks(targets)
+        facts = targets.starts, *host_check_tensors(targets)
         if self.is_matching_fixed:
             starts, *checks = copy_to_host(*facts)
             labels = checked_labels(targets, self.num_labels, *checks)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .loss_maskformer_masks import rows_at_once, works_in_cache
+from .loss_maskformer_masks import prefers_small_chunks, rows_at_once
 
 
 class Projection(NamedTuple):
@@ -34,12 +34,12 @@ class Projection(NamedTuple):
 _PROJECTIONS = WeakTensorKeyDictionary()
 
 
-def remember_projection(pixel_embeddings: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> None:
+def record_projection(pixel_embeddings: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Records what produced pixel embeddings, so that the gradient of a loss may bypass them."""
     _PROJECTIONS[pixel_embeddings] = Projection(level, weight, bias, pixel_embeddings._version)
 
 
-def take_projection(pixel_embeddings: Tensor) -> Projection | None:
+def pop_projection(pixel_embeddings: Tensor) -> Projection | None:
     """What produced pixel embeddings, if they are unchanged and nobody needs their gradient.
 
     What a hook or an adapter puts in their place has no such record; in-place changes are counted; and whoever gathers
@@ -82,7 +82,7 @@ def mask_logits_of_image(
 
 def _layers_at_once(num_layers: int, num_queries: int, num_pixels: int, device: torch.device) -> int:
     """One on a CPU, elsewhere as many as are processed at once, in parts of similar size."""
-    if works_in_cache(device):
+    if prefers_small_chunks(device):
         return 1
     at_most = max(1, rows_at_once(device, num_pixels) // num_queries)
     return -(-num_layers // -(-num_layers // at_most))
@@ -96,7 +96,7 @@ def matched_mask_logits(mask_embeddings: Tensor, pixel_embeddings: Tensor, count
         pixel_embeddings: (B, C, h, w).
         counts: How many of the M belong to each image.
     """
-    projection = take_projection(pixel_embeddings)
+    projection = pop_projection(pixel_embeddings)
     # Bypassing them costs M / (B * C) of their own gradient in convolutions, and some smaller products: at a half it
     # saves a third of the time or more.
     if projection is not None and 2 * len(mask_embeddings) <= pixel_embeddings.shape[:2].numel():

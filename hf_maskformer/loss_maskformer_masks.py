@@ -18,20 +18,20 @@ FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0  # the closed-form gradients below assume an exponent of 2
 
 # The logit of a pixel that must not count as outside: its probability, 2e-35, and focal loss add nothing to any sum.
-NEVER = -80.0
+IGNORED_LOGIT = -80.0
 # Pixels processed at once: few enough for a CPU's cache, enough to keep a GPU busy.
 CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**19, 2**23
 BLOCK_SIZE = 32
 
 
-def works_in_cache(device: torch.device) -> bool:
+def prefers_small_chunks(device: torch.device) -> bool:
     """Whether few pixels at a time are fastest, as on a CPU; on a GPU each operation may take longer to launch."""
     return device.type == "cpu"
 
 
 def rows_at_once(device: torch.device, num_pixels: int) -> int:
     """How many masks of so many pixels are processed at once."""
-    return max(1, (CHUNK_SIZE_CPU if works_in_cache(device) else CHUNK_SIZE_GPU) // num_pixels)
+    return max(1, (CHUNK_SIZE_CPU if prefers_small_chunks(device) else CHUNK_SIZE_GPU) // num_pixels)
 
 
 @dataclass
@@ -107,19 +107,19 @@ def dense_mask_losses(
     """
     focal, dice = logits.new_zeros(2, len(logits), dtype=torch.float32)
     gradient = None if focal_weight is None else torch.empty_like(logits, dtype=torch.float32)
-    enlargement = Enlargement(logits.shape[-2:], size, logits.device)
+    upsampling = BilinearUpsampling(logits.shape[-2:], size, logits.device)
     masks_per_chunk = rows_at_once(logits.device, size[0] * size[1])
     for group in groups:
         for start in range(group.rows.start, group.rows.stop, masks_per_chunk):
             rows = slice(start, min(start + masks_per_chunk, group.rows.stop))
-            pixels = enlargement(logits[rows].float()).flatten(1)
+            pixels = upsampling(logits[rows].float()).flatten(1)
             if isinstance(group, MasksOfSegment):
                 focal[rows], dice[rows] = _losses_of_segment(pixels, group, focal_weight, dice_weight)
             else:
                 inside = masks_at(group.masks, group.segments[rows])
                 focal[rows], dice[rows] = mask_losses(pixels, inside, group.counted, focal_weight, dice_weight)
             if gradient is not None:
-                gradient[rows] = enlargement.transposed(pixels.unflatten(1, size))
+                gradient[rows] = upsampling.transposed(pixels.unflatten(1, size))
     return focal, dice, gradient
 
 
@@ -135,9 +135,9 @@ def _losses_of_segment(
     """
     num_pixels = logits.shape[1]
     logits_inside = logits.index_select(1, group.inside)
-    logits.index_fill_(1, group.inside, NEVER)
+    logits.index_fill_(1, group.inside, IGNORED_LOGIT)
     if group.left_out is not None:
-        logits.index_fill_(1, group.left_out, NEVER)
+        logits.index_fill_(1, group.left_out, IGNORED_LOGIT)
         num_pixels = max(num_pixels - len(group.left_out), 1)
 
     # Outside, the error is the probability p; focal loss is p^2 * softplus(logit).
@@ -171,7 +171,7 @@ def _losses_of_segment(
     return focal, 1 - numerator / denominator
 
 
-class Enlargement:
+class BilinearUpsampling:
     """Bilinear upsampling of (m, h, w) to (m, H, W), as two products with small matrices, and its transpose.
 
     Both are several times faster than torch's on a CPU, above all the transpose, which is the backward pass.

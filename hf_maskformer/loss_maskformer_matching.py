@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import is_scipy_available
 
-from .loss_maskformer_masks import FOCAL_ALPHA, NEVER, rows_at_once
+from .loss_maskformer_masks import FOCAL_ALPHA, IGNORED_LOGIT, rows_at_once
 
 # Far above every finite cost, and still exact enough in float32 for the sums of the assignment.
-COST_OF_THE_LAST = 1e6
+NON_FINITE_COST = 1e6
 # From about this many costs on, the assignments take milliseconds, and threads are worth starting.
-MANY_COSTS = 2**18
+MIN_COSTS_FOR_THREADS = 2**18
 # Matrix products with a column count that fills vector registers are up to three times faster on a CPU.
 REGISTER_SIZE = 16
 
@@ -43,7 +43,7 @@ def pairwise_mask_costs(mask_logits: Tensor, masks: Tensor, left_out: Tensor | N
     for logits in mask_logits.split(rows_at_once(mask_logits.device, num_pixels)):
         logits = logits.float()
         if left_out is not None:
-            logits = logits.masked_fill(left_out, NEVER)
+            logits = logits.masked_fill(left_out, IGNORED_LOGIT)
         probabilities, negative_log = logits.sigmoid(), F.softplus(logits)
         focal_outside = (probabilities * probabilities).mul_(negative_log).mul_(1 - FOCAL_ALPHA)
         # Inside, with p of the opposite sign: (1 - p)^2 * softplus(-logit), where softplus(-x) = softplus(x) - x.
@@ -74,7 +74,7 @@ def assign(costs: Tensor, num_segments: list[int]) -> list[list[Match]]:
     problems = [
         costs[layer, image, :, : num_segments[image]].numpy() for layer, image in product(*map(range, costs.shape[:2]))
     ]
-    if costs.numel() < MANY_COSTS:
+    if costs.numel() < MIN_COSTS_FOR_THREADS:
         solutions = [linear_sum_assignment(problem) for problem in problems]
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -100,4 +100,4 @@ def finite_costs(costs: Tensor, are_finite: dict[str, bool], reported: set[str])
             "rate or clip the gradient. This is reported once.",
             stacklevel=2,
         )
-    return costs.nan_to_num(COST_OF_THE_LAST, COST_OF_THE_LAST, COST_OF_THE_LAST)
+    return costs.nan_to_num(NON_FINITE_COST, NON_FINITE_COST, NON_FINITE_COST)

@@ -187,7 +187,7 @@ def copy_to_host(*tensors: Tensor) -> list[np.ndarray]:
     ]
 
 
-def what_the_host_checks(targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def host_check_tensors(targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labels, the lowest and highest index of each index map, `values` and `image_sizes`, for `checked_labels`."""
     no_bounds = targets.labels.new_full((2,), NO_SEGMENT)
     bounds = [torch.stack(masks.aminmax()).long() if masks.dim() == 2 else no_bounds for masks in targets.masks]
@@ -207,7 +207,7 @@ def checked_labels(
     Args:
         targets: The segments.
         num_labels: K.
-        labels, bounds, values, image_sizes: `what_the_host_checks`, on the host.
+        labels, bounds, values, image_sizes: `host_check_tensors`, on the host.
 
     Raises:
         ValueError: A label outside 0 to K - 1, an index map that points past the labels or below -1, numbers of masks

@@ -36,7 +36,7 @@ _LIBRARIES: list[torch.library.Library] = []
 def is_plain(states: Tensor, weight: Tensor) -> bool:
     """Whether these are plain float32 tensors on a CPU, for which torch has oneDNN and its operators."""
     # GPU libraries have it built in, and exported graphs are for other runtimes: they get the plain operator.
-    if is_exported() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if is_exporting() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if type(states) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
         return False
@@ -45,7 +45,7 @@ def is_plain(states: Tensor, weight: Tensor) -> bool:
 
 def is_inference() -> bool:
     """Whether nobody needs gradients, or a graph or count of plain operators."""
-    if torch.is_grad_enabled() or is_exported() or is_transformed():
+    if torch.is_grad_enabled() or is_exporting() or is_transformed():
         return False
     # A compiled graph checks when it runs.
     return torch.compiler.is_compiling() or has_plain_dispatch()
@@ -87,14 +87,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def is_exported() -> bool:
+def is_exporting() -> bool:
     """Whether a graph is being recorded for other runtimes, which holds only torch's own operators."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def is_for_any_size(size: Sequence[int]) -> bool:
     """Whether a graph is being compiled with a dynamic height or width."""
-    if not torch.compiler.is_compiling() or is_exported():
+    if not torch.compiler.is_compiling() or is_exporting():
         return False
     # Here, as it imports all of sympy.
     from torch.fx.experimental.symbolic_shapes import has_static_value

@@ -36,7 +36,7 @@ class SimpleFeaturePyramid(nn.Module):
     def __init__(self, config: SimpleFeaturePyramidConfig) -> None:
         super().__init__()
         self.patch_size: int = config.backbone_config.patch_size
-        self.backbone = build_foreign_backbone(config.backbone_config)
+        self.backbone = build_transformers_backbone(config.backbone_config)
         # From its pre-training on masked images; distributed training would wait for its gradient.
         self.backbone.embeddings.mask_token.requires_grad_(False)
         dim = self.backbone.channels[-1]
@@ -68,7 +68,7 @@ class SimpleFeaturePyramid(nn.Module):
         return [level(last_map) for level in self.levels]
 
 
-def build_foreign_backbone(config: PreTrainedConfig) -> Any:
+def build_transformers_backbone(config: PreTrainedConfig) -> Any:
     """A backbone from transformers, with the attention implementation of its configuration if it has that."""
     requested = config._attn_implementation
     # With one that it does not have, building it would fail.

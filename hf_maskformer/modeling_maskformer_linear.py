@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .modeling_maskformer_dispatch import (
     HAS_MKL_AND_ONEDNN,
-    is_exported,
+    is_exporting,
     is_plain,
     is_transformed,
     register_operator,
@@ -92,7 +92,7 @@ def products_with_pixels(embeddings: Tensor, pixel_embeddings: Tensor) -> Tensor
 
     Takes (L, B, Q, C) and (B, C, h, w); returns (L, B, Q, h, w).
     """
-    is_fixed = not (torch.is_grad_enabled() or is_transformed() or is_exported())
+    is_fixed = not (torch.is_grad_enabled() or is_transformed() or is_exporting())
     if is_fixed and computes_in_bfloat16(embeddings, pixel_embeddings):
         embeddings, pixel_embeddings = embeddings.bfloat16(), pixel_embeddings.bfloat16()
         products = products_one_by_one

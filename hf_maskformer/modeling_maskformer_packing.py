@@ -26,9 +26,9 @@ from .modeling_maskformer_dispatch import (
 )
 from .modeling_maskformer_winograd import (
     WINOGRAD_GEOMETRY,
-    arranged_kernel,
     cached_winograd_pays,
     convolve,
+    transformed_kernel,
     winograd,
 )
 
@@ -43,7 +43,7 @@ HAS_BFLOAT16_OPERATORS = (
 MAX_SIZES = 256
 
 
-class FixedConvolution(NamedTuple):
+class FoldableConvolution(NamedTuple):
     """A convolution and optionally the batch normalisation after it, which at inference scales and shifts each channel.
 
     Args:
@@ -128,7 +128,7 @@ class PackedConvolution:
         size: Of the expected inputs, (B, C, h, w); others work too, perhaps slowly.
     """
 
-    def __init__(self, convolution: FixedConvolution, dtype: torch.dtype, size: Sequence[int]) -> None:
+    def __init__(self, convolution: FoldableConvolution, dtype: torch.dtype, size: Sequence[int]) -> None:
         weight, bias = convolution.finite()
         _, _, stride, padding, dilation, *_ = convolution
         self.dtype = dtype
@@ -165,9 +165,9 @@ class PackedConvolution:
 class PackedWinograd:
     """A Winograd convolution in float32 with a 3 x 3 kernel, which is stored transformed."""
 
-    def __init__(self, convolution: FixedConvolution) -> None:
+    def __init__(self, convolution: FoldableConvolution) -> None:
         weight, bias = convolution.finite()
-        self.kernel = arranged_kernel(weight)
+        self.kernel = transformed_kernel(weight)
         self.bias = None if bias is None else bias.detach().clone()
 
     def __call__(self, states: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
@@ -259,19 +259,19 @@ class CacheEntry:
 
     def __init__(self, settings: Any, weights: Sequence[Tensor | None]) -> None:
         self.settings = settings
-        self.marks = marks(weights)
+        self.fingerprints = fingerprints(weights)
         self.samples = [values for weight in weights if weight is not None for values in samples(weight)]
         self.seen = self._values()
 
     def is_current(self, weights: Sequence[Tensor | None]) -> bool:
-        # The marks first: they ensure that the memory of the samples is still that of the weights.
-        return self.marks == marks(weights) and self.seen == self._values()
+        # The fingerprints first: they ensure that the memory of the samples is still that of the weights.
+        return self.fingerprints == fingerprints(weights) and self.seen == self._values()
 
     def _values(self) -> list[bytes]:
         return [values.tobytes() for values in self.samples]
 
 
-def marks(weights: Sequence[Tensor | None]) -> list[tuple]:
+def fingerprints(weights: Sequence[Tensor | None]) -> list[tuple]:
     """Addresses, dtypes, layouts and version counters of weights; inference mode has no counter."""
     return [
         (
@@ -368,8 +368,8 @@ def convolve_in_graph(
     dtype: torch.dtype,
     activation: str,
 ) -> Tensor:
-    """What a compiled graph calls for a `FixedConvolution` and its activation."""
-    convolution = FixedConvolution(weight, bias, tuple(stride), tuple(padding), tuple(dilation), norm, eps)
+    """What a compiled graph calls for a `FoldableConvolution` and its activation."""
+    convolution = FoldableConvolution(weight, bias, tuple(stride), tuple(padding), tuple(dilation), norm, eps)
     if has_plain_dispatch() and states.numel():
         output = convolution.packed(states, dtype)(states, activation)
     else:

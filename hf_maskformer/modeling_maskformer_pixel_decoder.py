@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_maskformer_parts import GROUP_NORM_GROUPS, MaskFormerTransformerConfig
-from .loss_maskformer_logits import remember_projection
+from .loss_maskformer_logits import record_projection
 from .modeling_maskformer_dispatch import can_overwrite, is_hooked, is_traced
-from .modeling_maskformer_packing import FixedConvolution, can_cache
+from .modeling_maskformer_packing import FoldableConvolution, can_cache
 from .modeling_maskformer_transformer_layers import TransformerEncoder
 from .modeling_maskformer_winograd import convolve
 
@@ -27,7 +27,7 @@ class XavierConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        convolution = FixedConvolution(self.weight, self.bias, self.stride, self.padding, self.dilation)
+        convolution = FoldableConvolution(self.weight, self.bias, self.stride, self.padding, self.dilation)
         dtype = convolution.packing_dtype(states) if can_cache(self) else None
         if dtype is not None:
             return convolution(states, dtype)
@@ -48,7 +48,7 @@ class MaskProjection(XavierConv2d):
             # Where it was measured, on CPUs; and a compiled graph has its own backward pass.
             can_go_around = level.device.type == "cpu" and pixel_embeddings.requires_grad and not is_traced()
             if can_go_around and self.bias is not None and {type(self.weight), type(self.bias)} == {nn.Parameter}:
-                remember_projection(pixel_embeddings, level, self.weight, self.bias)
+                record_projection(pixel_embeddings, level, self.weight, self.bias)
             return pixel_embeddings
         kernels = torch.einsum("bqc,cfyx->bqfyx", mask_embeddings, self.weight)
         biases = torch.einsum("bqc,c->bq", mask_embeddings, self.bias)

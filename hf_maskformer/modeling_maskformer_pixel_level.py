@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_maskformer_parts import MaskFormerTransformerConfig, errors_as_value_errors, is_of_type
-from .modeling_maskformer_dispatch import is_exported, is_transformed
-from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid, build_foreign_backbone
+from .modeling_maskformer_dispatch import is_exporting, is_transformed
+from .modeling_maskformer_feature_pyramid import SimpleFeaturePyramid, build_transformers_backbone
 from .modeling_maskformer_pixel_decoder import PixelDecoder, PixelDecoderOutput
 from .modeling_maskformer_resnet import ResNetBackbone
 from .modeling_maskformer_swin import SwinBackbone
@@ -70,7 +70,7 @@ class PixelLevelModule(nn.Module):
         images = pixel_values.contiguous(memory_format=torch.channels_last) if is_safe else pixel_values
         is_foreign = isinstance(self.encoder, PreTrainedModel)
         # A list of our own: the pixel decoder empties it.
-        features = list(foreign_feature_maps(self.encoder, images) if is_foreign else self.encoder(images))
+        features = list(transformers_feature_maps(self.encoder, images) if is_foreign else self.encoder(images))
         del images
         memory_sizes = None
         if pixel_mask is not None:
@@ -109,10 +109,10 @@ def build_backbone(config: PreTrainedConfig) -> Any:
     own = OWN_BACKBONES.get(config.model_type)
     # Each type has its own rules for its fields, some of which only its modules know.
     with errors_as_value_errors("backbone_config"):
-        return build_foreign_backbone(config) if own is None else own(config)
+        return build_transformers_backbone(config) if own is None else own(config)
 
 
-def foreign_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Sequence[Tensor]:
+def transformers_feature_maps(backbone: PreTrainedModel, pixel_values: Tensor) -> Sequence[Tensor]:
     """The feature maps of a backbone that is not ours, whose strides show only in the maps.
 
     Raises:
@@ -142,7 +142,7 @@ def check_images(pixel_values: Tensor, num_channels: int | None) -> None:
 
     oneDNN's own error does not say what is wrong.
     """
-    if is_exported():
+    if is_exporting():
         return
     shape = tuple(pixel_values.shape)
     # One by one and not with `in`, which fails for symbolic sizes, as under torch.compile.

@@ -16,8 +16,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer_parts import MaskFormerResNetConfig, is_of_type
-from .modeling_maskformer_dispatch import can_overwrite, is_exported, is_hooked, is_traced
-from .modeling_maskformer_packing import FixedConvolution, can_cache
+from .modeling_maskformer_dispatch import can_overwrite, is_exporting, is_hooked, is_traced
+from .modeling_maskformer_packing import FoldableConvolution, can_cache
 from .modeling_maskformer_winograd import convolve
 
 BOTTLENECK_REDUCTION = 4
@@ -85,7 +85,7 @@ class ConvNorm(nn.Module):
         if is_fixed and is_untouched(convolution) and is_untouched(norm):
             geometry = (convolution.stride, convolution.padding, convolution.dilation)
             of_norm = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            fixed = FixedConvolution(convolution.weight, None, *geometry, of_norm, norm.eps)
+            fixed = FoldableConvolution(convolution.weight, None, *geometry, of_norm, norm.eps)
             dtype = fixed.packing_dtype(states) if can_cache(self) else None
             if dtype is not None:
                 if residual is not None and not is_traced():
@@ -247,7 +247,7 @@ class ResNetBackbone(nn.Module):
         for index, stage in enumerate(self.encoder.stages, start=1):
             outputs[f"stage{index}"] = states = stage(states)
         *others, last = (outputs[name] for name in self.out_features)
-        if pixel_values.device.type == "cpu" and not (torch.is_grad_enabled() or is_exported()):
+        if pixel_values.device.type == "cpu" and not (torch.is_grad_enabled() or is_exporting()):
             # oneDNN's ReLU turns NaN into 0, so that a damaged image would have results like any other.
             nan_if_damaged = pixel_values.sum((1, 2, 3), dtype=torch.float32) * 0
             last = last + nan_if_damaged[:, None, None, None].to(last.dtype)

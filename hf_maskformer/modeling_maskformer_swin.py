@@ -365,12 +365,12 @@ class SwinBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         states = self.model.embeddings(pixel_values)
-        are_own = gives_its_own(self.model.embeddings)
+        are_own = returns_new_memory(self.model.embeddings)
         feature_maps = []
         for stage, norm in zip(self.model.encoder.layers, self.hidden_states_norms, strict=True):
             if type(stage) is SwinStage:
                 states, next_states = stage(states, are_own)
-                are_own = not is_hooked(stage) and gives_its_own(stage.downsample)
+                are_own = not is_hooked(stage) and returns_new_memory(stage.downsample)
             else:
                 states, next_states = stage(states)
                 are_own = False
@@ -379,14 +379,14 @@ class SwinBackbone(nn.Module):
         return feature_maps
 
 
-def gives_its_own(module: nn.Module | None) -> bool:
+def returns_new_memory(module: nn.Module | None) -> bool:
     """Whether nobody else reads a module's output: it, or a part of it, may be a replacement that keeps it."""
     if module is None or not can_overwrite(module):
         return False
-    return {type(part) for part in module.modules()} <= PARTS_THAT_GIVE_THEIR_OWN
+    return {type(part) for part in module.modules()} <= MODULES_RETURNING_NEW_MEMORY
 
 
-PARTS_THAT_GIVE_THEIR_OWN = {
+MODULES_RETURNING_NEW_MEMORY = {
     PatchEmbedding,
     PatchProjection,
     PatchMerging,

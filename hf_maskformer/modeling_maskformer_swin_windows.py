@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modeling_maskformer_dispatch import is_exported, is_for_any_size, is_traced, is_transformed, register_operator
+from .modeling_maskformer_dispatch import is_exporting, is_for_any_size, is_traced, is_transformed, register_operator
 
 # Added to the attention scores of positions that the cyclic shift made neighbours; the paper's code uses -100 too.
 MASK_VALUE = -100.0
@@ -145,7 +145,7 @@ def reused_grid(
 
 def rearrange(states: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """`Rearrange`, but in exported graphs the operator inside, which other runtimes know."""
-    return states.index_select(1, order) if is_exported() else Rearrange.apply(states, order, inverse)
+    return states.index_select(1, order) if is_exporting() else Rearrange.apply(states, order, inverse)
 
 
 class Rearrange(torch.autograd.Function):

@@ -111,7 +111,7 @@ class WinogradConvolution(torch.autograd.Function):
 def _convolution(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.hf_maskformer.convolve_3x3(states, weight, bias)
-    return winograd(states, arranged_kernel(weight), bias)
+    return winograd(states, transformed_kernel(weight), bias)
 
 
 def _kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _kernel_gradient(states: Tensor, gradient: Tensor) -> Tensor:
 
 
 def winograd(states: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """Takes (B, C, h, w), a kernel from `arranged_kernel` and bias (O,); returns channels_last (B, O, h, w)."""
+    """Takes (B, C, h, w), a kernel from `transformed_kernel` and bias (O,); returns channels_last (B, O, h, w)."""
     batch_size, _, height, width = states.shape
     out_channels = len(kernel) // PATCH**2
     num_rows, num_columns = -(-height // TILE), -(-width // TILE)
@@ -134,7 +134,7 @@ def winograd(states: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     return output[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
-def arranged_kernel(weight: Tensor) -> Tensor:
+def transformed_kernel(weight: Tensor) -> Tensor:
     """Takes (O, C, 3, 3); returns it transformed, in oneDNN's layout, four times as large."""
     in_channels = weight.shape[1]
     kernel = transforms()[1].to(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(KERNEL**2, -1)
@@ -219,7 +219,7 @@ def powers(count: int) -> Tensor:
 def convolve_3x3(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What a compiled graph calls: the compiler neither unrolls the loops nor specialises on the size."""
     if has_tiles(states, MIN_TILES):
-        return winograd(states, arranged_kernel(weight), bias)
+        return winograd(states, transformed_kernel(weight), bias)
     return F.conv2d(states, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
 
 

@@ -16,7 +16,7 @@ from .modeling_maskformer_linear import products_with_pixels
 from .modeling_maskformer_pixel_level import PixelLevelModule, sizes_in_batch
 from .modeling_maskformer_pretrained import MaskFormerPreTrainedModel, first_set
 from .modeling_maskformer_transformer_decoder import TransformerModule
-from .post_processing_per_pixel_baseline import enlarge_per_pixel_logits
+from .post_processing_per_pixel_baseline import upsample_per_pixel_logits
 
 
 @dataclass
@@ -157,8 +157,8 @@ class PerPixelBaselineForSemanticSegmentation(PerPixelBaselinePreTrainedModel):
         num_pixels = (labels != ignore_index).sum().clamp(min=1)
         terms = {}
         for layer, layer_logits in enumerate(logits):
-            enlarged = enlarge_per_pixel_logits(layer_logits)[..., : labels.shape[-2], : labels.shape[-1]]
-            loss = F.cross_entropy(enlarged, labels, ignore_index=ignore_index, reduction="sum") / num_pixels
+            upsampled = upsample_per_pixel_logits(layer_logits)[..., : labels.shape[-2], : labels.shape[-1]]
+            loss = F.cross_entropy(upsampled, labels, ignore_index=ignore_index, reduction="sum") / num_pixels
             terms["loss_sem_seg" if layer == len(logits) - 1 else f"loss_sem_seg_{layer}"] = loss
         return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
 

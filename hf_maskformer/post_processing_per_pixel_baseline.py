@@ -58,13 +58,13 @@ def _at_targets(
 def per_pixel_logits(logits: Tensor, image_size: Size, target_size: Size) -> Tensor:
     """Resizes the logits (K, h, w) of one image to its target, (K, H, W) float32: upsamples, crops, resizes."""
     height, width = image_size
-    enlarged = enlarge_per_pixel_logits(logits[None])[..., :height, :width]
+    upsampled = upsample_per_pixel_logits(logits[None])[..., :height, :width]
     if target_size != image_size:
-        enlarged = F.interpolate(enlarged, size=target_size, mode="bilinear", align_corners=False)
-    return enlarged[0]
+        upsampled = F.interpolate(upsampled, size=target_size, mode="bilinear", align_corners=False)
+    return upsampled[0]
 
 
-def enlarge_per_pixel_logits(logits: Tensor) -> Tensor:
+def upsample_per_pixel_logits(logits: Tensor) -> Tensor:
     """Upsamples (B, K, h, w) by 4, in float32: to the size of the input, or up to 3 pixels more, as in the original.
 
     Unlike MaskFormer's masks, which are resized to exactly the size of the input.

@@ -21,7 +21,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the criterion works: in parts for the cache of a CPU or, on a CPU too, all at once as on a GPU."""
     if request.param == "GPU":
         for module in (loss_maskformer, loss_maskformer_logits, loss_maskformer_masks):
-            monkeypatch.setattr(module, "works_in_cache", lambda device: False)
+            monkeypatch.setattr(module, "prefers_small_chunks", lambda device: False)
     return request.param
 
 

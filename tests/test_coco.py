@@ -21,8 +21,8 @@ from hf_maskformer.data.augmented import AugmentedDataset
 from hf_maskformer.data.check import check_samples, inspect_samples
 from hf_maskformer.data.coco import CocoInstances, CocoPanoptic
 from hf_maskformer.data.coco_file import CocoFile
-from hf_maskformer.data.geometry import tidy
-from hf_maskformer.data.json_file import read_entries, walk_json
+from hf_maskformer.data.geometry import drop_empty_masks
+from hf_maskformer.data.json_file import read_entries, stream_json
 from hf_maskformer.data.labels import LabelSet
 from hf_maskformer.data.opening import open_dataset
 from hf_maskformer.data.rle import encode_rle
@@ -286,7 +286,7 @@ def test_a_json_file_is_walked_in_pieces_of_any_size(tmp_path, monkeypatch, inde
     content["year"] = 2017  # a number shows only by what follows where it ends
     path = tmp_path / "file.json"
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8-sig")
-    members = list(walk_json(path, ("images", "empty")))
+    members = list(stream_json(path, ("images", "empty")))
     assert [(key, value) for key, value, _ in members] == [
         ("info", content["info"]),
         *(("images", value) for value in content["images"]),
@@ -300,7 +300,7 @@ def test_numbers_are_read_whole_wherever_a_piece_ends(tmp_path, monkeypatch, chu
     monkeypatch.setattr(json_file, "CHUNK", chunk)
     path = tmp_path / "file.json"
     path.write_text('{"a": 1.5e-3, "b": 2E+10, "c": -7, "d": 0.25, "e": [1e5, 3.0]}')
-    members = [(key, value) for key, value, _ in walk_json(path, ("e",))]
+    members = [(key, value) for key, value, _ in stream_json(path, ("e",))]
     assert members == [("a", 1.5e-3), ("b", 2e10), ("c", -7), ("d", 0.25), ("e", 1e5), ("e", 3.0)]
 
 
@@ -319,13 +319,13 @@ def test_numbers_are_read_whole_wherever_a_piece_ends(tmp_path, monkeypatch, chu
 def test_a_damaged_json_file_is_named_with_the_place(tmp_path, text, message):
     (tmp_path / "file.json").write_text(text)
     with pytest.raises(ValueError, match=rf"file\.json: {message}"):
-        list(walk_json(tmp_path / "file.json", ("images",)))
+        list(stream_json(tmp_path / "file.json", ("images",)))
 
 
 def test_text_in_another_encoding_is_named_with_the_place(tmp_path):
     (tmp_path / "file.json").write_bytes(b'{"images": [{"file_name": "Stra\xdfe.jpg"}]}')
     with pytest.raises(ValueError, match=r"file\.json: byte 12 begins a value that is not UTF-8"):
-        list(walk_json(tmp_path / "file.json", ("images",)))
+        list(stream_json(tmp_path / "file.json", ("images",)))
 
 
 def test_a_file_that_changed_after_opening_is_named(panoptic):
@@ -442,7 +442,7 @@ def test_areas_of_the_file_say_how_large_objects_are(tmp_path):
     metric.add_batch(predictions=[{**reference, "scores": [0.9, 0.8]}], references=[reference])
     figures = metric.compute()
     assert not np.isnan([figures["ap_small"], figures["ap_medium"]]).any()  # although both masks have 4 pixels
-    assert "area" not in tidy(dataset[0])
+    assert "area" not in drop_empty_masks(dataset[0])
 
 
 @pytest.mark.parametrize("areas", [[4.0], [4.0, np.nan], [4.0, -1.0]])

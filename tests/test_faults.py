@@ -22,7 +22,7 @@ from hf_maskformer.data.folder import SegmentationFolder
 from hf_maskformer.data.generated_scenes import write_generated_scenes
 from hf_maskformer.data.workers import dead_workers_named
 from hf_maskformer.evaluation.evaluation import evaluate
-from hf_maskformer.training.checkpoints import is_whole, removed_if_cut_off
+from hf_maskformer.training.checkpoints import is_complete, removed_if_incomplete
 from hf_maskformer.training.starting_point import image_processor_for
 
 
@@ -262,22 +262,22 @@ def test_a_label_that_nobody_looked_for_is_named_in_evaluation(tmp_path):
 def test_what_fails_after_the_writing_of_a_checkpoint_leaves_it(tmp_path):
     our_trainer(tmp_path, max_steps=1, save_steps=1).train()
     checkpoint = tmp_path / "checkpoint-1"
-    with pytest.raises(OSError, match="the upload failed"), removed_if_cut_off(checkpoint, str(tmp_path)):
+    with pytest.raises(OSError, match="the upload failed"), removed_if_incomplete(checkpoint, str(tmp_path)):
         raise OSError("the upload failed")
-    assert is_whole(checkpoint)
+    assert is_complete(checkpoint)
 
 
 def test_a_worker_that_dies_while_a_checkpoint_is_written_is_no_full_disk(tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
-    with pytest.raises(RuntimeError, match=r"^DataLoader worker"), removed_if_cut_off(checkpoint, str(tmp_path)):
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"), removed_if_incomplete(checkpoint, str(tmp_path)):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
 
 def test_without_a_whole_checkpoint_the_way_on_is_to_start_anew(tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
-    with pytest.raises(OSError, match="no earlier checkpoint: start again"), removed_if_cut_off(checkpoint, None):
+    with pytest.raises(OSError, match="no earlier checkpoint: start again"), removed_if_incomplete(checkpoint, None):
         raise OSError("No space left on device")
     assert not checkpoint.exists()
 
@@ -292,7 +292,7 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_before_its_end(tmp_path,
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert not is_whole(tmp_path / "checkpoint-1")
+    assert not is_complete(tmp_path / "checkpoint-1")
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), EOFError("no more bytes")])
@@ -319,7 +319,11 @@ def test_errors_that_a_worker_reports_itself_pass_unchanged(error):
 
 
 def test_a_death_is_named_by_the_evaluation_that_met_it():
-    with pytest.raises(ChildProcessError, match="One of the 3 data-loading workers"), dead_workers_named(2), dead_workers_named(3):
+    with (
+        pytest.raises(ChildProcessError, match="One of the 3 data-loading workers"),
+        dead_workers_named(2),
+        dead_workers_named(3),
+    ):
         raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
 
 

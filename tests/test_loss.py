@@ -12,7 +12,7 @@ from hf_maskformer.loss_maskformer_logits import (
     _PROJECTIONS,
     _layers_at_once,
     matched_mask_logits,
-    remember_projection,
+    record_projection,
 )
 from hf_maskformer.loss_maskformer_masks import plain_mask_losses
 from hf_maskformer.loss_maskformer_matching import assign, finite_costs, pairwise_mask_costs
@@ -686,7 +686,7 @@ def test_fewer_masks_than_processes_are_divided_by_their_own_number(monkeypatch)
 
 def test_what_made_pixel_embeddings_is_forgotten_once_it_was_used():
     embeddings = torch.randn(1, 8, 4, 6)
-    remember_projection(embeddings, torch.randn(1, 5, 4, 6), torch.randn(8, 5, 3, 3), torch.randn(8))
+    record_projection(embeddings, torch.randn(1, 5, 4, 6), torch.randn(8, 5, 3, 3), torch.randn(8))
     matched_mask_logits(torch.randn(2, 8), embeddings, [2])
     assert embeddings not in _PROJECTIONS
 

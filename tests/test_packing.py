@@ -270,7 +270,7 @@ def test_weights_packed_for_one_type_do_not_serve_another(first, second):
 def test_a_norm_is_folded_into_half_precision_with_one_rounding():
     norm = [torch.rand(64).add(0.5).bfloat16() for _ in range(4)]
     weight = torch.randn(64, 8, 3, 3).bfloat16()
-    found = packing.FixedConvolution(weight, None, (1, 1), (1, 1), (1, 1), norm, 1e-5).folded()
+    found = packing.FoldableConvolution(weight, None, (1, 1), (1, 1), (1, 1), norm, 1e-5).folded()
     scale = norm[0].double() * (norm[3].double() + 1e-5).rsqrt()
     expected = weight * scale[:, None, None, None], norm[1] - norm[2] * scale
     for values, exact in zip(found, expected, strict=True):
@@ -298,7 +298,7 @@ def test_weights_are_arranged_once_for_each_size_and_again_when_they_change(numb
 def test_each_size_has_the_order_that_is_fast_for_it_and_equal_orders_are_one(numbers):
     # In bfloat16, oneDNN on a Zen 5 takes three orders for these sizes, in float32 two.
     layer = prepared(XavierConv2d(2048, 512, 1, bias=False), numbers)
-    convolution = packing.FixedConvolution(layer.weight, None, layer.stride, layer.padding, layer.dilation)
+    convolution = packing.FoldableConvolution(layer.weight, None, layer.stride, layer.padding, layer.dilation)
     sizes = [torch.Size((1, 2048, size, size)) for size in (16, 1, 2, 16, 4, 20)]
     for size in sizes:
         run(layer, torch.randn(size), numbers=numbers)

@@ -13,8 +13,8 @@ from hf_maskformer.modeling_maskformer_pixel_decoder import XavierConv2d
 from hf_maskformer.modeling_maskformer_winograd import (
     MIN_CHANNELS,
     WinogradConvolution,
-    arranged_kernel,
     convolve,
+    transformed_kernel,
     winograd,
     winograd_pays,
 )
@@ -33,7 +33,7 @@ SIZES = [(1, 1), (3, 5), (4, 8), (23, 18), (90, 37), (5, 1400)]
 def test_it_is_the_convolution_at_any_size(size, has_bias):
     states, weight, bias = torch.randn(2, 5, *size), torch.randn(7, 5, 3, 3), torch.randn(7) if has_bias else None
     expected = F.conv2d(states.double(), weight.double(), None if bias is None else bias.double(), padding=1)
-    found = winograd(states, arranged_kernel(weight), bias)
+    found = winograd(states, transformed_kernel(weight), bias)
     # float32's 1e-7 times the matrices' few bits
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -90,8 +90,8 @@ def test_derivatives_forward_are_the_convolutions(has_bias):
 
 def test_the_layout_of_the_input_does_not_matter():
     states, weight = torch.randn(2, 5, 9, 6), torch.randn(7, 5, 3, 3)
-    other = winograd(states.contiguous(memory_format=torch.channels_last), arranged_kernel(weight), None)
-    torch.testing.assert_close(winograd(states, arranged_kernel(weight), None), other)
+    other = winograd(states.contiguous(memory_format=torch.channels_last), transformed_kernel(weight), None)
+    torch.testing.assert_close(winograd(states, transformed_kernel(weight), None), other)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .color import color_jitter
-from .geometry import Size, Window, mirror, resize, resized_size, tidy
+from .geometry import Size, Window, drop_empty_masks, flip_horizontally, resize, resized_size
 from .sample import Sample
 
 MAX_CROPS = 10
@@ -78,8 +78,8 @@ class RandomScaleCropFlip:
         if self.change_colors:
             sample = {**sample, "image": color_jitter(sample["image"], generator)}
         if torch.rand((), generator=generator).item() < self.flip_probability:
-            sample = mirror(sample)
-        return tidy(sample)
+            sample = flip_horizontally(sample)
+        return drop_empty_masks(sample)
 
     def _crop(self, sample: Sample, size: Size, crop_size: Size, generator: torch.Generator | None) -> Sample:
         for _ in range(MAX_CROPS):
@@ -130,14 +130,14 @@ class RandomFlipCropScale:
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         if torch.rand((), generator=generator).item() < self.flip_probability:
-            sample = mirror(sample)
+            sample = flip_horizontally(sample)
         if torch.rand((), generator=generator).item() < self.crop_probability:
             early = self.early_short_edges[_draw(len(self.early_short_edges), generator)]
             size = resized_size(sample["image"], early)
             crop_size = self._draw_edge(size[0], generator), self._draw_edge(size[1], generator)
             sample = resize(sample, size, random_window(size, crop_size, generator))
         short_edge = self.short_edges[_draw(len(self.short_edges), generator)]
-        return tidy(resize(sample, resized_size(sample["image"], short_edge, self.max_size)))
+        return drop_empty_masks(resize(sample, resized_size(sample["image"], short_edge, self.max_size)))
 
     def _draw_edge(self, edge: int, generator: torch.Generator | None) -> int:
         low, high = (min(edge, limit) for limit in self.crop_range)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .json_file import Span, read_entries, walk_json
+from .json_file import Span, read_entries, stream_json
 from .labels import LabelSet, shorten
 from .sample import check_file_name
 
@@ -50,7 +50,7 @@ class CocoFile:
         self.image_folder = Path(image_folder)
         self._image_name = image_name
         found = _Contents(self.path, self.image_folder, png_folder, image_name)
-        for key, value, span in walk_json(self.path, ("images", "annotations")):
+        for key, value, span in stream_json(self.path, ("images", "annotations")):
             found.add(key, value, span)
         owners = found.owners()
         self.labels = found.labels(labels)

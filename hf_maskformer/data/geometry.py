@@ -39,13 +39,13 @@ def resized_size(image: Image.Image, short_edge: int, max_size: int | None = Non
     return rule.resized_size((image.height, image.width))
 
 
-def mirror(sample: Sample) -> Sample:
+def flip_horizontally(sample: Sample) -> Sample:
     """Flips horizontally."""
     image = sample["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return _changed(sample, image, lambda labels: labels[..., ::-1])
 
 
-def tidy(sample: Sample) -> Sample:
+def drop_empty_masks(sample: Sample) -> Sample:
     """Drops empty masks, with their labels, and makes the arrays contiguous copies.
 
     Areas given by the data are dropped too, as they no longer hold.

@@ -11,7 +11,7 @@ Span = tuple[int, int]  # first byte, and the one after the last
 CHUNK = 2**22
 
 
-def walk_json(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any, Span]]:
+def stream_json(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any, Span]]:
     """Yields the members of the object in a file, in order: (key, value, span in the file).
 
     The lists named in `arrays` are yielded one element at a time, so that only one is in memory. Raises a ValueError
@@ -30,7 +30,7 @@ def walk_json(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any, S
 
 
 def read_entries(path: Path, spans: Collection[Span]) -> list[Any]:
-    """Reads the values at spans from `walk_json`. Raises a ValueError if the file has changed since."""
+    """Reads the values at spans from `stream_json`. Raises a ValueError if the file has changed since."""
     try:
         with path.open("rb") as file:
             return [_read_entry(file, span) for span in spans]

@@ -80,7 +80,7 @@ class LabelSet:
         try:
             # Windows editors prepend a byte order mark, which plain utf-8 would not accept.
             fields = _fields(json.loads(path.read_text(encoding="utf-8-sig")))
-            labels = cls(**fields | {"id2label": told_apart(fields["id2label"])})
+            labels = cls(**fields | {"id2label": with_unique_names(fields["id2label"])})
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in this encoding.") from error
         except (ValueError, RecursionError) as error:
@@ -210,7 +210,7 @@ def _fields(content: Any) -> dict[str, Any]:
     return fields
 
 
-def told_apart(id2label: dict[int, Any]) -> dict[int, Any]:
+def with_unique_names(id2label: dict[int, Any]) -> dict[int, Any]:
     """The names of classes, with the id appended where several share a name."""
     # Anything that is not a string is rejected by the type check.
     counts = Counter(name for name in id2label.values() if isinstance(name, str))

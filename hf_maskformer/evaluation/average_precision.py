@@ -17,11 +17,13 @@ RunLengths: TypeAlias = Mapping[str, Any]
 Masks: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 Size: TypeAlias = tuple[int, int]
 
-MOST = (1, 10, 100)  # maximum numbers of predictions per image and label
+MAX_DETECTIONS = (1, 10, 100)  # maximum numbers of predictions per image and label
 # What is stored of a prediction: bits say whether it is a hit (true positive) or a false alarm (false positive) in each
 # area range and at each IoU threshold, `rank` how many of its image and label have a higher score.
 BITS = (np.uint8, len(AREAS) * len(THRESHOLDS) // 8)
-RECORD = np.dtype([("score", "<f8"), ("label", "<u4"), ("rank", "u1"), ("is_hit", *BITS), ("is_false_alarm", *BITS)])
+RECORD = np.dtype(
+    [("score", "<f8"), ("label", "<u4"), ("rank", "u1"), ("is_true_positive", *BITS), ("is_false_positive", *BITS)]
+)
 
 
 class AveragePrecision:
@@ -92,7 +94,7 @@ class AveragePrecision:
         order = np.argsort(-scores, kind="stable")
         added = bytearray()
         for label in np.unique(labels):
-            found = order[labels[order] == label][: MOST[-1]]
+            found = order[labels[order] == label][: MAX_DETECTIONS[-1]]
             expected = np.flatnonzero(true_labels == label)
             ious = np.zeros((len(found), 0))
             if expected.size:
@@ -100,11 +102,11 @@ class AveragePrecision:
                 ious = _coco().mask.iou(
                     [masks[each] for each in found.tolist()], [true_masks[each] for each in expected.tolist()], crowd
                 )
-            is_hit, is_false_alarm = match(ious, outside[:, expected], is_crowd[expected], areas[found])
+            is_true_positive, is_false_positive = match(ious, outside[:, expected], is_crowd[expected], areas[found])
             records = np.zeros(len(found), dtype=RECORD)
             records["score"], records["label"], records["rank"] = scores[found], label, range(len(found))
-            records["is_hit"] = np.packbits(is_hit.reshape(len(found), -1), axis=1)
-            records["is_false_alarm"] = np.packbits(is_false_alarm.reshape(len(found), -1), axis=1)
+            records["is_true_positive"] = np.packbits(is_true_positive.reshape(len(found), -1), axis=1)
+            records["is_false_positive"] = np.packbits(is_false_positive.reshape(len(found), -1), axis=1)
             added += records.tobytes()
         self.records += added
         np.add.at(self.num_objects, true_labels, (~(outside | is_crowd)).T)
@@ -162,20 +164,20 @@ class AveragePrecision:
         """The arguments of `summarise`."""
         num_areas, num_thresholds = len(AREAS), len(THRESHOLDS)
         precision = np.full((num_thresholds, len(RECALLS), self.num_labels, num_areas), -1.0)
-        recall = np.full((num_thresholds, self.num_labels, num_areas, len(MOST)), -1.0)
+        recall = np.full((num_thresholds, self.num_labels, num_areas, len(MAX_DETECTIONS)), -1.0)
         records = np.frombuffer(self.records, dtype=RECORD)
         records = records[np.argsort(-records["score"], kind="stable")]
         for label in np.flatnonzero(self.num_objects[:, 0]):
             own = records[records["label"] == label]
-            is_hit, is_false_alarm = (
+            is_true_positive, is_false_positive = (
                 np.unpackbits(own[name], axis=1).astype(bool).reshape(-1, num_areas, num_thresholds)
-                for name in ("is_hit", "is_false_alarm")
+                for name in ("is_true_positive", "is_false_positive")
             )
             for area in np.flatnonzero(self.num_objects[label]):
                 num_objects = self.num_objects[label, area]
-                precision[:, :, label, area] = curve(is_hit[:, area], is_false_alarm[:, area], num_objects)
-                for index, most in enumerate(MOST):
-                    recall[:, label, area, index] = is_hit[own["rank"] < most, area].sum(0) / num_objects
+                precision[:, :, label, area] = curve(is_true_positive[:, area], is_false_positive[:, area], num_objects)
+                for index, most in enumerate(MAX_DETECTIONS):
+                    recall[:, label, area, index] = is_true_positive[own["rank"] < most, area].sum(0) / num_objects
         return precision, recall
 
 
@@ -192,7 +194,7 @@ def summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, Any]:
     figures: dict[str, Any] = _average_precisions(precision[..., 0])
     sizes = ("small", "medium", "large")
     figures |= {f"ap_{size}": _mean(precision[..., index]) for index, size in enumerate(sizes, start=1)}
-    figures |= {f"ar{most}": _mean(recall[:, :, 0, index]) for index, most in enumerate(MOST)}
+    figures |= {f"ar{most}": _mean(recall[:, :, 0, index]) for index, most in enumerate(MAX_DETECTIONS)}
     figures |= {f"ar_{size}": _mean(recall[:, :, index, -1]) for index, size in enumerate(sizes, start=1)}
     figures["per_category"] = {
         label: _average_precisions(precision[:, :, label, 0]) for label in range(precision.shape[2])

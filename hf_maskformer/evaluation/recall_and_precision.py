@@ -39,31 +39,31 @@ def match(
     shape = (len(AREAS), len(THRESHOLDS), num_objects)
     counts = np.broadcast_to(~(is_outside_of_range | is_crowd)[:, None], shape)
     is_free = np.ones(shape, dtype=bool)
-    is_hit = np.zeros((num_predictions, *shape[:2]), dtype=bool)
-    is_matched = is_hit.copy()
+    is_true_positive = np.zeros((num_predictions, *shape[:2]), dtype=bool)
+    is_matched = is_true_positive.copy()
     # Predictions below the lowest threshold everywhere are skipped, as are most with a low score.
     for prediction in np.flatnonzero((ious >= THRESHOLDS[0]).any(1)):
         reaches = is_free & (ious[prediction] >= THRESHOLDS[:, None])
         reaches_counted = reaches & counts
-        is_hit[prediction] = reaches_counted.any(-1)
+        is_true_positive[prediction] = reaches_counted.any(-1)
         is_matched[prediction] = reaches.any(-1)
-        reaches = np.where(is_hit[prediction][..., None], reaches_counted, reaches)
+        reaches = np.where(is_true_positive[prediction][..., None], reaches_counted, reaches)
         # Ties in IoU go to the last object, as in COCO's code.
         best = num_objects - 1 - np.where(reaches, ious[prediction], -1)[..., ::-1].argmax(-1)
         taken = is_matched[prediction][..., None] & (np.arange(num_objects) == best[..., None])
         is_free &= ~taken | is_crowd
-    is_false_alarm = ~is_matched & ~is_outside(areas).T[..., None]
-    return is_hit, is_false_alarm
+    is_false_positive = ~is_matched & ~is_outside(areas).T[..., None]
+    return is_true_positive, is_false_positive
 
 
-def curve(is_hit: np.ndarray, is_false_alarm: np.ndarray, num_objects: int) -> np.ndarray:
+def curve(is_true_positive: np.ndarray, is_false_positive: np.ndarray, num_objects: int) -> np.ndarray:
     """Returns the interpolated precision at each recall (the highest at that recall or above), (T, R).
 
     Args:
-        is_hit, is_false_alarm: (N, T), by descending score.
+        is_true_positive, is_false_positive: (N, T), by descending score.
         num_objects: reference objects, at least one.
     """
-    hits, false_alarms = is_hit.cumsum(0), is_false_alarm.cumsum(0)
+    hits, false_alarms = is_true_positive.cumsum(0), is_false_positive.cumsum(0)
     recall = hits / num_objects
     precision = hits / np.maximum(hits + false_alarms, 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]

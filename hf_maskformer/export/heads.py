@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..modeling_maskformer import MaskFormerForInstanceSegmentation
 from ..modeling_per_pixel_baseline import PerPixelBaselineForSemanticSegmentation
 from ..post_processing_maskformer_inputs import Size
-from ..post_processing_per_pixel_baseline import enlarge_per_pixel_logits
+from ..post_processing_per_pixel_baseline import upsample_per_pixel_logits
 
 
 class Logits(nn.Module):
@@ -61,7 +61,7 @@ class Semantic(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         height, width = pixel_values.shape[-2:]
         if isinstance(self.logits, PerPixelLogits):
-            scores = enlarge_per_pixel_logits(*self.logits(pixel_values))[..., :height, :width]
+            scores = upsample_per_pixel_logits(*self.logits(pixel_values))[..., :height, :width]
         else:
             class_logits, mask_logits = self.logits(pixel_values)
             probabilities = class_logits.float().softmax(-1)[..., :-1]

@@ -15,7 +15,7 @@ from transformers.trainer_utils import sort_checkpoints
 from ..data.workers import DEAD_WORKER
 
 
-def is_whole(checkpoint: str | Path) -> bool:
+def is_complete(checkpoint: str | Path) -> bool:
     """Whether a checkpoint of Trainer is complete."""
     # Trainer writes the state last. A power failure may still lose what was written before it: a safetensors file
     # stores its own length, and a torch file is a zip archive, whose directory is at its end.
@@ -53,21 +53,22 @@ def check_is_new(folder: Path) -> None:
 def last_whole_checkpoint(folder: str | None) -> str | None:
     """The path of the latest complete checkpoint in an output folder, or None."""
     checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
-    return next(filter(is_whole, reversed(checkpoints)), None)
+    return next(filter(is_complete, reversed(checkpoints)), None)
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str | None) -> str | bool | None:
     """The checkpoint from which to resume, as in `MaskFormerTrainer.train`, including its ValueError."""
     if asked is True or asked == "auto":
         return last_whole_checkpoint(output_dir) or asked is True  # for True, Trainer raises if there is none
-    if isinstance(asked, str) and not is_whole(asked):
+    if isinstance(asked, str) and not is_complete(asked):
         raise ValueError(
-            f"{asked} is not a complete checkpoint: it does not exist, or writing it was cut off. {way_on(output_dir)}."
+            f"{asked} is not a complete checkpoint: it does not exist, or writing it was cut off. "
+            f"{how_to_resume(output_dir)}."
         )
     return asked
 
 
-def way_on(folder: str | None) -> str:
+def how_to_resume(folder: str | None) -> str:
     """How to continue an interrupted run, for the end of an error message."""
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
@@ -85,22 +86,23 @@ def named_if_not_written(folder: Path, output_dir: str | None) -> Iterator[None]
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         raise OSError(
-            f"The model cannot be written to {folder} ({error}). Check the free disk space. {way_on(output_dir)}."
+            f"The model cannot be written to {folder} ({error}). Check the free disk space. "
+            f"{how_to_resume(output_dir)}."
         ) from error
 
 
 @contextmanager
-def removed_if_cut_off(checkpoint: Path, output_dir: str | None) -> Iterator[None]:
+def removed_if_incomplete(checkpoint: Path, output_dir: str | None) -> Iterator[None]:
     """Removes a checkpoint if writing it fails, as on a full disk, and raises an OSError that says how to continue."""
     try:
         yield
     # A full disk raises OSError where Python writes, but not where safetensors and torch do.
     except (OSError, SafetensorError, RuntimeError) as error:
         # Errors after the writing, such as in an upload, or of other threads have nothing to do with the disk.
-        if is_whole(checkpoint) or str(error).startswith(DEAD_WORKER):
+        if is_complete(checkpoint) or str(error).startswith(DEAD_WORKER):
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise OSError(
             f"{checkpoint} cannot be written ({error}) and was removed. Check the free disk space; save_total_limit "
-            f"limits the number of checkpoints. {way_on(output_dir)}."
+            f"limits the number of checkpoints. {how_to_resume(output_dir)}."
         ) from error

@@ -13,7 +13,7 @@ from ..data.labels import labels_of, shorten
 from ..evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, Task, check_sample
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from .arguments import MaskFormerTrainingArguments
-from .checkpoints import way_on
+from .checkpoints import how_to_resume
 
 
 def check_parts(trainer: Any) -> None:
@@ -118,7 +118,7 @@ def check_checkpoint(checkpoint: str, model: Any, args: MaskFormerTrainingArgume
     try:
         trained = json.loads(path.read_text(encoding="utf-8")).get("id2label")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). {way_on(str(Path(checkpoint).parent))}.") from error
+        raise ValueError(f"{path} is damaged ({error}). {how_to_resume(str(Path(checkpoint).parent))}.") from error
     names, own = list((trained or {}).values()), list(model.config.id2label.values())
     if trained is not None and names != own:
         raise ValueError(
@@ -188,6 +188,6 @@ def check_weights(model: nn.Module, step: int, output_dir: str | None) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(
-                f"{name} is not finite in step {step}, so the model is not saved. {way_on(output_dir)}, with a lower "
-                "learning_rate, a smaller max_grad_norm or in higher precision."
+                f"{name} is not finite in step {step}, so the model is not saved. {how_to_resume(output_dir)}, with a "
+                "lower learning_rate, a smaller max_grad_norm or in higher precision."
             )

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..configuration_maskformer import MaskFormerConfig
 from ..configuration_maskformer_parts import SimpleFeaturePyramidConfig
 from ..configuration_per_pixel_baseline import is_per_pixel_baseline
-from ..data.labels import LabelSet, shorten, told_apart
+from ..data.labels import LabelSet, shorten, with_unique_names
 from ..evaluation.tasks import Task, check_model
 from ..hub.conversion import load_original_backbone
 from ..image_processing_maskformer import MaskFormerImageProcessor
@@ -201,7 +201,7 @@ def renamed_classes(names: dict[int, str], labels: LabelSet) -> list[str]:
     """Describes how a checkpoint's class names differ from those of the data; default names are ignored."""
     if all(name == f"LABEL_{label}" for label, name in names.items()):
         return []
-    apart = told_apart(names)
+    apart = with_unique_names(names)
     return [
         f"class {label} is {names[label]!r} there but {name!r} in the data"
         for label, name in labels.id2label.items()

@@ -27,9 +27,9 @@ from .arguments import MaskFormerTrainingArguments
 from .checkpoints import (
     check_writable,
     checkpoint_to_resume,
+    how_to_resume,
     named_if_not_written,
-    removed_if_cut_off,
-    way_on,
+    removed_if_incomplete,
 )
 from .checks import (
     check_checkpoint,
@@ -201,7 +201,9 @@ class MaskFormerTrainer(Trainer):
         return result
 
     def _end_interrupted(self) -> None:
-        logger.warning(f"SIGTERM ended training after step {self.state.global_step}. {way_on(self.args.output_dir)}.")
+        logger.warning(
+            f"SIGTERM ended training after step {self.state.global_step}. {how_to_resume(self.args.output_dir)}."
+        )
         self.is_in_train = False  # which Trainer does not reset on exceptions
         raise SystemExit(EXIT_INTERRUPTED)
 
@@ -266,7 +268,7 @@ class MaskFormerTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        with removed_if_cut_off(folder, self.args.output_dir):
+        with removed_if_incomplete(folder, self.args.output_dir):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
