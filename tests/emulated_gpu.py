@@ -104,6 +104,8 @@ class EmulatedTensor(Tensor):
         return self.cpu().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
+        if force:
+            return self.detach().cpu().numpy()
         raise TypeError("can't convert gpu:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:

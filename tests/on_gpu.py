@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from models import ARCHITECTURES, as_mask_list, tiny_batch, tiny_model
 from PIL import Image
 from test_per_pixel_baseline import TRANSFORMER, batch_of_labels, tiny_baseline
@@ -17,7 +18,15 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_maskformer import AveragePrecision, MaskFormerImageProcessor, MeanIoU, PanopticQuality
+from hf_maskformer import (
+    AveragePrecision,
+    MaskFormerDataCollator,
+    MaskFormerImageProcessor,
+    MaskFormerTrainer,
+    MaskFormerTrainingArguments,
+    MeanIoU,
+    PanopticQuality,
+)
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.evaluation.evaluation import evaluate
 from hf_maskformer.evaluation.pipeline import MaskFormerPipeline
@@ -131,6 +140,39 @@ def test_a_training_step_waits_for_the_gpu_once_and_a_prediction_never(kind, for
     with torch.no_grad():
         model.eval()(batch["pixel_values"])
     assert not device.waits
+
+
+def test_a_training(tmp_path, device):
+    arguments = MaskFormerTrainingArguments(
+        output_dir=tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        num_pictures=1,
+        report_to="none",
+    )
+    if not HAS_GPU:  # Accelerate does not find it
+        PartialState._shared_state["device"] = vars(arguments)["_setup_devices"] = DEVICE
+        arguments.dataloader_pin_memory = False
+    processor = MaskFormerImageProcessor(size={"shortest_edge": 64})
+    trainer = MaskFormerTrainer(
+        model=tiny_model(id2label=SCENES.labels.id2label),
+        args=arguments,
+        train_dataset=SCENES,
+        eval_dataset=SCENES,
+        data_collator=MaskFormerDataCollator(processor),
+        processing_class=processor,
+    )
+    trainer.train()
+    assert trainer.model.device.type == DEVICE.type
+    if not HAS_GPU:
+        # In each of the six batches matching waits, then the check of the loss; at the end, the mean loss does.
+        assert device.waits == {"aten._to_copy.default": 6, "aten._local_scalar_dense.default": 7}
+    assert 0 <= trainer.evaluate()["eval_mean_iou"] <= 1
+    trainer.create_model_card()
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
