@@ -48,7 +48,7 @@ class SegmentationColumns(Dataset[Sample]):
     Images and label maps have the feature `datasets.Image`. The columns determine what a row's labels are:
 
     - with a column `objects`, masks that may overlap: for each object its `label` (a class, from 0), `iscrowd`,
-      optionally `area`, and mask, as COCO's RLE: `size` (height, width) and packed `counts`;
+      optionally `area`, and mask, as COCO's RLE: `size` (height, width) and compressed `counts`;
     - with a column `segments_info`, a map of ids (one channel, or red + 256 green + 65536 blue) and for each segment
       its `id`, `category_id` (see `LabelSet.category_ids`) and optionally `iscrowd`;
     - with `instance_maps=True`, an RGB map whose red channel is the class and whose green channel is the instance;

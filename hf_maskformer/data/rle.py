@@ -133,14 +133,14 @@ def _unpack(text: str | bytes) -> np.ndarray:
         return np.zeros(0, dtype=np.int64)
     digits = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
     if digits.min() < 0 or digits.max() > 63:
-        raise ValueError("has packed counts with a character that they never contain")
+        raise ValueError("has compressed counts with a character that they never contain")
     is_last = digits < 32
     if not is_last[-1]:
-        raise ValueError("has packed counts that end within a number")
+        raise ValueError("has compressed counts that end within a number")
     starts = np.concatenate([[0], np.flatnonzero(is_last)[:-1] + 1])
     lengths = np.diff(np.concatenate([starts, [len(digits)]]))
     if lengths.max() > MAX_DIGITS:
-        raise ValueError(f"has packed counts with a number of {lengths.max()} digits")
+        raise ValueError(f"has compressed counts with a number of {lengths.max()} digits")
     places = np.arange(len(digits)) - np.repeat(starts, lengths)
     numbers = np.add.reduceat((digits & 31) << (5 * places), starts)
     is_negative = digits[is_last] & 16 != 0
