@@ -193,7 +193,8 @@ class MaskFormerLoss(nn.Module):
         matches, starts = self.match(class_queries_logits, masks_queries_logits, targets, embeddings)
         pairs = matched_pairs(matches)
         device = class_queries_logits.device
-        images, segments, layers, queries = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 4).T
+        pairs_on_host = torch.tensor(pairs, dtype=torch.long, device="cpu").view(-1, 4)
+        images, segments, layers, queries = pairs_on_host.to(device, non_blocking=True).T
         counts = [sum(len(layer_matches[image][0]) for layer_matches in matches) for image in range(batch_size)]
         if embeddings is not None:
             mask_logits = matched_mask_logits(embeddings[0][layers, images, queries], embeddings[1], counts)

@@ -17,8 +17,8 @@ from .loss_maskformer_targets import masks_at
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0  # the closed-form gradients below assume an exponent of 2
 
-# The logit of a pixel that must not count as outside: its probability, 2e-35, and focal loss add nothing to any sum.
-IGNORED_LOGIT = -80.0
+# A pixel with this logit adds nothing to a sum over pixels outside: neither its probability, 2e-35, nor its focal loss.
+NEGLIGIBLE_LOGIT = -80.0
 # Pixels processed at once: few enough for a CPU's cache, enough to keep a GPU busy.
 CHUNK_SIZE_CPU, CHUNK_SIZE_GPU = 2**19, 2**23
 BLOCK_SIZE = 32
@@ -135,9 +135,9 @@ def _losses_of_segment(
     """
     num_pixels = logits.shape[1]
     logits_inside = logits.index_select(1, group.inside)
-    logits.index_fill_(1, group.inside, IGNORED_LOGIT)
+    logits.index_fill_(1, group.inside, NEGLIGIBLE_LOGIT)
     if group.left_out is not None:
-        logits.index_fill_(1, group.left_out, IGNORED_LOGIT)
+        logits.index_fill_(1, group.left_out, NEGLIGIBLE_LOGIT)
         num_pixels = max(num_pixels - len(group.left_out), 1)
 
     # Outside, the error is the probability p; focal loss is p^2 * softplus(logit).

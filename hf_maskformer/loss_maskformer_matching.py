@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import is_scipy_available
 
-from .loss_maskformer_masks import FOCAL_ALPHA, IGNORED_LOGIT, rows_at_once
+from .loss_maskformer_masks import FOCAL_ALPHA, NEGLIGIBLE_LOGIT, rows_at_once
 
 # Far above every finite cost, and still exact enough in float32 for the sums of the assignment.
 NON_FINITE_COST = 1e6
@@ -43,7 +43,7 @@ def pairwise_mask_costs(mask_logits: Tensor, masks: Tensor, left_out: Tensor | N
     for logits in mask_logits.split(rows_at_once(mask_logits.device, num_pixels)):
         logits = logits.float()
         if left_out is not None:
-            logits = logits.masked_fill(left_out, IGNORED_LOGIT)
+            logits = logits.masked_fill(left_out, NEGLIGIBLE_LOGIT)
         probabilities, negative_log = logits.sigmoid(), F.softplus(logits)
         focal_outside = (probabilities * probabilities).mul_(negative_log).mul_(1 - FOCAL_ALPHA)
         # Inside, with p of the opposite sign: (1 - p)^2 * softplus(-logit), where softplus(-x) = softplus(x) - x.

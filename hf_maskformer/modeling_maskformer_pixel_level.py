@@ -68,9 +68,9 @@ class PixelLevelModule(nn.Module):
         # Convolutions are fastest in channels_last layout; what follows keeps it.
         is_safe = self._is_safe_with_channels_last(pixel_values)
         images = pixel_values.contiguous(memory_format=torch.channels_last) if is_safe else pixel_values
-        is_foreign = isinstance(self.encoder, PreTrainedModel)
+        is_of_transformers = isinstance(self.encoder, PreTrainedModel)
         # A list of our own: the pixel decoder empties it.
-        features = list(transformers_feature_maps(self.encoder, images) if is_foreign else self.encoder(images))
+        features = list(transformers_feature_maps(self.encoder, images) if is_of_transformers else self.encoder(images))
         del images
         memory_sizes = None
         if pixel_mask is not None:

@@ -1,6 +1,7 @@
 """A GPU that is not there: tensors that say they are on one, compute on the CPU, and refuse what a GPU would refuse.
 
-PyTorch lets a backend be written in Python, once per process, so import this in a process of its own only.
+PyTorch lets a backend be written in Python, once per process, so import this in a process of its own only. Of what CUDA
+refuses and waits for, this knows what this package may come upon.
 """
 
 from collections import Counter
@@ -28,8 +29,9 @@ DEVICE = torch.device("gpu:0")
 # As CUDA has it: copies cross devices, and indices may be on the CPU.
 CROSSES_DEVICES = {aten.copy_.default, aten._to_copy.default}
 TAKES_INDICES = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
-# What reads values, or makes a tensor of a size that depends on them, waits for the device.
+# What reads values, or makes a tensor of a size that depends on them, waits for the device; so do blocking copies.
 WAITS = {
+    aten.bincount.default,
     aten._local_scalar_dense.default,
     aten._unique2.default,
     aten.equal.default,
@@ -148,7 +150,7 @@ class EmulatedGPU(TorchDispatchMode):
             _refuse_mixed(function, args, tensors)
             if function in PRODUCTS and not all(tensor.is_floating_point() for tensor in tensors):
                 raise RuntimeError(f"{function} is not implemented for integers.")
-        if emulated and (function in WAITS or (function in CROSSES_DEVICES and not goes_to_gpu)):
+        if (emulated and function in WAITS) or _waits(function, args, kwargs, goes_to_gpu):
             self.waits[str(function)] += 1
         if target is not None and goes_to_gpu:
             kwargs["device"] = torch.device("cpu")
@@ -164,9 +166,21 @@ class EmulatedGPU(TorchDispatchMode):
         )
 
 
+def _waits(function: Any, args: Any, kwargs: Any, goes_to_gpu: bool) -> bool:
+    if function in TAKES_INDICES:
+        # True and false become positions first.
+        return goes_to_gpu and any(index is not None and index.dtype == torch.bool for index in args[1])
+    if function not in CROSSES_DEVICES or (function is aten._to_copy.default and kwargs.get("non_blocking")):
+        return False
+    source = args[1] if function is aten.copy_.default else args[0]
+    return isinstance(source, EmulatedTensor) != goes_to_gpu and not (
+        function is aten.copy_.default and args[2:] == (True,)
+    )
+
+
 def _refuse_mixed(function: Any, args: Any, tensors: list[Tensor]) -> None:
     if function in TAKES_INDICES and isinstance(args[0], EmulatedTensor):
-        return
+        tensors = [value for value in (args[0], *args[2:3]) if isinstance(value, Tensor)]
     strangers = [tensor for tensor in tensors if not isinstance(tensor, EmulatedTensor) and tensor.dim() > 0]
     if strangers or (function in TAKES_INDICES and not isinstance(args[0], EmulatedTensor)):
         devices = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)

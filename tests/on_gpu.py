@@ -35,6 +35,7 @@ from hf_maskformer.evaluation.tasks import TASKS
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     DEVICE, Device = torch.device("cuda"), nullcontext
+    torch.backends.cudnn.allow_tf32 = False
 else:
     from emulated_gpu import DEVICE
     from emulated_gpu import EmulatedGPU as Device
@@ -142,13 +143,12 @@ def test_a_training_step_waits_for_the_gpu_once_and_a_prediction_never(kind, for
     assert not device.waits
 
 
-def test_a_training(tmp_path, device):
+def test_a_training(tmp_path):
     arguments = MaskFormerTrainingArguments(
         output_dir=tmp_path,
         max_steps=2,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=3,
-        logging_nan_inf_filter=False,
         save_strategy="no",
         num_pictures=1,
         report_to="none",
@@ -167,9 +167,6 @@ def test_a_training(tmp_path, device):
     )
     trainer.train()
     assert trainer.model.device.type == DEVICE.type
-    if not HAS_GPU:
-        # In each of the six batches matching waits, then the check of the loss; at the end, the mean loss does.
-        assert device.waits == {"aten._to_copy.default": 6, "aten._local_scalar_dense.default": 7}
     assert 0 <= trainer.evaluate()["eval_mean_iou"] <= 1
     trainer.create_model_card()
     assert len(list((tmp_path / "pictures").iterdir())) == 1

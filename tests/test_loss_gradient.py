@@ -117,18 +117,18 @@ def test_every_parameter_has_the_gradient_of_the_plain_formulation(backbone, for
 def test_enlargement_is_the_librarys_bilinear_one_and_has_its_transpose(low_size, size):
     maps = torch.randn(3, *low_size, requires_grad=True)
     expected = F.interpolate(maps[None], size=size, mode="bilinear")[0]
-    enlargement, upstream = BilinearUpsampling(low_size, size, maps.device), torch.randn(3, *size)
-    assert torch.allclose(enlargement(maps), expected, atol=1e-5)
+    upsampling, upstream = BilinearUpsampling(low_size, size, maps.device), torch.randn(3, *size)
+    assert torch.allclose(upsampling(maps), expected, atol=1e-5)
     expected.backward(upstream)
-    assert torch.allclose(enlargement.transposed(upstream), maps.grad, atol=1e-5)
+    assert torch.allclose(upsampling.transposed(upstream), maps.grad, atol=1e-5)
 
 
 def test_an_odd_size_costs_what_an_even_one_does():
     work = []
     for low_size, size in [((100, 167), (399, 667)), ((104, 168), (416, 672))]:
         with FlopCounterMode(display=False) as counter:
-            enlargement = BilinearUpsampling(low_size, size, torch.device("cpu"))
-            enlargement.transposed(enlargement(torch.randn(1, *low_size)))
+            upsampling = BilinearUpsampling(low_size, size, torch.device("cpu"))
+            upsampling.transposed(upsampling(torch.randn(1, *low_size)))
         work.append(counter.get_total_flops())
     assert work[0] <= work[1]
 

@@ -137,6 +137,13 @@ def test_weights_that_became_nan_end_training_too(tmp_path):
             trainer.train()
 
 
+def test_a_loss_of_your_own_is_watched_too(tmp_path):
+    trainer = our_trainer(tmp_path, max_steps=9)
+    trainer.compute_loss = lambda model, inputs, **_: 0 * model.class_predictor.weight.sum() + math.nan
+    with pytest.raises(ValueError, match="3 batches in a row, the last in step 3"):
+        trainer.train()
+
+
 class Stream(IterableDataset):
     labels = SCENES.labels
 

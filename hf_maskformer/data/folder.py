@@ -95,7 +95,7 @@ class SegmentationFolder(SegmentationFiles):
     Attributes:
         names: file names without suffix, sorted; the order of the samples.
         labels: the classes.
-        label_source: the file they come from, for messages.
+        label_source: where they come from, for messages.
 
     Raises:
         FileNotFoundError: a folder or `classes.json` is missing, or there is no image.
@@ -115,7 +115,7 @@ class SegmentationFolder(SegmentationFiles):
                 "formats, such as JPEG, would change labels."
             )
         _warn_of_unread(image_folder, image_files.values())
-        label_source = str(Path(root) / "classes.json")
+        label_source = str(Path(root) / "classes.json") if labels is None else "the given classes"
         super().__init__(image_files, map_files, labels or LabelSet.from_json(label_source), label_source)
 
 

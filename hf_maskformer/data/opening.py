@@ -146,7 +146,8 @@ def _existing(root: Path, patterns: tuple[str, ...], split: str, *others: str) -
     for name in names:
         if (root / name).exists():
             return root / name
-    present = sorted({str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern.format("*"))})
+    found = (path for pattern in patterns if pattern != "{}" for path in root.glob(pattern.format("*")))
+    present = sorted({str(path.relative_to(root)) for path in found})
     hint = f" It has {shorten(present)}; --train_split, --eval_split and --split choose others." if present else ""
     raise FileNotFoundError(f"{root} has none of {', '.join(names)}.{hint} {ON_LAYOUTS}")
 

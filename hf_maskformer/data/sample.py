@@ -93,10 +93,10 @@ def make_sample_of_masks(
     objects: Sequence[Mapping[str, Any]],
     source: str,
 ) -> Sample:
-    """Builds a sample from an RGB image, masks (N, H, W), their labels, and the list of the objects.
+    """Builds a sample from an RGB image, masks (N, H, W), their labels, and a list of the objects.
 
-    That one has `iscrowd` and `area`, and `source` says in error messages where it comes from. Raises a ValueError for
-    what is none of these.
+    The list may give `iscrowd` and `area`; `source` says in error messages where it comes from. Raises a ValueError for
+    an invalid one.
     """
     sample: Sample = {
         "image": image,

@@ -63,9 +63,9 @@ def curve(is_true_positive: np.ndarray, is_false_positive: np.ndarray, num_objec
         is_true_positive, is_false_positive: (N, T), by descending score.
         num_objects: reference objects, at least one.
     """
-    hits, false_alarms = is_true_positive.cumsum(0), is_false_positive.cumsum(0)
-    recall = hits / num_objects
-    precision = hits / np.maximum(hits + false_alarms, 1)
+    true_positives, false_positives = is_true_positive.cumsum(0), is_false_positive.cumsum(0)
+    recall = true_positives / num_objects
+    precision = true_positives / np.maximum(true_positives + false_positives, 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     precision = np.concatenate([precision, np.zeros((1, precision.shape[1]))])  # recalls that are never reached
     places = np.array([np.searchsorted(column, RECALLS) for column in recall.T])

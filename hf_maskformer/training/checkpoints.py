@@ -42,7 +42,7 @@ def check_writable(folder: Path) -> None:
 
 def check_is_new(folder: Path) -> None:
     """Raises a ValueError if a folder holds checkpoints of another run, with which those of a new one would mix."""
-    checkpoint = last_whole_checkpoint(str(folder))
+    checkpoint = last_complete_checkpoint(str(folder))
     if checkpoint is not None:
         raise ValueError(
             f"{folder} holds checkpoints of another run, such as {checkpoint}. Resume it with "
@@ -50,7 +50,7 @@ def check_is_new(folder: Path) -> None:
         )
 
 
-def last_whole_checkpoint(folder: str | None) -> str | None:
+def last_complete_checkpoint(folder: str | None) -> str | None:
     """The path of the latest complete checkpoint in an output folder, or None."""
     checkpoints = sort_checkpoints(folder) if folder and Path(folder).is_dir() else []
     return next(filter(is_complete, reversed(checkpoints)), None)
@@ -59,7 +59,7 @@ def last_whole_checkpoint(folder: str | None) -> str | None:
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str | None) -> str | bool | None:
     """The checkpoint from which to resume, as in `MaskFormerTrainer.train`, including its ValueError."""
     if asked is True or asked == "auto":
-        return last_whole_checkpoint(output_dir) or asked is True  # for True, Trainer raises if there is none
+        return last_complete_checkpoint(output_dir) or asked is True  # for True, Trainer raises if there is none
     if isinstance(asked, str) and not is_complete(asked):
         raise ValueError(
             f"{asked} is not a complete checkpoint: it does not exist, or writing it was cut off. "
@@ -70,7 +70,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | None) -> st
 
 def how_to_resume(folder: str | None) -> str:
     """How to continue an interrupted run, for the end of an error message."""
-    checkpoint = last_whole_checkpoint(folder)
+    checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         return "There is no earlier checkpoint: start again"
     return f"{checkpoint} is complete: resume from it with resume_from_checkpoint"

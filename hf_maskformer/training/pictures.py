@@ -87,10 +87,12 @@ def draw_samples(
     """The names of the first samples of a data set and their pictures (`picture_of`); restores the model's mode."""
     was_training = model.training
     model.eval()
-    for index in range(min(num_pictures, len(dataset))):
-        sample = dataset[index]
-        yield sample["name"], picture_of(model, image_processor, sample, labels_of(dataset))
-    model.train(was_training)
+    try:
+        for index in range(min(num_pictures, len(dataset))):
+            sample = dataset[index]
+            yield sample["name"], picture_of(model, image_processor, sample, labels_of(dataset))
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()

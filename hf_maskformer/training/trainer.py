@@ -283,10 +283,7 @@ class MaskFormerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; its terms are stored for the next log entry.
-
-        Raises a ValueError if too many losses of a training in a row are NaN or infinite.
-        """
+        """The model's loss; its terms are stored for the next log entry."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         if outputs.loss is None:
             raise ValueError(
@@ -298,12 +295,13 @@ class MaskFormerTrainer(Trainer):
             # As Trainer does with the loss: without the counts of the whole batch, each micro-batch has its own loss.
             share = 1 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
             self._loss_terms.add(outputs.loss_dict, share, self.state.global_step)
-            self._check_loss(outputs.loss)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _check_loss(self, loss: Tensor) -> None:
-        # Before the backward pass, so that a GPU is waited for soon after matching has waited for it, and not for that.
-        self._num_nonfinite = 0 if loss.isfinite().all() else self._num_nonfinite + 1
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trains on one batch; raises a ValueError if too many losses in a row are NaN or infinite."""
+        loss = super().training_step(*args, **kwargs)
+        # This costs no time: Trainer itself waits here for the loss, to keep NaN out of its log.
+        self._num_nonfinite = 0 if loss.isfinite() else self._num_nonfinite + 1
         if self._num_nonfinite and self._num_nonfinite == self.args.max_nonfinite_losses:
             raise ValueError(
                 f"The loss was not finite for {self._num_nonfinite} batches in a row, the last in step "
@@ -311,6 +309,7 @@ class MaskFormerTrainer(Trainer):
                 "with a lower learning_rate, a smaller max_grad_norm or in higher precision; max_nonfinite_losses is "
                 "the limit."
             )
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """The normalisers of one optimiser step (`count_items`), over all its batches and all processes."""
