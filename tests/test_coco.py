@@ -196,7 +196,7 @@ def test_given_classes_that_do_not_say_which_are_things_leave_that_to_the_file(p
 
 def test_given_classes_of_other_names_are_refused(panoptic, tmp_path):
     labels = LabelSet({0: "tree", 1: "person", 2: "comb"})
-    with pytest.raises(ValueError, match=r"only the file has toothbrush, only the classes have comb"):
+    with pytest.raises(ValueError, match=r"only the file has toothbrush and only the classes have comb"):
         CocoPanoptic(panoptic, tmp_path / "images/train", labels=labels)
 
 
@@ -204,7 +204,7 @@ def test_given_classes_of_other_names_are_refused(panoptic, tmp_path):
     ("name", "message"),
     [
         ("tree", r"panoptic_train\.json has several categories named tree"),
-        ("comb", "only the file has comb, only the classes have none"),
+        ("comb", "but only the file has comb\\. Rename"),
     ],
 )
 def test_a_category_that_is_none_of_the_given_classes_or_one_of_two_is_refused(panoptic, tmp_path, name, message):

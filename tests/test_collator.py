@@ -85,7 +85,7 @@ def test_a_label_outside_the_classes_is_named_with_its_sample():
 
 
 def test_samples_whose_fields_the_trainer_removed_are_named():
-    with pytest.raises(ValueError, match=r"no segmentation_map, name, but image\. Open the data with a reader"):
+    with pytest.raises(ValueError, match=r"no segmentation_map, name, but have image\. Open the data with a reader"):
         MaskFormerDataCollator(MaskFormerImageProcessor())([{"image": None}])
 
 
@@ -177,7 +177,7 @@ def test_masks_and_maps_do_not_mix(masks_come_first):
 def test_masks_without_labels_are_not_said_to_lie_beside_maps():
     sample = make_masks("a", [[[1, 0]]], [0])
     del sample["labels"]
-    with pytest.raises(ValueError, match=r"^The samples have no labels, but image, masks, iscrowd, name\."):
+    with pytest.raises(ValueError, match=r"^The samples have no labels, but have image, masks, iscrowd, name\."):
         collate([sample])
 
 

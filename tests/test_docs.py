@@ -83,6 +83,7 @@ def names(world):
         "train_dataset": train,
         "eval_dataset": val,
         "labels": train.labels,
+        "task": "panoptic",
         "image": image,
         "images": [image, image],
         "photographs": [image, image],

@@ -244,9 +244,11 @@ def _labels_by_name(names: dict[int, str], things: set[int], labels: LabelSet, p
     unknown = sorted(set(category_of_name) - wanted)
     missing = sorted(wanted - set(category_of_name))
     if unknown or missing:
+        sides = {"the file has": unknown, "the classes have": missing}
+        differences = " and ".join(f"only {side} {shorten(names)}" for side, names in sides.items() if names)
         raise ValueError(
-            f"{path} and the given classes have different names: only the file has {shorten(unknown) or 'none'}, only "
-            f"the classes have {shorten(missing) or 'none'}. Rename the classes, or use those of the file."
+            f"{path} and the given classes must have the same names, but {differences}. Rename the classes, add what "
+            "is missing, or use the classes of the file."
         )
     category_ids = tuple(category_of_name[labels.id2label[label]] for label in range(labels.num_labels))
     # A plain list of names does not override what the file says about them.

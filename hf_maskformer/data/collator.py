@@ -121,9 +121,9 @@ def _common_form(samples: Sequence[Sample]) -> str:
         )
     if missing:
         raise ValueError(
-            f"The samples have no {', '.join(missing)}, but {', '.join(samples[0])}. Open the data with a reader of "
-            "hf_maskformer.data, such as SegmentationColumns for a `datasets` data set, or rename the fields "
-            "(docs/data.md). With transformers' Trainer, set remove_unused_columns=False, which keeps them."
+            f"The samples have no {', '.join(missing)}, but have {', '.join(samples[0]) or 'nothing'}. Open the data "
+            "with a reader of hf_maskformer.data, such as SegmentationColumns for a `datasets` data set, or rename the "
+            "fields (docs/data.md). With transformers' Trainer, set remove_unused_columns=False, which keeps them."
         )
     return form
 

@@ -73,7 +73,9 @@ def evaluate(
     task, labels = task or task_for(image_processor), labels_of(dataset)
     check_model(task, model)
     if scale_averaging and task != "semantic":
-        raise ValueError(f"Scales are averaged for semantic segmentation, not for {task}. Leave scale_averaging out.")
+        raise ValueError(
+            f"Scales are averaged for semantic segmentation, not for {task}. Leave out scale_averaging (--tta)."
+        )
     state = PartialState()
     share = _share(dataset, state.process_index, state.num_processes)
     collate = partial(_collate, image_processor=image_processor, labels=labels, task=task)

@@ -76,6 +76,13 @@ def how_to_resume(folder: str | None) -> str:
     return f"{checkpoint} is complete: resume from it with resume_from_checkpoint"
 
 
+def how_to_start_over(folder: str | None) -> str:
+    """How to continue a run that diverged, for an error message: resumed, it would keep its learning rate."""
+    checkpoint = last_complete_checkpoint(folder)
+    start = "Start again" if checkpoint is None else f"Start a new run from {checkpoint} (--checkpoint)"
+    return f"{start}, with a lower learning_rate, a smaller max_grad_norm or in higher precision"
+
+
 @contextmanager
 def named_if_not_written(folder: Path, output_dir: str | None) -> Iterator[None]:
     """Raises an OSError that names the folder and how to continue, if writing a model to it fails."""

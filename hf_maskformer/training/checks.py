@@ -13,7 +13,7 @@ from ..data.labels import labels_of, shorten
 from ..evaluation.tasks import FIGURES, MAIN_FIGURES, TASKS, Task, check_sample
 from ..image_processing_maskformer import MaskFormerImageProcessor
 from .arguments import MaskFormerTrainingArguments
-from .checkpoints import how_to_resume
+from .checkpoints import how_to_resume, how_to_start_over
 
 
 def check_parts(trainer: Any) -> None:
@@ -188,6 +188,5 @@ def check_weights(model: nn.Module, step: int, output_dir: str | None) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(
-                f"{name} is not finite in step {step}, so the model is not saved. {how_to_resume(output_dir)}, with a "
-                "lower learning_rate, a smaller max_grad_norm or in higher precision."
+                f"{name} is not finite in step {step}, so the model is not saved. {how_to_start_over(output_dir)}."
             )

@@ -28,6 +28,7 @@ from .checkpoints import (
     check_writable,
     checkpoint_to_resume,
     how_to_resume,
+    how_to_start_over,
     named_if_not_written,
     removed_if_incomplete,
 )
@@ -305,9 +306,8 @@ class MaskFormerTrainer(Trainer):
         if self._num_nonfinite and self._num_nonfinite == self.args.max_nonfinite_losses:
             raise ValueError(
                 f"The loss was not finite for {self._num_nonfinite} batches in a row, the last in step "
-                f"{self.state.global_step + 1}: {self._loss_terms.of_last_batch()}. Resume from an earlier checkpoint "
-                "with a lower learning_rate, a smaller max_grad_norm or in higher precision; max_nonfinite_losses is "
-                "the limit."
+                f"{self.state.global_step + 1}: {self._loss_terms.of_last_batch()}. "
+                f"{how_to_start_over(self.args.output_dir)}. max_nonfinite_losses is the limit."
             )
         return loss
 
