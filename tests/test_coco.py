@@ -172,7 +172,7 @@ def test_polygons_of_two_corners_beside_others_cover_nothing(tmp_path):
     dataset = open_instances(write_instances(tmp_path / "a", {"a": ((2, 4), annotations)}))
     assert np.array_equal(*dataset[0]["masks"])
     alone = [{"category_id": 1, "segmentation": [[0, 0, 1, 1]]}]
-    with pytest.raises(ValueError, match=r"polygon of shape \(4,\)"):
+    with pytest.raises(ValueError, match="polygon of 4 numbers"):
         open_instances(write_instances(tmp_path / "b", {"a": ((2, 4), alone)}))[0]
 
 

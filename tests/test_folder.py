@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_maskformer.data import check
-from hf_maskformer.data.check import check_samples
+from hf_maskformer.data.check import check_samples, inspect_samples
 from hf_maskformer.data.folder import SegmentationFolder
 from hf_maskformer.data.generated_scenes import GeneratedScenes
 from hf_maskformer.data.labels import LabelSet
@@ -414,6 +414,25 @@ def test_only_the_first_ten_problems_are_listed_and_all_are_counted(root):
         check_samples(SegmentationFolder(root, "train"))
     lines = str(caught.value).splitlines()[1:]
     assert [f"c{index:02}.png" in line for index, line in enumerate(lines)] == [True] * 10
+
+
+SKY = Image.new("RGB", (3, 2))
+
+
+@pytest.mark.parametrize(
+    ("sample", "problem"),
+    [
+        ({"image": SKY, "segmentation_map": LABELS}, "Sample 0 has no name. Give it image, name,"),
+        ({"image": SKY, "name": "a"}, "Sample 0 has no segmentation_map."),
+        ({"image": SKY, "name": "a", "masks": LABELS[None] == 1}, "Sample 0 has no labels."),
+        ({"image": np.array(SKY), "name": "a", "segmentation_map": LABELS}, "image of sample 0 is of type ndarray"),
+    ],
+)
+def test_the_form_of_samples_of_your_own_is_checked(sample, problem):
+    class Samples(list):
+        labels = LabelSet({0: "sky", 1: "road"})
+
+    assert problem in inspect_samples(Samples([sample])).problems[0]
 
 
 class InstanceSamples:

@@ -289,6 +289,11 @@ def test_a_checkpoint_of_which_a_file_is_cut_off_is_never_taken(tmp_path, file):
     assert steps == [2, 3]
 
 
+def test_a_checkpoint_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint-9 does not exist\. Name a folder checkpoint-N"):
+        our_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
 def test_auto_starts_anew_where_there_is_no_checkpoint(tmp_path):
     trainer = our_trainer(tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint="auto")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -169,6 +170,9 @@ def _inspect_all(dataset: LabelledDataset, num_workers: int) -> Iterator[DataRep
             sample = dataset[index]
         except ValueError as error:
             return DataReport(problems=[str(error)])
+        problem = _problem_of_form(sample, index)
+        if problem:
+            return DataReport(problems=[problem])
         source = dataset.map_source(index) if hasattr(dataset, "map_source") else sample["name"]
         return _inspect(sample, dataset, source)
 
@@ -179,11 +183,26 @@ def _inspect_all(dataset: LabelledDataset, num_workers: int) -> Iterator[DataRep
 
 def _inspect_stream(dataset: Any) -> Iterator[DataReport]:
     try:
-        for sample in dataset:
-            yield _inspect(sample, dataset, sample["name"])
+        for index, sample in enumerate(dataset):
+            problem = _problem_of_form(sample, index)
+            yield DataReport(problems=[problem]) if problem else _inspect(sample, dataset, sample["name"])
     # An error that ends a stream ends the check too.
     except ValueError as error:
         yield DataReport(problems=[str(error)])
+
+
+def _problem_of_form(sample: Any, index: int) -> str:
+    """What a sample of another reader lacks, or an empty text."""
+    labels = ("masks", "labels") if "masks" in sample else ("segmentation_map",)
+    missing = [field for field in ("image", "name", *labels) if field not in sample]
+    if missing:
+        return (
+            f"Sample {index} has no {', '.join(missing)}. Give it image, name, and segmentation_map, or masks "
+            "and labels (docs/data.md, your own reader)."
+        )
+    if not isinstance(sample["image"], Image.Image):
+        return f"The image of sample {index} is of type {type(sample['image']).__name__}. Make it a PIL image in RGB."
+    return ""
 
 
 def _inspect(sample: Sample, dataset: Any, source: str) -> DataReport:

@@ -82,11 +82,12 @@ def _corners(polygon: Any, size: tuple[int, int]) -> np.ndarray:
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"has the polygon {str(polygon)[:60]}, which is not a list of numbers") from error
     if values.ndim != 1 or len(values) < 6 or len(values) % 2:
-        raise ValueError(f"has a polygon of shape {values.shape}; it takes x and y of 3 or more corners")
+        raise ValueError(f"has a polygon of {values.size} numbers; it needs x and y of at least 3 corners, in one list")
     # The work grows with the length of the outline, which is not bounded otherwise.
     reach = 2 * max(size)
     if not np.isfinite(values).all() or np.abs(values).max() > reach:
-        raise ValueError(f"has a polygon with the coordinate {values[np.abs(values).argmax()]} beside {size} pixels")
+        furthest, (height, width) = values[np.abs(values).argmax()], size
+        raise ValueError(f"has the coordinate {furthest}, far outside its image of {height} x {width} (height x width)")
     return values.reshape(-1, 2)
 
 

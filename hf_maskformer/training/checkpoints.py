@@ -61,8 +61,10 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | None) -> st
     if asked is True or asked == "auto":
         return last_complete_checkpoint(output_dir) or asked is True  # for True, Trainer raises if there is none
     if isinstance(asked, str) and not is_complete(asked):
+        if not Path(asked).exists():
+            raise ValueError(f"{asked} does not exist. Name a folder checkpoint-N of a run, or auto for the last one.")
         raise ValueError(
-            f"{asked} is not a complete checkpoint: it does not exist, or writing it was cut off. "
+            f"{asked} is not a complete checkpoint: writing it was cut off, or it is another folder. "
             f"{how_to_resume(output_dir)}."
         )
     return asked
