@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .labels import LabelSet, labels_of, shorten
-from .sample import Sample, check_sizes, crowds_of
+from .sample import Sample, check_sizes, crowds_of, required_fields
 
 # Samples that are submitted to the threads at a time, so that a long data set does not build up a long queue.
 BLOCK = 1024
@@ -193,8 +193,7 @@ def _inspect_stream(dataset: Any) -> Iterator[DataReport]:
 
 def _problem_of_form(sample: Any, index: int) -> str:
     """What a sample of another reader lacks, or an empty text."""
-    labels = ("masks", "labels") if "masks" in sample else ("segmentation_map",)
-    missing = [field for field in ("image", "name", *labels) if field not in sample]
+    missing = [field for field in required_fields(sample) if field not in sample]
     if missing:
         return (
             f"Sample {index} has no {', '.join(missing)}. Give it image, name, and segmentation_map, or masks "

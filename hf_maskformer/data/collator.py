@@ -10,7 +10,7 @@ import torch
 
 from ..image_processing_maskformer_images import resize_nearest, zeros
 from ..loss_maskformer_targets import NO_LABEL
-from .sample import Sample, crowds_of
+from .sample import Sample, crowds_of, required_fields
 
 TargetFormat = Literal["masks", "segment_map", "label_map"]
 
@@ -112,8 +112,7 @@ class MaskFormerDataCollator:
 
 def _common_form(samples: Sequence[Sample]) -> str:
     form = "masks" if "masks" in samples[0] else "segmentation_map"
-    required = ("image", "masks", "labels", "name") if form == "masks" else ("image", "segmentation_map", "name")
-    missing = [field for field in required if not all(field in sample for sample in samples)]
+    missing = [field for field in required_fields(samples[0]) if not all(field in sample for sample in samples)]
     if missing and len({"masks" in sample for sample in samples}) > 1:
         raise ValueError(
             f"Samples with masks and samples with a segmentation map cannot share a batch: {', '.join(missing)} is "

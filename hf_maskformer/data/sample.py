@@ -49,6 +49,11 @@ def crowds_of(sample: Sample) -> np.ndarray:
     return np.asarray(sample.get("iscrowd", np.zeros(len(sample["labels"]))), dtype=bool)
 
 
+def required_fields(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields that a sample must have: one with masks, or one with a segmentation map."""
+    return ("image", "masks", "labels", "name") if "masks" in sample else ("image", "segmentation_map", "name")
+
+
 def read_crowd(entry: Mapping[str, Any], source: str) -> bool:
     """Whether an entry is a crowd. Raises a ValueError if its `iscrowd` is neither true nor false."""
     value = entry.get("iscrowd")
