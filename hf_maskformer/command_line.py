@@ -108,16 +108,19 @@ class OptionParser(HfArgumentParser):
             for action in self._actions:
                 if action.dest in self.hidden:
                     action.help = argparse.SUPPRESS
-        known = [*self._option_string_actions]
+        parser: argparse.ArgumentParser | None = self
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                known += [option for parser in action.choices.values() for option in parser._option_string_actions]
+                parser = next((action.choices[word] for word in command_line if word in action.choices), None)
+        if parser is None:  # which argparse reports
+            return
+        known = parser._option_string_actions
         for word in command_line:
             name = word.partition("=")[0]
             # Options may be abbreviated.
             if word.startswith("--") and not any(option.startswith(name) for option in known):
                 nearest = difflib.get_close_matches(name, known, n=1)
-                self.error(f"there is no option {name}.{f' Did you mean {nearest[0]}?' if nearest else ''}")
+                parser.error(f"there is no option {name}.{f' Did you mean {nearest[0]}?' if nearest else ''}")
 
 
 def check_output(path: str | Path, option: str = "--output", is_folder: bool = True) -> None:

@@ -236,8 +236,13 @@ def test_a_saved_file_that_was_cut_short_is_named(tmp_path, classes_path, stream
 
 def test_a_split_that_was_not_saved_names_those_there_are(tmp_path, classes_path):
     datasets.DatasetDict(train=make_dataset()).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"has no split 'val'. Its splits are: train"):
+    with pytest.raises(
+        ValueError, match=r"has no split 'val'. Its splits are: train\. Choose splits with --train_split"
+    ):
         load_columns(str(tmp_path / "saved"), "val", classes_path=classes_path)
+    make_dataset().to_parquet(tmp_path / "files" / "train-00000.parquet")
+    with pytest.raises(ValueError, match=r"Split 'val' .* one of \['train'\]\.\)\. Choose splits with --train_split"):
+        load_columns(str(tmp_path / "files"), "val", classes_path=classes_path)
 
 
 def test_a_saved_data_set_without_splits_is_refused(tmp_path, classes_path):

@@ -73,6 +73,7 @@ def test_the_help_says_of_both_forms_of_an_option_what_they_do(run):
         ([], "a command is missing"),
         (["trian"], "there is no command trian. Did you mean train?"),
         (["predict", "--chekpoint=a"], "there is no option --chekpoint. Did you mean --checkpoint?"),
+        (["check", "a", "--fromat=b"], "Did you mean --format?\nhf-maskformer check --help shows the options."),
         (["predict"], "the following arguments are required: --checkpoint"),
         (["check"], "the following arguments are required: data"),
         (["benchmark", "forward", "--kept=0"], "--kept is 0, but must be 1 to 99"),

@@ -192,7 +192,9 @@ def test_two_images_of_one_name_are_refused(root):
 
 
 def test_a_missing_split_names_those_there_are(root):
-    with pytest.raises(FileNotFoundError, match=r"images/val does not exist. The splits in .* are: train"):
+    with pytest.raises(
+        FileNotFoundError, match=r"images/val does not exist. The splits in .* are: train\. Choose splits with"
+    ):
         SegmentationFolder(root, "val")
 
 

@@ -392,7 +392,7 @@ def test_classes_given_to_coco_order_its_categories(tmp_path):
 
 def test_a_split_without_annotations_lists_where_they_were_looked_for_and_what_other_splits_there_are(tmp_path):
     write_panoptic(tmp_path, {"a": ([[4]], [{"id": 4, "category_id": 1}])})
-    there_is = r"has none of annotations/panoptic_val2017\.json, .*\. It has annotations/panoptic_train\.json;"
+    there_is = r"has none of annotations/panoptic_val2017\.json, .*\. It has annotations/panoptic_train\.json\. Choose"
     with pytest.raises(FileNotFoundError, match=there_is):
         open_dataset(str(tmp_path), "val")
 

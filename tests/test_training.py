@@ -954,6 +954,13 @@ def test_a_misspelt_backbone_is_named(monkeypatch):
         check_backbone("rnx")
 
 
+@pytest.mark.parametrize("make_model", [tiny_model, tiny_baseline])
+def test_a_whole_model_is_not_taken_for_a_backbone(make_model, tmp_path):
+    make_model().config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path} is a whole model .* not a backbone. Give it as --checkpoint"):
+        check_backbone(str(tmp_path))
+
+
 def test_default_names_of_classes_are_no_other_names():
     assert renamed_classes({0: "LABEL_0", 1: "LABEL_1"}, OTHER_LABELS) == []
     assert len(renamed_classes({0: "LABEL_0", 1: "street"}, OTHER_LABELS)) == 2

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 from transformers.utils import logging
 
+from .folder import CHOOSE_SPLIT
 from .labels import LabelSet
 from .rle import decode_mask
 from .sample import (
@@ -297,7 +298,7 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
     if (Path(path) / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(path)
         if split not in splits:
-            raise ValueError(f"{path} has no split '{split}'. Its splits are: {', '.join(splits)}.")
+            raise ValueError(f"{path} has no split '{split}'. Its splits are: {', '.join(splits)}. {CHOOSE_SPLIT}")
         if not streaming:
             return splits[split]
         # In shards, to divide among worker processes and to reshuffle in each epoch.
@@ -322,7 +323,9 @@ def _load_split(path: str, split: str, streaming: bool) -> Any:
         raise
     # Damaged files raise many kinds of error, which do not name the file.
     except Exception as error:
-        raise ValueError(f"Split '{split}' of {path} cannot be read ({error.__cause__ or error}).") from error
+        reason = str(error.__cause__ or error)
+        remedy = f" {CHOOSE_SPLIT}" if "Unknown split" in reason else ""
+        raise ValueError(f"Split '{split}' of {path} cannot be read ({reason}).{remedy}") from error
 
 
 def _check_files(folder: Path) -> None:

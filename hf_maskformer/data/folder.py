@@ -19,6 +19,9 @@ logger = logging.get_logger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MAP_SUFFIXES = (".png", ".tif", ".tiff")
 
+# In messages about a split that is missing.
+CHOOSE_SPLIT = "Choose splits with --train_split, --eval_split or --split."
+
 
 class SegmentationFiles(Dataset[Sample]):
     """Images and their label maps.
@@ -178,8 +181,7 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
         )
     splits = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
     raise FileNotFoundError(
-        f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits) or 'none'}. Choose one of "
-        "them, or create the folder."
+        f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits) or 'none'}. {CHOOSE_SPLIT}"
     )
 
 

@@ -47,7 +47,8 @@ class LabelSet:
             ids = shorten(sorted(self.id2label)) or "(none)"
             raise ValueError(
                 f"id2label has the ids {ids}, but ids must be 0 to K - 1 without gaps. Renumber the classes and their "
-                "pixels."
+                "pixels; if only 0 is missing, as it marks ignored pixels, number the classes from 0 and set "
+                "do_reduce_labels to true instead."
             )
         repeated = sorted(name for name, count in Counter(self.id2label.values()).items() if count > 1)
         if repeated:

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 from .check import LabelledDataset
 from .coco import CocoInstances, CocoPanoptic
 from .columns import StreamedColumns, load_columns
-from .folder import SegmentationFolder
+from .folder import CHOOSE_SPLIT, SegmentationFolder
 from .labels import LabelSet, shorten
 from .layouts import ON_LAYOUTS, Ade20kFull, CocoStuff10k, ade20k, cityscapes, cityscapes_panoptic, mapillary_vistas
 
@@ -148,7 +148,7 @@ def _existing(root: Path, patterns: tuple[str, ...], split: str, *others: str) -
             return root / name
     found = (path for pattern in patterns if pattern != "{}" for path in root.glob(pattern.format("*")))
     present = sorted({str(path.relative_to(root)) for path in found})
-    hint = f" It has {shorten(present)}; --train_split, --eval_split and --split choose others." if present else ""
+    hint = f" It has {shorten(present)}. {CHOOSE_SPLIT}" if present else ""
     raise FileNotFoundError(f"{root} has none of {', '.join(names)}.{hint} {ON_LAYOUTS}")
 
 

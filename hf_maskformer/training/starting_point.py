@@ -89,9 +89,11 @@ def check_backbone(source: str) -> None:
     """Raises an OSError or ValueError if there is no backbone of this name, for `load_backbone_weights`."""
     if not source.endswith(FILE_SUFFIXES):
         try:
-            AutoConfig.from_pretrained(source)
+            model_type = AutoConfig.from_pretrained(source).model_type
         except OSError as error:
             raise _unreadable(source, error) from error
+        if model_type in {model_class.config_class.model_type for model_class in HEADS}:
+            raise ValueError(f"{source} is a whole model ({model_type}), not a backbone. Give it as --checkpoint.")
     elif not Path(source).is_file():
         raise FileNotFoundError(f"{source} does not exist. docs/reproducing.md says which files the paper starts from.")
 
