@@ -20,7 +20,7 @@ from hf_maskformer.hub.model_card import make_card
 from hf_maskformer.hub.publishing import PUBLISHED, publish
 
 __all__ = ["hub"]  # a fixture
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "publishing.md"
 # The files of a repository with a saved model, its card and figures.
 EVALUATED = {
     ".gitattributes",
@@ -344,12 +344,10 @@ def test_a_card_with_bad_metadata_is_refused_by_the_hub_before_the_upload(hub, t
     assert hub.repositories["ada/name"].files().keys() == {".gitattributes"}
 
 
-def test_model_and_processor_push_themselves_with_their_code_as_the_readme_says(hub, tmp_path, monkeypatch):
+def test_model_and_processor_push_themselves_with_their_code_as_the_docs_say(hub, tmp_path, monkeypatch):
     for travelling in TRAVELLING:
         monkeypatch.setattr(travelling, "_auto_class", None)  # what it is again afterwards
-    (block,) = re.findall(
-        r"```python\n(from hf_maskformer import register_remote.*?)```", README.read_text(), re.DOTALL
-    )
+    (block,) = re.findall(r"```python\n(from hf_maskformer import register_remote.*?)```", PAGE.read_text(), re.DOTALL)
     hub.add_token("user's", user="user")
     monkeypatch.setenv("HF_TOKEN", "user's")
     model = save(tmp_path / "model")
