@@ -154,6 +154,14 @@ def test_objects_that_are_all_crowds_are_found_by_the_check(tmp_path):
     assert (report.problems, report.num_crowds, report.pixels.tolist()) == ([], 2, [2, 0, 0])
 
 
+def test_segments_that_are_all_crowds_are_found_by_the_check(tmp_path):
+    segments = [{**segment, "iscrowd": 1} for segment in SEGMENTS]
+    with pytest.raises(ValueError, match=r"All objects with pixels are crowds \(3 with .* Set iscrowd to 0"):
+        check_samples(open_panoptic(write_panoptic(tmp_path / "all", {"a": (IDS, segments)})))
+    report = inspect_samples(open_panoptic(write_panoptic(tmp_path / "some", {"a": (IDS, SEGMENTS)})))
+    assert (report.problems, report.num_crowds, report.pixels.tolist()) == ([], 1, [0, 1, 2])
+
+
 @pytest.mark.parametrize("value", ["0", "false", 2, []])
 def test_crowds_are_told_by_0_and_1(tmp_path, value):
     annotations = [{"category_id": 1, "segmentation": SQUARE, "iscrowd": value}]
@@ -217,7 +225,7 @@ def test_a_category_that_is_none_of_the_given_classes_or_one_of_two_is_refused(p
 def test_a_sound_data_set_passes_the_check_and_is_counted(panoptic):
     report = inspect_samples(open_panoptic(panoptic))
     assert (report.num_samples, report.problems, report.empty_segments) == (2, [], [])
-    assert (report.pixels.tolist(), report.occurrences.tolist()) == ([3, 1, 2], [2, 1, 1])
+    assert (report.pixels.tolist(), report.occurrences.tolist()) == ([1, 1, 2], [1, 1, 1])
 
 
 def test_samples_come_in_the_order_of_the_images_and_travel_to_workers(panoptic):

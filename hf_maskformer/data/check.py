@@ -38,8 +38,8 @@ class DataReport:
         problems: what would stop training, one line each.
         empty_segments: segments that are listed but have no pixel, one line for each sample that has any. They are left
             out of training.
-        pixels: pixels of each class, (K,) int64; crowd masks are not counted.
-        num_crowds: number of crowd masks.
+        pixels: pixels of each class, (K,) int64; crowds are not counted.
+        num_crowds: number of crowds, which training leaves out.
         num_ignored: pixels of label maps that have the value `ignore_index`.
         occurrences: samples in which each class occurs, (K,) int64.
     """
@@ -160,6 +160,7 @@ def report_as_json(report: DataReport, labels: LabelSet) -> dict[str, Any]:
         "num_samples": report.num_samples,
         "problems": report.problems,
         "empty_segments": report.empty_segments,
+        "num_crowds": report.num_crowds,
         "classes": classes,
     }
 
@@ -221,6 +222,7 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
     present = values.tolist()
     id_to_label = sample.get("instance_id_to_semantic_id")
     empty: list[str] = []
+    num_crowds = 0
     if id_to_label is not None:
         if id_to_label.get(labels.ignore_index, labels.ignore_index) != labels.ignore_index:
             raise ValueError(
@@ -239,14 +241,21 @@ def _inspect_map(sample: Sample, labels: LabelSet, source: str, label_source: st
         if without_pixel:
             empty.append(f"{source} has no pixel of segments {shorten(without_pixel)} in its list, counted from 0.")
         has_label = np.array([value in id_to_label and value != labels.ignore_index for value in present], dtype=bool)
+        is_crowd = np.isin(values[has_label], sample.get("crowd_ids", ()))
         values = np.array([id_to_label[value] for value in values[has_label].tolist()], dtype=np.int64)
-        counts = counts[has_label]
+        counts = counts[has_label] * ~is_crowd
+        num_crowds = int(is_crowd.sum())
     _check_labels(values, source, labels, label_source)
     classes = labels.class_map(values)
     is_class = classes != labels.ignore_index
     num_ignored = 0 if id_to_label is not None else counts[values == labels.ignore_index].sum()
     pixels = np.bincount(classes[is_class], counts[is_class], minlength=labels.num_labels)
-    return DataReport(empty_segments=empty, pixels=pixels.astype(np.int64), num_ignored=int(num_ignored))
+    return DataReport(
+        empty_segments=empty,
+        pixels=pixels.astype(np.int64),
+        num_crowds=num_crowds,
+        num_ignored=int(num_ignored),
+    )
 
 
 def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: str) -> DataReport:
