@@ -549,6 +549,11 @@ def test_a_run_that_ends_with_its_warm_up_is_warned_of(steps, is_warned, caplog)
     assert ("within the 1500 of the warm-up" in caplog.text) == is_warned
 
 
+def test_a_warm_up_that_starts_at_the_full_rate_is_not_warned_of(caplog):
+    parse("--preset=coco-panoptic-r50", "--max_steps=2")
+    assert "warm-up" not in caplog.text
+
+
 def test_a_dry_run_shows_what_decides_about_the_images_and_the_rates(tmp_path, capsys):
     dry_run("--preset=ade20k-swin-tiny", "--max_grad_norm=0.5")
     output = capsys.readouterr().out

@@ -98,7 +98,7 @@ def _warn_of_departures(training: MaskFormerTrainingArguments, batch_size: int, 
     images = training.per_device_train_batch_size * training.gradient_accumulation_steps * devices
     if images != batch_size:
         logger.warning(f"A step has {images} images, but the paper's learning rate is for {batch_size}.")
-    if 0 < training.max_steps <= training.warmup_steps:
+    if 0 < training.max_steps <= training.warmup_steps and training.warmup_factor < 1:
         logger.warning(
             f"Training ends after {training.max_steps} steps, within the {training.warmup_steps:g} of the warm-up: "
             "the learning rate stays very low. Set --warmup_steps for a short run."
