@@ -58,6 +58,19 @@ def edit(json_path, change):
     json_path.write_text(json.dumps(content))
 
 
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_an_alpha_channel_is_not_part_of_an_id(panoptic, alpha):
+    """Some annotation tools export ids as RGBA."""
+    path = panoptic.with_suffix("") / "a.png"
+    expected = open_panoptic(panoptic)[0]
+    image = Image.open(path).convert("RGBA")
+    image.putalpha(alpha)
+    image.save(path)
+    sample = open_panoptic(panoptic)[0]
+    assert np.array_equal(sample["segmentation_map"], expected["segmentation_map"])
+    assert sample["crowd_ids"] == expected["crowd_ids"]
+
+
 def test_colours_that_are_stored_as_a_palette_are_the_same_ids(panoptic):
     expected = open_panoptic(panoptic)[0]
     path = panoptic.with_suffix("") / "a.png"

@@ -34,7 +34,8 @@ def make_sample_of_segments(
 def _read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], source: str) -> np.ndarray:
     """The ids (H, W) in an image with one integer channel, or in colours: red + 256 green + 65536 blue, as in COCO.
 
-    The colours of a palette are ids if all of them are listed; otherwise the palette is for viewing only.
+    The colours of a palette are ids if all of them are listed; otherwise the palette is for viewing only. Alpha is not
+    part of an id.
     """
     check_is_exact(image, source)
     values = stored_values(image)
@@ -42,7 +43,7 @@ def _read_ids(image: Image.Image, segments_info: Sequence[Mapping[str, Any]], so
         ids = ids_of_colors(np.asarray(image.convert("RGB")))
         listed = [str(segment.get("id")) for segment in segments_info if isinstance(segment, Mapping)]
         return ids if set(map(str, np.unique(ids).tolist())) <= {"0", *listed} else values.astype(np.int32)
-    if image.mode == "RGB":
+    if image.mode in ("RGB", "RGBA"):
         return ids_of_colors(values)
     if values.ndim == 2 and values.dtype.kind in "bui":
         return values.astype(np.int32)
