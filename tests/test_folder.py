@@ -198,6 +198,18 @@ def test_a_missing_split_names_those_there_are(root):
         SegmentationFolder(root, "val")
 
 
+def test_images_beside_each_other_instead_of_in_splits_are_told_from_a_missing_split(tmp_path):
+    """As in an export of Label Studio, or the Oxford-IIIT pets."""
+    write_sample(tmp_path, "a")
+    (tmp_path / "result.json").touch()
+    for path in list((tmp_path / "images/train").iterdir()):
+        path.rename(tmp_path / "images" / path.name)
+    (tmp_path / "images/train").rmdir()
+    match = r"images/train does not exist, and neither does any other split .* see docs/data.md .* holds .*result.json"
+    with pytest.raises(FileNotFoundError, match=match):
+        SegmentationFolder(tmp_path, "train")
+
+
 def test_a_missing_root_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere/images does not exist"):
         SegmentationFolder(tmp_path / "nowhere", "train")

@@ -172,6 +172,11 @@ class _FileList:
         self._missing: list[str] = []
 
     def look_up(self, name: Any) -> None:
+        if name is None:
+            raise ValueError(
+                f"{self._json_path} lists {self._kind} without a file_name. Give each of them the name of its file in "
+                f"{self._folder}."
+            )
         check_file_name(name, self._folder, str(self._json_path))
         name = self._rename(name)
         check_file_name(name, self._folder, str(self._json_path))

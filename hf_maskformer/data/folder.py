@@ -180,8 +180,13 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
             f"classes.json, or has another layout of docs/data.md; {root} holds {_listed(root)}."
         )
     splits = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+    if not splits:
+        raise FileNotFoundError(
+            f"{folder} does not exist, and neither does any other split in {folder.parent}. Move the files there into "
+            f"a folder for each split, or see docs/data.md for other layouts; {root} holds {_listed(root)}."
+        )
     raise FileNotFoundError(
-        f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits) or 'none'}. {CHOOSE_SPLIT}"
+        f"{folder} does not exist. The splits in {folder.parent} are: {', '.join(splits)}. {CHOOSE_SPLIT}"
     )
 
 
