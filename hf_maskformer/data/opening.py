@@ -88,7 +88,10 @@ def open_dataset(
             streaming=streaming,
         )
     if streaming:
-        raise ValueError(f"Only columns of a `datasets` data set can be streamed; {path} is read as {format}.")
+        raise ValueError(
+            f"Only columns of a `datasets` data set can be streamed; {path} is read as {format}. Write it as Parquet "
+            "with scripts/prepare_dataset.py parquet, and stream that."
+        )
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join((*FORMATS, *COLUMN_FORMATS))}.")
     labels = None if classes is None else LabelSet.from_json(classes)
