@@ -17,7 +17,7 @@ from hf_maskformer.configuration_maskformer_parts import (
     SimpleFeaturePyramidConfig,
 )
 from hf_maskformer.hub.key_table import from_original, to_original
-from hf_maskformer.modeling_maskformer_resnet import Convolution
+from hf_maskformer.modeling_maskformer_resnet import Convolution, ResNetStem
 from hf_maskformer.modeling_maskformer_swin import SwinBackbone
 from hf_maskformer.modeling_maskformer_transformer_layers import sine_positions
 
@@ -160,6 +160,15 @@ def test_transformer_encoder_of_the_pixel_decoder(pre_norm: bool) -> None:
 
 def group_norm(weights: dict[str, Tensor], name: str, states: Tensor) -> Tensor:
     return F.group_norm(states, 32, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+@torch.no_grad()
+def test_all_of_a_deep_stem_has_the_activation_of_the_configuration() -> None:
+    config, states = deep_resnet_config(), torch.randn(2, 3, 32, 32)
+    config.hidden_act = "gelu"
+    for part in ResNetStem(config).eval().embedder:
+        states = part(states)
+        assert -0.2 < states.min() < 0  # where ReLU gives 0
 
 
 def test_deep_stem_and_dilated_last_stage() -> None:

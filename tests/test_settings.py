@@ -37,8 +37,9 @@ def config_with_decoder(**fields):
             )
         ),
         config_with_decoder(activation_function="gelu"),
+        config_with_decoder(pre_norm=True),  # which only types of this package have
     ],
-    ids=["layer_norm_eps", "hidden_act", "mlp_ratio", "qkv_bias", "activation_function"],
+    ids=["layer_norm_eps", "hidden_act", "mlp_ratio", "qkv_bias", "activation_function", "pre_norm"],
 )
 def test_settings_mean_what_they_mean_in_transformers(config, tmp_path):
     model, pixel_values = MaskFormerForInstanceSegmentation(config).eval(), torch.randn(1, 3, 64, 96)
@@ -61,7 +62,10 @@ def test_stochastic_depth_acts_without_gradient_too():
     config = changed(swin_config(), drop_path_rate=1 - 1e-6)
     stage, states = SwinStage(config, 3, [config.drop_path_rate]), torch.randn(2, 4, 4, 64)
     assert torch.equal(stage.train()(states)[0], states)
-    assert not torch.equal(stage.eval()(states)[0], states)
+    evaluated = stage.eval()(states)[0]
+    assert not torch.equal(evaluated, states)
+    with torch.enable_grad():  # not in place
+        torch.testing.assert_close(stage(states)[0], evaluated)
 
 
 @pytest.mark.parametrize("name", ["attention_probs_dropout_prob", "hidden_dropout_prob"])
@@ -77,6 +81,7 @@ def test_a_swin_drops_patches_and_what_its_feed_forward_network_gives():
     config = changed(swin_config(), hidden_dropout_prob=1.0)
     block = SwinBlock(config, 8, 1, shift=0, drop_path=0.0).train()
     assert not block._feed_forward(torch.randn(1, 4, 4, 8)).any()
+    assert block.intermediate(torch.randn(1, 4, 4, 8)).all()
     assert not PatchEmbedding(config).train()(torch.randn(1, 3, 16, 16)).any()
 
 
