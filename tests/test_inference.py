@@ -22,6 +22,7 @@ from models import (
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import ResNetConfig
 
@@ -115,6 +116,19 @@ def test_hooks_on_a_norm_are_called():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backbone", [resnet_config, swin_config])
+def test_a_forward_in_the_place_of_a_modules_own_is_called(backbone):
+    """Some tools wrap it on the module instead of adding a hook."""
+    model, called = tiny_model(backbone()).eval(), set()
+    layers = {each for each in model.modules() if isinstance(each, nn.Conv2d | nn.BatchNorm2d | nn.Linear)}
+    for layer in layers:
+        layer.forward = lambda *inputs, layer=layer, own=layer.forward: called.add(layer) or own(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(1, 3, 64, 64))
+    assert called == layers
+
+
+@torch.no_grad()
 def test_hooks_on_all_modules_are_called():
     model, called = tiny_model().eval(), set()
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module))
@@ -200,7 +214,8 @@ class Parallel(torch.nn.Module):
 
 
 def test_layers_of_a_resnet_may_be_replaced():
-    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[3, 3], out_features=["stage1", "stage2"])
+    names = ["stage1", "stage2", "stage3"]
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[3, 3, 1], out_features=names)
     backbone, pixel_values = ResNetBackbone(config).eval(), torch.randn(1, 3, 64, 96)
     stage = backbone.encoder.stages[1]
     stage.layers[1] = torch.nn.Identity()
@@ -209,6 +224,8 @@ def test_layers_of_a_resnet_may_be_replaced():
     stage.layers[2].forward = lambda states, *arguments: (kept.append((states, states.clone())), patched(states))[1]
     stage.layers[0] = Keeper(stage.layers[0])
     backbone.encoder.stages[0].layers[1] = Keeper(backbone.encoder.stages[0].layers[1])
+    last = backbone.encoder.stages[2].layers[0]
+    last.shortcut = Keeper(last.shortcut)
     with torch.no_grad():
         for found, tensor in zip(backbone(pixel_values), expected, strict=True):
             torch.testing.assert_close(found, tensor, **CLOSE)
@@ -399,8 +416,10 @@ def test_a_norm_done_to_the_weights_is_the_norm(dtype):
         for tensor in layer.normalization.state_dict().values():
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 2)
+    layer.normalization.eps = 0.5
     layer, states = layer.to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype)
     expected = layer.normalization(layer.convolution(states)).relu()
+    assert torch.equal(layer(states), expected)  # with gradients it is not done to them
     with torch.no_grad():
         found = layer(states)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
@@ -499,11 +518,12 @@ def test_gradients_of_attention_in_bfloat16_are_near_those_in_float32():
         assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_attention_drops_all_that_it_is_told_to_in_training(with_gradient):
+def test_attention_drops_all_that_it_is_told_to_in_training(with_gradient, is_frozen):
     config = swin_config()
     config.attention_probs_dropout_prob = 1.0
-    attention, windows = WindowSelfAttention(config, 8, 2), torch.randn(3, 16, 8)
+    attention, windows = WindowSelfAttention(config, 8, 2).requires_grad_(not is_frozen), torch.randn(3, 16, 8)
     with torch.set_grad_enabled(with_gradient):
         assert not attention.train()(windows, None).any()
         assert attention.eval()(windows, None).all()
@@ -515,6 +535,17 @@ def test_a_swin_takes_no_images_and_any_norm():
         assert [len(feature_map) for feature_map in backbone(torch.randn(0, 3, 64, 64))] == [0, 0, 0, 0]
         backbone.model.encoder.layers[0].blocks[0].layernorm_before = torch.nn.Identity()
         backbone(torch.randn(1, 3, 64, 64))
+
+
+@torch.no_grad()
+def test_derivatives_by_dual_numbers_are_those_of_the_function():
+    # torch's fused attention has none on a CPU.
+    model, pixel_values = tiny_model(attn_implementation="eager").eval(), torch.randn(1, 3, 64, 64)
+    direction = torch.randn_like(pixel_values)
+    expected = torch.func.jvp(lambda images: model(images).masks_queries_logits, (pixel_values,), (direction,))[1]
+    with forward_ad.dual_level():
+        logits = model(forward_ad.make_dual(pixel_values, direction)).masks_queries_logits
+        torch.testing.assert_close(forward_ad.unpack_dual(logits).tangent, expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -578,6 +609,13 @@ def test_the_operators_of_windows_are_what_torch_asks_of_operators(size):
     torch.autograd.gradcheck(lambda states: operators.to_windows(states, 4, shift), states)
     torch.autograd.gradcheck(lambda windows: operators.to_map(windows, *size, 4, shift), windows)
     torch.autograd.gradgradcheck(lambda states: operators.to_windows(states, 4, shift) ** 2, states)
+
+
+def test_a_compiled_graph_may_overwrite_its_attention_mask():
+    mask_of, arguments = torch.ops.hf_maskformer.window_attention_mask, (8, 12, 4, 2, torch.device("cpu"))
+    expected = mask_of(*arguments).clone()
+    mask_of(*arguments).zero_()
+    assert torch.equal(mask_of(*arguments), expected)
 
 
 def test_half_precision_trains_on_a_cpu_with_narrow_convolutions():
