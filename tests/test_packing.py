@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_maskformer import modeling_maskformer_packing as packing
-from hf_maskformer.modeling_maskformer_linear import Linear, products_with_pixels
+from hf_maskformer.modeling_maskformer_linear import Linear, products_with_pixels, project
 from hf_maskformer.modeling_maskformer_pixel_decoder import XavierConv2d
 from hf_maskformer.modeling_maskformer_resnet import ConvNorm, ResNetStage
 from hf_maskformer.modeling_maskformer_swin import SwinLinear, WindowSelfAttention
@@ -204,7 +204,9 @@ def test_a_change_of_a_norm_counts_at_once(name, numbers):
 def test_a_change_of_any_row_or_column_is_seen(rows, columns):
     weight = torch.zeros(rows, columns)
     entry = packing.CacheEntry(None, [weight])
-    for part in (*weight.data, *weight.data.T):
+    # The first row is looked at as a whole, of the others enough that a column of many of them does not pass either.
+    below = weight.data[1:].T if rows > columns else ()
+    for part in (*weight.data, *weight.data.T, *below):
         part.fill_(1.0)
         assert not entry.is_current([weight])
         weight.data.zero_()
@@ -346,6 +348,18 @@ def test_the_bias_of_positions_follows_its_table(numbers):
     torch.testing.assert_close(found, expected, **close(numbers))
 
 
+@BFLOAT16
+def test_the_bias_of_positions_is_not_rounded_under_autocast():
+    """So what is the same for all of them makes no difference, however large it is."""
+    attention, windows = WindowSelfAttention(swin_config(), 8, 2).eval(), torch.randn(3, 16, 8)
+    for values in (attention.relative_position_bias_table, attention.value.weight):
+        torch.nn.init.normal_(values)
+    expected = run(lambda states: attention(states, None), windows)
+    attention.relative_position_bias_table.data += 100.0  # near which numbers of 8 bits are 0.5 apart
+    found = run(lambda states: attention(states, None), windows)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)  # of about 1, with products of 8 bits
+
+
 @pytest.mark.parametrize(
     "name", ["convolution and norm", "other activation", "convolution", "wide convolution", "linear"]
 )
@@ -376,6 +390,23 @@ def test_compiled_code_serves_all_sizes_and_sees_what_is_turned_off(reorders, co
     with torch.backends.mkldnn.flags(enabled=False):
         torch.testing.assert_close(compiled(states), run_plainly(layer, states, numbers="float32"), **CLOSE_IN_FLOAT32)
     assert {counter.frame_count} == counts
+
+
+@BFLOAT16
+@torch.no_grad()
+@pytest.mark.parametrize(("count", "is_enabled"), [(0, True), (2, False)])
+def test_operators_of_compiled_code_leave_to_torch_what_is_empty_or_turned_off(count, is_enabled, reorders):
+    operators, geometry = torch.ops.hf_maskformer, ([2, 2], [3, 3], [2, 2])
+    positions, weight, bias = (torch.randn(size).bfloat16() for size in ((count, 8), (6, 8), (6,)))
+    images, kernel = torch.randn(count, 8, 9, 10), torch.randn(6, 8, 3, 3)
+    with torch.backends.mkldnn.flags(enabled=is_enabled):
+        product = operators.linear_in_bfloat16(positions, [weight], [bias])
+        convolved = operators.convolve(images, kernel, None, *geometry, [], None, torch.float32, "relu")
+    assert not reorders
+    torch.testing.assert_close(product, torch.nn.functional.linear(positions, weight, bias), **CLOSE)
+    expected = torch.nn.functional.conv2d(images, kernel, None, *geometry).relu()
+    torch.testing.assert_close(convolved, expected, **CLOSE_IN_FLOAT32)
+    assert convolved.is_contiguous(memory_format=torch.channels_last)  # as the compiler was told
 
 
 def test_layers_that_are_compiled_one_by_one_add_their_residual(numbers):
@@ -539,6 +570,22 @@ def test_weights_with_gaps_between_them_are_not_kept():
     with torch.no_grad():
         layer(states)
         assert not kept(layer)
+
+
+@BFLOAT16
+@pytest.mark.parametrize("place", range(3))
+def test_a_product_of_which_one_weight_has_gaps_is_not_kept(place):
+    """Looking at its values would read beyond its memory."""
+    layers, states = [Linear(8, 16).eval().bfloat16() for _ in range(3)], torch.randn(5, 8).bfloat16()
+    with torch.no_grad():
+        project(layers, states)
+        assert kept(layers[0])
+        layers[place].weight.data = torch.randn(16, 11).bfloat16()[:, :8]
+        found = project(layers, states)
+        assert not any(map(kept, layers))
+    expected = [torch.nn.functional.linear(states, layer.weight, layer.bias) for layer in layers]
+    for values, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(values, right, **CLOSE)
 
 
 def test_nothing_holds_on_to_the_memory_of_weights(reorders):
@@ -743,6 +790,12 @@ def test_weights_that_are_not_finite_are_refused(part, channels, numbers):
             run(layer, states, numbers=numbers)
         values.view(-1)[1] = 1.0
         assert run(layer, states, numbers=numbers).isfinite().all()
+
+
+def test_finite_weights_whose_sum_is_not_are_no_error(numbers):
+    layer = prepared(XavierConv2d(8, 16, kernel_size=1), numbers)
+    torch.nn.init.constant_(layer.weight, 2.0**127)
+    assert not run(layer, torch.zeros(1, 8, 4, 4), numbers=numbers).any()
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

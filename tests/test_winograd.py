@@ -13,6 +13,7 @@ from hf_maskformer.modeling_maskformer_pixel_decoder import XavierConv2d
 from hf_maskformer.modeling_maskformer_winograd import (
     MIN_CHANNELS,
     WinogradConvolution,
+    cached_winograd_pays,
     convolve,
     transformed_kernel,
     winograd,
@@ -111,6 +112,13 @@ def test_it_is_taken_where_it_pays_only():
         assert not winograd_pays(LARGE.to("meta"), WIDE.to("meta"))
         with torch.autocast("cpu", torch.bfloat16):
             assert not winograd_pays(LARGE, WIDE)
+
+
+def test_kernels_of_many_channels_are_not_kept_transformed():
+    """They are four times as large."""
+    maps = [torch.empty(1, channels, 64, 64, device="meta") for channels in (256, 512)]
+    kernels = [torch.empty(256, len(each[0]), 3, 3, device="meta") for each in maps]
+    assert [cached_winograd_pays(*pair) for pair in zip(maps, kernels, strict=True)] == [True, False]
 
 
 def test_without_its_operators_it_is_left(monkeypatch):
