@@ -80,7 +80,7 @@ def our_trainer(
 ):
     image_processor = image_processor_for(SCENES.labels, image_size=64, task=task)
     return kind(
-        model=model or scenes_model(),
+        model=scenes_model() if model is None else model,
         args=MaskFormerTrainingArguments(**arguments(tmp_path, **options)),
         train_dataset=dataset,
         eval_dataset=eval_dataset,
@@ -637,6 +637,17 @@ def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
         MaskFormerTrainer(
             scenes_model(), args, processing_class=MaskFormerImageProcessor(), compute_loss_func=lambda *_: 0
         )
+
+
+def test_models_whose_weights_the_compiler_renamed_are_refused(tmp_path):
+    part = scenes_model()
+    part.model = torch.compile(part.model, backend="eager")
+    for model in (torch.compile(scenes_model(), backend="eager"), part):
+        with pytest.raises(ValueError, match="which puts _orig_mod into the names of its weights"):
+            our_trainer(tmp_path, model=model)
+    in_place = scenes_model()
+    in_place.model.compile(backend="eager")
+    our_trainer(tmp_path, model=in_place)
 
 
 def test_the_best_checkpoint_may_be_that_of_any_figure_of_any_data_set(tmp_path):
