@@ -179,8 +179,27 @@ def test_metrics_of_different_labels_do_not_merge():
         AveragePrecision(2).merge(AveragePrecision(3))
 
 
-def test_a_missing_library_is_named_with_the_command(monkeypatch):
+def test_pycocotools_alone_will_do(monkeypatch):
+    masks, reference = [FIRST, ELSEWHERE, SECOND], objects([FIRST, SECOND], iscrowd=[0, 0])
+    predictions = [objects(masks, scores=[0.9, 0.8, 0.7])]
+    predictions.append({**predictions[0], "masks": run_lengths(masks)})
+    predictions.append({**predictions[0], "masks": [{"size": SIZE, "counts": counts_of(mask)} for mask in masks]})
+    expected = [figures(prediction, reference) for prediction in predictions]
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    for prediction, theirs in zip(predictions, expected, strict=True):
+        np.testing.assert_equal(figures(prediction, reference), theirs)
+
+
+def counts_of(mask):
+    """The lengths of runs down the columns, beginning with that of 0."""
+    pixels = np.concatenate([[False], mask.T.ravel()])
+    ends = np.flatnonzero(pixels[1:] != pixels[:-1])
+    return np.diff(ends, prepend=0, append=mask.size).tolist()
+
+
+def test_a_missing_library_is_named_with_the_command(monkeypatch):
+    for name in ("faster_coco_eval", "pycocotools.mask"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install faster-coco-eval"):
         AveragePrecision(1)
 

@@ -1,8 +1,11 @@
-"""COCO's average precision of instance masks, as a streaming metric, with the optional faster-coco-eval."""
+"""COCO's average precision of instance masks, as a streaming metric.
+
+Masks are compared by faster-coco-eval, which is optional, or by pycocotools if only that is installed.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,13 +48,13 @@ class AveragePrecision:
         num_objects: (K, 4) int64, the non-crowd reference objects by label and area range: all, small, medium, large.
         records: what is stored of the predictions, 23 bytes each, in the order in which they were added.
 
-    Raises an ImportError if faster-coco-eval is not installed.
+    Raises an ImportError if neither faster-coco-eval nor pycocotools is installed.
     """
 
     def __init__(self, num_labels: int) -> None:
         if num_labels < 1:
             raise ValueError(f"num_labels is {num_labels}; it must be at least 1.")
-        _coco()  # fails before the first image if it is missing
+        _mask_functions()  # fails before the first image if it is missing
         self.num_labels = num_labels
         self.reset()
 
@@ -99,7 +102,7 @@ class AveragePrecision:
             ious = np.zeros((len(found), 0))
             if expected.size:
                 crowd = is_crowd[expected].tolist()
-                ious = _coco().mask.iou(
+                ious = _mask_functions().iou(
                     [masks[each] for each in found.tolist()], [true_masks[each] for each in expected.tolist()], crowd
                 )
             is_true_positive, is_false_positive = match(ious, outside[:, expected], is_crowd[expected], areas[found])
@@ -156,7 +159,7 @@ class AveragePrecision:
                     f"The {role} contains label {label}, but there are {self.num_labels} labels (0 to "
                     f"{self.num_labels - 1}). Map the ids of the data set to these first."
                 )
-        areas = _coco().mask.area(masks) if masks else []
+        areas = _mask_functions().area(masks) if masks else []
         labels_array = np.array(labels, dtype=np.int64)
         return masks, labels_array, np.array(areas, dtype=np.float64), sizes.pop() if sizes else None
 
@@ -212,18 +215,22 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def _coco() -> ModuleType:
+def _mask_functions() -> Any:
+    """The module of functions of masks, which both libraries call `mask`."""
+    with suppress(ImportError):
+        return import_module("faster_coco_eval").mask
     try:
-        return import_module("faster_coco_eval")
+        return import_module("pycocotools.mask")
     except ImportError as error:
         raise ImportError(
-            "AveragePrecision needs faster-coco-eval, which is not installed: pip install faster-coco-eval"
+            "AveragePrecision needs faster-coco-eval or pycocotools, and neither is installed: pip install "
+            "faster-coco-eval"
         ) from error
 
 
 def _to_run_lengths(masks: Masks, role: str) -> list[RunLengths]:
     """Encodes masks, or uncompressed RLEs, as compressed RLEs."""
-    encoder = _coco().mask
+    encoder = _mask_functions()
     if not isinstance(masks, Tensor | np.ndarray) and all(isinstance(mask, Mapping) for mask in masks):
         return [
             encoder.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask for mask in masks
