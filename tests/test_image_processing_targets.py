@@ -228,7 +228,6 @@ def test_both_target_formats_hold_the_same(settings):
     masks = processor(images, maps)
     segment_map = processor(images, maps, target_format="segment_map")
     most_segments = max(len(labels) for labels in masks["class_labels"])
-    assert segment_map["mask_labels"].dtype == torch.int32
     assert segment_map["class_labels"].shape == (3, most_segments)
     for index, labels in enumerate(masks["class_labels"]):
         rebuilt = segment_map["mask_labels"][index] == torch.arange(len(labels))[:, None, None]
@@ -237,11 +236,20 @@ def test_both_target_formats_hold_the_same(settings):
         assert (segment_map["class_labels"][index, len(labels) :] == -100).all()
 
 
-def test_more_segments_than_two_bytes_count_keep_their_places():
-    ids = np.arange(256 * 160, dtype=np.int32).reshape(256, 160)
-    processor = MaskFormerImageProcessor(do_resize=False, size_divisor=0)
-    batch = processor(np.zeros((256, 160, 3), np.uint8), ids, target_format="segment_map")
-    assert torch.equal(batch["mask_labels"][0].long(), torch.from_numpy(ids).long())
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(127, torch.int8), (128, torch.int8), (129, torch.int32), (40000, torch.int32)]
+)
+@pytest.mark.parametrize("has_void", [False, True])
+def test_an_index_map_is_as_small_as_its_segments_allow(count, dtype, has_void):
+    ids = np.arange(count, dtype=np.int32)[None]
+    if has_void:
+        ids = np.append(ids, [[-1]], axis=1)
+    images = [np.zeros((1, length, 3), np.uint8) for length in (3, ids.shape[1])]
+    processor = MaskFormerImageProcessor(do_resize=False, size_divisor=0, ignore_index=-1)
+    maps = processor(images, [ids[:, :3], ids], target_format="segment_map")["mask_labels"]
+    assert maps.dtype == dtype  # int16 would do, but processes cannot exchange it
+    assert maps[1, 0].tolist() == ids[0].tolist()
+    assert maps[0, 0].unique().tolist() == [-1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("size", [(2, 4), (2, 16), (16, 2)])
