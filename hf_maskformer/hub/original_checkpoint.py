@@ -122,7 +122,8 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error) or type(error).__name__
-        refused = re.search(r"Unsupported \w+: GLOBAL (\S+)", reason)
+        # torch words it differently for modules that it never allows.
+        refused = re.search(r"[Uu]nsupported (?:\w+: )?GLOBAL (\S+)", reason)
         if refused:
             raise ValueError(
                 f"{path} asks for {refused[1]}, which is refused and was not run. Get another copy, or, if you trust "
