@@ -227,10 +227,14 @@ def test_a_tensor_without_plain_values_is_refused(tmp_path):
             read_checkpoint(tmp_path / "a.pth")
 
 
-def test_an_empty_file_of_tensors_says_so(tmp_path):
-    (tmp_path / "a.pth").touch()
-    with pytest.raises(ValueError, match=r"a\.pth is not a file of tensors, .* \(\S.*\)\. Download it again"):
+@pytest.mark.parametrize(("content", "reason"), [(b"", r"\S.*"), (b"garbage", r"Unsupported operand \d+")])
+def test_a_file_that_holds_no_tensors_says_why_and_not_to_run_its_code(tmp_path, content, reason):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"a\.pth is not a file of tensors, .* \({reason}\)\. Download it again"
+    ) as raised:
         read_checkpoint(tmp_path / "a.pth")
+    assert "weights_only" not in str(raised.value)
 
 
 def test_a_tensor_in_both_spellings_is_refused(convert, tensors):

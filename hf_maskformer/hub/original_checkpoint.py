@@ -129,8 +129,11 @@ def _load(path: Path) -> Any:
                 f"{path} asks for {refused[1]}, which is refused and was not run. Get another copy, or, if you trust "
                 "it, save its tensors alone."
             ) from error
+        # torch embeds its reason in advice to turn `weights_only` off.
+        own = re.search(r"WeightsUnpickler error:\s*(.+)", reason)
         raise ValueError(
-            f"{path} is not a file of tensors, or asks for more than torch.load allows ({reason}). Download it again."
+            f"{path} is not a file of tensors, or asks for more than torch.load allows ({own[1] if own else reason}). "
+            "Download it again."
         ) from error
 
 
