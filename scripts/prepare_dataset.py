@@ -94,7 +94,7 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
         command.add_argument("data", help="folder or Hub name of the data set")
         if name == "parquet":
             command.add_argument("output", help="folder to write to")
-        command.add_argument("--split", nargs="+", default=["train", "val"], help="splits; by default train and val")
+        command.add_argument("--split", nargs="+", default=["train", "val"], help="splits")
         command.add_argument("--format", choices=(*FORMATS, *COLUMN_FORMATS), help="layout, if a folder is ambiguous")
         command.add_argument("--image_column", help="column of images of a `datasets` data set")
         command.add_argument("--label_column", default="label", help="column of label maps")
