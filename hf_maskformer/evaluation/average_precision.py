@@ -48,7 +48,7 @@ class AveragePrecision:
         num_objects: (K, 4) int64, the non-crowd reference objects by label and area range: all, small, medium, large.
         records: what is stored of the predictions, 23 bytes each, in the order in which they were added.
 
-    Raises an ImportError if neither faster-coco-eval nor pycocotools is installed.
+    Raises an ImportError if neither faster-coco-eval nor pycocotools can be imported.
     """
 
     def __init__(self, num_labels: int) -> None:
@@ -217,13 +217,13 @@ def _mean(values: np.ndarray) -> float:
 
 def _mask_functions() -> Any:
     """The module of functions of masks, which both libraries call `mask`."""
-    with suppress(ImportError):
-        return import_module("faster_coco_eval").mask
     try:
-        return import_module("pycocotools.mask")
-    except ImportError as error:
+        return import_module("faster_coco_eval").mask
+    except ImportError as error:  # it is missing, or damaged, which the error says
+        with suppress(ImportError):
+            return import_module("pycocotools.mask")
         raise ImportError(
-            "AveragePrecision needs faster-coco-eval or pycocotools, and neither is installed: pip install "
+            "AveragePrecision needs faster-coco-eval or pycocotools, and neither can be imported: pip install "
             "faster-coco-eval"
         ) from error
 
