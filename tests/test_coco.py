@@ -165,6 +165,9 @@ def test_objects_that_are_all_crowds_are_found_by_the_check(tmp_path):
     images["b"][1][1] = {**crowd, "iscrowd": 0}
     report = inspect_samples(open_instances(write_instances(tmp_path / "some", images)))
     assert (report.problems, report.num_crowds, report.pixels.tolist()) == ([], 2, [2, 0, 0])
+    empty = {**crowd, "segmentation": {"size": [2, 4], "counts": [8]}}
+    report = inspect_samples(open_instances(write_instances(tmp_path / "empty", {"a": ((2, 4), [empty])})))
+    assert (report.num_crowds, "None of 1 samples has a pixel" in report.problems[0]) == (0, True)
 
 
 def test_segments_that_are_all_crowds_are_found_by_the_check(tmp_path):

@@ -39,7 +39,7 @@ class DataReport:
         empty_segments: segments that are listed but have no pixel, one line for each sample that has any. They are left
             out of training.
         pixels: pixels of each class, (K,) int64; crowds are not counted.
-        num_crowds: number of crowds, which training leaves out.
+        num_crowds: number of crowds with pixels, which training leaves out.
         num_ignored: pixels of label maps that have the value `ignore_index`.
         occurrences: samples in which each class occurs, (K,) int64.
     """
@@ -278,7 +278,7 @@ def _inspect_masks(sample: Sample, labels: LabelSet, source: str, label_source: 
     line = f"{source} has no pixel of objects {shorten(empty)} in its list, counted from 0."
     return DataReport(
         empty_segments=[line] if empty else [],
-        num_crowds=int(is_crowd.sum()),
+        num_crowds=int((is_crowd & (areas > 0)).sum()),
         pixels=np.bincount(sample["labels"], areas * ~is_crowd, minlength=labels.num_labels).astype(np.int64),
     )
 
