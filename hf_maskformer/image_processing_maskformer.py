@@ -211,8 +211,9 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             - `pixel_values` (B, 3, H, W) float32, padded on the right and below with 0 after normalisation,
             - `pixel_mask` (B, H, W) int64, 1 in the image and 0 in the padding,
             - with maps, `mask_labels` and `class_labels`: as `"masks"`, lists of (N_i, H, W) bool masks and of (N_i,)
-              int64 labels; as `"segment_map"`, (B, H, W) int8 (int32 if an image has more than 128 segments) with the
-              index of the segment that owns each pixel, -1 for none, and (B, max N_i) int64 labels padded with -100.
+              int64 labels; as `"segment_map"`, (B, H, W) int16 (int32 in several processes, which cannot exchange
+              int16, or where indices exceed it) with the index of the segment that owns each pixel, -1 for none, and
+              (B, max N_i) int64 labels padded with -100.
               Segments are in ascending order of their value in the map; padding belongs to none. As `"label_map"`,
               instead `labels` (B, H, W) int64 with the label of each pixel, and `ignore_index` (255 unless set; not a
               label) for void pixels and padding.

@@ -6,6 +6,7 @@ array: numpy does this work on one thread. torch's threads would synchronise aft
 each other many times as long as it takes where other programs are running.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,6 @@ MAX_MASK_BYTES = 8 * 10**9
 NO_LABEL = -100
 # Means "ignore" when the settings do not set another value; 8-bit maps use it.
 COMMON_IGNORE_VALUE = 255
-# With more, index maps are int32: in between is int16, which torch's processes cannot exchange.
-MAX_SEGMENTS_OF_INT8 = 2**7
 MAX_LABELS = 2**63  # labels are int64
 
 InstanceLabels = Mapping[int, int] | None
@@ -169,8 +168,8 @@ def split_segmentation_map(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers the segments in the map (height, width) of image `index`, in ascending order of their value.
 
-    Returns the index of the segment that owns each pixel, (height, width) int8, -1 for none, and the labels (N_i,)
-    int64; the indices are int32 where there are too many for int8. Raises ValueError for a value without a label, or
+    Returns the index of the segment that owns each pixel, (height, width) int16, -1 for none, and the labels (N_i,)
+    int64; the indices are int32 where there are too many for int16. Raises ValueError for a value without a label, or
     whose label is out of range.
     """
     pixels = segmentation_map.ravel()
@@ -187,7 +186,7 @@ def split_segmentation_map(
         _check_ids(values.tolist(), settings, instance_labels, index)
     labels = [_label_of(value, settings, instance_labels, index) for value in values.tolist()]
     has_label = np.array([label is not None for label in labels])
-    index_type = np.int8 if has_label.sum() <= MAX_SEGMENTS_OF_INT8 else np.int32
+    index_type = np.int16 if len(values) < 2**15 else np.int32
     segment_of_value = np.where(has_label, has_label.cumsum() - 1, -1).astype(index_type)
     segment_map = np.repeat(segment_of_value[value_of_run], np.diff(starts, append=pixels.size))
     segment_labels = np.array([label for label in labels if label is not None], dtype=np.int64)
@@ -279,18 +278,26 @@ def pad_as_masks(
 def pad_as_segment_map(
     segments: Sequence[tuple[np.ndarray, np.ndarray]], size: Size, device: Device = None
 ) -> tuple[Tensor, Tensor]:
-    """Makes one (B, H, W) map of segment indices, int8 or int32, -1 for none, and (B, max N_i) int64 labels.
+    """Makes one (B, H, W) map of segment indices, -1 for none, and (B, max N_i) labels padded with -100.
 
-    Labels are padded with -100.
+    The indices are int16, or int32 if there are too many for that, or several processes, which cannot exchange int16.
     """
     most_segments = max(len(labels) for _, labels in segments)
-    segment_maps = np.full((len(segments), *size), -1, dtype=np.result_type(*(indices for indices, _ in segments)))
+    index_type = np.int32 if is_one_of_several() else np.result_type(*(segment_map for segment_map, _ in segments))
+    segment_maps = np.full((len(segments), *size), -1, dtype=index_type)
     class_labels = np.full((len(segments), most_segments), NO_LABEL, dtype=np.int64)
     for index, (segment_map, labels) in enumerate(segments):
         height, width = segment_map.shape
         segment_maps[index, :height, :width] = segment_map
         class_labels[index, : len(labels)] = labels
     return torch.from_numpy(segment_maps).to(device), torch.from_numpy(class_labels).to(device)
+
+
+def is_one_of_several() -> bool:
+    """Whether several processes work together."""
+    # The variable is also set in worker processes that load data, which have no process group.
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return has_group or os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def pad_as_label_map(

@@ -76,7 +76,7 @@ def print_findings(report: DataReport, missing: str) -> None:
     kinds = {"problems": report.problems, "samples with empty segments": report.empty_segments}
     print(f"{report.num_samples} samples, {', '.join(f'{len(lines)} {kind}' for kind, lines in kinds.items())}")
     if report.num_crowds:
-        print(f"{report.num_crowds} crowds (iscrowd 1), which training leaves out; some tools write 1 for every mask")
+        print(f"{report.num_crowds} crowds (iscrowd 1), which training leaves out")
     if missing:
         print(missing)
     for kind, lines in kinds.items():

@@ -237,17 +237,17 @@ def test_both_target_formats_hold_the_same(settings):
 
 
 @pytest.mark.parametrize(
-    ("count", "dtype"), [(127, torch.int8), (128, torch.int8), (129, torch.int32), (40000, torch.int32)]
+    ("count", "num_processes", "dtype"), [(300, 1, torch.int16), (300, 2, torch.int32), (40000, 1, torch.int32)]
 )
-@pytest.mark.parametrize("has_void", [False, True])
-def test_an_index_map_is_as_small_as_its_segments_allow(count, dtype, has_void):
+def test_an_index_map_has_two_bytes_unless_they_are_too_few_or_processes_exchange_it(
+    count, num_processes, dtype, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
     ids = np.arange(count, dtype=np.int32)[None]
-    if has_void:
-        ids = np.append(ids, [[-1]], axis=1)
-    images = [np.zeros((1, length, 3), np.uint8) for length in (3, ids.shape[1])]
+    images = [np.zeros((1, length, 3), np.uint8) for length in (3, count)]
     processor = MaskFormerImageProcessor(do_resize=False, size_divisor=0, ignore_index=-1)
     maps = processor(images, [ids[:, :3], ids], target_format="segment_map")["mask_labels"]
-    assert maps.dtype == dtype  # int16 would do, but processes cannot exchange it
+    assert maps.dtype == dtype
     assert maps[1, 0].tolist() == ids[0].tolist()
     assert maps[0, 0].unique().tolist() == [-1, 0, 1, 2]
 

@@ -132,7 +132,7 @@ def test_the_check_says_how_many_crowds_training_leaves_out(capsys):
         script.print_findings(script.DataReport(5, num_crowds=num_crowds), "")
     found = capsys.readouterr().out.splitlines()
     assert found[0] == found[1] == "5 samples, 0 problems, 0 samples with empty segments"
-    assert found[2:] == ["3 crowds (iscrowd 1), which training leaves out; some tools write 1 for every mask"]
+    assert found[2:] == ["3 crowds (iscrowd 1), which training leaves out"]
 
 
 def test_train_reads_and_augments_what_its_options_name(monkeypatch):

@@ -639,15 +639,23 @@ def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
         )
 
 
-def test_models_whose_weights_the_compiler_renamed_are_refused(tmp_path):
+def test_models_whose_weights_the_compiler_renamed_are_not_trained(tmp_path):
     part = scenes_model()
     part.model = torch.compile(part.model, backend="eager")
     for model in (torch.compile(scenes_model(), backend="eager"), part):
         with pytest.raises(ValueError, match="which puts _orig_mod into the names of its weights"):
             our_trainer(tmp_path, model=model)
-    in_place = scenes_model()
-    in_place.model.compile(backend="eager")
-    our_trainer(tmp_path, model=in_place)
+        assert "eval_mean_iou" in our_trainer(tmp_path, dataset=None, model=model).evaluate()
+
+
+def test_a_model_that_is_compiled_in_place_trains_and_loads(tmp_path):
+    model = scenes_model()
+    model.model.compile(backend="eager")
+    trainer = our_trainer(tmp_path, model=model, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    _, loading = MaskFormerForInstanceSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_the_best_checkpoint_may_be_that_of_any_figure_of_any_data_set(tmp_path):

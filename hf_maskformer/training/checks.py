@@ -41,7 +41,7 @@ def check_parts(trainer: Any) -> None:
             "The model is transformers' MaskFormerForInstanceSegmentation. Use that of hf_maskformer, or call "
             "hf_maskformer.register_auto_classes() before an Auto class loads it."
         )
-    if any(hasattr(module, "_orig_mod") for module in trainer.model.modules()):
+    if trainer.train_dataset is not None and any(hasattr(module, "_orig_mod") for module in trainer.model.modules()):
         raise ValueError(
             "The model, or a part of it, is the result of torch.compile, which puts _orig_mod into the names of its "
             "weights: from_pretrained would find none of them in a checkpoint. Set torch_compile=True in the arguments "
