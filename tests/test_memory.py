@@ -61,7 +61,7 @@ def test_two_hundred_training_steps_of_varying_size_take_no_more_memory_than_a_h
             memory, tensors = resident(), num_tensors()
     assert num_tensors() == tensors
     # A batch of the largest size has 1.5 MiB of pixels alone: a leak of one tensor of each step would be 100 MiB.
-    assert resident() - memory < 10 * MIB
+    assert resident() - memory < 30 * MIB  # fragments that the allocator cannot give back took up to 12
 
 
 class Scenes:
