@@ -213,10 +213,9 @@ class MaskFormerImageProcessor(BaseImageProcessor):
             - with maps, `mask_labels` and `class_labels`: as `"masks"`, lists of (N_i, H, W) bool masks and of (N_i,)
               int64 labels; as `"segment_map"`, (B, H, W) int16 (int32 in several processes, which cannot exchange
               int16, or where indices exceed it) with the index of the segment that owns each pixel, -1 for none, and
-              (B, max N_i) int64 labels padded with -100.
-              Segments are in ascending order of their value in the map; padding belongs to none. As `"label_map"`,
-              instead `labels` (B, H, W) int64 with the label of each pixel, and `ignore_index` (255 unless set; not a
-              label) for void pixels and padding.
+              (B, max N_i) int64 labels padded with -100. Segments are in ascending order of their value in the map;
+              padding belongs to none. As `"label_map"`, instead `labels` (B, H, W) int64 with the label of each pixel,
+              and `ignore_index` (255 unless set; not a label) for void pixels and padding.
 
         Raises:
             ValueError: images, maps or settings are invalid; the message gives the image's index.
