@@ -89,7 +89,8 @@ def is_traced() -> bool:
 
 def is_exporting() -> bool:
     """Whether a graph is being recorded for other runtimes, which holds only torch's own operators."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # Not `torch.compiler.is_exporting()`, which in torch 2.11 is true in every graph that is being compiled.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def is_for_any_size(size: Sequence[int]) -> bool:

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling_maskformer_dispatch import (
     can_overwrite,
+    is_exporting,
     is_hooked,
     is_inference,
     is_traced,
@@ -113,7 +114,7 @@ class WindowSelfAttention(nn.Module):
         # transform the bias does not tell whether it does.
         wants_gradient = bias.requires_grad or is_transformed()
         needs_gradient_on_cpu = wants_gradient and bias.device.type == "cpu" and not torch.compiler.is_compiling()
-        if torch.compiler.is_exporting() or needs_gradient_on_cpu:
+        if is_exporting() or needs_gradient_on_cpu:
             scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
             weights = F.dropout(scores.softmax(-1), self.dropout_probability, self.training)
