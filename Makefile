@@ -58,7 +58,7 @@ benchmark: $(INSTALLED) ## Compare speed with transformers' own MaskFormer
 	$(BIN)/python scripts/benchmark.py metric
 
 clean: ## Remove the environment, caches and outputs
-	rm -rf .venv .venv-oldest .venv-page outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-page .venv-torch outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch is installed first and at its exact version, so that no other package selects its build.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
