@@ -206,7 +206,7 @@ class GlooOfOneThread(torch.distributed.ProcessGroupGloo):
     shards on a CPU may end with a segmentation fault. torch takes no options for gloo.
     """
 
-    def __init__(self, store, rank, size, timeout):
+    def __init__(self, store, rank, size, timeout, enable_reconfigure=False):  # the last, which is off, from torch 2.14
         options = self._Options()
         options._devices = [self.create_default_device()]
         options._timeout = timeout
