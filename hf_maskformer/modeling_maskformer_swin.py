@@ -111,10 +111,10 @@ class WindowSelfAttention(nn.Module):
         bias = bias.to(query.dtype)
         # The layout of the result of torch's own attention differs between the steps of an ONNX export. On a CPU that
         # is not fused either if the bias requires a gradient, and checks all scores for rows of -inf. In a torch.func
-        # transform the bias does not tell whether it does.
+        # transform the bias does not tell whether it does. TorchScript keeps torch's own, which is faster.
         wants_gradient = bias.requires_grad or is_transformed()
         needs_gradient_on_cpu = wants_gradient and bias.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_exporting() or needs_gradient_on_cpu:
+        if (is_exporting() and not torch.jit.is_tracing()) or needs_gradient_on_cpu:
             scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
             weights = F.dropout(scores.softmax(-1), self.dropout_probability, self.training)

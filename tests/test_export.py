@@ -21,6 +21,7 @@ from hf_maskformer.configuration_maskformer_parts import MaskFormerTransformerCo
 from hf_maskformer.export.exporting import build_head, export_model, trace
 from hf_maskformer.export.heads import Logits, Panoptic, PerPixelLogits, Semantic
 from hf_maskformer.image_processing_maskformer_settings import DEFAULT_PANOPTIC_THRESHOLDS
+from hf_maskformer.modeling_maskformer_swin import WindowSelfAttention
 from hf_maskformer.post_processing_maskformer import panoptic_segmentation, semantic_segmentation
 from hf_maskformer.post_processing_per_pixel_baseline import per_pixel_segmentation
 
@@ -326,6 +327,13 @@ def test_a_model_is_traced_by_the_older_torchscript_too(backbone, tmp_path):
     torch.jit.trace(logits, pixel_values).save(tmp_path / "model.pt")
     found = torch.jit.load(tmp_path / "model.pt")(pixel_values)
     torch.testing.assert_close(found, logits(pixel_values), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_torchscript_keeps_the_fused_attention_of_windows():
+    attention = WindowSelfAttention(swin_config(), 8, 2).eval().requires_grad_(False)
+    traced = torch.jit.trace(lambda windows: attention(windows, None), torch.randn(3, 16, 8))
+    assert "scaled_dot_product_attention" in str(traced.graph)
 
 
 def test_a_model_of_half_precision_is_refused(image_processor, tmp_path):
